@@ -1,0 +1,91 @@
+"""What both twins offer to generate a batch, and the loop that drives either."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from .cache import CacheSpec
+from .paging import Batch
+
+_PIECE = 512
+"""Most tokens of each prompt that one prefill call takes, which bounds the attention scores it holds."""
+
+
+class Progress(NamedTuple):
+    """Where a batch stands, on the host."""
+
+    tokens: np.ndarray  # int32 [num_sequences, context]: prompt, then what was made
+    lengths: np.ndarray  # int32 [num_sequences]: how many of them are valid
+    finished: bool  # every sequence has ended
+
+
+class Session(Protocol):
+    """A batch being generated. The cache and the block tables live on the device."""
+
+    batch: Batch
+    spec: CacheSpec
+    compile_seconds: float
+
+    def prefill(self) -> Progress:
+        """Runs the prompts and makes each sequence's first token."""
+        ...
+
+    def decode(self, until: int) -> Progress:
+        """Goes on until `until` new tokens are made, or all sequences have ended."""
+        ...
+
+
+@dataclass
+class Report:
+    """Counts and seconds of one generation. Filled while it runs."""
+
+    compile_seconds: float = 0.0
+    prefill_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_tokens: int = 0
+    decode_seconds: float = 0.0
+    answers: list[list[int]] = field(default_factory=list)  # new tokens of each sequence
+
+
+def piece_length(batch: Batch) -> int:
+    """Tokens of each prompt that one prefill call takes: a power of two from 16 to 512."""
+    longest = int(batch.lengths.max())
+    return min(_PIECE, max(16, 1 << (longest - 1).bit_length()))
+
+
+def run(session: Session, report: Report, chunk: int | None = None) -> Iterator[list[list[int]]]:
+    """Generates a batch and yields each sequence's new tokens so far, after every `chunk` steps.
+
+    Args:
+        session: A fresh session.
+        report: Filled while running.
+        chunk: Steps between looks at the result; None runs the whole decode loop as one program.
+    """
+    batch = session.batch
+    report.compile_seconds = session.compile_seconds
+    report.prefill_tokens = int(batch.lengths.sum())
+    started = time.perf_counter()
+    progress = session.prefill()
+    report.prefill_seconds = time.perf_counter() - started
+    made = 1
+    first = int((progress.lengths - batch.lengths).sum())
+    report.answers = _answers(batch, progress)
+    yield report.answers
+    while made < batch.max_new_tokens and not progress.finished:
+        made = min(batch.max_new_tokens, made + (chunk or batch.max_new_tokens))
+        started = time.perf_counter()
+        progress = session.decode(made)
+        report.decode_seconds += time.perf_counter() - started
+        report.decode_tokens = int((progress.lengths - batch.lengths).sum()) - first
+        report.answers = _answers(batch, progress)
+        yield report.answers
+
+
+def _answers(batch: Batch, progress: Progress) -> list[list[int]]:
+    return [
+        row[start:stop].tolist()
+        for row, start, stop in zip(progress.tokens, batch.lengths, progress.lengths, strict=True)
+    ]

@@ -1,0 +1,56 @@
+"""Compile a plan's kernel ahead of time: neither torch nor JAX nor a GPU is needed."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kvcore.kernels import reshape_and_cache
+from kvcore.plan import SCALARS, Target, WritePlan
+
+_ELEMENTS = {
+    "float32": "fp32",
+    "float16": "fp16",
+    "bfloat16": "bf16",
+    "int32": "i32",
+    "int64": "i64",
+    "uint8": "u8",
+    # The kernels handle fp8 as bytes: not every target knows the types.
+    "float8_e4m3fn": "u8",
+    "float8_e5m2": "u8",
+}
+_SCALARS = dict(zip(SCALARS, ("i32", "i64", "i32"), strict=True))
+
+# The kernels' arithmetic is exact as written: a fused multiply-add would round once where they round twice.
+OPTIONS = {"enable_fp_fusion": False}
+
+
+def compile_plan(plan: WritePlan, target: Target, arguments: Mapping[str, str | None], aligned: frozenset[str]) -> Any:
+    """Compiles a kernel.
+
+    Args:
+        plan: What to compile.
+        target: For what.
+        arguments: For each pointer argument of the kernel the dtype it points to, "scalar" for an integer `layer`,
+            or None for an argument that is None.
+        aligned: Names of the pointers that are multiples of 16.
+
+    Returns:
+        Triton's CompiledKernel.
+    """
+    kernel = getattr(reshape_and_cache, plan.kernel)
+    signature: dict[str, str] = {}
+    for name, dtype in arguments.items():
+        signature[name] = "constexpr" if dtype is None else "i64" if dtype == "scalar" else f"*{_ELEMENTS[dtype]}"
+    signature |= _SCALARS | dict.fromkeys(plan.constexprs, "constexpr")
+    place = {name: i for i, name in enumerate(kernel.arg_names)}
+    source = ASTSource(
+        fn=kernel,
+        signature={name: signature[name] for name in kernel.arg_names},
+        constexprs={(place[n],): v for n, v in plan.constexprs.items()}
+        | {(place[n],): None for n, dtype in arguments.items() if dtype is None},
+        attrs={(place[n],): [["tt.divisibility", 16]] for n in aligned if arguments[n] is not None},
+    )
+    return triton.compile(source, target=GPUTarget(*target), options={"num_warps": plan.num_warps, **OPTIONS})

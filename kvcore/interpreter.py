@@ -1,0 +1,91 @@
+"""Run the kernels in Triton's interpreter, on host memory, whether or not the process also compiles them.
+
+Triton decides when a kernel is decorated. So the package of kernels is loaded a second time, under a name of its
+own, with interpretation switched on; the compiled twin stays as it is.
+"""
+
+import importlib.util
+import sys
+import threading
+from collections.abc import Sequence
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from kvcore import kernels
+from kvcore.plan import WritePlan
+
+_NAME = "kvcore._interpreted_kernels"
+_LOCK = threading.Lock()  # the interpreter patches triton.language while it runs
+
+
+class Pointer:
+    """Address and dtype of host memory, as the interpreter expects them of a torch tensor; nothing is copied.
+
+    Args:
+        address: Where the first element lies, in bytes.
+        dtype: Name of the elements' dtype ("bfloat16").
+    """
+
+    def __init__(self, address: int, dtype: str) -> None:
+        self._address = address
+        self.dtype = dtype
+
+    def data_ptr(self) -> int:
+        return self._address
+
+    # The interpreter copies tensors to the host and back. Memory that is there already needs neither.
+
+    def untyped_storage(self) -> "Pointer":
+        return self
+
+    def cpu(self) -> "Pointer":
+        return self
+
+    def new_empty(self, _size: int, device: str) -> "Pointer":
+        return Pointer(self._address, self.dtype)
+
+    def set_(self, *_: Any) -> None: ...
+
+    def copy_(self, _: "Pointer") -> None: ...
+
+    def storage_offset(self) -> int:
+        return 0
+
+    def size(self) -> tuple[int, ...]:
+        return ()
+
+    def stride(self) -> tuple[int, ...]:
+        return ()
+
+
+def run(plan: WritePlan, arguments: Sequence[Any], num_tokens: int) -> None:
+    """Interprets a plan's kernel.
+
+    Args:
+        plan: For `kvcore.plan.INTERPRETER`.
+        arguments: `Pointer`, integer or None for each pointer and scalar of the kernel, in order.
+        num_tokens: Entries of slot_mapping.
+    """
+    grid = plan.grid(num_tokens)
+    if 0 in grid:
+        return
+    with _LOCK, np.errstate(all="ignore"):  # NaN and infinity are input like any other
+        getattr(_interpreted(), plan.kernel)[grid](*arguments, **plan.constexprs)
+
+
+@cache
+def _interpreted() -> ModuleType:
+    import triton
+
+    spec = importlib.util.spec_from_file_location(
+        _NAME, kernels.__file__, submodule_search_locations=list(kernels.__path__)
+    )
+    assert spec is not None
+    package = importlib.util.module_from_spec(spec)
+    sys.modules[_NAME] = package
+    with triton.knobs.runtime.scope():
+        triton.knobs.runtime.interpret = True
+        return importlib.import_module(f"{_NAME}.reshape_and_cache")

@@ -1,0 +1,150 @@
+"""Write keys and values of new tokens into a paged KV cache.
+
+A program takes TOKENS tokens (axis 0 of the grid) and one stretch of their rows (axis 1), for K and for V:
+
+    slot   = slot_mapping[token]                              skipped unless 0 <= slot < num_slots
+    block  = slot // BLOCK_SIZE,   place = slot % BLOCK_SIZE
+    column = 0 … num_heads * head_size - 1,   head = column // head_size,   dim = column % head_size
+
+    input  element  token·T + head·h + dim·d
+    cache  element  offset + layer·L + block·B + place·S + head·H + (dim // x)·D + (dim % x)·X
+
+All strides, and so all alignments, are constexprs (`kvcore.plan.Rows`): that is what makes 128-bit accesses out of
+addresses that depend on data. Offsets of tokens and slots have 64 bits, those within a row where they need it.
+"""
+
+import triton
+import triton.language as tl
+
+from .encode import encode
+
+
+@triton.jit
+def _columns(R: tl.constexpr):
+    """Column indices of this program, and which of them the row has."""
+    column = tl.program_id(1) * R.columns + tl.arange(0, R.columns)
+    return column, column < R.num_heads * R.head_size
+
+
+@triton.jit
+def _load(input_ptr, token, column, mask, R: tl.constexpr):
+    if R.wide:
+        column = column.to(tl.int64)
+    head = column // R.head_size
+    dim = column % R.head_size
+    if R.input_head_stride == R.head_size * R.input_dim_stride:
+        within = column * R.input_dim_stride
+    else:
+        within = head * R.input_head_stride + dim * R.input_dim_stride
+    if input_ptr.dtype.element_ty.is_fp8():
+        input_ptr = input_ptr.to(tl.pointer_type(tl.uint8))  # copied as it is; sm_80 has no e4m3
+    return tl.load(input_ptr + token[:, None] * R.token_stride + within[None, :], mask=mask)
+
+
+@triton.jit
+def _store(cache_ptr, layer, block, place, column, x, mask, R: tl.constexpr):
+    if R.wide:
+        column = column.to(tl.int64)
+    head = column // R.head_size
+    dim = column % R.head_size
+    if R.x > 1:
+        within = head * R.head_stride + (dim // R.x) * R.dim_stride + (dim % R.x) * R.x_stride
+    else:
+        within = head * R.head_stride + dim * R.dim_stride
+    cache_ptr = cache_ptr.to(tl.pointer_type(x.dtype))  # encoded elements are integers
+    row = R.offset + layer * R.layer_stride + block * R.block_stride + place * R.slot_stride
+    tl.store(cache_ptr + row[:, None] + within[None, :], x, mask=mask)
+
+
+@triton.jit
+def _write(
+    key_ptr, value_ptr, key_cache_ptr, value_cache_ptr, slot_mapping_ptr, k_scale_ptr, v_scale_ptr, layer,
+    num_tokens, num_slots, num_layers,
+    K: tl.constexpr, V: tl.constexpr, BLOCK_SIZE: tl.constexpr, SLOT_STRIDE: tl.constexpr, FORMAT: tl.constexpr,
+    HARDWARE_FP8: tl.constexpr, LAYER_IS_POINTER: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """What both kernels do; they differ in whether K and V have a cache each."""
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    slot = tl.load(slot_mapping_ptr + token * SLOT_STRIDE, mask=token < num_tokens, other=-1).to(tl.int64)
+    written = (slot >= 0) & (slot < num_slots)
+    at_layer = tl.full([1], 0, tl.int64)
+    if layer is not None:
+        if LAYER_IS_POINTER:
+            at_layer += tl.load(layer)
+        else:
+            at_layer += layer
+        written = written & (at_layer >= 0) & (at_layer < num_layers)
+    block = slot // BLOCK_SIZE
+    place = slot % BLOCK_SIZE
+
+    # Both loads before the first store: twice the bytes in flight.
+    k_column, k_inside = _columns(K)
+    v_column, v_inside = _columns(V)
+    k_mask = written[:, None] & k_inside[None, :]
+    v_mask = written[:, None] & v_inside[None, :]
+    k = _load(key_ptr, token, k_column, k_mask, K)
+    v = _load(value_ptr, token, v_column, v_mask, V)
+    if FORMAT is not None:
+        k = encode(k, k_scale_ptr, FORMAT, HARDWARE_FP8)
+        v = encode(v, v_scale_ptr, FORMAT, HARDWARE_FP8)
+    _store(key_cache_ptr, at_layer, block, place, k_column, k, k_mask, K)
+    _store(value_cache_ptr, at_layer, block, place, v_column, v, v_mask, V)
+
+
+@triton.jit
+def reshape_and_cache_kernel_flash(
+    key_ptr,           # [num_tokens, num_heads, head_size]
+    value_ptr,         # [num_tokens, num_heads, head_size_v]
+    key_cache_ptr,     # K's array
+    value_cache_ptr,   # V's array
+    slot_mapping_ptr,  # [num_tokens] int32 or int64
+    k_scale_ptr,       # one float32, or None for 1
+    v_scale_ptr,
+    layer,             # one integer in memory (LAYER_IS_POINTER), an integer, or None
+    num_tokens,        # entries of slot_mapping
+    num_slots,         # of one layer
+    num_layers,
+    K: tl.constexpr,             # kvcore.plan.Rows of key and key cache
+    V: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    SLOT_STRIDE: tl.constexpr,   # elements from one entry of slot_mapping to the next
+    FORMAT: tl.constexpr,        # kvcore.quantization.FloatFormat to convert to, or None to copy bits
+    HARDWARE_FP8: tl.constexpr,  # whether the compiler's cast to fp8 is exact on the target
+    LAYER_IS_POINTER: tl.constexpr,
+    TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Write K and V into a cache each."""
+    _write(
+        key_ptr, value_ptr, key_cache_ptr, value_cache_ptr, slot_mapping_ptr, k_scale_ptr, v_scale_ptr, layer,
+        num_tokens, num_slots, num_layers, K, V, BLOCK_SIZE, SLOT_STRIDE, FORMAT, HARDWARE_FP8,
+        LAYER_IS_POINTER, TOKENS,
+    )  # fmt: skip
+
+
+@triton.jit
+def reshape_and_cache_kernel_flash_diffkv(
+    key_ptr,           # [num_tokens, num_heads, head_size]
+    value_ptr,         # [num_tokens, num_heads, head_size_v]
+    kv_cache_ptr,      # the array of both
+    slot_mapping_ptr,  # [num_tokens] int32 or int64
+    k_scale_ptr,       # one float32, or None for 1
+    v_scale_ptr,
+    layer,             # one integer in memory (LAYER_IS_POINTER), an integer, or None
+    num_tokens,        # entries of slot_mapping
+    num_slots,         # of one layer
+    num_layers,
+    K: tl.constexpr,             # kvcore.plan.Rows of key and its part of the cache
+    V: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    SLOT_STRIDE: tl.constexpr,   # elements from one entry of slot_mapping to the next
+    FORMAT: tl.constexpr,        # kvcore.quantization.FloatFormat to convert to, or None to copy bits
+    HARDWARE_FP8: tl.constexpr,  # whether the compiler's cast to fp8 is exact on the target
+    LAYER_IS_POINTER: tl.constexpr,
+    TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Write K and V into one array, where their head sizes may differ."""
+    _write(
+        key_ptr, value_ptr, kv_cache_ptr, kv_cache_ptr, slot_mapping_ptr, k_scale_ptr, v_scale_ptr, layer,
+        num_tokens, num_slots, num_layers, K, V, BLOCK_SIZE, SLOT_STRIDE, FORMAT, HARDWARE_FP8,
+        LAYER_IS_POINTER, TOKENS,
+    )  # fmt: skip

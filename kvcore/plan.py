@@ -1,0 +1,200 @@
+"""Launch plans: a write and a target → grid, tile, warps and kernel arguments, as plain integers.
+
+Both frameworks launch what a plan says, so that they provably start the same kernel with the same arguments. Plans
+depend on shapes, strides and dtypes only, never on data.
+"""
+
+import math
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from kvcore.contract import Write
+from kvcore.layout import Address, contiguous_strides
+from kvcore.quantization import FLOATS, FloatFormat
+
+
+class Target(NamedTuple):
+    """What a kernel is compiled for.
+
+    Attributes:
+        backend: "cuda", "hip" or "interpret".
+        arch: Compute capability as an integer (90), or the name of a gfx architecture.
+        warp_size: Threads that run in step.
+    """
+
+    backend: str
+    arch: int | str
+    warp_size: int = 32
+
+
+INTERPRETER = Target("interpret", 0)
+
+
+class Rows(NamedTuple):
+    """The rows of K, or of V: how they lie in the input and in the cache. Strides count elements.
+
+    A row is one token's `num_heads * head_size` elements. Where heads follow each other without a gap on both
+    sides, they are described as one long head. A constexpr of the kernels.
+    """
+
+    num_heads: int
+    head_size: int
+    # input: [num_tokens, num_heads, head_size]
+    token_stride: int
+    input_head_stride: int
+    input_dim_stride: int
+    # cache: offset + layer·L + block·B + slot·S + head·H + (dim // x)·D + (dim % x)·X
+    offset: int
+    layer_stride: int
+    block_stride: int
+    slot_stride: int
+    head_stride: int
+    dim_stride: int
+    x: int
+    x_stride: int
+    # tile
+    columns: int  # elements of a row that a program handles
+    wide: bool  # whether offsets within a row need 64 bits
+
+
+class WritePlan(NamedTuple):
+    """How to launch a write.
+
+    Attributes:
+        kernel: Name of the kernel in `kvcore.kernels.reshape_and_cache`.
+        tokens: Tokens per program.
+        row_programs: Programs that share a row.
+        num_warps: Warps per program.
+        constexprs: The kernel's compile-time arguments, by name.
+    """
+
+    kernel: str
+    tokens: int
+    row_programs: int
+    num_warps: int
+    constexprs: dict[str, Any]
+
+    def grid(self, num_tokens: int) -> tuple[int, int, int]:
+        """Programs along each axis for `num_tokens` entries of slot_mapping."""
+        return -(-num_tokens // self.tokens), self.row_programs, 1
+
+
+SCALARS = ("num_tokens", "num_slots", "num_layers")
+"""Run-time integers that follow the pointers, in the kernels' order."""
+
+
+def pointers(single_array: bool) -> tuple[str, ...]:
+    """Names of a kernel's pointer arguments, in order. Scales and layer may be None instead."""
+    caches = ("kv_cache_ptr",) if single_array else ("key_cache_ptr", "value_cache_ptr")
+    return ("key_ptr", "value_ptr", *caches, "slot_mapping_ptr", "k_scale_ptr", "v_scale_ptr", "layer")
+
+
+def scalars(write: Write, num_tokens: int) -> tuple[int, int, int]:
+    """Values of `SCALARS`. `num_tokens` is the length of slot_mapping."""
+    extents = write.placement.extents
+    return num_tokens, extents.num_slots, extents.num_layers or 1
+
+
+@lru_cache(maxsize=4096)
+def plan_write(write: Write, target: Target, layer_is_pointer: bool = False) -> WritePlan:
+    """The plan for a write on a target.
+
+    Args:
+        write: From `kvcore.contract.check_write`. Its number of tokens does not matter.
+        target: What to compile for.
+        layer_is_pointer: Whether the kernel loads the layer's index from memory.
+    """
+    extents = write.placement.extents
+    tokens, cap = _tile(write, target)
+    key = _rows(write.key, extents.num_heads, extents.head_size, write.placement.key, cap)
+    value = _rows(write.value, extents.num_heads, extents.head_size_v, write.placement.value, cap)
+    width = tokens * max(key.columns, value.columns) * _itemsize(write.key.dtype)
+    return WritePlan(
+        kernel="reshape_and_cache_kernel_flash" + ("_diffkv" if write.layout.single_array else ""),
+        tokens=tokens,
+        row_programs=max(-(-r.num_heads * r.head_size // r.columns) for r in (key, value)),
+        # A thread moves 16 bytes at a time; more warps than that would idle.
+        num_warps=min(8, max(1, width // (16 * target.warp_size))),
+        constexprs={
+            "K": key,
+            "V": value,
+            "BLOCK_SIZE": extents.block_size,
+            "SLOT_STRIDE": (write.slot_mapping.strides or (1,))[0],
+            "FORMAT": _conversion(write),
+            "HARDWARE_FP8": _converts_exactly(write.format, target),
+            "LAYER_IS_POINTER": layer_is_pointer,
+            "TOKENS": tokens,
+        },
+    )
+
+
+def _tile(write: Write, target: Target) -> tuple[int, int]:
+    """Tokens and the most columns of a program."""
+    if target.backend == "interpret":
+        return 32, 1024  # a program costs milliseconds, an element next to nothing
+    if write.placement.value.slot == 1 or write.placement.key.slot == write.placement.key.x:
+        # Slots are innermost: neighbouring tokens share cache lines, so a program takes many tokens.
+        return 16, 128
+    return 1, 1024
+
+
+def _rows(spec: Any, num_heads: int, head_size: int, at: Address, cap: int) -> Rows:
+    token, head, dim = spec.strides or contiguous_strides(spec.shape)
+    gapless = at.x == 1 and at.head == head_size * at.dim and head == head_size * dim
+    heads, size = (1, num_heads * head_size) if gapless else (num_heads, head_size)
+    reach = max(
+        (num_heads - 1) * at.head + head_size * max(at.dim, at.x_stride), num_heads * head + head_size * dim
+    )
+    return Rows(
+        num_heads=heads,
+        head_size=size,
+        token_stride=token,
+        input_head_stride=head,
+        input_dim_stride=dim,
+        offset=at.offset,
+        layer_stride=at.layer,
+        block_stride=at.block,
+        slot_stride=at.slot,
+        head_stride=at.head,
+        dim_stride=at.dim,
+        x=at.x,
+        x_stride=at.x_stride,
+        columns=_columns(num_heads * head_size, cap),
+        wide=reach >= 2**31,
+    )
+
+
+def _columns(row: int, cap: int) -> int:
+    """The power of two up to `cap` that covers a row with the fewest idle lanes; the largest of the best."""
+    sizes = [1 << i for i in range(4, cap.bit_length())]
+    return min(sizes, key=lambda c: (max(-(-row // c), 1) * c, -c))
+
+
+def _conversion(write: Write) -> FloatFormat | None:
+    return None if write.copies else write.format
+
+
+def _converts_exactly(stored: FloatFormat, target: Target) -> bool:
+    """Whether the compiler's cast from float32 saturates and rounds once, to nearest even.
+
+    True from sm_90 on (checked over all 2³² patterns on an H100). sm_89 rounds twice before Triton 3.9, sm_80 has no
+    instruction, and the interpreter truncates: there the kernels encode with integer arithmetic.
+    """
+    return stored.name not in FLOATS and target.backend == "cuda" and isinstance(target.arch, int) and target.arch >= 90
+
+
+def _itemsize(dtype: str) -> int:
+    return FLOATS[dtype].bits // 8 if dtype in FLOATS else 1
+
+
+def vector_bytes(write: Write) -> int:
+    """Bytes of the widest access that the cache's innermost runs allow, for K and V both; 16 at most."""
+    size = write.format.bits // 8
+    runs = []
+    for at, head_size in (
+        (write.placement.key, write.placement.extents.head_size),
+        (write.placement.value, write.placement.extents.head_size_v),
+    ):
+        run = math.gcd(head_size, at.x) if at.x > 1 else (head_size if at.dim == 1 else 1)
+        runs.append(math.gcd(run, 16 // size, at.offset or 16, at.slot or 16, at.block or 16, at.head or 16) * size)
+    return min(runs)

@@ -1,0 +1,75 @@
+"""The write as vectorised torch: for devices without Triton, and to compare with."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kvcore.contract import Write, overlap_error
+from kvcore.layout import Address
+from kvcore.quantization import FP8, FloatFormat
+from torchkv._memory import share_elements
+
+_BITS = {8: torch.uint8, 16: torch.int16, 32: torch.int32}
+
+
+def write(
+    write: Write,
+    key: Tensor,
+    value: Tensor,
+    caches: Sequence[Tensor],
+    slot_mapping: Tensor,
+    kv_cache_dtype: str,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    layout: str | None,
+    layer: int | None,
+    layer_index: Tensor | None,
+) -> None:
+    """Writes with advanced indexing. Bits as the oracle's."""
+    del kv_cache_dtype, layout  # in `write`
+    if len(caches) == 2 and share_elements(*caches):
+        raise overlap_error()
+    placement = write.placement
+    at_layer = 0 if layer is None else layer
+    if layer_index is not None:
+        at_layer = int(layer_index)
+    if not 0 <= at_layer < (placement.extents.num_layers or 1):
+        return
+    slots = slot_mapping.long()
+    token = ((slots >= 0) & (slots < placement.extents.num_slots)).nonzero().squeeze(1)
+    block, place = slots[token] // placement.extents.block_size, slots[token] % placement.extents.block_size
+    for rows, cache, at, size, scale in (
+        (key, caches[0], placement.key, placement.extents.head_size, k_scale),
+        (value, caches[-1], placement.value, placement.extents.head_size_v, v_scale),
+    ):
+        x = _encode(rows[token], write, scale)
+        view = _view(cache.view(x.dtype), at, write, size)
+        view[at_layer, block, place] = x.unflatten(-1, (size // at.x, at.x))
+
+
+def _view(cache: Tensor, at: Address, write: Write, head_size: int) -> Tensor:
+    """K's or V's elements as `[layer, block, slot, head, dim // x, x]`, whatever their order in memory."""
+    layers, blocks, slots, heads, *_ = write.placement.extents
+    return cache.as_strided(
+        (layers or 1, blocks, slots, heads, head_size // at.x, at.x),
+        (at.layer, at.block, at.slot, at.head, at.dim, at.x_stride),
+        cache.storage_offset() + at.offset,
+    )
+
+
+def _encode(x: Tensor, write: Write, scale: Tensor | None) -> Tensor:
+    """The stored bits, as integers."""
+    stored: FloatFormat = write.format
+    bits = _BITS[stored.bits]
+    if write.copies:
+        return x.view(bits)
+    x = x.float()
+    if write.scaled and scale is not None:
+        x = x / scale.reshape(())
+    nan = x.isnan()
+    if stored.name in FP8:  # the cast overflows to NaN on some versions of torch: saturate first
+        largest = torch.finfo(getattr(torch, stored.name)).max
+        x = x.clamp(-largest, largest)
+    code = x.to(getattr(torch, stored.name)).view(bits)
+    return code.masked_fill_(nan, stored.nan)

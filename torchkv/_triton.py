@@ -1,0 +1,220 @@
+"""Compile and launch the Triton kernels on CUDA and ROCm tensors, and interpret them on CPU tensors.
+
+A launch is a dictionary look-up and a call of the compiled kernel with integer pointers. All that the contract and the
+plan depend on is in the dictionary's key, but for the number of tokens, so both run once a configuration.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvcore.contract import Write, overlap_error
+from kvcore.plan import INTERPRETER, Target, plan_write, pointers, scalars
+from torchkv._memory import share_elements, span
+
+
+class _Launcher(NamedTuple):
+    """A compiled kernel and what its launches have in common."""
+
+    kernel: Any  # triton's CompiledKernel; holds the loaded binary
+    run: Callable[..., None]
+    tokens: int
+    row_programs: int
+    num_slots: int
+    num_layers: int
+    constexprs: tuple[None, ...]
+    spans: tuple[int, int]  # bytes from the first to past the last element of each cache
+    apart: set[int]  # bytes from key to value cache at which interleaved caches were seen to share nothing
+    scaled: bool
+
+
+_launchers: dict[tuple[Any, ...], _Launcher] = {}
+
+
+def launch(
+    check: Callable[..., Write],
+    key: Tensor,
+    value: Tensor,
+    caches: Sequence[Tensor],
+    slot_mapping: Tensor,
+    kv_cache_dtype: str,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    layout: str | None,
+    layer: int | None,
+    layer_index: Tensor | None,
+    backend: str | None,
+) -> None:
+    """Launches on the current stream of the caches' device."""
+    key_cache, value_cache = caches[0], caches[-1]
+    device = key_cache.device.index
+    n = slot_mapping.shape[0]
+    addresses = [key.data_ptr(), value.data_ptr(), key_cache.data_ptr()]
+    if len(caches) == 2:
+        addresses.append(value_cache.data_ptr())
+    addresses.append(slot_mapping.data_ptr())
+    alignment = 0
+    for address in addresses:
+        alignment = alignment << 1 | (address & 15 == 0)
+
+    signature = (
+        key.dtype, key.shape[1:], key.stride(), key.device,
+        value.dtype, value.shape[1:], value.stride(), value.device,
+        key_cache.dtype, key_cache.shape, key_cache.stride(), key_cache.device,
+        value_cache.dtype, value_cache.shape, value_cache.stride(), value_cache.device,
+        slot_mapping.dtype, slot_mapping.dim(), slot_mapping.stride(), slot_mapping.device,
+        len(caches), kv_cache_dtype, layout, layer is None, alignment,
+        k_scale is None or (k_scale.dtype, k_scale.shape, k_scale.device),
+        v_scale is None or (v_scale.dtype, v_scale.shape, v_scale.device),
+        layer_index is None or (layer_index.dtype, layer_index.shape, layer_index.device),
+    )  # fmt: skip
+    found = _launchers.get(signature)
+    # What the signature leaves out, the contract has to see again.
+    if found is None or not (n <= key.shape[0] == value.shape[0]) or not (layer is None or 0 <= layer < found.num_layers):
+        write = check(
+            key, value, caches, slot_mapping, kv_cache_dtype, k_scale, v_scale, layout, layer, layer_index, backend
+        )
+        with torch.cuda.device(device):
+            found = _launchers[signature] = _compile(
+                write, key, value, caches, slot_mapping, k_scale, v_scale, layer, layer_index, addresses
+            )
+    if len(caches) == 2:
+        distance = addresses[3] - addresses[2]
+        if -found.spans[1] < distance < found.spans[0] and distance not in found.apart:
+            if share_elements(key_cache, value_cache):
+                raise overlap_error()
+            found.apart.add(distance)
+    if n == 0:
+        return
+
+    # One more device guard costs more than the look-up: only where another device is current.
+    if device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            _run(found, device, n, addresses, k_scale, v_scale, layer, layer_index)
+    else:
+        _run(found, device, n, addresses, k_scale, v_scale, layer, layer_index)
+
+
+def _run(
+    found: _Launcher,
+    device: int,
+    n: int,
+    addresses: list[int],
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    layer: int | None,
+    layer_index: Tensor | None,
+) -> None:
+    import triton
+
+    grid = (-(-n // found.tokens), found.row_programs, 1)
+    arguments = (
+        *addresses,
+        k_scale.data_ptr() if found.scaled and k_scale is not None else None,
+        v_scale.data_ptr() if found.scaled and v_scale is not None else None,
+        layer if layer_index is None else layer_index.data_ptr(),
+        n,
+        found.num_slots,
+        found.num_layers,
+        *found.constexprs,
+    )
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    runtime = triton.knobs.runtime
+    enter, leave, metadata = runtime.launch_enter_hook, runtime.launch_exit_hook, None
+    if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a profiler listens
+        metadata = found.kernel.launch_metadata(grid, stream, *arguments)
+    else:
+        enter = leave = None
+    kernel = found.kernel
+    found.run(*grid, stream, kernel.function, kernel.packed_metadata, metadata, enter, leave, *arguments)
+
+
+def _compile(
+    write: Write,
+    key: Tensor,
+    value: Tensor,
+    caches: Sequence[Tensor],
+    slot_mapping: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    layer: int | None,
+    layer_index: Tensor | None,
+    addresses: list[int],
+) -> _Launcher:
+    from triton.runtime import driver
+
+    from kvcore.compiler import compile_plan
+
+    target = Target(*_fields(driver.active.get_current_target()))
+    plan = plan_write(write, target, layer_is_pointer=layer_index is not None)
+    names = pointers(write.layout.single_array)
+    pointees: dict[str, str | None] = dict.fromkeys(names)
+    for name, tensor in zip(names, (key, value, *caches, slot_mapping), strict=False):
+        pointees[name] = str(tensor.dtype).removeprefix("torch.")
+    pointees["k_scale_ptr"] = "float32" if write.scaled and k_scale is not None else None
+    pointees["v_scale_ptr"] = "float32" if write.scaled and v_scale is not None else None
+    if layer_index is not None:
+        pointees["layer"] = str(layer_index.dtype).removeprefix("torch.")
+    elif layer is not None:
+        pointees["layer"] = "scalar"
+    aligned = frozenset(name for name, address in zip(names, addresses, strict=False) if address % 16 == 0)
+    kernel = compile_plan(plan, target, pointees, aligned)
+    _, num_slots, num_layers = scalars(write, 0)
+    size = caches[0].element_size()
+    return _Launcher(
+        kernel=kernel,
+        run=kernel.run,
+        tokens=plan.tokens,
+        row_programs=plan.row_programs,
+        num_slots=num_slots,
+        num_layers=num_layers,
+        constexprs=(None,) * len(plan.constexprs),
+        spans=(span(caches[0]) * size, span(caches[-1]) * size),
+        apart=set(),
+        scaled=write.scaled,
+    )
+
+
+def _fields(target: Any) -> tuple[str, int | str, int]:
+    return target.backend, target.arch, target.warp_size
+
+
+def interpret(
+    write: Write,
+    key: Tensor,
+    value: Tensor,
+    caches: Sequence[Tensor],
+    slot_mapping: Tensor,
+    kv_cache_dtype: str,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    layout: str | None,
+    layer: int | None,
+    layer_index: Tensor | None,
+) -> None:
+    """Runs the kernel in Triton's interpreter, on the tensors' own memory."""
+    from kvcore import interpreter
+
+    del kv_cache_dtype, layout  # in `write`
+    if len(caches) == 2 and share_elements(*caches):
+        raise overlap_error()
+
+    def pointer(tensor: Tensor | None) -> interpreter.Pointer | None:
+        if tensor is None:
+            return None
+        return interpreter.Pointer(tensor.data_ptr(), str(tensor.dtype).removeprefix("torch."))
+
+    n = slot_mapping.shape[0]
+    interpreter.run(
+        plan_write(write, INTERPRETER, layer_is_pointer=layer_index is not None),
+        [
+            *(pointer(t) for t in (key, value, *caches, slot_mapping)),
+            pointer(k_scale) if write.scaled else None,
+            pointer(v_scale) if write.scaled else None,
+            layer if layer_index is None else pointer(layer_index),
+            *scalars(write, n),
+        ],
+        n,
+    )
