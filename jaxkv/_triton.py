@@ -1,0 +1,78 @@
+"""The write as a Triton kernel, through jax_triton: the only module that imports it."""
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from jaxkv import _compat
+
+jt = _compat.import_jax_triton()
+
+from kvcore.compiler import OPTIONS  # noqa: E402
+from kvcore.contract import Write  # noqa: E402
+from kvcore.kernels import reshape_and_cache  # noqa: E402
+from kvcore.plan import Target, plan_write, scalars  # noqa: E402
+
+if TYPE_CHECKING:
+    from jaxkv._primitive import Operands
+
+# The lowest PTX version that each compute capability needs, with what the kernels use. Triton would write the
+# highest that its own ptxas knows, which an older driver refuses.
+_PTX_VERSIONS = {80: 78, 86: 78, 87: 78, 89: 81, 90: 80, 100: 86, 101: 86, 103: 88, 110: 90, 120: 87, 121: 88}
+
+
+def write(
+    call: Write, operands: "Operands", layer: int | None, platform: str, compute_capability: int | None
+) -> list[jax.Array]:
+    """The new caches: the same buffers, updated in place."""
+    n = operands.slot_mapping.shape[0]
+    target = _target(platform, compute_capability)
+    plan = plan_write(call, target, layer_is_pointer=operands.layer is not None)
+    if 0 in plan.grid(n):
+        return list(operands.caches)
+    refs = [jax.new_ref(cache) for cache in operands.caches]
+    options: dict[str, Any] = dict(OPTIONS)
+    if platform == "cuda":
+        options["ptx_version"] = _PTX_VERSIONS.get(int(target.arch))
+    jt.triton_call(
+        operands.key,
+        operands.value,
+        *refs,
+        operands.slot_mapping,
+        operands.k_scale,
+        operands.v_scale,
+        layer if operands.layer is None else operands.layer,
+        *scalars(call, n),
+        kernel=getattr(reshape_and_cache, plan.kernel),
+        out_type=(),
+        grid=plan.grid(n),
+        num_warps=plan.num_warps,
+        compute_capability=target.arch if platform == "cuda" else None,
+        backend_options=options,
+        name=plan.kernel,
+        **plan.constexprs,
+    )
+    return [jax.freeze(ref) for ref in refs]
+
+
+def _target(platform: str, compute_capability: int | None) -> Target:
+    if platform == "rocm":
+        return Target("hip", "", 64)
+    if chosen := os.environ.get("JAXKV_COMPUTE_CAPABILITY"):
+        compute_capability = int(chosen)
+    if compute_capability is None:
+        compute_capability = _attached() or 80
+    return Target("cuda", compute_capability)
+
+
+def _attached() -> int | None:
+    """The compute capability of this host's GPU, if it has one.
+
+    Without, as when exporting from a host of another kind, 8.0 is compiled for: PTX that newer GPUs translate.
+    """
+    try:
+        version = jax.devices("cuda")[0].compute_capability
+    except RuntimeError:
+        return None
+    return int(version.replace(".", ""))
