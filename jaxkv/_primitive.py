@@ -19,7 +19,7 @@ from jax._src import dispatch  # private: a lowering that emits custom_partition
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxkv import _interpret, _xla
@@ -67,8 +67,26 @@ class Operands(NamedTuple):
 
 def write(options: Options, *flat: Any) -> list[Any]:
     """Binds the primitive. Inside shard_map, operands become varying where any of them is."""
+    mesh = jax.typeof(Operands.unflatten(options, flat).caches[0]).sharding.mesh
+    explicit = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
+    if explicit:
+        return _write_explicit(options, mesh, explicit, flat)
     varying = frozenset().union(*(_varying(x) for x in flat))
     return write_p.bind(*(_vary(x, varying) for x in flat), options=options)
+
+
+def _write_explicit(options: Options, mesh: Any, explicit: set[str], flat: Sequence[Any]) -> list[Any]:
+    """The write where shardings are part of types: they are known here, so each device gets its heads here."""
+    specs = [jax.typeof(c).sharding.spec for c in Operands.unflatten(options, flat).caches]
+    operand_specs, cache_specs = _specs(options, specs, len(flat))
+    local = jax.shard_map(
+        lambda *shards: write(options, *shards),
+        mesh=mesh,
+        axis_names=explicit,
+        in_specs=tuple(operand_specs),
+        out_specs=cache_specs,
+    )
+    return local(*(jax.sharding.reshard(x, NamedSharding(mesh, s)) for x, s in zip(flat, operand_specs, strict=True)))
 
 
 def _varying(x: Any) -> frozenset[str]:
@@ -176,22 +194,23 @@ def _partitioned(options: Options, avals: Sequence[Any]) -> Any:
         given = Operands.unflatten(options, args)
         if not all(isinstance(c.sharding, NamedSharding) for c in given.caches):  # within a partly manual shard_map
             return mesh, local, tuple(c.sharding for c in given.caches), tuple(a.sharding for a in args)
-        heads = {
-            _head_split(axes, c.sharding.spec)
-            for axes, c in zip(options.layout.arrays, given.caches, strict=True)
-        }
-        if len(heads) > 1:
-            raise ValueError(f"jaxkv: both caches must be split alike over heads, got {sorted(map(str, heads))}")
-        rows = NamedSharding(mesh, P(None, *heads, None))
-        caches = tuple(
-            NamedSharding(mesh, P(*(next(iter(heads)) if "head" in axis else None for axis in axes)))
-            for axes in options.layout.arrays
-        )
-        whole = [NamedSharding(mesh, P(None))] * (len(args) - 2 - len(caches))
-        return mesh, local, caches, (rows, rows, *caches, *whole)
+        operand_specs, cache_specs = _specs(options, [c.sharding.spec for c in given.caches], len(args))
+        caches, operands = (tuple(NamedSharding(mesh, spec) for spec in s) for s in (cache_specs, operand_specs))
+        return mesh, local, caches, operands
 
     reshape_and_cache.def_partition(partition, sharding_rule=_sharding_rule(options, len(avals)))
     return reshape_and_cache
+
+
+def _specs(options: Options, caches: Sequence[P], num_operands: int) -> tuple[list[P], list[P]]:
+    """Specs of all operands and of the results, given those of the caches."""
+    splits = [_head_split(axes, spec) for axes, spec in zip(options.layout.arrays, caches, strict=True)]
+    if len({str(split) for split in splits}) > 1:
+        raise ValueError(f"key_cache and value_cache must be split alike over heads, got {splits[0]} and {splits[1]}")
+    heads = splits[0]
+    rows = P(None, heads, None)
+    results = [P(*(heads if "head" in axis else None for axis in axes)) for axes in options.layout.arrays]
+    return [rows, rows, *results, *[P(None)] * (num_operands - 2 - len(results))], results
 
 
 def _head_split(axes: Sequence[Axis], spec: P) -> Any:

@@ -98,16 +98,16 @@ def forward(
     """
     batch, count = tokens.shape
     heads, kv_heads = config.num_heads, config.num_kv_heads
-    cuts = np.cumsum([heads * config.head_size, kv_heads * config.head_size]).tolist()
+    cut = (heads + kv_heads) * config.head_size
     blocks = jnp.take_along_axis(tables, positions // spec.block_size, axis=1)
     slots = jnp.where(written, blocks * spec.block_size + positions % spec.block_size, -1).reshape(-1)
     cosine, sine = (jnp.asarray(table)[positions] for table in weights["rotations"])
     x = weights["embedding"][tokens]
     for index, layer in enumerate(weights["layers"]):
         normed = rms_norm(x, layer["attention_norm"], config.norm_epsilon)
-        query, key, value = jnp.split(normed @ layer["qkv"], cuts, axis=-1)
-        query = rotate(query.reshape(batch, count, heads, -1), cosine, sine)
-        key = rotate(key.reshape(batch, count, kv_heads, -1), cosine, sine)
+        turning, value = jnp.split(normed @ layer["qkv"], [cut], axis=-1)
+        turned = rotate(turning.reshape(batch, count, heads + kv_heads, -1), cosine, sine)
+        query, key = jnp.split(turned, [heads], axis=2)
         cache = jax_cache.write(
             spec,
             cache,

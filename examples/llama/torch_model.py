@@ -39,7 +39,7 @@ def load_weights(model: LlamaModel, dtype: torch.dtype, device: torch.device) ->
     """Carries the weights to a device."""
 
     def put(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(device, dtype)
+        return torch.from_numpy(np.require(array, requirements="W")).to(device, dtype)
 
     embedding = put(model.embedding)
     return Weights(
@@ -61,7 +61,7 @@ def project(x: Tensor, weight: Tensor) -> Tensor:
     if x.is_cuda or x.dtype != torch.float32 or rows >= 16:
         return F.linear(x, weight)
     flat = x.reshape(rows, -1)
-    flat = flat.expand(2, -1) if rows == 1 else flat
+    flat = torch.cat([flat, flat]) if rows == 1 else flat
     return (weight @ flat.T)[:, :rows].T.contiguous().view(*x.shape[:-1], -1)
 
 
@@ -90,7 +90,7 @@ def forward(
     """
     batch, count = tokens.shape
     heads, kv_heads = config.num_heads, config.num_kv_heads
-    sizes = [heads * config.head_size, kv_heads * config.head_size, kv_heads * config.head_size_v]
+    sizes = [(heads + kv_heads) * config.head_size, kv_heads * config.head_size_v]
     blocks = tables.gather(1, (positions // spec.block_size).clamp(max=tables.shape[1] - 1))
     slots = torch.where(written, blocks * spec.block_size + positions % spec.block_size, -1).view(-1)
     cosine, sine = (table[positions] for table in rotations)
@@ -101,19 +101,21 @@ def forward(
     shape = (config.hidden_size,)
     for index, layer in enumerate(weights.layers):
         normed = F.rms_norm(x, shape, layer.attention_norm, config.norm_epsilon)
-        query, key, value = project(normed, layer.qkv).split(sizes, dim=-1)
-        query = rotate(query.view(batch, count, heads, -1), cosine, sine).transpose(1, 2)
-        key = rotate(key.view(batch, count, kv_heads, -1), cosine, sine)
+        turning, value = project(normed, layer.qkv).split(sizes, dim=-1)
+        turned = rotate(turning.view(batch, count, heads + kv_heads, -1), cosine, sine)
+        query, key = turned.split([heads, kv_heads], dim=2)
         torch_cache.write(
             spec,
             cache,
-            key.view(batch * count, kv_heads, -1),
-            value.reshape(batch * count, kv_heads, -1),
+            key.flatten(0, 1),  # [tokens, kv heads, dim]: a slice, as `value` is one of the fused projection
+            value.unflatten(-1, (kv_heads, -1)).flatten(0, 1),
             slots,
             index,
         )
         keys, values = torch_cache.read(spec, cache, tables, index, x.dtype)
-        mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=visible, enable_gqa=True)
+        mixed = F.scaled_dot_product_attention(
+            query.transpose(1, 2), keys, values, attn_mask=visible, enable_gqa=True
+        )
         x = x + project(mixed.transpose(1, 2).reshape(batch, count, -1), layer.attention_out)
         normed = F.rms_norm(x, shape, layer.mlp_norm, config.norm_epsilon)
         gate, up = project(normed, layer.gate_up).chunk(2, dim=-1)
