@@ -12,57 +12,73 @@ REPEATS = 15
 
 def torch_time(calls: Sequence[Callable[[], Any]]) -> float:
     """Median time of a call, over calls on inputs that differ: in a CUDA graph on a GPU, by the clock on a CPU."""
-    for call in calls:
-        call()
+
+    def once() -> None:
+        for call in calls:
+            call()
+
+    once()
     if not torch.cuda.is_available():
-        return _by_clock(lambda: [call() for call in calls], REPEATS) / len(calls)
+        return _by_clock(once) / len(calls)
+    rounds = _rounds(_graph_time(once, 1, repeats=3))
+    return _graph_time(once, rounds, REPEATS) / rounds / len(calls)
+
+
+def _graph_time(once: Callable[[], None], rounds: int, repeats: int) -> float:
+    """Median time of a CUDA graph that holds `rounds` of the calls."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for call in calls:
-            call()
+        once()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    for _ in range(3):
-        graph.replay()
+        for _ in range(rounds):
+            once()
+    graph.replay()
     times = []
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         graph.replay()
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3 / len(calls))
+        times.append(start.elapsed_time(end) / 1e3)
     return statistics.median(times)
 
 
-def jax_time(step: Callable[[Any], Any], carry: Any, calls: int, loops: int) -> float:
+def jax_time(step: Callable[[Any], Any], carry: Any, calls: int) -> float:
     """Median time of a call in a jitted loop over a donated carry.
 
     Args:
         step: Makes `calls` calls, one after the other, on a carry.
         carry: What it starts from; consumed.
         calls: Calls in a step.
-        loops: Steps in one jitted loop, enough to hide the launch of the program.
     """
     import jax
 
-    program = jax.jit(lambda c: jax.lax.fori_loop(0, loops, lambda _, x: step(x), c), donate_argnums=0)
-    carry = jax.block_until_ready(program(carry))
+    def run(carry: Any, loops: int, repeats: int) -> tuple[Any, float]:
+        program = jax.jit(lambda c: jax.lax.fori_loop(0, loops, lambda _, x: step(x), c), donate_argnums=0)
+        carry = jax.block_until_ready(program(carry))
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            carry = jax.block_until_ready(program(carry))
+            times.append((time.perf_counter() - start) / loops)
+        return carry, statistics.median(times)
+
+    carry, estimate = run(carry, 1, 3)
+    return run(carry, _rounds(estimate), REPEATS)[1] / calls
+
+
+def _rounds(seconds: float) -> int:
+    """Rounds that take long enough for the clock, 5 ms, and for launches and gaps not to show."""
+    return min(100, max(1, round(5e-3 / seconds)))
+
+
+def _by_clock(call: Callable[[], Any]) -> float:
     times = []
     for _ in range(REPEATS):
-        start = time.perf_counter()
-        carry = jax.block_until_ready(program(carry))
-        times.append((time.perf_counter() - start) / loops / calls)
-    return statistics.median(times)
-
-
-def _by_clock(call: Callable[[], Any], repeats: int) -> float:
-    times = []
-    for _ in range(repeats):
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)

@@ -146,15 +146,13 @@ def jax_times(case: Case, inputs: Inputs) -> dict[str, float]:
     def caches() -> tuple[Any, ...]:
         return tuple(jnp.zeros(s, case.cache_dtype) for s in shapes)
 
-    loops = 4 if torch.cuda.is_available() else 1
-
     def measure(write: Callable[..., Any], start: Any) -> float:
         def step(carry: Any) -> Any:
             for k, v, s in sets:
                 carry = write(carry, k, v, s)
             return carry
 
-        return jax_time(step, start, len(sets), loops)
+        return jax_time(step, start, len(sets))
 
     def ours(carry: Any, k: Any, v: Any, s: Any) -> Any:
         new = inputs.call(jaxkv, k, v, carry, s, case.kv_cache_dtype, scales)

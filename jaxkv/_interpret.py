@@ -1,5 +1,7 @@
 """The Triton kernel in its interpreter, behind a host callback: slow, exact, and without a GPU."""
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import TYPE_CHECKING
 
 import jax
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
 
 def write(call: Write, operands: "Operands", layer: int | None) -> list[jax.Array]:
     """The new caches."""
+    worker = _worker()
     plan = plan_write(call, INTERPRETER, layer_is_pointer=operands.layer is not None)
 
     def on_host(x: "Operands") -> list[np.ndarray]:
@@ -30,10 +33,22 @@ def write(call: Write, operands: "Operands", layer: int | None) -> list[jax.Arra
             layer if x.layer is None else pointer(x.layer),
             *scalars(call, n),
         ]
-        interpreter.run(plan, arguments, n)
+        worker.submit(interpreter.run, plan, arguments, n).result()
         return caches
 
     shapes = [jax.ShapeDtypeStruct(c.shape, c.dtype) for c in operands.caches]
     return list(jax.pure_callback(on_host, shapes, operands))
 
 
+
+
+@cache
+def _worker() -> ThreadPoolExecutor:
+    """A thread that computes as NumPy expects.
+
+    XLA's threads, and those started from them, flush subnormal numbers to zero. This one starts now, while a program is
+    lowered, so not from one of them.
+    """
+    worker = ThreadPoolExecutor(1, thread_name_prefix="jaxkv-interpreter")
+    worker.submit(lambda: None).result()
+    return worker

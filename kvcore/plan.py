@@ -129,13 +129,14 @@ def plan_write(write: Write, target: Target, layer_is_pointer: bool = False) -> 
 
 
 def _tile(write: Write, target: Target) -> tuple[int, int]:
-    """Tokens and the most columns of a program."""
+    """Tokens and the most columns of a program. Measured on an H100: see benchmarks/results."""
     if target.backend == "interpret":
         return 32, 1024  # a program costs milliseconds, an element next to nothing
     if write.placement.value.slot == 1 or write.placement.key.slot == write.placement.key.x:
         # Slots are innermost: neighbouring tokens share cache lines, so a program takes many tokens.
         return 16, 128
-    return 1, 1024
+    row = write.placement.extents.num_heads * max(write.key.shape[2], write.value.shape[2])
+    return max(1, 1024 // _power_of_two(row)), 2048
 
 
 def _rows(spec: Any, num_heads: int, head_size: int, at: Address, cap: int) -> Rows:
@@ -165,9 +166,12 @@ def _rows(spec: Any, num_heads: int, head_size: int, at: Address, cap: int) -> R
 
 
 def _columns(row: int, cap: int) -> int:
-    """The power of two up to `cap` that covers a row with the fewest idle lanes; the largest of the best."""
-    sizes = [1 << i for i in range(4, cap.bit_length())]
-    return min(sizes, key=lambda c: (max(-(-row // c), 1) * c, -c))
+    """The power of two that covers a row, up to `cap`: idle lanes cost less than narrow accesses would."""
+    return min(_power_of_two(row), cap)
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
 
 
 def _conversion(write: Write) -> FloatFormat | None:

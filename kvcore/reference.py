@@ -107,7 +107,7 @@ def encode(x: np.ndarray, stored: FloatFormat) -> np.ndarray:
     if stored.bits == 32:
         return np.where(np.isnan(x), np.uint32(stored.nan), x.view(np.uint32))
     numbers = _numbers(stored)
-    magnitude = np.abs(x.astype(np.float64))
+    magnitude = np.abs(np.nan_to_num(x, nan=0.0, posinf=np.inf, neginf=-np.inf).astype(np.float64))
     above = np.clip(np.searchsorted(numbers, magnitude), 1, len(numbers) - 1)
     below = above - 1
     to_above, to_below = numbers[above] - magnitude, magnitude - numbers[below]
