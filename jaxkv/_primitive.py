@@ -221,8 +221,8 @@ def _head_split(axes: Sequence[Axis], spec: P) -> Any:
             continue
         if "head" not in axis:
             raise ValueError(
-                f"jaxkv: a cache may be split over heads only, got {spec} for layout axes "
-                f"({' '.join(''.join(a) for a in axes)}); use jax.shard_map to give each device blocks of its own"
+                f"a cache may be split over heads only, got axis {' '.join(axis)} split over {mesh_axes}; "
+                "jax.shard_map can give each device blocks of its own"
             )
         split = mesh_axes
     return split

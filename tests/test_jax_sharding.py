@@ -1,0 +1,143 @@
+"""Caches split over eight devices (of the CPU; test_compiled.py has the GPU programs): by heads, without a collective."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxkv
+from kvcore.layout import CacheLayout
+from tests.arrays import bits, make_case, run_oracle
+
+LAYOUTS = ("NHD", "HND", "HEAD_MAJOR", "PALLAS", "KV_NHD", "PACKED_NHD", "INTERLEAVED", "layer block slot head dim")
+
+
+def mesh_of(kind, shape=(8,), names=("tp",)):
+    return jax.make_mesh(shape, names, axis_types=(kind,) * len(names))
+
+
+def head_spec(axes):
+    return P(*("tp" if "head" in axis else None for axis in axes))
+
+
+def case_for(layout):
+    layered = CacheLayout.of(layout).has_layer
+    return make_case(
+        np.random.default_rng(0), layout=layout, num_heads=8, head_size=16,
+        num_layers=2 if layered else None, layer=1 if layered else None,
+    )  # fmt: skip
+
+
+def place(case, mesh):
+    """The case's arrays on the mesh, heads split."""
+    rows = NamedSharding(mesh, P(None, "tp", None))
+    caches = [
+        jax.device_put(c, NamedSharding(mesh, head_spec(axes)))
+        for c, axes in zip(case.caches, case.layout.arrays, strict=True)
+    ]
+    slots = jax.device_put(case.slot_mapping.astype(np.int32), NamedSharding(mesh, P(None)))
+    return jax.device_put(case.key, rows), jax.device_put(case.value, rows), *caches, slots
+
+
+def assert_same(got, want):
+    for g, w in zip(got if isinstance(got, tuple) else (got,), want, strict=True):
+        np.testing.assert_array_equal(bits(np.asarray(g)), bits(w))
+
+
+def assert_local(compiled, cache_bytes):
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= cache_bytes // 8
+    assert memory.temp_size_in_bytes < cache_bytes // 8 // 2
+    assert not re.findall(r"all-gather|all-reduce|all-to-all|collective-permute", compiled.as_text())
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_heads(layout, kind):
+    case, mesh = case_for(layout), mesh_of(kind)
+
+    def write(*x):
+        return case.op(jaxkv)(*x, layout=case.layout, layer=case.layer)
+
+    with jax.set_mesh(mesh):
+        inputs = place(case, mesh)
+        step = jax.jit(write, donate_argnums=tuple(range(2, len(inputs) - 1)))
+        assert_local(step.lower(*inputs).compile(), sum(c.nbytes for c in case.caches))
+        new = step(*inputs)
+    for cache, axes in zip(new if isinstance(new, tuple) else (new,), case.layout.arrays, strict=True):
+        assert cache.sharding.is_equivalent_to(NamedSharding(mesh, head_spec(axes)), cache.ndim)
+    assert_same(new, run_oracle(case))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:3])
+def test_heads_outside_jit(layout):
+    case, mesh = case_for(layout), mesh_of(AxisType.Auto)
+    assert_same(case.op(jaxkv)(*place(case, mesh), layout=case.layout), run_oracle(case))
+
+
+def test_fp8_with_traced_scale_and_layer():
+    case = make_case(
+        np.random.default_rng(1), num_heads=8, head_size=16, num_layers=2, layer=1, kv_cache_dtype="fp8"
+    )
+    mesh = mesh_of(AxisType.Auto)
+
+    def write(scale, layer, *x):
+        return jaxkv.reshape_and_cache_flash(*x, "fp8", scale, case.v_scale, layout=case.layout, layer=layer)
+
+    new = jax.jit(write)(jnp.float32(case.k_scale), jnp.int32(1), *place(case, mesh))
+    assert_same(new, run_oracle(case))
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS[:4])
+def test_shard_map(layout, check_vma):
+    case, mesh = case_for(layout), mesh_of(AxisType.Auto)
+    specs = tuple(head_spec(axes) for axes in case.layout.arrays)
+    local = jax.shard_map(
+        lambda *x: case.op(jaxkv)(*x, layout=case.layout),
+        mesh=mesh,
+        in_specs=(P(None, "tp"), P(None, "tp"), *specs, P()),
+        out_specs=specs,
+        check_vma=check_vma,
+    )
+    step = jax.jit(local, donate_argnums=tuple(range(2, 2 + len(specs))))
+    inputs = place(case, mesh)
+    assert_local(step.lower(*inputs).compile(), sum(c.nbytes for c in case.caches))
+    assert_same(step(*inputs), run_oracle(case))
+
+
+def test_shard_map_over_blocks_of_each_device():
+    """Data parallel: every device has blocks and slots of its own; only tokens for it are its own business."""
+    case = make_case(np.random.default_rng(2), num_blocks=16, num_heads=2, head_size=16, num_tokens=8, slots=range(0, 128, 16))
+    mesh = mesh_of(AxisType.Auto)
+
+    def local(key, value, key_cache, value_cache, slots):
+        first = jax.lax.axis_index("tp") * 16  # two blocks of eight slots a device
+        mine = (slots >= first) & (slots < first + 16)
+        return jaxkv.reshape_and_cache_flash(
+            key, value, key_cache, value_cache, jnp.where(mine, slots - first, -1)
+        )
+
+    call = jax.shard_map(local, mesh=mesh, in_specs=(P(), P(), P("tp"), P("tp"), P()), out_specs=P("tp"))
+    got = call(case.key, case.value, *case.caches, jnp.asarray(case.slot_mapping, jnp.int32))
+    assert_same(got, run_oracle(case))
+
+
+@pytest.mark.parametrize(("axis", "spec"), [("block", P("tp")), ("slot", P(None, "tp")), ("dim", P(None, None, None, "tp"))])
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_any_other_split_raises(kind, axis, spec):
+    case = make_case(np.random.default_rng(3), num_blocks=16, num_heads=8, head_size=16)
+    mesh = mesh_of(kind)
+    caches = [jax.device_put(c, NamedSharding(mesh, spec)) for c in case.caches]
+    with jax.set_mesh(mesh), pytest.raises((ValueError, jax.errors.JaxRuntimeError)) as error:
+        jax.jit(jaxkv.reshape_and_cache_flash)(case.key, case.value, *caches, case.slot_mapping)
+    assert f"a cache may be split over heads only, got axis {axis} split over tp" in str(error.value)
+
+
+def test_a_mesh_with_more_axes():
+    case, mesh = case_for("NHD"), mesh_of(AxisType.Auto, (2, 4), ("dp", "tp"))
+    assert_same(jax.jit(jaxkv.reshape_and_cache_flash)(*place(case, mesh)), run_oracle(case))

@@ -1,0 +1,104 @@
+"""Both frameworks launch what the plan says: the same kernel, grid, warps and arguments."""
+
+import numpy as np
+import pytest
+
+from kvcore.layout import _CONSTANTS as LAYOUTS
+from kvcore.plan import SCALARS, Target, plan_write, pointers, scalars
+from tests.arrays import make_case, run_jax, run_torch
+from tests.writes import describe
+
+H100 = Target("cuda", 90)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 67])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_element_has_one_lane(layout, num_tokens):
+    write = describe(layout, num_tokens=num_tokens)
+    plan = plan_write(write, H100)
+    tokens, rows, one = plan.grid(num_tokens)
+    assert one == 1
+    assert tokens * plan.tokens >= num_tokens > (tokens - 1) * plan.tokens
+    for side in (plan.constexprs["K"], plan.constexprs["V"]):
+        assert side.columns & (side.columns - 1) == 0
+        assert rows * side.columns >= side.num_heads * side.head_size
+
+
+def test_rows_without_gaps_are_one_long_head():
+    assert plan_write(describe("NHD"), H100).constexprs["K"][:2] == (1, 8 * 128)
+    assert plan_write(describe("HND"), H100).constexprs["K"][:2] == (8, 128)
+
+
+def test_offsets_within_a_row_get_64_bits_where_they_need_them():
+    assert not plan_write(describe("PALLAS", num_blocks=1024), H100).constexprs["K"].wide
+    assert plan_write(describe("PALLAS", num_blocks=2**20), H100).constexprs["K"].wide
+    assert not plan_write(describe("NHD", num_blocks=2**20), H100).constexprs["K"].wide
+
+
+@pytest.mark.parametrize(("arch", "hardware"), [(80, False), (89, False), (90, True), (100, True)])
+def test_hardware_rounds_fp8_only_where_it_was_seen_exact(arch, hardware):
+    fp8 = describe("NHD", kv_cache_dtype="fp8", cache_dtype="uint8")
+    assert plan_write(fp8, Target("cuda", arch)).constexprs["HARDWARE_FP8"] is hardware
+    assert not plan_write(fp8, Target("hip", "gfx942", 64)).constexprs["HARDWARE_FP8"]
+    assert not plan_write(describe("NHD"), Target("cuda", arch)).constexprs["HARDWARE_FP8"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_both_frameworks_interpret_the_same_launch(monkeypatch, layout):
+    """The interpreter gets plan and arguments from both twins; but for addresses they are equal."""
+    from kvcore import interpreter
+
+    launches = []
+
+    def record(plan, arguments, num_tokens):
+        launches.append((plan, [a.dtype if isinstance(a, interpreter.Pointer) else a for a in arguments], num_tokens))
+
+    monkeypatch.setattr(interpreter, "run", record)
+    case = make_case(np.random.default_rng(0), layout=layout, num_layers=3, layer=1, kv_cache_dtype="fp8_e5m2")
+    case.slot_mapping = case.slot_mapping.astype(np.int32)  # JAX has no int64 by default
+    run_torch(case, "interpret")
+    run_jax(case, "interpret")
+    assert launches[0] == launches[1]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_both_frameworks_compile_the_same_launch(monkeypatch, layout):
+    """What jax_triton gets is what torch's launcher compiles, but for fp8 pointers, which torch calls bytes."""
+    import jax.numpy as jnp
+    import triton
+
+    from jaxkv import _triton as jax_half
+    from jaxkv._primitive import Operands
+    from kvcore import compiler
+
+    write = describe(layout, num_layers=3, layer=1)
+    plan = plan_write(write, H100)
+    calls = {}
+    monkeypatch.setattr(jax_half.jt, "triton_call", lambda *args, **named: calls.update(jax=(args, named)))
+    num_caches = len(write.layout.arrays)
+    any_array = jnp.zeros(1)
+    jax_half.write(
+        write,
+        Operands(any_array, any_array, (any_array,) * num_caches, jnp.zeros(67, jnp.int32), None, None, None),
+        layer=1,
+        platform="cuda",
+        compute_capability=90,
+    )
+    args, named = calls["jax"]
+
+    monkeypatch.setattr(triton, "compile", lambda source, target, options: (source, target, options))
+    pointees = dict.fromkeys(pointers(write.layout.single_array)) | {"layer": "scalar"}
+    for name, dtype in zip(pointees, ["bfloat16"] * (2 + num_caches) + ["int32"], strict=False):
+        pointees[name] = dtype
+    source, target, options = compiler.compile_plan(plan, H100, pointees, frozenset())
+
+    assert (target.backend, target.arch) == ("cuda", named["compute_capability"])
+    assert source.fn is named["kernel"]
+    assert named["grid"] == plan.grid(67)
+    assert {**named["backend_options"], "num_warps": named["num_warps"], "ptx_version": 0} == {**options, "ptx_version": 0}
+    kernel_names = named["kernel"].arg_names
+    assert len(args) == len(pointees) + len(SCALARS)
+    assert args[-3:] == scalars(write, 67)
+    static = {name: value for (place,), value in source.constants.items() for name in [kernel_names[place]]}
+    assert {k: static[k] for k in plan.constexprs} == {k: named[k] for k in plan.constexprs}
+    assert set(kernel_names) == {*pointees, *SCALARS, *plan.constexprs}
