@@ -3,7 +3,10 @@
 import importlib
 import sys
 
-NAMES = {"write": "writes against a plain copy of the same bytes", "generate": "SmolLM2's decode loop on this host"}
+NAMES = {
+    "write": "writes against a plain copy of the same bytes",
+    "generate": "SmolLM2's decode loop on this host",
+}
 
 
 def main() -> None:

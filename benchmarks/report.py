@@ -31,7 +31,7 @@ def save(path: str | None, rows: list[dict[str, Any]], **extra: Any) -> None:
 
 def table(rows: list[dict[str, Any]], columns: dict[str, str]) -> str:
     """Rows as aligned text; `columns` maps keys to formats such as "8.3f"."""
-    lines = [[key for key in columns]]
+    lines = [list(columns)]
     for row in rows:
         lines.append(["–" if row.get(k) is None else f"{row[k]:{f}}".strip() for k, f in columns.items()])
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
@@ -62,8 +62,12 @@ def _commit() -> str:
     """The commit, with a mark where the working tree differs; "unknown" outside a checkout."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
-        commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+        commit = subprocess.run(
+            [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
+        )
+        dirty = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return commit.stdout.strip() + ("+" if dirty.stdout.strip() else "")

@@ -47,28 +47,26 @@ def _graph_time(once: Callable[[], None], rounds: int, repeats: int) -> float:
     return statistics.median(times)
 
 
-def jax_time(step: Callable[[Any], Any], carry: Any, calls: int) -> float:
+def jax_time(step: Callable[[Any], Any], carry: Any, calls: int, estimate: float) -> float:
     """Median time of a call in a jitted loop over a donated carry.
 
     Args:
         step: Makes `calls` calls, one after the other, on a carry.
         carry: What it starts from; consumed.
         calls: Calls in a step.
+        estimate: About how long a call takes: it sets the length of the loop.
     """
     import jax
 
-    def run(carry: Any, loops: int, repeats: int) -> tuple[Any, float]:
-        program = jax.jit(lambda c: jax.lax.fori_loop(0, loops, lambda _, x: step(x), c), donate_argnums=0)
+    loops = _rounds(estimate * calls)
+    program = jax.jit(lambda c: jax.lax.fori_loop(0, loops, lambda _, x: step(x), c), donate_argnums=0)
+    carry = jax.block_until_ready(program(carry))
+    times = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
         carry = jax.block_until_ready(program(carry))
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            carry = jax.block_until_ready(program(carry))
-            times.append((time.perf_counter() - start) / loops)
-        return carry, statistics.median(times)
-
-    carry, estimate = run(carry, 1, 3)
-    return run(carry, _rounds(estimate), REPEATS)[1] / calls
+        times.append((time.perf_counter() - start) / loops / calls)
+    return statistics.median(times)
 
 
 def _rounds(seconds: float) -> int:

@@ -16,7 +16,9 @@ def import_jax_triton() -> Any:
     cache_dir = os.environ.get("TRITON_CACHE_DIR")
     import jax_triton
 
-    if cache_dir is not None:  # importing jax_triton deletes the variable; torch's half of the process uses it
+    if (
+        cache_dir is not None
+    ):  # importing jax_triton deletes the variable; torch's half of the process uses it
         os.environ["TRITON_CACHE_DIR"] = cache_dir
 
     # jax 0.12 calls dead-code rules with (used outputs, live inputs, equation), jax-triton's knows the outer two.
@@ -24,7 +26,7 @@ def import_jax_triton() -> Any:
     from jax_triton import triton_lib
 
     primitive = triton_lib.triton_kernel_call_p
-    rule = partial_eval.dce_rules[primitive]
+    rule: Any = partial_eval.dce_rules[primitive]
     if jax.__version_info__ >= (0, 12) and len(inspect.signature(rule).parameters) == 2:
         partial_eval.dce_rules[primitive] = lambda used, live, equation: rule(used, equation)
     return jax_triton

@@ -40,8 +40,6 @@ def write(call: Write, operands: "Operands", layer: int | None) -> list[jax.Arra
     return list(jax.pure_callback(on_host, shapes, operands))
 
 
-
-
 @cache
 def _worker() -> ThreadPoolExecutor:
     """A thread that computes as NumPy expects.

@@ -71,7 +71,16 @@ def reshape_and_cache_flash(
     if key_cache is value_cache:
         raise overlap_error()
     return _write(
-        key, value, (key_cache, value_cache), slot_mapping, kv_cache_dtype, k_scale, v_scale, layout, layer, backend
+        key,
+        value,
+        (key_cache, value_cache),
+        slot_mapping,
+        kv_cache_dtype,
+        k_scale,
+        v_scale,
+        layout,
+        layer,
+        backend,
     )
 
 
@@ -115,7 +124,9 @@ def reshape_and_cache_flash_diffkv(
 
     After `triton_reshape_and_cache_flash_diffkv` of vLLM.
     """
-    new = _write(key, value, (kv_cache,), slot_mapping, kv_cache_dtype, k_scale, v_scale, layout, layer, backend)
+    new = _write(
+        key, value, (kv_cache,), slot_mapping, kv_cache_dtype, k_scale, v_scale, layout, layer, backend
+    )
     return None if new is None else new[0]
 
 
@@ -136,7 +147,9 @@ def _write(
     if any(refs) and not all(refs):
         raise TypeError("key_cache and value_cache must be two jax.Refs or two arrays, got one of each")
     k_scale, v_scale = (jnp.float32(s) if isinstance(s, (int, float)) else s for s in (k_scale, v_scale))
-    traced_layer = hasattr(layer, "shape") and not isinstance(layer, np.generic)
+    if isinstance(layer, np.integer):
+        layer = int(layer)
+    index: Any = layer if hasattr(layer, "shape") else None  # a traced layer
     write = check_write(
         _spec(key),
         _spec(value),
@@ -146,25 +159,21 @@ def _write(
         None if k_scale is None else _spec(k_scale),
         None if v_scale is None else _spec(v_scale),
         layout,
-        _spec(layer) if traced_layer else layer,
+        layer if index is None else _spec(index),
     )
     # One element may come with or without an axis; from here on it has one. Scales without effect stay out.
-    scales = [None if s is None or not write.scaled else jnp.reshape(s, 1) for s in (k_scale, v_scale)]
+    scales = [jnp.reshape(s, 1) for s in (k_scale, v_scale) if s is not None and write.scaled]
     options = Options(
         num_caches=len(caches),
         kv_cache_dtype=kv_cache_dtype,
         layout=write.layout,
-        k_scaled=scales[0] is not None,
-        v_scaled=scales[1] is not None,
-        layer_traced=traced_layer,
-        layer=None if traced_layer or layer is None else int(layer),
+        k_scaled=write.scaled and k_scale is not None,
+        v_scaled=write.scaled and v_scale is not None,
+        layer_traced=index is not None,
+        layer=layer if index is None else None,
         backend=backend,
     )
-    rest = [
-        _slots(slot_mapping),
-        *(s for s in scales if s is not None),
-        *([jnp.reshape(layer, 1)] if traced_layer else []),
-    ]
+    rest = [_slots(slot_mapping), *scales, *([] if index is None else [jnp.reshape(index, 1)])]
     inputs = (jnp.asarray(key), jnp.asarray(value))
     if not all(refs):
         return tuple(_primitive.write(options, *inputs, *map(jnp.asarray, caches), *rest))
@@ -174,7 +183,9 @@ def _write(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _write_refs(options: Options, refs: Sequence[jax.Ref], inputs: Sequence[Any], rest: Sequence[Any]) -> None:
+def _write_refs(
+    options: Options, refs: Sequence[jax.Ref], inputs: Sequence[Any], rest: Sequence[Any]
+) -> None:
     new = _primitive.write(options, *inputs, *(ref[...] for ref in refs), *rest)
     for ref, cache in zip(refs, new, strict=True):
         ref[...] = cache

@@ -115,7 +115,11 @@ def check_write(
             _scale(name, scale)
     _layer(layer, layout, extents.num_layers)
     named = [("key", key), ("value", value), *zip(names, caches, strict=True), ("slot_mapping", slot_mapping)]
-    named += [(n, s) for n, s in (("k_scale", k_scale), ("v_scale", v_scale), ("layer", layer)) if isinstance(s, ArraySpec)]
+    named += [
+        (n, s)
+        for n, s in (("k_scale", k_scale), ("v_scale", v_scale), ("layer", layer))
+        if isinstance(s, ArraySpec)
+    ]
     for name, spec in named:
         if spec.device != caches[0].device:
             raise ValueError(f"{name} must be on device {caches[0].device}, as {names[0]}, got {spec.device}")
@@ -196,7 +200,9 @@ def _format(kv_cache_dtype: str, given: str, cache: str, cache_name: str) -> Flo
             f"got {cache}"
         )
     if given not in FLOATS:
-        raise TypeError(f"key must have dtype {_either(FLOATS)} for {cache_name} of dtype {cache}, got {given}")
+        raise TypeError(
+            f"key must have dtype {_either(FLOATS)} for {cache_name} of dtype {cache}, got {given}"
+        )
     return FLOATS[cache]
 
 
@@ -210,7 +216,9 @@ def _scale(name: str, scale: ArraySpec) -> None:
 def _layer(layer: int | ArraySpec | None, layout: CacheLayout, num_layers: int | None) -> None:
     if num_layers is None:
         if layer is not None:
-            raise ValueError(f"layer must be None for layout '{layout}', which has no axis layer, got {_say(layer)}")
+            raise ValueError(
+                f"layer must be None for layout '{layout}', which has no axis layer, got {_say(layer)}"
+            )
         return
     if layer is None:
         raise ValueError(f"layer must be given for layout '{layout}', got None")

@@ -78,7 +78,7 @@ def run(plan: WritePlan, arguments: Sequence[Any], num_tokens: int) -> None:
 
 @cache
 def _interpreted() -> ModuleType:
-    import triton
+    from triton import knobs
 
     spec = importlib.util.spec_from_file_location(
         _NAME, kernels.__file__, submodule_search_locations=list(kernels.__path__)
@@ -86,6 +86,6 @@ def _interpreted() -> ModuleType:
     assert spec is not None
     package = importlib.util.module_from_spec(spec)
     sys.modules[_NAME] = package
-    with triton.knobs.runtime.scope():
-        triton.knobs.runtime.interpret = True
+    with knobs.runtime.scope():
+        knobs.runtime.interpret = True
         return importlib.import_module(f"{_NAME}.reshape_and_cache")

@@ -232,7 +232,10 @@ class CacheLayout:
         ]
         key_sizes, key = found[0]
         value_sizes, value = found[-1]
-        dims = [sizes["dim"] if "dim" in sizes else sizes["dim/x"] * sizes["x"] for sizes in (key_sizes, value_sizes)]
+        dims = [
+            sizes["dim"] if "dim" in sizes else sizes["dim/x"] * sizes["x"]
+            for sizes in (key_sizes, value_sizes)
+        ]
         offset_v = 0
         if self.packed:
             if head_size is None:
@@ -313,9 +316,13 @@ def _validate(pattern: str, arrays: tuple[tuple[Axis, ...], ...]) -> None:
         flat = [name for axis in axes for name in axis]
         for name in flat:
             if name not in _NAMES:
-                raise ValueError(f"layout '{pattern}' has an unknown axis '{name}'; known are {', '.join(_NAMES)}")
+                raise ValueError(
+                    f"layout '{pattern}' has an unknown axis '{name}'; known are {', '.join(_NAMES)}"
+                )
             if flat.count(name) > 1:
-                raise ValueError(f"layout '{pattern}' must name axis {name} once, got it {flat.count(name)} times")
+                raise ValueError(
+                    f"layout '{pattern}' must name axis {name} once, got it {flat.count(name)} times"
+                )
         for name in ("block", "slot", "head"):
             if name not in flat:
                 raise ValueError(f"layout '{pattern}' must name axis {name}")
@@ -329,7 +336,9 @@ def _validate(pattern: str, arrays: tuple[tuple[Axis, ...], ...]) -> None:
             raise ValueError(f"layout '{pattern}' must name only one of the axes kv and k+v")
         for axis in axes:
             if len(axis) > 1 and (len(axis) != 2 or "kv" not in axis):
-                raise ValueError(f"layout '{pattern}' may join only kv with one other axis, got ({' '.join(axis)})")
+                raise ValueError(
+                    f"layout '{pattern}' may join only kv with one other axis, got ({' '.join(axis)})"
+                )
     if len({"layer" in [name for axis in axes for name in axis] for axes in arrays}) > 1:
         raise ValueError(f"layout '{pattern}' must name axis layer for both arrays or for none")
 

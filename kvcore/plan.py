@@ -136,7 +136,9 @@ def _tile(write: Write, target: Target) -> tuple[int, int]:
         # Slots are innermost: neighbouring tokens share cache lines, so a program takes many tokens.
         return 16, 128
     row = write.placement.extents.num_heads * max(write.key.shape[2], write.value.shape[2])
-    return max(1, 1024 // _power_of_two(row)), 2048
+    # Twice the tokens where stores are half as wide as loads.
+    elements = 2048 if write.format.bits < 8 * _itemsize(write.key.dtype) else 1024
+    return max(1, elements // _power_of_two(row)), 2048
 
 
 def _rows(spec: Any, num_heads: int, head_size: int, at: Address, cap: int) -> Rows:
@@ -184,7 +186,12 @@ def _converts_exactly(stored: FloatFormat, target: Target) -> bool:
     True from sm_90 on (checked over all 2³² patterns on an H100). sm_89 rounds twice before Triton 3.9, sm_80 has no
     instruction, and the interpreter truncates: there the kernels encode with integer arithmetic.
     """
-    return stored.name not in FLOATS and target.backend == "cuda" and isinstance(target.arch, int) and target.arch >= 90
+    return (
+        stored.name not in FLOATS
+        and target.backend == "cuda"
+        and isinstance(target.arch, int)
+        and target.arch >= 90
+    )
 
 
 def _itemsize(dtype: str) -> int:
@@ -200,5 +207,7 @@ def vector_bytes(write: Write) -> int:
         (write.placement.value, write.placement.extents.head_size_v),
     ):
         run = math.gcd(head_size, at.x) if at.x > 1 else (head_size if at.dim == 1 else 1)
-        runs.append(math.gcd(run, 16 // size, at.offset or 16, at.slot or 16, at.block or 16, at.head or 16) * size)
+        runs.append(
+            math.gcd(run, 16 // size, at.offset or 16, at.slot or 16, at.block or 16, at.head or 16) * size
+        )
     return min(runs)

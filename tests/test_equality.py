@@ -75,7 +75,10 @@ def test_layouts(layout, dtype, cache_dtype, kv_cache_dtype, layer):
 def test_orders_that_nobody_uses_yet(pattern):
     layered = "layer" in pattern
     case = make_case(
-        np.random.default_rng(2), layout=pattern, layer=1 if layered else None, num_layers=2 if layered else None
+        np.random.default_rng(2),
+        layout=pattern,
+        layer=1 if layered else None,
+        num_layers=2 if layered else None,
     )
     assert_equals_oracle(case)
 

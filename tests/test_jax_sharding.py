@@ -1,4 +1,4 @@
-"""Caches split over eight devices (of the CPU; test_compiled.py has the GPU programs): by heads, without a collective."""
+"""Caches split by heads over eight devices, without a collective. (CPU devices; test_compiled.py has GPU programs.)"""
 
 import re
 
@@ -13,7 +13,16 @@ import jaxkv
 from kvcore.layout import CacheLayout
 from tests.arrays import bits, make_case, run_oracle
 
-LAYOUTS = ("NHD", "HND", "HEAD_MAJOR", "PALLAS", "KV_NHD", "PACKED_NHD", "INTERLEAVED", "layer block slot head dim")
+LAYOUTS = (
+    "NHD",
+    "HND",
+    "HEAD_MAJOR",
+    "PALLAS",
+    "KV_NHD",
+    "PACKED_NHD",
+    "INTERLEAVED",
+    "layer block slot head dim",
+)
 
 
 def mesh_of(kind, shape=(8,), names=("tp",)):
@@ -112,7 +121,14 @@ def test_shard_map(layout, check_vma):
 
 def test_shard_map_over_blocks_of_each_device():
     """Data parallel: every device has blocks and slots of its own; only tokens for it are its own business."""
-    case = make_case(np.random.default_rng(2), num_blocks=16, num_heads=2, head_size=16, num_tokens=8, slots=range(0, 128, 16))
+    case = make_case(
+        np.random.default_rng(2),
+        num_blocks=16,
+        num_heads=2,
+        head_size=16,
+        num_tokens=8,
+        slots=range(0, 128, 16),
+    )
     mesh = mesh_of(AxisType.Auto)
 
     def local(key, value, key_cache, value_cache, slots):
@@ -127,7 +143,9 @@ def test_shard_map_over_blocks_of_each_device():
     assert_same(got, run_oracle(case))
 
 
-@pytest.mark.parametrize(("axis", "spec"), [("block", P("tp")), ("slot", P(None, "tp")), ("dim", P(None, None, None, "tp"))])
+@pytest.mark.parametrize(
+    ("axis", "spec"), [("block", P("tp")), ("slot", P(None, "tp")), ("dim", P(None, None, None, "tp"))]
+)
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_any_other_split_raises(kind, axis, spec):
     case = make_case(np.random.default_rng(3), num_blocks=16, num_heads=8, head_size=16)

@@ -15,7 +15,12 @@ LAYERS = 4
 
 
 def arrays(case):
-    return jnp.asarray(case.key), jnp.asarray(case.value), *map(jnp.asarray, case.caches), jnp.asarray(case.slot_mapping)
+    return (
+        jnp.asarray(case.key),
+        jnp.asarray(case.value),
+        *map(jnp.asarray, case.caches),
+        jnp.asarray(case.slot_mapping),
+    )
 
 
 def assert_same(got, want):
@@ -71,7 +76,9 @@ def test_without_donation_the_argument_stays_as_it_was(case):
 
 
 @pytest.mark.parametrize("cache_dtype", ["bfloat16", "uint8"])
-@pytest.mark.parametrize("layout", ["NHD", "HND", "HEAD_MAJOR", "PALLAS", "KV_NHD", "PACKED_NHD", "INTERLEAVED"])
+@pytest.mark.parametrize(
+    "layout", ["NHD", "HND", "HEAD_MAJOR", "PALLAS", "KV_NHD", "PACKED_NHD", "INTERLEAVED"]
+)
 def test_scan_over_layers_in_a_loop_over_steps(layout, cache_dtype):
     kv_cache_dtype = "auto" if cache_dtype == "bfloat16" else "fp8"
     case = make_case(
@@ -84,7 +91,15 @@ def test_scan_over_layers_in_a_loop_over_steps(layout, cache_dtype):
     def decode(key, value, caches, slots):
         def one_layer(caches, layer):
             new = case.op(jaxkv)(
-                key, value, *caches, slots, kv_cache_dtype, case.k_scale, case.v_scale, layout=case.layout, layer=layer
+                key,
+                value,
+                *caches,
+                slots,
+                kv_cache_dtype,
+                case.k_scale,
+                case.v_scale,
+                layout=case.layout,
+                layer=layer,
             )
             return list(new) if isinstance(new, tuple) else [new], None
 
@@ -161,7 +176,10 @@ def test_refs_of_one_array():
 
 @pytest.mark.parametrize("layout", ["NHD", "HND", "PALLAS", "KV_NHD", "PACKED_NHD"])
 def test_vmap(layout):
-    cases = [make_case(np.random.default_rng(i), layout=layout, num_blocks=64, slots=[3, -1, 600, 511, 512, 9]) for i in range(3)]
+    cases = [
+        make_case(np.random.default_rng(i), layout=layout, num_blocks=64, slots=[3, -1, 600, 511, 512, 9])
+        for i in range(3)
+    ]
     batch = [jnp.stack(x) for x in zip(*map(arrays, cases), strict=True)]
     call = jax.vmap(lambda *x: cases[0].op(jaxkv)(*x, layout=cases[0].layout))
     step = jax.jit(call, donate_argnums=tuple(range(2, len(batch) - 1)))
@@ -194,7 +212,9 @@ def test_vmap_with_layers_and_scales_of_their_own(pattern):
 
 def test_vmap_of_slots_alone_gives_a_cache_each(case):
     key, value, *caches, slots = arrays(case)
-    got = jax.vmap(write, in_axes=(None, None, None, None, 0))(key, value, *caches, jnp.stack([slots, slots[::-1]]))
+    got = jax.vmap(write, in_axes=(None, None, None, None, 0))(
+        key, value, *caches, jnp.stack([slots, slots[::-1]])
+    )
     turned = with_case(case, slot_mapping=case.slot_mapping[::-1])
     assert_same(got, [np.stack(x) for x in zip(run_oracle(case), run_oracle(turned), strict=True)])
 
@@ -233,7 +253,7 @@ def test_export_for_a_cpu(case):
 
 
 def test_triton_on_a_cpu_is_an_error(case):
-    with pytest.raises(ValueError, match="^backend 'triton' needs a CUDA or ROCm device"):
+    with pytest.raises(ValueError, match=r"^backend 'triton' needs a CUDA or ROCm device"):
         write(*arrays(case), backend="triton")
 
 
@@ -252,4 +272,11 @@ def test_int64_and_fp8_arrays_with_x64(cache_dtype):
             slots=[2**32 + 1, 5, -(2**32) + 2, 2**33, 0, 1, 2],
         )  # fmt: skip
         assert arrays(case)[-1].dtype == jnp.int64
-        assert_same(jax.jit(functools.partial(write, kv_cache_dtype=kv_cache_dtype, k_scale=case.k_scale, v_scale=case.v_scale))(*arrays(case)), run_oracle(case))
+        assert_same(
+            jax.jit(
+                functools.partial(
+                    write, kv_cache_dtype=kv_cache_dtype, k_scale=case.k_scale, v_scale=case.v_scale
+                )
+            )(*arrays(case)),
+            run_oracle(case),
+        )

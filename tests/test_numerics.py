@@ -66,7 +66,10 @@ def test_every_16_bit_value_everywhere(dtype, kv_cache_dtype):
     assert_equals_oracle(Case(x, x[::-1].copy(), caches, slots, kv_cache_dtype, *scales))
 
 
-@pytest.mark.parametrize(("cache_dtype", "kv_cache_dtype"), [("uint8", "fp8_e4m3"), ("uint8", "fp8_e5m2"), ("float16", "auto"), ("bfloat16", "auto")])
+@pytest.mark.parametrize(
+    ("cache_dtype", "kv_cache_dtype"),
+    [("uint8", "fp8_e4m3"), ("uint8", "fp8_e5m2"), ("float16", "auto"), ("bfloat16", "auto")],
+)
 def test_float32_at_every_boundary_everywhere(cache_dtype, kv_cache_dtype):
     """Every number of the format, every midpoint between two, and their neighbours in float32."""
     name = {"fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}.get(kv_cache_dtype, cache_dtype)
@@ -75,7 +78,9 @@ def test_float32_at_every_boundary_everywhere(cache_dtype, kv_cache_dtype):
         numbers = numbers[np.random.default_rng(0).integers(0, len(numbers) - 1, 2000)]
         numbers = np.sort(np.append(numbers, numbers[-1]))
     points = np.append(numbers, (numbers[1:] + numbers[:-1]) / 2).astype(np.float32)
-    near = np.concatenate([np.nextafter(points, np.float32(np.inf)), points, np.nextafter(points, np.float32(-1))])
+    near = np.concatenate(
+        [np.nextafter(points, np.float32(np.inf)), points, np.nextafter(points, np.float32(-1))]
+    )
     near = np.concatenate([near, -near])
     rows = np.resize(near, (-(-near.size // 1024), 4, 256)).astype(np.float32)
     blocks = -(-len(rows) // 16)

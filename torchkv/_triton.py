@@ -20,6 +20,7 @@ class _Launcher(NamedTuple):
 
     kernel: Any  # triton's CompiledKernel; holds the loaded binary
     run: Callable[..., None]
+    hooks: Any  # triton.knobs.runtime
     tokens: int
     row_programs: int
     num_slots: int
@@ -72,9 +73,23 @@ def launch(
     )  # fmt: skip
     found = _launchers.get(signature)
     # What the signature leaves out, the contract has to see again.
-    if found is None or not (n <= key.shape[0] == value.shape[0]) or not (layer is None or 0 <= layer < found.num_layers):
+    if (
+        found is None
+        or not (n <= key.shape[0] == value.shape[0])
+        or not (layer is None or 0 <= layer < found.num_layers)
+    ):
         write = check(
-            key, value, caches, slot_mapping, kv_cache_dtype, k_scale, v_scale, layout, layer, layer_index, backend
+            key,
+            value,
+            caches,
+            slot_mapping,
+            kv_cache_dtype,
+            k_scale,
+            v_scale,
+            layout,
+            layer,
+            layer_index,
+            backend,
         )
         with torch.cuda.device(device):
             found = _launchers[signature] = _compile(
@@ -107,8 +122,6 @@ def _run(
     layer: int | None,
     layer_index: Tensor | None,
 ) -> None:
-    import triton
-
     grid = (-(-n // found.tokens), found.row_programs, 1)
     arguments = (
         *addresses,
@@ -121,8 +134,7 @@ def _run(
         *found.constexprs,
     )
     stream = torch._C._cuda_getCurrentRawStream(device)
-    runtime = triton.knobs.runtime
-    enter, leave, metadata = runtime.launch_enter_hook, runtime.launch_exit_hook, None
+    enter, leave, metadata = found.hooks.launch_enter_hook, found.hooks.launch_exit_hook, None
     if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a profiler listens
         metadata = found.kernel.launch_metadata(grid, stream, *arguments)
     else:
@@ -143,6 +155,7 @@ def _compile(
     layer_index: Tensor | None,
     addresses: list[int],
 ) -> _Launcher:
+    from triton import knobs
     from triton.runtime import driver
 
     from kvcore.compiler import compile_plan
@@ -166,6 +179,7 @@ def _compile(
     return _Launcher(
         kernel=kernel,
         run=kernel.run,
+        hooks=knobs.runtime,
         tokens=plan.tokens,
         row_programs=plan.row_programs,
         num_slots=num_slots,

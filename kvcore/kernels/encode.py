@@ -5,14 +5,14 @@ import triton.language as tl
 
 
 @triton.jit
-def encode(x, scale_ptr, FORMAT: tl.constexpr, HARDWARE_FP8: tl.constexpr):
+def encode(x, scale, FORMAT: tl.constexpr, HARDWARE_FP8: tl.constexpr):
     """Bits of `x / scale` in FORMAT (a kvcore.quantization.FloatFormat), rounded once, to nearest even."""
     if x.dtype == tl.bfloat16:  # by hand: the interpreter's cast loses subnormal numbers
         x = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     else:
         x = x.to(tl.float32)
-    if scale_ptr is not None:
-        x = tl.div_rn(x, tl.load(scale_ptr))  # IEEE division; `/` is not
+    if scale is not None:
+        x = tl.div_rn(x, scale)  # IEEE division; `/` is not
     if HARDWARE_FP8:
         if FORMAT.mantissa_bits == 3:
             bits = x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)

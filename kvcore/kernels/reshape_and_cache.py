@@ -65,7 +65,20 @@ def _write(
 ):  # fmt: skip
     """What both kernels do; they differ in whether K and V have a cache each."""
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    slot = tl.load(slot_mapping_ptr + token * SLOT_STRIDE, mask=token < num_tokens, other=-1).to(tl.int64)
+    given = token < num_tokens
+    k_column, k_inside = _columns(K)
+    v_column, v_inside = _columns(V)
+
+    # No load waits for another: rows are read before it is known whether their slots are valid.
+    slot = tl.load(slot_mapping_ptr + token * SLOT_STRIDE, mask=given, other=-1).to(tl.int64)
+    k = _load(key_ptr, token, k_column, given[:, None] & k_inside[None, :], K)
+    v = _load(value_ptr, token, v_column, given[:, None] & v_inside[None, :], V)
+    k_scale, v_scale = k_scale_ptr, v_scale_ptr
+    if k_scale_ptr is not None:
+        k_scale = tl.load(k_scale_ptr)
+    if v_scale_ptr is not None:
+        v_scale = tl.load(v_scale_ptr)
+
     written = (slot >= 0) & (slot < num_slots)
     at_layer = tl.full([1], 0, tl.int64)
     if layer is not None:
@@ -77,18 +90,11 @@ def _write(
     block = slot // BLOCK_SIZE
     place = slot % BLOCK_SIZE
 
-    # Both loads before the first store: twice the bytes in flight.
-    k_column, k_inside = _columns(K)
-    v_column, v_inside = _columns(V)
-    k_mask = written[:, None] & k_inside[None, :]
-    v_mask = written[:, None] & v_inside[None, :]
-    k = _load(key_ptr, token, k_column, k_mask, K)
-    v = _load(value_ptr, token, v_column, v_mask, V)
     if FORMAT is not None:
-        k = encode(k, k_scale_ptr, FORMAT, HARDWARE_FP8)
-        v = encode(v, v_scale_ptr, FORMAT, HARDWARE_FP8)
-    _store(key_cache_ptr, at_layer, block, place, k_column, k, k_mask, K)
-    _store(value_cache_ptr, at_layer, block, place, v_column, v, v_mask, V)
+        k = encode(k, k_scale, FORMAT, HARDWARE_FP8)
+        v = encode(v, v_scale, FORMAT, HARDWARE_FP8)
+    _store(key_cache_ptr, at_layer, block, place, k_column, k, written[:, None] & k_inside[None, :], K)
+    _store(value_cache_ptr, at_layer, block, place, v_column, v, written[:, None] & v_inside[None, :], V)
 
 
 @triton.jit
