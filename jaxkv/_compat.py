@@ -16,9 +16,7 @@ def import_jax_triton() -> Any:
     cache_dir = os.environ.get("TRITON_CACHE_DIR")
     import jax_triton
 
-    if (
-        cache_dir is not None
-    ):  # importing jax_triton deletes the variable; torch's half of the process uses it
+    if cache_dir is not None:  # importing jax_triton deletes the variable; torch's half of the process uses it
         os.environ["TRITON_CACHE_DIR"] = cache_dir
 
     # jax 0.12 calls dead-code rules with (used outputs, live inputs, equation), jax-triton's knows the outer two.

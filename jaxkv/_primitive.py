@@ -70,9 +70,7 @@ class Operands(NamedTuple):
 def write(options: Options, *flat: Any) -> list[Any]:
     """Binds the primitive. Inside shard_map, operands become varying where any of them is."""
     mesh = jax.typeof(Operands.unflatten(options, flat).caches[0]).sharding.mesh
-    explicit = {
-        name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit
-    }
+    explicit = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
     if explicit:
         return _write_explicit(options, mesh, explicit, flat)
     varying = frozenset().union(*(_varying(x) for x in flat))
@@ -90,9 +88,7 @@ def _write_explicit(options: Options, mesh: Any, explicit: set[str], flat: Seque
         in_specs=tuple(operand_specs),
         out_specs=cache_specs,
     )
-    return local(
-        *(jax.sharding.reshard(x, NamedSharding(mesh, s)) for x, s in zip(flat, operand_specs, strict=True))
-    )
+    return local(*(jax.sharding.reshard(x, NamedSharding(mesh, s)) for x, s in zip(flat, operand_specs, strict=True)))
 
 
 def _varying(x: Any) -> frozenset[str]:
@@ -177,9 +173,7 @@ mlir.register_lowering(write_p, _lower_write)
 def _compute_capability(axis_context: Any) -> int | None:
     """Of the CUDA devices to compile for, 90 for 9.0; None where they are unknown (export) or no CUDA devices."""
     mesh: Any = getattr(axis_context, "mesh", None)
-    devices = (
-        mesh.devices.flat if hasattr(mesh, "devices") else getattr(axis_context, "device_assignment", None)
-    )
+    devices = mesh.devices.flat if hasattr(mesh, "devices") else getattr(axis_context, "device_assignment", None)
     for device in devices or ():
         version = getattr(device, "compute_capability", None)
         if isinstance(version, str) and version.replace(".", "").isdecimal():
@@ -201,14 +195,10 @@ def _partitioned(options: Options, avals: Sequence[Any]) -> Any:
             return tuple(local_p.bind(*flat, options=options))
 
         given = Operands.unflatten(options, args)
-        if not all(
-            isinstance(c.sharding, NamedSharding) for c in given.caches
-        ):  # within a partly manual shard_map
+        if not all(isinstance(c.sharding, NamedSharding) for c in given.caches):  # within a partly manual shard_map
             return mesh, local, tuple(c.sharding for c in given.caches), tuple(a.sharding for a in args)
         operand_specs, cache_specs = _specs(options, [c.sharding.spec for c in given.caches], len(args))
-        caches, operands = (
-            tuple(NamedSharding(mesh, spec) for spec in s) for s in (cache_specs, operand_specs)
-        )
+        caches, operands = (tuple(NamedSharding(mesh, spec) for spec in s) for s in (cache_specs, operand_specs))
         return mesh, local, caches, operands
 
     reshape_and_cache.def_partition(partition, sharding_rule=_sharding_rule(options, len(avals)))
@@ -219,9 +209,7 @@ def _specs(options: Options, caches: Sequence[P], num_operands: int) -> tuple[li
     """Specs of all operands and of the results, given those of the caches."""
     splits = [_head_split(axes, spec) for axes, spec in zip(options.layout.arrays, caches, strict=True)]
     if len({str(split) for split in splits}) > 1:
-        raise ValueError(
-            f"key_cache and value_cache must be split alike over heads, got {splits[0]} and {splits[1]}"
-        )
+        raise ValueError(f"key_cache and value_cache must be split alike over heads, got {splits[0]} and {splits[1]}")
     heads = splits[0]
     rows = P(None, heads, None)
     results = [P(*(heads if "head" in axis else None for axis in axes)) for axes in options.layout.arrays]
@@ -264,9 +252,7 @@ def _batch(flat: Sequence[Any], dims: Sequence[Any], *, options: Options) -> tup
     """vmap: one write where the batch can be folded into blocks, else a loop over it; in place either way."""
     size = next(x.shape[d] for x, d in zip(flat, dims, strict=True) if isinstance(d, int))
     batched = Operands.unflatten(options, dims)
-    x = Operands.unflatten(
-        options, [batching.bdim_at_front(a, d, size) for a, d in zip(flat, dims, strict=True)]
-    )
+    x = Operands.unflatten(options, [batching.bdim_at_front(a, d, size) for a, d in zip(flat, dims, strict=True)])
     first = {axes[0] for axes in options.layout.arrays}
     extents = options.layout.place([c.shape[1:] for c in x.caches], head_size=x.key.shape[3]).extents
     shared = not any(isinstance(d, int) for d in (batched.k_scale, batched.v_scale, batched.layer))
@@ -300,9 +286,7 @@ def _loop_over_layers(x: Operands, size: int, num_layers: int | None, options: O
 
     def body(i: Any, caches: list[Any]) -> list[Any]:
         k_scale, v_scale = (None if s is None else s[i] for s in (x.k_scale, x.v_scale))
-        item = Operands(
-            x.key[i], x.value[i], tuple(caches), x.slot_mapping[i], k_scale, v_scale, layer[i][None]
-        )
+        item = Operands(x.key[i], x.value[i], tuple(caches), x.slot_mapping[i], k_scale, v_scale, layer[i][None])
         return write_p.bind(*item.flatten(), options=options)
 
     return lax.fori_loop(0, size, body, [c if num_layers is None else _merge(c) for c in x.caches])

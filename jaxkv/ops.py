@@ -124,9 +124,7 @@ def reshape_and_cache_flash_diffkv(
 
     After `triton_reshape_and_cache_flash_diffkv` of vLLM.
     """
-    new = _write(
-        key, value, (kv_cache,), slot_mapping, kv_cache_dtype, k_scale, v_scale, layout, layer, backend
-    )
+    new = _write(key, value, (kv_cache,), slot_mapping, kv_cache_dtype, k_scale, v_scale, layout, layer, backend)
     return None if new is None else new[0]
 
 
@@ -183,9 +181,7 @@ def _write(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _write_refs(
-    options: Options, refs: Sequence[jax.Ref], inputs: Sequence[Any], rest: Sequence[Any]
-) -> None:
+def _write_refs(options: Options, refs: Sequence[jax.Ref], inputs: Sequence[Any], rest: Sequence[Any]) -> None:
     new = _primitive.write(options, *inputs, *(ref[...] for ref in refs), *rest)
     for ref, cache in zip(refs, new, strict=True):
         ref[...] = cache

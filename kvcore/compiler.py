@@ -27,9 +27,7 @@ _SCALARS = dict(zip(SCALARS, ("i32", "i64", "i32"), strict=True))
 OPTIONS = {"enable_fp_fusion": False}
 
 
-def compile_plan(
-    plan: WritePlan, target: Target, arguments: Mapping[str, str | None], aligned: frozenset[str]
-) -> Any:
+def compile_plan(plan: WritePlan, target: Target, arguments: Mapping[str, str | None], aligned: frozenset[str]) -> Any:
     """Compiles a kernel.
 
     Args:
@@ -45,9 +43,7 @@ def compile_plan(
     kernel = getattr(reshape_and_cache, plan.kernel)
     signature: dict[str, str] = {}
     for name, dtype in arguments.items():
-        signature[name] = (
-            "constexpr" if dtype is None else "i64" if dtype == "scalar" else f"*{_ELEMENTS[dtype]}"
-        )
+        signature[name] = "constexpr" if dtype is None else "i64" if dtype == "scalar" else f"*{_ELEMENTS[dtype]}"
     signature |= _SCALARS | dict.fromkeys(plan.constexprs, "constexpr")
     place = {name: i for i, name in enumerate(kernel.arg_names)}
     source = ASTSource(

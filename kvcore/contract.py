@@ -94,14 +94,10 @@ def check_write(
     if tuple(key.shape[1:]) != (heads, extents.head_size):
         raise ValueError(f"key must have shape (num_tokens, {heads}, {extents.head_size}), got {_shape(key)}")
     if tuple(value.shape) != (tokens, heads, extents.head_size_v):
-        raise ValueError(
-            f"value must have shape ({tokens}, {heads}, {extents.head_size_v}), got {_shape(value)}"
-        )
+        raise ValueError(f"value must have shape ({tokens}, {heads}, {extents.head_size_v}), got {_shape(value)}")
     _rank("slot_mapping", slot_mapping, 1, "(n,)")
     if slot_mapping.shape[0] > tokens:
-        raise ValueError(
-            f"slot_mapping must have at most num_tokens = {tokens} entries, got {slot_mapping.shape[0]}"
-        )
+        raise ValueError(f"slot_mapping must have at most num_tokens = {tokens} entries, got {slot_mapping.shape[0]}")
     if slot_mapping.dtype not in ("int32", "int64"):
         raise TypeError(f"slot_mapping must have dtype int32 or int64, got {slot_mapping.dtype}")
 
@@ -116,9 +112,7 @@ def check_write(
     _layer(layer, layout, extents.num_layers)
     named = [("key", key), ("value", value), *zip(names, caches, strict=True), ("slot_mapping", slot_mapping)]
     named += [
-        (n, s)
-        for n, s in (("k_scale", k_scale), ("v_scale", v_scale), ("layer", layer))
-        if isinstance(s, ArraySpec)
+        (n, s) for n, s in (("k_scale", k_scale), ("v_scale", v_scale), ("layer", layer)) if isinstance(s, ArraySpec)
     ]
     for name, spec in named:
         if spec.device != caches[0].device:
@@ -174,9 +168,7 @@ def _layout(
 
 def _format(kv_cache_dtype: str, given: str, cache: str, cache_name: str) -> FloatFormat:
     if kv_cache_dtype not in KV_CACHE_DTYPES:
-        raise ValueError(
-            f"kv_cache_dtype must be {_either(map(repr, KV_CACHE_DTYPES))}, got {kv_cache_dtype!r}"
-        )
+        raise ValueError(f"kv_cache_dtype must be {_either(map(repr, KV_CACHE_DTYPES))}, got {kv_cache_dtype!r}")
     quantised = KV_CACHE_DTYPES[kv_cache_dtype]
     if given not in FLOATS and given not in FP8:
         raise TypeError(f"key must have dtype {_either([*FLOATS, *FP8])}, got {given}")
@@ -200,9 +192,7 @@ def _format(kv_cache_dtype: str, given: str, cache: str, cache_name: str) -> Flo
             f"got {cache}"
         )
     if given not in FLOATS:
-        raise TypeError(
-            f"key must have dtype {_either(FLOATS)} for {cache_name} of dtype {cache}, got {given}"
-        )
+        raise TypeError(f"key must have dtype {_either(FLOATS)} for {cache_name} of dtype {cache}, got {given}")
     return FLOATS[cache]
 
 
@@ -216,9 +206,7 @@ def _scale(name: str, scale: ArraySpec) -> None:
 def _layer(layer: int | ArraySpec | None, layout: CacheLayout, num_layers: int | None) -> None:
     if num_layers is None:
         if layer is not None:
-            raise ValueError(
-                f"layer must be None for layout '{layout}', which has no axis layer, got {_say(layer)}"
-            )
+            raise ValueError(f"layer must be None for layout '{layout}', which has no axis layer, got {_say(layer)}")
         return
     if layer is None:
         raise ValueError(f"layer must be given for layout '{layout}', got None")

@@ -232,18 +232,13 @@ class CacheLayout:
         ]
         key_sizes, key = found[0]
         value_sizes, value = found[-1]
-        dims = [
-            sizes["dim"] if "dim" in sizes else sizes["dim/x"] * sizes["x"]
-            for sizes in (key_sizes, value_sizes)
-        ]
+        dims = [sizes["dim"] if "dim" in sizes else sizes["dim/x"] * sizes["x"] for sizes in (key_sizes, value_sizes)]
         offset_v = 0
         if self.packed:
             if head_size is None:
                 raise ValueError(f"layout '{self}' needs head_size to split axis k+v, got None")
             if not 0 < head_size < dims[0]:
-                raise ValueError(
-                    f"{names[0]} axis k+v must have a size above head_size = {head_size}, got {dims[0]}"
-                )
+                raise ValueError(f"{names[0]} axis k+v must have a size above head_size = {head_size}, got {dims[0]}")
             offset_v = head_size * key["dim"]
             dims = [head_size, dims[0] - head_size]
         elif self.single_array:
@@ -254,9 +249,7 @@ class CacheLayout:
                     f"{names[-1]} axis {axis} must have size {key_sizes[axis]}, as in {names[0]}, "
                     f"got {value_sizes[axis]}"
                 )
-        extents = Extents(
-            key_sizes.get("layer"), key_sizes["block"], key_sizes["slot"], key_sizes["head"], *dims
-        )
+        extents = Extents(key_sizes.get("layer"), key_sizes["block"], key_sizes["slot"], key_sizes["head"], *dims)
         return Placement(extents, _address(key_sizes, key, 0), _address(value_sizes, value, offset_v))
 
     def __str__(self) -> str:
@@ -316,13 +309,9 @@ def _validate(pattern: str, arrays: tuple[tuple[Axis, ...], ...]) -> None:
         flat = [name for axis in axes for name in axis]
         for name in flat:
             if name not in _NAMES:
-                raise ValueError(
-                    f"layout '{pattern}' has an unknown axis '{name}'; known are {', '.join(_NAMES)}"
-                )
+                raise ValueError(f"layout '{pattern}' has an unknown axis '{name}'; known are {', '.join(_NAMES)}")
             if flat.count(name) > 1:
-                raise ValueError(
-                    f"layout '{pattern}' must name axis {name} once, got it {flat.count(name)} times"
-                )
+                raise ValueError(f"layout '{pattern}' must name axis {name} once, got it {flat.count(name)} times")
         for name in ("block", "slot", "head"):
             if name not in flat:
                 raise ValueError(f"layout '{pattern}' must name axis {name}")
@@ -336,9 +325,7 @@ def _validate(pattern: str, arrays: tuple[tuple[Axis, ...], ...]) -> None:
             raise ValueError(f"layout '{pattern}' must name only one of the axes kv and k+v")
         for axis in axes:
             if len(axis) > 1 and (len(axis) != 2 or "kv" not in axis):
-                raise ValueError(
-                    f"layout '{pattern}' may join only kv with one other axis, got ({' '.join(axis)})"
-                )
+                raise ValueError(f"layout '{pattern}' may join only kv with one other axis, got ({' '.join(axis)})")
     if len({"layer" in [name for axis in axes for name in axis] for axes in arrays}) > 1:
         raise ValueError(f"layout '{pattern}' must name axis layer for both arrays or for none")
 

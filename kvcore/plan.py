@@ -145,9 +145,7 @@ def _rows(spec: Any, num_heads: int, head_size: int, at: Address, cap: int) -> R
     token, head, dim = spec.strides or contiguous_strides(spec.shape)
     gapless = at.x == 1 and at.head == head_size * at.dim and head == head_size * dim
     heads, size = (1, num_heads * head_size) if gapless else (num_heads, head_size)
-    reach = max(
-        (num_heads - 1) * at.head + head_size * max(at.dim, at.x_stride), num_heads * head + head_size * dim
-    )
+    reach = max((num_heads - 1) * at.head + head_size * max(at.dim, at.x_stride), num_heads * head + head_size * dim)
     return Rows(
         num_heads=heads,
         head_size=size,
@@ -186,12 +184,7 @@ def _converts_exactly(stored: FloatFormat, target: Target) -> bool:
     True from sm_90 on (checked over all 2³² patterns on an H100). sm_89 rounds twice before Triton 3.9, sm_80 has no
     instruction, and the interpreter truncates: there the kernels encode with integer arithmetic.
     """
-    return (
-        stored.name not in FLOATS
-        and target.backend == "cuda"
-        and isinstance(target.arch, int)
-        and target.arch >= 90
-    )
+    return stored.name not in FLOATS and target.backend == "cuda" and isinstance(target.arch, int) and target.arch >= 90
 
 
 def _itemsize(dtype: str) -> int:
@@ -207,7 +200,5 @@ def vector_bytes(write: Write) -> int:
         (write.placement.value, write.placement.extents.head_size_v),
     ):
         run = math.gcd(head_size, at.x) if at.x > 1 else (head_size if at.dim == 1 else 1)
-        runs.append(
-            math.gcd(run, 16 // size, at.offset or 16, at.slot or 16, at.block or 16, at.head or 16) * size
-        )
+        runs.append(math.gcd(run, 16 // size, at.offset or 16, at.slot or 16, at.block or 16, at.head or 16) * size)
     return min(runs)

@@ -14,13 +14,27 @@ HEAD_SIZES, BLOCK_SIZES = (64, 80, 120, 128, 256), (8, 16, 32)
 DTYPES, KV_CACHE_DTYPES = ("bfloat16", "float16", "float32"), ("auto", "fp8_e4m3", "fp8_e5m2")
 
 
-@pytest.mark.parametrize("kv_cache_dtype", KV_CACHE_DTYPES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("head_size", "block_size"), list(itertools.product(HEAD_SIZES, BLOCK_SIZES)))
-def test_vllm_grid(dtype, kv_cache_dtype, head_size, block_size):
+GRID = pytest.mark.parametrize(
+    ("head_size", "block_size", "dtype", "kv_cache_dtype"),
+    list(itertools.product(HEAD_SIZES, BLOCK_SIZES, DTYPES, KV_CACHE_DTYPES)),
+)
+CONVERSIONS = pytest.mark.parametrize(
+    ("dtype", "cache_dtype", "kv_cache_dtype"),
+    [
+        ("bfloat16", "bfloat16", "auto"),
+        ("float32", "bfloat16", "auto"),
+        ("float16", "float8_e4m3fn", "fp8"),
+        ("float16", "float8_e5m2", "fp8_e5m2"),
+        ("bfloat16", "uint8", "fp8_e5m2"),
+    ],
+)
+
+
+def grid_cases(head_size, block_size, dtype, kv_cache_dtype):
+    """A case for each number of tokens and of heads."""
     rng = np.random.default_rng([head_size, block_size, len(dtype)])
     for num_tokens, num_heads in itertools.product(TOKENS, HEADS):
-        case = make_case(
+        yield make_case(
             rng,
             num_tokens=num_tokens,
             num_heads=num_heads,
@@ -30,22 +44,10 @@ def test_vllm_grid(dtype, kv_cache_dtype, head_size, block_size):
             dtype=dtype,
             kv_cache_dtype=kv_cache_dtype,
         )
-        assert_equals_oracle(case)
 
 
-@pytest.mark.parametrize("layer", [None, 2])
-@pytest.mark.parametrize(
-    ("dtype", "cache_dtype", "kv_cache_dtype"),
-    [
-        ("bfloat16", "bfloat16", "auto"),
-        ("float32", "bfloat16", "auto"),
-        ("float16", "float8_e4m3fn", "fp8"),
-        ("bfloat16", "uint8", "fp8_e5m2"),
-    ],
-)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(layout, dtype, cache_dtype, kv_cache_dtype, layer):
-    case = make_case(
+def layout_case(layout, dtype, cache_dtype, kv_cache_dtype, layer):
+    return make_case(
         np.random.default_rng(1),
         layout=layout,
         head_size_v=24 if "PACKED" in layout else None,
@@ -56,7 +58,19 @@ def test_layouts(layout, dtype, cache_dtype, kv_cache_dtype, layer):
         layer=layer,
         slots=[3, -1, 39, 40, 0, 17, 16],
     )
-    assert_equals_oracle(case)
+
+
+@GRID
+def test_vllm_grid(head_size, block_size, dtype, kv_cache_dtype):
+    for case in grid_cases(head_size, block_size, dtype, kv_cache_dtype):
+        assert_equals_oracle(case)
+
+
+@CONVERSIONS
+@pytest.mark.parametrize("layer", [None, 2])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout, dtype, cache_dtype, kv_cache_dtype, layer):
+    assert_equals_oracle(layout_case(layout, dtype, cache_dtype, kv_cache_dtype, layer))
 
 
 @pytest.mark.parametrize(
@@ -100,9 +114,7 @@ def test_casts_of_every_kind(dtype, cache_dtype):
 def test_fp8_input_is_stored_as_it_is(stored, cache_dtype):
     kv_cache_dtype = "fp8_e4m3" if "e4m3" in stored else "fp8_e5m2"
     cache_dtype = stored if cache_dtype == "storage" else "uint8"
-    case = make_case(
-        np.random.default_rng(5), dtype=stored, cache_dtype=cache_dtype, kv_cache_dtype=kv_cache_dtype
-    )
+    case = make_case(np.random.default_rng(5), dtype=stored, cache_dtype=cache_dtype, kv_cache_dtype=kv_cache_dtype)
     assert_equals_oracle(case)  # with scales, which do not apply
     if cache_dtype == stored:
         case.kv_cache_dtype, case.k_scale, case.v_scale = "auto", None, None
@@ -143,9 +155,7 @@ def test_scales(kv_cache_dtype, scales):
     """Subnormal, zero and negative ones too: IEEE division decides."""
     for dtype in ("float32", "bfloat16"):
         rng = np.random.default_rng(9)
-        case = make_case(
-            rng, dtype=dtype, kv_cache_dtype=kv_cache_dtype, num_tokens=16, head_size=128, scales=scales
-        )
+        case = make_case(rng, dtype=dtype, kv_cache_dtype=kv_cache_dtype, num_tokens=16, head_size=128, scales=scales)
         assert_equals_oracle(case)
 
 

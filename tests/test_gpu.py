@@ -1,7 +1,5 @@
 """On a GPU: the kernels through both frameworks, bit for bit the oracle's; streams, graphs, compilers, big offsets."""
 
-import itertools
-
 import numpy as np
 import pytest
 
@@ -16,7 +14,7 @@ from tests.arrays import (
     run_torch,
     to_torch,
 )
-from tests.test_equality import BLOCK_SIZES, DTYPES, HEAD_SIZES, HEADS, KV_CACHE_DTYPES, SLOTS, TOKENS
+from tests.test_equality import CONVERSIONS, DTYPES, GRID, KV_CACHE_DTYPES, SLOTS, grid_cases, layout_case
 
 pytestmark = pytest.mark.gpu
 
@@ -30,50 +28,17 @@ ALL_IMPLEMENTATIONS = GPU_IMPLEMENTATIONS | {
 }
 
 
-@pytest.mark.parametrize("kv_cache_dtype", KV_CACHE_DTYPES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("head_size", "block_size"), list(itertools.product(HEAD_SIZES, BLOCK_SIZES)))
-def test_vllm_grid(dtype, kv_cache_dtype, head_size, block_size):
-    rng = np.random.default_rng([head_size, block_size, len(dtype)])
-    for num_tokens, num_heads in itertools.product(TOKENS, HEADS):
-        case = make_case(
-            rng,
-            num_tokens=num_tokens,
-            num_heads=num_heads,
-            head_size=head_size,
-            num_blocks=-(-64 // block_size),
-            block_size=block_size,
-            dtype=dtype,
-            kv_cache_dtype=kv_cache_dtype,
-        )
+@GRID
+def test_vllm_grid(head_size, block_size, dtype, kv_cache_dtype):
+    for case in grid_cases(head_size, block_size, dtype, kv_cache_dtype):
         assert_equals_oracle(case, GPU_IMPLEMENTATIONS)
 
 
+@CONVERSIONS
 @pytest.mark.parametrize("layer", [None, 2])
-@pytest.mark.parametrize(
-    ("dtype", "cache_dtype", "kv_cache_dtype"),
-    [
-        ("bfloat16", "bfloat16", "auto"),
-        ("float32", "bfloat16", "auto"),
-        ("float16", "float8_e4m3fn", "fp8"),
-        ("float16", "float8_e5m2", "fp8_e5m2"),
-        ("bfloat16", "uint8", "fp8_e5m2"),
-    ],
-)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout, dtype, cache_dtype, kv_cache_dtype, layer):
-    case = make_case(
-        np.random.default_rng(1),
-        layout=layout,
-        head_size_v=24 if "PACKED" in layout else None,
-        dtype=dtype,
-        cache_dtype=cache_dtype,
-        kv_cache_dtype=kv_cache_dtype,
-        num_layers=None if layer is None else 3,
-        layer=layer,
-        slots=[3, -1, 39, 40, 0, 17, 16],
-    )
-    assert_equals_oracle(case, ALL_IMPLEMENTATIONS)
+    assert_equals_oracle(layout_case(layout, dtype, cache_dtype, kv_cache_dtype, layer), ALL_IMPLEMENTATIONS)
 
 
 @pytest.mark.parametrize("slots", SLOTS.values(), ids=SLOTS)
@@ -104,9 +69,7 @@ def test_scales(kv_cache_dtype, scales):
 @pytest.mark.parametrize("stored", ["float8_e4m3fn", "float8_e5m2"])
 def test_fp8_input_is_stored_as_it_is(stored):
     kv_cache_dtype = "fp8_e4m3" if "e4m3" in stored else "fp8_e5m2"
-    case = make_case(
-        np.random.default_rng(5), dtype=stored, cache_dtype=stored, kv_cache_dtype=kv_cache_dtype
-    )
+    case = make_case(np.random.default_rng(5), dtype=stored, cache_dtype=stored, kv_cache_dtype=kv_cache_dtype)
     assert_equals_oracle(case, ALL_IMPLEMENTATIONS)
 
 
@@ -133,14 +96,10 @@ def test_offsets_beyond_32_bits(layout):
     from torchkv import CacheLayout
 
     num_blocks = 2**32 // (16 * 4 * 128) + 64
-    (shape, _) = CacheLayout.of(layout).shapes(
-        num_blocks=num_blocks, block_size=16, num_heads=4, head_size=128
-    )
+    (shape, _) = CacheLayout.of(layout).shapes(num_blocks=num_blocks, block_size=16, num_heads=4, head_size=128)
     caches = [torch.zeros(shape, dtype=torch.uint8, device="cuda") for _ in range(2)]
     key = torch.randint(1, 255, (6, 4, 128), dtype=torch.uint8, device="cuda").view(torch.float8_e4m3fn)
-    slots = torch.tensor(
-        [0, 17, 16 * num_blocks - 1, 16 * num_blocks // 2, 16 * num_blocks, -1], device="cuda"
-    )
+    slots = torch.tensor([0, 17, 16 * num_blocks - 1, 16 * num_blocks // 2, 16 * num_blocks, -1], device="cuda")
     torchkv.reshape_and_cache_flash(key, key, *caches, slots, "fp8", layout=layout)
     key = key.view(torch.uint8)
     for cache in caches:
@@ -274,9 +233,7 @@ def test_layer_tensors_and_scale_tensors():
     case, (key, value, *caches, slots) = torch_case(num_layers=3, layer=2, kv_cache_dtype="fp8")
     scales = [torch.tensor([s], device="cuda") for s in (case.k_scale, case.v_scale)]
     layer = torch.tensor(2, device="cuda")
-    torchkv.reshape_and_cache_flash(
-        key, value, *caches, slots, "fp8", *scales, layout=case.layout, layer=layer
-    )
+    torchkv.reshape_and_cache_flash(key, value, *caches, slots, "fp8", *scales, layout=case.layout, layer=layer)
     assert_caches(caches, run_oracle(case))
 
 
@@ -431,8 +388,7 @@ def test_heads_over_all_gpus(kind):
     rows, cache = (NamedSharding(mesh, P(*[None] * n, "tp", None)) for n in (1, 2))
     with jax.set_mesh(mesh):
         inputs = [
-            jax.device_put(a, s)
-            for a, s in ((case.key, rows), (case.value, rows), *((c, cache) for c in case.caches))
+            jax.device_put(a, s) for a, s in ((case.key, rows), (case.value, rows), *((c, cache) for c in case.caches))
         ]
         slots = jax.device_put(case.slot_mapping.astype(np.int32), NamedSharding(mesh, P(None)))
         new = jax.jit(jaxkv.reshape_and_cache_flash, donate_argnums=(2, 3))(*inputs, slots)

@@ -8,52 +8,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.library import Library
 
-from kvcore.contract import ArraySpec, Write, check_backend, check_write
 from torchkv import _torch, _triton
+from torchkv._call import Call, check
 
 _OPTIONS = (
     "Tensor slot_mapping, str kv_cache_dtype, Tensor? k_scale, Tensor? v_scale, "
     "str? layout, SymInt? layer, Tensor? layer_index, str? backend"
 )
-_BACKENDS = ("triton", "torch", "interpret")
 _library = Library("torchkv", "DEF")
-
-
-def check(
-    key: Tensor,
-    value: Tensor,
-    caches: Sequence[Tensor],
-    slot_mapping: Tensor,
-    kv_cache_dtype: str,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-    layout: str | None,
-    layer: int | None,
-    layer_index: Tensor | None,
-    backend: str | None,
-) -> Write:
-    """The contract's verdict on tensors."""
-    check_backend(backend, _BACKENDS)
-    return check_write(
-        _spec(key),
-        _spec(value),
-        [_spec(c) for c in caches],
-        _spec(slot_mapping),
-        kv_cache_dtype,
-        None if k_scale is None else _spec(k_scale),
-        None if v_scale is None else _spec(v_scale),
-        layout,
-        layer if layer_index is None else _spec(layer_index),
-    )
-
-
-def _spec(tensor: Tensor) -> ArraySpec:
-    return ArraySpec(
-        tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), tensor.stride(), str(tensor.device)
-    )
 
 
 def _define(name: str, num_caches: int) -> Any:
@@ -64,31 +28,30 @@ def _define(name: str, num_caches: int) -> Any:
         f"{name}(Tensor key, Tensor value, {mutated}, {_OPTIONS}) -> ()", tags=(torch.Tag.pt2_compliant_tag,)
     )
 
-    def split(args: Sequence[Any]) -> tuple[Any, ...]:
-        return (*args[:2], args[2 : 2 + num_caches], *args[2 + num_caches :])
+    def call_of(args: Sequence[Any]) -> Call:
+        return Call(args[0], args[1], tuple(args[2 : 2 + num_caches]), *args[2 + num_caches :])
 
     def fake(*args: Any) -> None:
-        check(*split(args))
+        check(call_of(args))
 
     @torch.no_grad()
     def on_host(*args: Any) -> None:
-        call = split(args)
-        write, backend = check(*call), call[-1]
-        if backend == "triton":
-            raise ValueError(f"backend 'triton' needs CUDA or ROCm tensors, got device {args[2].device}")
-        (_triton.interpret if backend == "interpret" else _torch.write)(write, *call[:-1])
+        call = call_of(args)
+        write = check(call)
+        if call.backend == "triton":
+            raise ValueError(f"backend 'triton' needs CUDA or ROCm tensors, got device {call.key.device}")
+        (_triton.interpret if call.backend == "interpret" else _torch.write)(write, call)
 
     def on_gpu(*args: Any) -> None:
-        call = split(args)
-        backend = call[-1]
-        if backend is None or backend == "triton":
-            _triton.launch(check, *call)
-        else:
-            write = check(*call)
-            if backend == "interpret":
-                raise ValueError(f"backend 'interpret' needs CPU tensors, got device {args[2].device}")
-            with torch.no_grad():
-                _torch.write(write, *call[:-1])
+        call = call_of(args)
+        if call.backend is None or call.backend == "triton":
+            _triton.launch(call)
+            return
+        write = check(call)
+        if call.backend == "interpret":
+            raise ValueError(f"backend 'interpret' needs CPU tensors, got device {call.key.device}")
+        with torch.no_grad():
+            _torch.write(write, call)
 
     _library.impl(name, on_host, "CPU")
     _library.impl(name, on_gpu, "CUDA")  # ROCm builds of torch use the same key

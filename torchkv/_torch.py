@@ -1,51 +1,35 @@
 """The write as vectorised torch: for devices without Triton, and to compare with."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from kvcore.contract import Write, overlap_error
 from kvcore.layout import Address
 from kvcore.quantization import FP8, FloatFormat
+from torchkv._call import Call
 from torchkv._memory import share_elements
 
 _BITS = {8: torch.uint8, 16: torch.int16, 32: torch.int32}
 
 
-def write(
-    write: Write,
-    key: Tensor,
-    value: Tensor,
-    caches: Sequence[Tensor],
-    slot_mapping: Tensor,
-    kv_cache_dtype: str,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-    layout: str | None,
-    layer: int | None,
-    layer_index: Tensor | None,
-) -> None:
+def write(write: Write, call: Call) -> None:
     """Writes with advanced indexing. Bits as the oracle's."""
-    del kv_cache_dtype, layout  # in `write`
-    if len(caches) == 2 and share_elements(*caches):
+    if len(call.caches) == 2 and share_elements(*call.caches):
         raise overlap_error()
-    placement = write.placement
-    at_layer = 0 if layer is None else layer
-    if layer_index is not None:
-        at_layer = int(layer_index)
-    if not 0 <= at_layer < (placement.extents.num_layers or 1):
+    key, value, extents = write.placement.key, write.placement.value, write.placement.extents
+    layer = call.layer or 0 if call.layer_index is None else int(call.layer_index)
+    if not 0 <= layer < (extents.num_layers or 1):
         return
-    slots = slot_mapping.long()
-    token = ((slots >= 0) & (slots < placement.extents.num_slots)).nonzero().squeeze(1)
-    block, place = slots[token] // placement.extents.block_size, slots[token] % placement.extents.block_size
+    slots = call.slot_mapping.long()
+    token = ((slots >= 0) & (slots < extents.num_slots)).nonzero().squeeze(1)
+    block, place = slots[token] // extents.block_size, slots[token] % extents.block_size
     for rows, cache, at, size, scale in (
-        (key, caches[0], placement.key, placement.extents.head_size, k_scale),
-        (value, caches[-1], placement.value, placement.extents.head_size_v, v_scale),
+        (call.key, call.caches[0], key, extents.head_size, call.k_scale),
+        (call.value, call.caches[-1], value, extents.head_size_v, call.v_scale),
     ):
         x = _encode(rows[token], write, scale)
         view = _view(cache.view(x.dtype), at, write, size)
-        view[at_layer, block, place] = x.unflatten(-1, (size // at.x, at.x))
+        view[layer, block, place] = x.unflatten(-1, (size // at.x, at.x))
 
 
 def _view(cache: Tensor, at: Address, write: Write, head_size: int) -> Tensor:

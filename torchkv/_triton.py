@@ -4,7 +4,7 @@ A launch is a dictionary look-up and a call of the compiled kernel with integer 
 plan depend on is in the dictionary's key, but for the number of tokens, so both run once a configuration.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvcore.contract import Write, overlap_error
 from kvcore.plan import INTERPRETER, Target, plan_write, pointers, scalars
+from torchkv._call import Call, check, dtype_name
 from torchkv._memory import share_elements, span
 
 
@@ -34,28 +35,13 @@ class _Launcher(NamedTuple):
 _launchers: dict[tuple[Any, ...], _Launcher] = {}
 
 
-def launch(
-    check: Callable[..., Write],
-    key: Tensor,
-    value: Tensor,
-    caches: Sequence[Tensor],
-    slot_mapping: Tensor,
-    kv_cache_dtype: str,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-    layout: str | None,
-    layer: int | None,
-    layer_index: Tensor | None,
-    backend: str | None,
-) -> None:
+def launch(call: Call) -> None:
     """Launches on the current stream of the caches' device."""
+    key, value, caches, slot_mapping, kv_cache_dtype, k_scale, v_scale, layout, layer, layer_index, _ = call
     key_cache, value_cache = caches[0], caches[-1]
     device = key_cache.device.index
     n = slot_mapping.shape[0]
-    addresses = [key.data_ptr(), value.data_ptr(), key_cache.data_ptr()]
-    if len(caches) == 2:
-        addresses.append(value_cache.data_ptr())
-    addresses.append(slot_mapping.data_ptr())
+    addresses = [key.data_ptr(), value.data_ptr(), *(c.data_ptr() for c in caches), slot_mapping.data_ptr()]
     alignment = 0
     for address in addresses:
         alignment = alignment << 1 | (address & 15 == 0)
@@ -73,28 +59,10 @@ def launch(
     )  # fmt: skip
     found = _launchers.get(signature)
     # What the signature leaves out, the contract has to see again.
-    if (
-        found is None
-        or not (n <= key.shape[0] == value.shape[0])
-        or not (layer is None or 0 <= layer < found.num_layers)
-    ):
-        write = check(
-            key,
-            value,
-            caches,
-            slot_mapping,
-            kv_cache_dtype,
-            k_scale,
-            v_scale,
-            layout,
-            layer,
-            layer_index,
-            backend,
-        )
+    if found is None or not n <= key.shape[0] == value.shape[0] or not (layer is None or 0 <= layer < found.num_layers):
+        write = check(call)
         with torch.cuda.device(device):
-            found = _launchers[signature] = _compile(
-                write, key, value, caches, slot_mapping, k_scale, v_scale, layer, layer_index, addresses
-            )
+            found = _launchers[signature] = _compile(write, call, addresses)
     if len(caches) == 2:
         distance = addresses[3] - addresses[2]
         if -found.spans[1] < distance < found.spans[0] and distance not in found.apart:
@@ -107,27 +75,18 @@ def launch(
     # One more device guard costs more than the look-up: only where another device is current.
     if device != torch.cuda.current_device():
         with torch.cuda.device(device):
-            _run(found, device, n, addresses, k_scale, v_scale, layer, layer_index)
+            _run(found, call, device, n, addresses)
     else:
-        _run(found, device, n, addresses, k_scale, v_scale, layer, layer_index)
+        _run(found, call, device, n, addresses)
 
 
-def _run(
-    found: _Launcher,
-    device: int,
-    n: int,
-    addresses: list[int],
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-    layer: int | None,
-    layer_index: Tensor | None,
-) -> None:
+def _run(found: _Launcher, call: Call, device: int, n: int, addresses: list[int]) -> None:
     grid = (-(-n // found.tokens), found.row_programs, 1)
     arguments = (
         *addresses,
-        k_scale.data_ptr() if found.scaled and k_scale is not None else None,
-        v_scale.data_ptr() if found.scaled and v_scale is not None else None,
-        layer if layer_index is None else layer_index.data_ptr(),
+        call.k_scale.data_ptr() if found.scaled and call.k_scale is not None else None,
+        call.v_scale.data_ptr() if found.scaled and call.v_scale is not None else None,
+        call.layer if call.layer_index is None else call.layer_index.data_ptr(),
         n,
         found.num_slots,
         found.num_layers,
@@ -143,39 +102,28 @@ def _run(
     found.run(*grid, stream, kernel.function, kernel.packed_metadata, metadata, enter, leave, *arguments)
 
 
-def _compile(
-    write: Write,
-    key: Tensor,
-    value: Tensor,
-    caches: Sequence[Tensor],
-    slot_mapping: Tensor,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-    layer: int | None,
-    layer_index: Tensor | None,
-    addresses: list[int],
-) -> _Launcher:
+def _compile(write: Write, call: Call, addresses: list[int]) -> _Launcher:
     from triton import knobs
     from triton.runtime import driver
 
     from kvcore.compiler import compile_plan
 
     target = Target(*_fields(driver.active.get_current_target()))
-    plan = plan_write(write, target, layer_is_pointer=layer_index is not None)
+    plan = plan_write(write, target, layer_is_pointer=call.layer_index is not None)
+    tensors = (call.key, call.value, *call.caches, call.slot_mapping)
     names = pointers(write.layout.single_array)
     pointees: dict[str, str | None] = dict.fromkeys(names)
-    for name, tensor in zip(names, (key, value, *caches, slot_mapping), strict=False):
-        pointees[name] = str(tensor.dtype).removeprefix("torch.")
-    pointees["k_scale_ptr"] = "float32" if write.scaled and k_scale is not None else None
-    pointees["v_scale_ptr"] = "float32" if write.scaled and v_scale is not None else None
-    if layer_index is not None:
-        pointees["layer"] = str(layer_index.dtype).removeprefix("torch.")
-    elif layer is not None:
+    pointees |= {name: dtype_name(tensor) for name, tensor in zip(names, tensors, strict=False)}
+    for name, scale in (("k_scale_ptr", call.k_scale), ("v_scale_ptr", call.v_scale)):
+        pointees[name] = "float32" if write.scaled and scale is not None else None
+    if call.layer_index is not None:
+        pointees["layer"] = dtype_name(call.layer_index)
+    elif call.layer is not None:
         pointees["layer"] = "scalar"
     aligned = frozenset(name for name, address in zip(names, addresses, strict=False) if address % 16 == 0)
     kernel = compile_plan(plan, target, pointees, aligned)
     _, num_slots, num_layers = scalars(write, 0)
-    size = caches[0].element_size()
+    size = call.caches[0].element_size()
     return _Launcher(
         kernel=kernel,
         run=kernel.run,
@@ -185,7 +133,7 @@ def _compile(
         num_slots=num_slots,
         num_layers=num_layers,
         constexprs=(None,) * len(plan.constexprs),
-        spans=(span(caches[0]) * size, span(caches[-1]) * size),
+        spans=(span(call.caches[0]) * size, span(call.caches[-1]) * size),
         apart=set(),
         scaled=write.scaled,
     )
@@ -195,39 +143,24 @@ def _fields(target: Any) -> tuple[str, int | str, int]:
     return target.backend, target.arch, target.warp_size
 
 
-def interpret(
-    write: Write,
-    key: Tensor,
-    value: Tensor,
-    caches: Sequence[Tensor],
-    slot_mapping: Tensor,
-    kv_cache_dtype: str,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-    layout: str | None,
-    layer: int | None,
-    layer_index: Tensor | None,
-) -> None:
+def interpret(write: Write, call: Call) -> None:
     """Runs the kernel in Triton's interpreter, on the tensors' own memory."""
     from kvcore import interpreter
 
-    del kv_cache_dtype, layout  # in `write`
-    if len(caches) == 2 and share_elements(*caches):
+    if len(call.caches) == 2 and share_elements(*call.caches):
         raise overlap_error()
 
     def pointer(tensor: Tensor | None) -> interpreter.Pointer | None:
-        if tensor is None:
-            return None
-        return interpreter.Pointer(tensor.data_ptr(), str(tensor.dtype).removeprefix("torch."))
+        return None if tensor is None else interpreter.Pointer(tensor.data_ptr(), dtype_name(tensor))
 
-    n = slot_mapping.shape[0]
+    n = call.slot_mapping.shape[0]
     interpreter.run(
-        plan_write(write, INTERPRETER, layer_is_pointer=layer_index is not None),
+        plan_write(write, INTERPRETER, layer_is_pointer=call.layer_index is not None),
         [
-            *(pointer(t) for t in (key, value, *caches, slot_mapping)),
-            pointer(k_scale) if write.scaled else None,
-            pointer(v_scale) if write.scaled else None,
-            layer if layer_index is None else pointer(layer_index),
+            *map(pointer, (call.key, call.value, *call.caches, call.slot_mapping)),
+            pointer(call.k_scale) if write.scaled else None,
+            pointer(call.v_scale) if write.scaled else None,
+            call.layer if call.layer_index is None else pointer(call.layer_index),
             *scalars(write, n),
         ],
         n,

@@ -1,0 +1,58 @@
+"""One call of an op: its arguments under their names, and the contract's verdict on them."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from kvcore.contract import ArraySpec, Write, check_backend, check_write
+
+BACKENDS = ("triton", "torch", "interpret")
+
+
+class Call(NamedTuple):
+    """Arguments of either op, in the order of their schemas, but for the caches, which are one argument or two there.
+
+    `layer` is a static index, `layer_index` one in memory; at most one of them is given.
+    """
+
+    key: Tensor
+    value: Tensor
+    caches: tuple[Tensor, ...]
+    slot_mapping: Tensor
+    kv_cache_dtype: str
+    k_scale: Tensor | None
+    v_scale: Tensor | None
+    layout: str | None
+    layer: int | None
+    layer_index: Tensor | None
+    backend: str | None
+
+
+def check(call: Call) -> Write:
+    """What the contract says of a call; tensors may be fake.
+
+    Raises:
+        ValueError: a shape, layout, choice or device does not fit.
+        TypeError: a dtype does not fit.
+    """
+    check_backend(call.backend, BACKENDS)
+    return check_write(
+        _spec(call.key),
+        _spec(call.value),
+        [_spec(c) for c in call.caches],
+        _spec(call.slot_mapping),
+        call.kv_cache_dtype,
+        None if call.k_scale is None else _spec(call.k_scale),
+        None if call.v_scale is None else _spec(call.v_scale),
+        call.layout,
+        call.layer if call.layer_index is None else _spec(call.layer_index),
+    )
+
+
+def dtype_name(tensor: Tensor) -> str:
+    """The dtype's name, as NumPy and JAX have it."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _spec(tensor: Tensor) -> ArraySpec:
+    return ArraySpec(tuple(tensor.shape), dtype_name(tensor), tensor.stride(), str(tensor.device))
