@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 from datetime import date
@@ -59,15 +60,11 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str:
-    """The commit, with a mark where the working tree differs; "unknown" outside a checkout."""
+    """The commit, with a mark where the working tree differs; outside a checkout what GIT_COMMIT says."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
-        commit = subprocess.run(
-            [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
-        )
-        dirty = subprocess.run(
-            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
-        )
+        commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("GIT_COMMIT", "unknown")
     return commit.stdout.strip() + ("+" if dirty.stdout.strip() else "")

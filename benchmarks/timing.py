@@ -47,6 +47,18 @@ def _graph_time(once: Callable[[], None], rounds: int, repeats: int) -> float:
     return statistics.median(times)
 
 
+def host_time(call: Callable[[], Any]) -> float:
+    """Median time that a call keeps the host busy, in bursts too short to fill the GPU's queue."""
+    times = []
+    for _ in range(REPEATS):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(200):
+            call()
+        times.append((time.perf_counter() - start) / 200)
+    return statistics.median(times)
+
+
 def jax_time(step: Callable[[Any], Any], carry: Any, calls: int, estimate: float) -> float:
     """Median time of a call in a jitted loop over a donated carry.
 

@@ -13,7 +13,7 @@ import torch
 
 import torchkv
 from benchmarks import report
-from benchmarks.timing import jax_time, torch_time
+from benchmarks.timing import host_time, jax_time, torch_time
 from kvcore.layout import CacheLayout
 
 BLOCK_SIZE, HEADS = 16, 8
@@ -88,9 +88,7 @@ class Inputs:
             x=8 if "dim/x" in str(layout) else None,
         )
         rows = [
-            torch.randn((SETS, tokens, HEADS, size), device=device, generator=generator).to(
-                getattr(torch, case.dtype)
-            )
+            torch.randn((SETS, tokens, HEADS, size), device=device, generator=generator).to(getattr(torch, case.dtype))
             for size in (case.head_size, case.head_size_v)
         ]
         slots = torch.arange(self.num_blocks * BLOCK_SIZE, device=device)
@@ -101,15 +99,9 @@ class Inputs:
         quantised = case.kv_cache_dtype != "auto"
         self.scales = [torch.tensor(s, device=device) if quantised else None for s in (0.5, 0.25)]
 
-    def call(
-        self, module: Any, key: Any, value: Any, caches: Any, slots: Any, kv_cache_dtype: str, scales: Any
-    ) -> Any:
+    def call(self, module: Any, key: Any, value: Any, caches: Any, slots: Any, kv_cache_dtype: str, scales: Any) -> Any:
         """The op, of torchkv or jaxkv."""
-        op = (
-            module.reshape_and_cache_flash_diffkv
-            if self.layout.single_array
-            else module.reshape_and_cache_flash
-        )
+        op = module.reshape_and_cache_flash_diffkv if self.layout.single_array else module.reshape_and_cache_flash
         return op(key, value, *caches, slots, kv_cache_dtype, *scales, layout=self.layout, layer=self.layer)
 
 
@@ -127,13 +119,13 @@ def torch_times(case: Case, inputs: Inputs) -> dict[str, float]:
         return lambda: inputs.call(torchkv, k, v, inputs.caches, s, case.kv_cache_dtype, inputs.scales)
 
     times = {"torch": torch_time([writes(*x) for x in inputs.sets])}
+    if torch.cuda.is_available() and inputs.sets[0][2].numel() == 1:
+        times["torch_host"] = host_time(writes(*inputs.sets[0]))
     if case.rivals:
 
         def puts(k: Any, v: Any, s: Any) -> Callable[[], Any]:
             block, place = s // BLOCK_SIZE, s % BLOCK_SIZE
-            return lambda: [
-                cache.index_put_((block, place), x) for cache, x in zip(inputs.caches, (k, v), strict=True)
-            ]
+            return lambda: [cache.index_put_((block, place), x) for cache, x in zip(inputs.caches, (k, v), strict=True)]
 
         times["index_put_"] = torch_time([puts(*x) for x in inputs.sets])
     return times
@@ -176,9 +168,7 @@ def jax_times(case: Case, inputs: Inputs, estimate: float) -> dict[str, float]:
             return tuple(c.at[at].set(x, mode="drop") for c, x in zip(carry, (k, v), strict=True))
 
         def flat(carry: Any, k: Any, v: Any, s: Any) -> Any:
-            return tuple(
-                c.at[s].set(x, mode="drop", unique_indices=True) for c, x in zip(carry, (k, v), strict=True)
-            )
+            return tuple(c.at[s].set(x, mode="drop", unique_indices=True) for c, x in zip(carry, (k, v), strict=True))
 
         times["xla_two_index"] = measure(two_index, caches())
         times["xla_flat"] = measure(flat, tuple(c.reshape(-1, *c.shape[2:]) for c in caches()))
@@ -189,9 +179,7 @@ def jax_times(case: Case, inputs: Inputs, estimate: float) -> dict[str, float]:
 def main(argv: list[str]) -> None:
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(prog="python -m benchmarks write", description=__doc__)
-    parser.add_argument(
-        "--tokens", type=int, nargs="+", default=[1, 32, 256, 8192, 65536] if gpu else [16, 1024]
-    )
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 32, 256, 8192, 65536] if gpu else [16, 1024])
     parser.add_argument("--cases", nargs="+", help="parts of the cases' names; default: all")
     parser.add_argument("--json", help="where to write the results")
     parser.add_argument("--no-jax", action="store_true", help="torch only")
@@ -212,7 +200,9 @@ def main(argv: list[str]) -> None:
             if not args.no_jax:
                 times |= jax_times(case, inputs, times["torch"] if gpu else 1e-3)
             row |= {f"{name}_us": seconds * 1e6 for name, seconds in times.items()}
-            row |= {f"{name}_ratio": times["copy"] / s for name, s in times.items() if name != "copy"}
+            row |= {
+                f"{name}_ratio": times["copy"] / s for name, s in times.items() if name not in ("copy", "torch_host")
+            }
             row["copy_tb_s"] = row["bytes"] / times["copy"] / 1e12
             rows.append(row)
             print(f"{tokens:6} {case.name}", flush=True)
@@ -225,6 +215,6 @@ def main(argv: list[str]) -> None:
         "torch_us": ".2f",
         "torch_ratio": ".3f",
     }
-    columns |= {"jax_us": ".2f", "jax_ratio": ".3f", "index_put__ratio": ".3f"}
+    columns |= {"torch_host_us": ".1f", "jax_us": ".2f", "jax_ratio": ".3f", "index_put__ratio": ".3f"}
     columns |= {"xla_flat_ratio": ".3f", "xla_two_index_ratio": ".3f"}
     print(report.table(rows, columns))
