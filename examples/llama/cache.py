@@ -1,7 +1,7 @@
 """The cache's plain description, which both twins share: shapes, storage, and how to read it back.
 
-Nothing here touches an array. Writing is the library's part; reading gathers blocks through the block table until
-the library has a paged attention kernel, and has to know the layout for it.
+Nothing here touches an array. Writing is the library's part; reading gathers blocks through the block table
+until the library has a paged attention kernel, and has to know the layout for it.
 """
 
 import math
@@ -21,10 +21,10 @@ ITEM_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "uint8": 1}
 class Reading(NamedTuple):
     """How to gather the keys, or the values, of one layer from an array.
 
-    Split the array's axes to `shape`; index axis `layer` (and `kv`, if any) with a number and axis `block` with a
-    block table [num_sequences, num_blocks]. What comes out has the two axes of the table, then those that are
-    left, slowest first: transpose them by `order` to (sequence, block, slot, head, dim parts), merge blocks and
-    slots, and dim parts, and keep elements `start` to `stop` of each head.
+    Split the array's axes to `shape`; index axis `layer` (and `kv`, if any) with a number and axis `block`
+    with a block table [num_sequences, blocks]. What comes out has the two axes of the table, then those
+    that are left, slowest first: transpose them by `order` to (sequence, block, slot, head, dim parts), merge
+    blocks and slots, and dim parts, and keep elements `start` to `stop` of each head.
     """
 
     shape: tuple[int, ...]

@@ -3,6 +3,8 @@
 import jax.numpy as jnp
 from jax import Array, lax
 
+import jaxkv
+
 from .cache import FP8_FORMATS, CacheSpec, Reading
 
 Cache = tuple[Array, ...]
@@ -14,31 +16,21 @@ def new_cache(spec: CacheSpec) -> Cache:
 
 
 def write(spec: CacheSpec, cache: Cache, key: Array, value: Array, slots: Array, layer: int) -> Cache:
-    """Writes one layer's keys and values [num_tokens, heads, dim] to `slots` [num_tokens]; below 0 is skipped."""
-    # STAND-IN until jaxkv has its functions.
-    if spec.kv_cache_dtype != "auto":
-        f = jnp.dtype(FP8_FORMATS[spec.kv_cache_dtype])
-        key, value = (
-            lax.bitcast_convert_type(jnp.clip(a, -float(jnp.finfo(f).max), float(jnp.finfo(f).max)).astype(f), jnp.uint8)
-            for a in (key, value)
+    """Writes a layer's keys and values [num_tokens, heads, dim] to `slots` [num_tokens]; -1 is skipped."""
+    kind, layout = spec.kv_cache_dtype, spec.layout
+    if layout.single_array:
+        (kv_cache,) = cache
+        new = jaxkv.reshape_and_cache_flash_diffkv(
+            key, value, kv_cache, slots, kind, layout=layout, layer=layer
         )
-    slots = jnp.where(slots < 0, spec.num_blocks * spec.block_size, slots)
-    block, slot = slots // spec.block_size, slots % spec.block_size
-    if spec.layout.pattern == "layer block slot head dim":
-        return tuple(c.at[layer, block, slot].set(a, mode="drop") for c, a in zip(cache, (key, value)))
-    place = spec.layout.place(spec.shapes, head_size=spec.head_size)
-    out = list(cache)
-    for i, (a, addr) in enumerate(((key, place.key), (value, place.value))):
-        i = min(i, len(out) - 1)
-        h = jnp.arange(a.shape[1])[:, None]
-        d = jnp.arange(a.shape[2])
-        idx = (
-            addr.offset + layer * addr.layer + (block * addr.block + slot * addr.slot)[:, None, None]
-            + h * addr.head + d // addr.x * addr.dim + d % addr.x * addr.x_stride
-        )
-        idx = jnp.where(block[:, None, None] >= spec.num_blocks, out[i].size, idx)
-        out[i] = out[i].reshape(-1).at[idx].set(a, mode="drop").reshape(out[i].shape)
-    return tuple(out)
+        assert new is not None  # None is the answer for a jax.Ref
+        return (new,)
+    key_cache, value_cache = cache
+    pair = jaxkv.reshape_and_cache_flash(
+        key, value, key_cache, value_cache, slots, kind, layout=layout, layer=layer
+    )
+    assert pair is not None
+    return pair
 
 
 def read(spec: CacheSpec, cache: Cache, tables: Array, layer: int, dtype: str) -> tuple[Array, Array]:

@@ -28,8 +28,9 @@ class State(NamedTuple):
 def load_weights(model: LlamaModel, dtype: str) -> Weights:
     """Carries the weights to the default device, matrices of the layers as [in, out].
 
-    XLA multiplies a few rows by [in, out] up to twice as fast as by [out, in] on a CPU (`x @ w`, 4 rows, gate_up:
-    12 ms for 30 layers against 25). The embedding stays as it is: it is a table of rows first, and the head too.
+    XLA multiplies a few rows by [in, out] up to twice as fast as by [out, in] on a CPU (`x @ w`, 4 rows,
+    gate_up: 12 ms for 30 layers against 25). The embedding stays as it is: it is a table of rows first, and
+    the head too.
     """
 
     def put(array: np.ndarray) -> Array:
@@ -59,7 +60,7 @@ def rms_norm(x: Array, weight: Array, epsilon: float) -> Array:
 
 
 def rotate(x: Array, cosine: Array, sine: Array) -> Array:
-    """Turns x [sequences, tokens, heads, dim] by angles whose cosines and sines are [sequences, tokens, dim/2]."""
+    """Turns x [B, T, heads, dim] by angles whose cosines and sines are [B, T, dim / 2]."""
     cosine, sine = cosine[:, :, None], sine[:, :, None]
     left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([left * cosine - right * sine, right * cosine + left * sine], axis=-1)

@@ -24,6 +24,8 @@ class JaxLlama:
         dtype: Of weights and activations: "float32", "bfloat16" or "float16".
     """
 
+    framework = "jax"
+
     def __init__(self, model: LlamaModel, dtype: str = "float32"):
         self.model, self.dtype = model, dtype
         self.weights = jax_model.load_weights(model, dtype)
@@ -65,6 +67,7 @@ class JaxSession:
         started = time.perf_counter()
         self.prefill_program = llama.program(jax_model.prefill, spec, *self._prefill_arguments(0))
         self.decode_program = llama.program(jax_model.decode, spec, *self._decode_arguments(1))
+        self._warm_up()
         self.compile_seconds = time.perf_counter() - started
 
     def prefill(self) -> Progress:
@@ -75,6 +78,13 @@ class JaxSession:
     def decode(self, until: int) -> Progress:
         self.state = self.decode_program(*self._decode_arguments(until))
         return self._progress()
+
+    def _warm_up(self) -> None:
+        """Runs both programs once with nothing to write or append: prompts of length 0, no step."""
+        prompts, self.prompts = self.prompts, jnp.zeros_like(self.prompts)
+        self.prefill()
+        self.prompts = prompts
+        self.decode(0)
 
     def _prefill_arguments(self, start: int) -> tuple[Any, ...]:
         piece = np.zeros((len(self.batch.lengths), self.piece), np.int32)

@@ -11,7 +11,7 @@ BLOCK_SIZE = 16
 """Slots per block."""
 
 _CONTEXT_STEP = 128
-"""Context lengths are rounded up to a multiple of this many tokens, so that few lengths need compiling anew."""
+"""Context lengths are rounded up to a multiple of this many tokens, so that few need compiling anew."""
 
 
 class BlockAllocator:

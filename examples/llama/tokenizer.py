@@ -1,11 +1,11 @@
 """The tokenizer that a GGUF file describes, built from the file's own vocabulary and merges."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 
-CONTROL, USER_DEFINED, BYTE = 3, 4, 6
+CONTROL, USER_DEFINED = 3, 4
 """Values of `tokenizer.ggml.token_type` that need attention."""
 
 _LLAMA3 = (
@@ -13,16 +13,23 @@ _LLAMA3 = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-SPLITS: dict[str, tuple[bool, str | None]] = {
-    "default": (False, None),
-    "gpt-2": (False, None),
-    "smollm": (True, None),
-    "llama-bpe": (False, _LLAMA3),
-    "llama3": (False, _LLAMA3),
-    "llama-v3": (False, _LLAMA3),
+
+class Splitting(NamedTuple):
+    """How text is cut before merges are looked for, by `tokenizer.ggml.pre`."""
+
+    digits_alone: bool = False  # each digit is a word of its own, whatever stands before it
+    words: str | None = None  # a regular expression; None: GPT-2's
+    llama3: bool = False  # a word in the vocabulary needs no merges, and text starts with a token of its own
+
+
+SPLITTINGS = {
+    "default": Splitting(),
+    "gpt-2": Splitting(),
+    "smollm": Splitting(digits_alone=True),
+    "llama-bpe": Splitting(words=_LLAMA3, llama3=True),
+    "llama3": Splitting(words=_LLAMA3, llama3=True),
+    "llama-v3": Splitting(words=_LLAMA3, llama3=True),
 }
-"""`tokenizer.ggml.pre` → whether every digit stands alone first, and the expression that cuts text into words
-(None: GPT-2's)."""
 
 
 def build_tokenizer(meta: dict[str, Any]) -> Tokenizer:
@@ -47,13 +54,18 @@ def build_tokenizer(meta: dict[str, Any]) -> Tokenizer:
         raise ValueError(f"tokenizer.ggml.model must be 'gpt2' or 'llama', got {kind!r}")
     tokens, types = meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.token_type"]
     tokenizer.add_special_tokens(
-        [AddedToken(t, normalized=False, special=True) for t, k in zip(tokens, types, strict=True) if k == CONTROL]
+        [
+            AddedToken(t, normalized=False, special=True)
+            for t, k in zip(tokens, types, strict=True)
+            if k == CONTROL
+        ]
     )
     tokenizer.add_tokens(
         [AddedToken(t, normalized=False) for t, k in zip(tokens, types, strict=True) if k == USER_DEFINED]
     )
-    # SentencePiece files without the key want the token; that is llama.cpp's default too.
-    if meta.get("tokenizer.ggml.add_bos_token", kind == "llama"):
+    # Without the key, the tokenizers of Llama 1, 2 and 3 want the token: llama.cpp's defaults.
+    llama3 = kind == "gpt2" and SPLITTINGS[_pre(meta)].llama3
+    if meta.get("tokenizer.ggml.add_bos_token", kind == "llama" or llama3):
         begin = meta["tokenizer.ggml.bos_token_id"]
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{tokens[begin]} $A", special_tokens=[(tokens[begin], begin)]
@@ -61,19 +73,25 @@ def build_tokenizer(meta: dict[str, Any]) -> Tokenizer:
     return tokenizer
 
 
+def _pre(meta: dict[str, Any]) -> str:
+    pre = meta.get("tokenizer.ggml.pre", "default")
+    if pre not in SPLITTINGS:
+        raise ValueError(f"tokenizer.ggml.pre must be one of {', '.join(map(repr, SPLITTINGS))}, got {pre!r}")
+    return pre
+
+
 def _byte_level(meta: dict[str, Any]) -> Tokenizer:
     """GPT-2's kind: bytes spelled as printable characters, merged within words."""
-    pre = meta.get("tokenizer.ggml.pre", "default")
-    if pre not in SPLITS:
-        raise ValueError(f"tokenizer.ggml.pre must be one of {', '.join(map(repr, SPLITS))}, got {pre!r}")
-    digits_alone, words = SPLITS[pre]
+    splitting = SPLITTINGS[_pre(meta)]
     vocabulary = {token: index for index, token in enumerate(meta["tokenizer.ggml.tokens"])}
     merges = [tuple(merge.split(" ")) for merge in meta["tokenizer.ggml.merges"]]
-    tokenizer = Tokenizer(BPE(vocabulary, merges, ignore_merges=words is not None))
-    steps = [pre_tokenizers.Digits(individual_digits=True)] if digits_alone else []
-    if words is not None:
-        steps.append(pre_tokenizers.Split(Regex(words), behavior="isolated"))
-    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words is None))
+    tokenizer = Tokenizer(BPE(vocabulary, merges, ignore_merges=splitting.llama3))
+    steps: list[pre_tokenizers.PreTokenizer] = []
+    if splitting.digits_alone:
+        steps.append(pre_tokenizers.Digits(individual_digits=True))
+    if splitting.words is not None:
+        steps.append(pre_tokenizers.Split(Regex(splitting.words), behavior="isolated"))
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=splitting.words is None))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer

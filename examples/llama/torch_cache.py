@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+import torchkv
+
 from .cache import FP8_FORMATS, CacheSpec, Reading
 
 Cache = tuple[Tensor, ...]
@@ -15,29 +17,16 @@ def new_cache(spec: CacheSpec, device: torch.device) -> Cache:
 
 
 def write(spec: CacheSpec, cache: Cache, key: Tensor, value: Tensor, slots: Tensor, layer: int) -> None:
-    """Writes one layer's keys and values [num_tokens, heads, dim] to `slots` [num_tokens]; below 0 is skipped."""
-    # STAND-IN until torchkv has its functions.
-    if spec.kv_cache_dtype != "auto":
-        f = getattr(torch, FP8_FORMATS[spec.kv_cache_dtype])
-        m = torch.finfo(f).max
-        key, value = (a.clamp(-m, m).to(f).view(torch.uint8) for a in (key, value))
-    keep = slots >= 0
-    slots, key, value = slots[keep], key[keep], value[keep]
-    block, slot = slots // spec.block_size, slots % spec.block_size
-    if spec.layout.pattern == "layer block slot head dim":
-        cache[0][layer, block, slot] = key
-        cache[1][layer, block, slot] = value
-        return
-    place = spec.layout.place(spec.shapes, head_size=spec.head_size)
-    for i, (a, addr) in enumerate(((key, place.key), (value, place.value))):
-        c = cache[min(i, len(cache) - 1)]
-        h = torch.arange(a.shape[1])[:, None]
-        d = torch.arange(a.shape[2])
-        idx = (
-            addr.offset + layer * addr.layer + (block * addr.block + slot * addr.slot)[:, None, None]
-            + h * addr.head + d // addr.x * addr.dim + d % addr.x * addr.x_stride
+    """Writes a layer's keys and values [num_tokens, heads, dim] to `slots` [num_tokens]; -1 is skipped."""
+    kind, layout = spec.kv_cache_dtype, spec.layout
+    if layout.single_array:
+        (kv_cache,) = cache
+        torchkv.reshape_and_cache_flash_diffkv(key, value, kv_cache, slots, kind, layout=layout, layer=layer)
+    else:
+        key_cache, value_cache = cache
+        torchkv.reshape_and_cache_flash(
+            key, value, key_cache, value_cache, slots, kind, layout=layout, layer=layer
         )
-        c.view(-1)[idx] = a
 
 
 def read(

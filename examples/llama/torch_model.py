@@ -51,11 +51,11 @@ def load_weights(model: LlamaModel, dtype: torch.dtype, device: torch.device) ->
 
 
 def project(x: Tensor, weight: Tensor) -> Tensor:
-    """x [..., in] times weight [out, in]: [..., out].
+    """Multiplies x [..., in] by weight [out, in]: [..., out].
 
-    On a CPU, torch's library multiplies few rows slowly: `weight @ x.T` takes a quarter of the time of
-    `x @ weight.T` for 2 or 4 rows, and half of it for one row, done twice (49,152 × 576, 2 cores of an AMD EPYC:
-    4.9 ms for 2 rows against 26; 10.7 for 1).
+    On a CPU, the library behind torch is slow at few rows: `weight @ x.T` takes a quarter of the time of
+    `x @ weight.T` for 2 or 4 rows, and for one row half of it, even though the row is doubled (49,152 × 576,
+    2 cores of an AMD EPYC: 4.9 ms for 2 rows against 26; 10.7 for 1).
     """
     rows = x.numel() // x.shape[-1]
     if x.is_cuda or x.dtype != torch.float32 or rows >= 16:
@@ -66,7 +66,7 @@ def project(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Turns x [sequences, tokens, heads, dim] by angles whose cosines and sines are [sequences, tokens, dim/2]."""
+    """Turns x [B, T, heads, dim] by angles whose cosines and sines are [B, T, dim / 2]."""
     cosine, sine = cosine[:, :, None], sine[:, :, None]
     left, right = x.float().chunk(2, dim=-1)
     return torch.cat([left * cosine - right * sine, right * cosine + left * sine], dim=-1).to(x.dtype)

@@ -21,6 +21,8 @@ class TorchLlama:
         dtype: Of weights and activations: "float32", "bfloat16" or "float16".
     """
 
+    framework = "torch"
+
     def __init__(self, model: LlamaModel, dtype: str = "float32"):
         self.model, self.dtype = model, dtype
         self.torch_device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -117,6 +119,4 @@ class TorchSession:
         self.finished |= active & torch.isin(new, self.stops)
 
     def _progress(self) -> Progress:
-        return Progress(
-            self.tokens.cpu().numpy(), self.lengths.cpu().numpy(), bool(self.finished.all())
-        )
+        return Progress(self.tokens.cpu().numpy(), self.lengths.cpu().numpy(), bool(self.finished.all()))
