@@ -1,5 +1,6 @@
 """Device time of torch calls and of JAX steps, in seconds per call."""
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -59,24 +60,29 @@ def host_time(call: Callable[[], Any]) -> float:
     return statistics.median(times)
 
 
-def jax_time(step: Callable[[Any], Any], carry: Any, calls: int, estimate: float) -> float:
+def jax_time(step: Callable[[Any, Any], Any], carry: Any, inputs: Any, calls: int, estimate: float) -> float:
     """Median time of a call in a jitted loop over a donated carry.
 
     Args:
-        step: Makes `calls` calls, one after the other, on a carry.
+        step: `(carry, inputs) -> carry`: makes `calls` calls, one after the other.
         carry: What it starts from; consumed.
+        inputs: Arrays that every step reads; arguments of the program, for constants would be compiled in.
         calls: Calls in a step.
         estimate: About how long a call takes: it sets the length of the loop.
     """
     import jax
 
     loops = _rounds(estimate * calls)
-    program = jax.jit(lambda c: jax.lax.fori_loop(0, loops, lambda _, x: step(x), c), donate_argnums=0)
-    carry = jax.block_until_ready(program(carry))
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def program(carry: Any, inputs: Any) -> Any:
+        return jax.lax.fori_loop(0, loops, lambda _, x: step(x, inputs), carry)
+
+    carry = jax.block_until_ready(program(carry, inputs))
     times = []
     for _ in range(REPEATS):
         start = time.perf_counter()
-        carry = jax.block_until_ready(program(carry))
+        carry = jax.block_until_ready(program(carry, inputs))
         times.append((time.perf_counter() - start) / loops / calls)
     return statistics.median(times)
 

@@ -133,7 +133,6 @@ def torch_times(case: Case, inputs: Inputs) -> dict[str, float]:
 
 def jax_times(case: Case, inputs: Inputs, estimate: float) -> dict[str, float]:
     """jaxkv, and XLA's scatters; `estimate` is about what a call takes, in seconds."""
-    import jax
     import jax.numpy as jnp
 
     import jaxkv
@@ -149,12 +148,12 @@ def jax_times(case: Case, inputs: Inputs, estimate: float) -> dict[str, float]:
         return tuple(jnp.zeros(s, case.cache_dtype) for s in shapes)
 
     def measure(write: Callable[..., Any], start: Any) -> float:
-        def step(carry: Any) -> Any:
+        def step(carry: Any, sets: Any) -> Any:
             for k, v, s in sets:
                 carry = write(carry, k, v, s)
             return carry
 
-        return jax_time(step, start, len(sets), estimate)
+        return jax_time(step, start, sets, len(sets), estimate)
 
     def ours(carry: Any, k: Any, v: Any, s: Any) -> Any:
         new = inputs.call(jaxkv, k, v, carry, s, case.kv_cache_dtype, scales)
@@ -172,7 +171,6 @@ def jax_times(case: Case, inputs: Inputs, estimate: float) -> dict[str, float]:
 
         times["xla_two_index"] = measure(two_index, caches())
         times["xla_flat"] = measure(flat, tuple(c.reshape(-1, *c.shape[2:]) for c in caches()))
-    jax.clear_caches()
     return times
 
 
@@ -206,15 +204,8 @@ def main(argv: list[str]) -> None:
             row["copy_tb_s"] = row["bytes"] / times["copy"] / 1e12
             rows.append(row)
             print(f"{tokens:6} {case.name}", flush=True)
-    report.save(args.json, rows, benchmark="write", block_size=BLOCK_SIZE)
-    columns = {
-        "tokens": "d",
-        "case": "s",
-        "copy_us": ".2f",
-        "copy_tb_s": ".2f",
-        "torch_us": ".2f",
-        "torch_ratio": ".3f",
-    }
-    columns |= {"torch_host_us": ".1f", "jax_us": ".2f", "jax_ratio": ".3f", "index_put__ratio": ".3f"}
-    columns |= {"xla_flat_ratio": ".3f", "xla_two_index_ratio": ".3f"}
+            report.save(args.json, rows, benchmark="write", block_size=BLOCK_SIZE)
+    times = dict.fromkeys(("copy_us", "torch_us", "jax_us"), ".2f") | {"torch_host_us": ".1f"}
+    ratios = ("torch", "jax", "index_put_", "xla_flat", "xla_two_index")
+    columns = {"tokens": "d", "case": "s", "copy_tb_s": ".2f"} | times | {f"{name}_ratio": ".3f" for name in ratios}
     print(report.table(rows, columns))
