@@ -19,7 +19,7 @@ from benchmarks import report
 from examples.llama.cache import CacheSpec
 from examples.llama.gguf_model import LlamaModel, find_model, load_model
 from examples.llama.jax_session import JaxLlama
-from examples.llama.paging import BLOCK_SIZE, plan_batch
+from examples.llama.paging import plan_batch
 from examples.llama.session import Report, run
 from examples.llama.torch_session import TorchLlama
 
@@ -67,9 +67,7 @@ def main(argv: list[str]) -> None:
             },
             options.rounds,
         )
-        rates: dict[str, Any] = {
-            name: size * (options.new_tokens - 1) / seconds for name, seconds in best.items()
-        }
+        rates: dict[str, Any] = {name: size * (options.new_tokens - 1) / seconds for name, seconds in best.items()}
         ratios = {f"{name}/transformers": rates[name] / rates["transformers"] for name in ("jax", "torch")}
         rows.append({"batch": size} | rates | ratios)
     what = f"decode, tokens/s, float32, {options.new_tokens} new tokens, best of {options.rounds} rounds"
@@ -91,14 +89,7 @@ def twin_decode(llama: JaxLlama | TorchLlama, prompts: list[str], new_tokens: in
     model: LlamaModel = llama.model
     ids = [model.tokenizer.encode(prompt).ids for prompt in prompts]
     batch = plan_batch(ids, new_tokens, context_length=model.config.context_length)
-    spec = CacheSpec.of(
-        model.config,
-        layout="NHD",
-        num_blocks=batch.num_blocks,
-        block_size=BLOCK_SIZE,
-        dtype="float32",
-        kv_cache_dtype="auto",
-    )
+    spec = CacheSpec.of(model.config, batch.num_blocks)
 
     def decode() -> float:
         done = Report()
@@ -128,9 +119,7 @@ class Transformers:
         def seconds(count: int) -> float:
             started = time.perf_counter()
             with torch.inference_mode():
-                out = self.model.generate(
-                    **inputs, do_sample=False, min_new_tokens=count, max_new_tokens=count
-                )
+                out = self.model.generate(**inputs, do_sample=False, min_new_tokens=count, max_new_tokens=count)
             out.cpu()
             return time.perf_counter() - started
 

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING
 
 from llama.cache import KV_CACHE_DTYPES, CacheSpec
 from llama.gguf_model import InputError, find_model, load_model
-from llama.paging import BLOCK_SIZE, plan_batch
+from llama.paging import plan_batch
 from llama.session import Report, run
 from llama.text import TextStream
 
@@ -87,8 +87,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.batch is not None and options.batch < len(options.prompts):
         parser.error(
-            f"argument --batch: must be at least the number of prompts, {len(options.prompts)}, "
-            f"got {options.batch}"
+            f"argument --batch: must be at least the number of prompts, {len(options.prompts)}, got {options.batch}"
         )
     return options
 
@@ -107,17 +106,13 @@ def generate(options: argparse.Namespace) -> None:
     batch = plan_batch(prompt_ids, options.max_new_tokens, context_length=model.config.context_length)
     spec = CacheSpec.of(
         model.config,
+        batch.num_blocks,
         layout=options.layout,
-        num_blocks=batch.num_blocks,
-        block_size=BLOCK_SIZE,
         dtype=options.dtype,
         kv_cache_dtype=options.kv_cache_dtype,
     )
     llama = load_framework(options.framework)(model, options.dtype)
-    say(
-        f"{model.name}, {options.framework} on {llama.device}: "
-        f"loaded in {time.perf_counter() - started:.1f} s"
-    )
+    say(f"{model.name}, {options.framework} on {llama.device}: loaded in {time.perf_counter() - started:.1f} s")
     say("compiling ...", end="\r")
     session = llama.session(batch, spec)
 
@@ -133,9 +128,8 @@ def generate(options: argparse.Namespace) -> None:
         for answers in run(session, report, STREAM_STEPS if watched else None):
             if watched:
                 _draw_bar(max(map(len, answers)), options.max_new_tokens)
-        for number, (prompt, ids, answer) in enumerate(
-            zip(prompts, prompt_ids, report.answers, strict=True), 1
-        ):
+        say("")  # ends the bar's line
+        for number, (prompt, ids, answer) in enumerate(zip(prompts, prompt_ids, report.answers, strict=True), 1):
             text = TextStream(model.tokenizer, ids)
             print(f"[{number}] {prompt}{text.more(answer)}{text.rest()}\n", flush=True)
     _summarise(report, spec)
@@ -156,25 +150,24 @@ def load_framework(name: str) -> "type[JaxLlama] | type[TorchLlama]":
 
 
 def say(line: str, end: str = "\n") -> None:
-    """One line to stderr; one that ends in a carriage return, only where somebody may see it vanish."""
-    if end == "\n" or sys.stderr.isatty():
-        print(f"{line:<40}", end=end, file=sys.stderr, flush=True)
+    """One line to stderr; one that the next is to overwrite is shown on a terminal only."""
+    if sys.stderr.isatty():
+        print(f"{line:<20}", end=end, file=sys.stderr, flush=True)
+    elif end == "\n":
+        print(line, file=sys.stderr, flush=True)
 
 
 def _layout(text: str) -> CacheLayout:
+    name = text.upper().replace("-", "_")
     try:
-        return CacheLayout.of(text.upper().replace("-", "_") if " " not in text else text)
+        return CacheLayout.of(name if hasattr(CacheLayout, name) else text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _draw_bar(done: int, total: int) -> None:
     filled = 30 * done // total
-    print(
-        f"\r[{'#' * filled}{'.' * (30 - filled)}] {done}/{total} tokens", end="", file=sys.stderr, flush=True
-    )
-    if done == total:
-        print(file=sys.stderr)
+    print(f"\r[{'#' * filled}{'.' * (30 - filled)}] {done}/{total} tokens", end="", file=sys.stderr, flush=True)
 
 
 def _summarise(report: Report, spec: CacheSpec) -> None:

@@ -48,8 +48,8 @@ def generate(llama, prompts, new_tokens=NEW_TOKENS, *, layout="NHD", kv_cache_dt
     """New tokens of each prompt, and the session that made them."""
     config = llama.model.config
     batch = plan_batch(prompts, new_tokens, context_length=config.context_length)
-    sizes = {"num_blocks": batch.num_blocks, "block_size": BLOCK_SIZE}
-    spec = CacheSpec.of(config, layout=layout, dtype=llama.dtype, kv_cache_dtype=kv_cache_dtype, **sizes)
+    options = {"layout": layout, "dtype": llama.dtype, "kv_cache_dtype": kv_cache_dtype}
+    spec = CacheSpec.of(config, batch.num_blocks, **options)
     session, report = llama.session(batch, spec), Report()
     for _ in run(session, report, chunk):
         pass
@@ -304,9 +304,7 @@ def test_only_owned_slots_are_written(framework, small_twins):
     llama, sentinel = small_twins[framework], 7.0
     prompts = some_prompts(20, 3)
     batch = plan_batch(prompts, 6, context_length=1024)
-    config = llama.model.config
-    sizes = {"num_blocks": batch.num_blocks, "block_size": BLOCK_SIZE}
-    spec = CacheSpec.of(config, layout="NHD", dtype="float32", kv_cache_dtype="auto", **sizes)
+    spec = CacheSpec.of(llama.model.config, batch.num_blocks)
     session = llama.session(batch, spec)
     if framework == "jax":
         poisoned = tuple(jnp.full_like(cache, sentinel) for cache in session.state.cache)
@@ -328,11 +326,9 @@ def test_only_owned_slots_are_written(framework, small_twins):
 
 def test_decode_is_in_place_and_one_program(small):
     # Blocks for 200,000 tokens: no temporary that depends on the batch comes near the size of the cache.
-    config = small.config
     batch = replace(plan_batch(some_prompts(4), 30, context_length=1024), num_blocks=200_000 // BLOCK_SIZE)
-    sizes = {"num_blocks": batch.num_blocks, "block_size": BLOCK_SIZE}
     for layout, kv_cache_dtype in (("NHD", "auto"), ("PACKED_HND", "auto"), ("NHD", "fp8")):
-        spec = CacheSpec.of(config, layout=layout, dtype="float32", kv_cache_dtype=kv_cache_dtype, **sizes)
+        spec = CacheSpec.of(small.config, batch.num_blocks, layout=layout, kv_cache_dtype=kv_cache_dtype)
         session = JaxLlama(small).session(batch, spec)
         for program in (session.prefill_program, session.decode_program):
             memory = program.memory_analysis()

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from kvcore.layout import CacheLayout
 
 from .gguf_model import LlamaConfig
+from .paging import BLOCK_SIZE
 
 FP8_FORMATS = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
 KV_CACHE_DTYPES = ("auto", *FP8_FORMATS)
@@ -55,12 +56,12 @@ class CacheSpec:
     def of(
         cls,
         config: LlamaConfig,
-        *,
-        layout: str | CacheLayout,
         num_blocks: int,
-        block_size: int,
-        dtype: str,
-        kv_cache_dtype: str,
+        *,
+        layout: str | CacheLayout = "NHD",
+        block_size: int = BLOCK_SIZE,
+        dtype: str = "float32",
+        kv_cache_dtype: str = "auto",
     ) -> "CacheSpec":
         """A cache for a model. An fp8 cache is stored as uint8, which XLA updates in place on a CPU too."""
         return cls(

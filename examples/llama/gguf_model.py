@@ -100,16 +100,14 @@ def load_model(path: str | Path) -> LlamaModel:
     meta = {name: field.contents() for name, field in reader.fields.items()}
     architecture = meta.get("general.architecture")
     if architecture != "llama":
-        raise InputError(
-            f"model must have the architecture 'llama', got {architecture!r} in {Path(path).name}"
-        )
+        raise InputError(f"model must have the architecture 'llama', got {architecture!r} in {Path(path).name}")
     try:
         tokenizer = build_tokenizer(meta)
     except ValueError as error:
         raise InputError(str(error)) from error
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     config = _config(meta)
-    return _Assembler(meta, config, tensors).model(tokenizer)
+    return _Assembler(meta, config, tensors).model(Path(path).stem, tokenizer)
 
 
 class _Reader(gguf.GGUFReader):
@@ -152,9 +150,9 @@ class _Assembler:
     def __init__(self, meta: dict[str, Any], config: LlamaConfig, tensors: dict[str, gguf.ReaderTensor]):
         self.meta, self.config, self.tensors = meta, config, tensors
 
-    def model(self, tokenizer: Tokenizer) -> LlamaModel:
+    def model(self, name: str, tokenizer: Tokenizer) -> LlamaModel:
         model = LlamaModel(
-            name=self.meta.get("general.name", "a Llama model"),
+            name=name,
             config=self.config,
             tokenizer=tokenizer,
             embedding=self.take("token_embd"),
@@ -164,9 +162,7 @@ class _Assembler:
             inverse_frequencies=self.inverse_frequencies(),
         )
         if self.tensors:
-            raise InputError(
-                f"model must be a plain Llama, got tensors of other parts: {', '.join(self.tensors)}"
-            )
+            raise InputError(f"model must be a plain Llama, got tensors of other parts: {', '.join(self.tensors)}")
         return model
 
     def take(self, name: str) -> np.ndarray:
@@ -177,8 +173,7 @@ class _Assembler:
             return gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
         except NotImplementedError as error:
             raise InputError(
-                f"tensor {name}.weight must have a type that gguf can dequantise, "
-                f"got {tensor.tensor_type.name}"
+                f"tensor {name}.weight must have a type that gguf can dequantise, got {tensor.tensor_type.name}"
             ) from error
 
     def layer(self, index: int) -> Layer:

@@ -20,15 +20,11 @@ def write(spec: CacheSpec, cache: Cache, key: Array, value: Array, slots: Array,
     kind, layout = spec.kv_cache_dtype, spec.layout
     if layout.single_array:
         (kv_cache,) = cache
-        new = jaxkv.reshape_and_cache_flash_diffkv(
-            key, value, kv_cache, slots, kind, layout=layout, layer=layer
-        )
+        new = jaxkv.reshape_and_cache_flash_diffkv(key, value, kv_cache, slots, kind, layout=layout, layer=layer)
         assert new is not None  # None is the answer for a jax.Ref
         return (new,)
     key_cache, value_cache = cache
-    pair = jaxkv.reshape_and_cache_flash(
-        key, value, key_cache, value_cache, slots, kind, layout=layout, layer=layer
-    )
+    pair = jaxkv.reshape_and_cache_flash(key, value, key_cache, value_cache, slots, kind, layout=layout, layer=layer)
     assert pair is not None
     return pair
 

@@ -158,18 +158,14 @@ def prefill(
     """Runs one piece of the prompts, and appends the first new token where a prompt ends in it."""
     batch, count = piece.shape
     positions = jnp.broadcast_to(start + jnp.arange(count), (batch, count))
-    x, cache = forward(
-        config, spec, weights, state.cache, piece, positions, positions < prompts[:, None], tables
-    )
+    x, cache = forward(config, spec, weights, state.cache, piece, positions, positions < prompts[:, None], tables)
     last = prompts - 1 - start  # where in this piece the prompt ends, if it does
     ends = (last >= 0) & (last < count)
     x = x[jnp.arange(batch), jnp.clip(last, 0, count - 1)]
     return append(config, state._replace(cache=cache), next_tokens(config, weights, x), ends)
 
 
-def decode(
-    config: LlamaConfig, spec: CacheSpec, weights: Weights, tables: Array, state: State, until: Array
-) -> State:
+def decode(config: LlamaConfig, spec: CacheSpec, weights: Weights, tables: Array, state: State, until: Array) -> State:
     """Steps until every sequence is finished or `until` tokens have been made: one loop, one program."""
 
     def going(state: State) -> Array:

@@ -82,7 +82,7 @@ class JaxSession:
     def _warm_up(self) -> None:
         """Runs both programs once with nothing to write or append: prompts of length 0, no step."""
         prompts, self.prompts = self.prompts, jnp.zeros_like(self.prompts)
-        self.prefill()
+        self.state = self.prefill_program(*self._prefill_arguments(0))
         self.prompts = prompts
         self.decode(0)
 
@@ -96,7 +96,5 @@ class JaxSession:
         return self.weights, self.tables, self.state, np.int32(until)
 
     def _progress(self) -> Progress:
-        tokens, lengths, finished = jax.device_get(
-            (self.state.tokens, self.state.lengths, self.state.finished)
-        )
+        tokens, lengths, finished = jax.device_get((self.state.tokens, self.state.lengths, self.state.finished))
         return Progress(tokens, lengths, bool(finished.all()))

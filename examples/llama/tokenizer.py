@@ -54,11 +54,7 @@ def build_tokenizer(meta: dict[str, Any]) -> Tokenizer:
         raise ValueError(f"tokenizer.ggml.model must be 'gpt2' or 'llama', got {kind!r}")
     tokens, types = meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.token_type"]
     tokenizer.add_special_tokens(
-        [
-            AddedToken(t, normalized=False, special=True)
-            for t, k in zip(tokens, types, strict=True)
-            if k == CONTROL
-        ]
+        [AddedToken(t, normalized=False, special=True) for t, k in zip(tokens, types, strict=True) if k == CONTROL]
     )
     tokenizer.add_tokens(
         [AddedToken(t, normalized=False) for t, k in zip(tokens, types, strict=True) if k == USER_DEFINED]

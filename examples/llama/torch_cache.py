@@ -24,14 +24,10 @@ def write(spec: CacheSpec, cache: Cache, key: Tensor, value: Tensor, slots: Tens
         torchkv.reshape_and_cache_flash_diffkv(key, value, kv_cache, slots, kind, layout=layout, layer=layer)
     else:
         key_cache, value_cache = cache
-        torchkv.reshape_and_cache_flash(
-            key, value, key_cache, value_cache, slots, kind, layout=layout, layer=layer
-        )
+        torchkv.reshape_and_cache_flash(key, value, key_cache, value_cache, slots, kind, layout=layout, layer=layer)
 
 
-def read(
-    spec: CacheSpec, cache: Cache, tables: Tensor, layer: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def read(spec: CacheSpec, cache: Cache, tables: Tensor, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Gathers one layer's keys and values of each sequence, [num_sequences, heads, context, dim] each."""
     key, value = spec.readings
     return (
@@ -40,9 +36,7 @@ def read(
     )
 
 
-def _gather(
-    spec: CacheSpec, tensor: Tensor, how: Reading, tables: Tensor, layer: int, dtype: torch.dtype
-) -> Tensor:
+def _gather(spec: CacheSpec, tensor: Tensor, how: Reading, tables: Tensor, layer: int, dtype: torch.dtype) -> Tensor:
     index: list[Tensor | int | slice] = [slice(None)] * len(how.shape)
     index[how.layer_axis] = layer
     if how.kv_axis is not None:

@@ -113,9 +113,7 @@ def forward(
             index,
         )
         keys, values = torch_cache.read(spec, cache, tables, index, x.dtype)
-        mixed = F.scaled_dot_product_attention(
-            query.transpose(1, 2), keys, values, attn_mask=visible, enable_gqa=True
-        )
+        mixed = F.scaled_dot_product_attention(query.transpose(1, 2), keys, values, attn_mask=visible, enable_gqa=True)
         x = x + project(mixed.transpose(1, 2).reshape(batch, count, -1), layer.attention_out)
         normed = F.rms_norm(x, shape, layer.mlp_norm, config.norm_epsilon)
         gate, up = project(normed, layer.gate_up).chunk(2, dim=-1)

@@ -84,7 +84,7 @@ class TorchSession:
         positions = torch.arange(start, start + count, device=tokens.device).expand(len(prompts), -1)
         x = self._forward(tokens, positions, positions < prompts[:, None], start + count)
         last = prompts - 1 - start  # where in this piece the prompt ends, if it does
-        x = x[torch.arange(len(prompts)), last.clamp(0, count - 1)]
+        x = x[torch.arange(len(prompts), device=x.device), last.clamp(0, count - 1)]
         self._append(x, (last >= 0) & (last < count))
 
     def _step(self, active: Tensor, longest: int) -> None:
