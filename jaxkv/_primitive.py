@@ -25,7 +25,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxkv import _interpret, _xla
-from kvcore.contract import ArraySpec, Write, check_write
+from kvcore.contract import ArraySpec, Write, check_write, no_triton_error
 from kvcore.layout import Axis, CacheLayout
 
 
@@ -134,17 +134,17 @@ write_p = _primitive("reshape_and_cache")
 # ---- one device
 
 
-def _lower_local(platform: str | None) -> Any:
+def _lower_local(platform: str) -> Any:
     def implementation(*flat: Any, options: Options) -> list[Any]:
         operands = Operands.unflatten(options, flat)
         call = describe(options, operands)
-        backend = options.backend or ("triton" if platform else "xla")
+        backend = options.backend or ("triton" if platform in _GPUS else "xla")
         if backend == "xla":
             return _xla.write(call, operands, options.layer)
         if backend == "interpret":
             return _interpret.write(call, operands, options.layer)
-        if platform is None:
-            raise ValueError("backend 'triton' needs a CUDA or ROCm device")
+        if platform not in _GPUS:
+            raise no_triton_error(platform)
         from jaxkv import _triton  # imports Triton, which only GPUs need
 
         return _triton.write(call, operands, options.layer, platform, options.compute_capability)
@@ -152,9 +152,9 @@ def _lower_local(platform: str | None) -> Any:
     return mlir.lower_fun(implementation, multiple_results=True)
 
 
-mlir.register_lowering(local_p, _lower_local(None))
-mlir.register_lowering(local_p, _lower_local("cuda"), platform="cuda")
-mlir.register_lowering(local_p, _lower_local("rocm"), platform="rocm")
+_GPUS = ("cuda", "rocm")
+for _platform in ("cpu", "tpu", *_GPUS):
+    mlir.register_lowering(local_p, _lower_local(_platform), platform=_platform)
 
 
 # ---- several devices

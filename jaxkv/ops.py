@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxkv import _primitive
 from jaxkv._primitive import Options
-from kvcore.contract import ArraySpec, check_backend, check_write, overlap_error
+from kvcore.contract import ArraySpec, check_options, check_write, overlap_error
 from kvcore.layout import CacheLayout
 
 _BACKENDS = ("triton", "xla", "interpret")
@@ -140,7 +140,7 @@ def _write(
     layer: Any,
     backend: str | None,
 ) -> Any:
-    check_backend(backend, _BACKENDS)
+    check_options(kv_cache_dtype, k_scale, v_scale, layer, backend, _BACKENDS)
     refs = [isinstance(c, jax.Ref) for c in caches]
     if any(refs) and not all(refs):
         raise TypeError("key_cache and value_cache must be two jax.Refs or two arrays, got one of each")
@@ -171,7 +171,7 @@ def _write(
         layer=layer if index is None else None,
         backend=backend,
     )
-    rest = [_slots(slot_mapping), *scales, *([] if index is None else [jnp.reshape(index, 1)])]
+    rest = [_indices(slot_mapping), *scales, *([] if index is None else [jnp.reshape(_indices(index), 1)])]
     inputs = (jnp.asarray(key), jnp.asarray(value))
     if not all(refs):
         return tuple(_primitive.write(options, *inputs, *map(jnp.asarray, caches), *rest))
@@ -191,8 +191,8 @@ def _spec(x: Any) -> ArraySpec:
     return ArraySpec(tuple(x.shape), np.dtype(x.dtype).name)
 
 
-def _slots(slot_mapping: Any) -> jax.Array:
-    """slot_mapping as a JAX array. NumPy's int64 becomes int32 unless x64 is on: what would wrap is skipped."""
-    if isinstance(slot_mapping, np.ndarray) and not jax.config.jax_enable_x64:
-        slot_mapping = np.where(slot_mapping == slot_mapping.astype(np.int32), slot_mapping, -1)
-    return jnp.asarray(slot_mapping)
+def _indices(x: Any) -> jax.Array:
+    """Slots or layers as a JAX array. NumPy's int64 becomes int32 unless x64 is on: what would wrap is skipped."""
+    if isinstance(x, np.ndarray) and not jax.config.jax_enable_x64:
+        x = np.where(x == x.astype(np.int32), x, -1)
+    return jnp.asarray(x)

@@ -130,10 +130,30 @@ def check_write(
     )
 
 
-def check_backend(backend: str | None, choices: Sequence[str]) -> None:
-    """Raises ValueError unless `backend` is None or one of `choices`."""
-    if backend is not None and backend not in choices:
-        raise ValueError(f"backend must be None, {_either(map(repr, choices))}, got {backend!r}")
+def check_options(
+    kv_cache_dtype: Any, k_scale: Any, v_scale: Any, layer: Any, backend: Any, backends: Sequence[str]
+) -> None:
+    """Checks what arguments are, before anything is made of them.
+
+    Raises:
+        ValueError: kv_cache_dtype or backend is none of the choices.
+        TypeError: a scale or layer is neither a number nor an array.
+    """
+    if not isinstance(kv_cache_dtype, str) or kv_cache_dtype not in KV_CACHE_DTYPES:
+        raise ValueError(f"kv_cache_dtype must be {_either(map(repr, KV_CACHE_DTYPES))}, got {kv_cache_dtype!r}")
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if scale is not None and not hasattr(scale, "shape") and not isinstance(scale, (int, float)):
+            raise TypeError(f"{name} must be a number or an array of one float32, got {scale!r}")
+    number = isinstance(layer, int) or hasattr(layer, "__index__")  # in this order for torch.compile's integers
+    if isinstance(layer, bool) or not (layer is None or number or hasattr(layer, "shape")):
+        raise TypeError(f"layer must be an int or an integer scalar, got {layer!r}")
+    if backend is not None and backend not in backends:
+        raise ValueError(f"backend must be None, {_either(map(repr, backends))}, got {backend!r}")
+
+
+def no_triton_error(platform: str) -> ValueError:
+    """The error for the backend "triton" where it cannot run."""
+    return ValueError(f"backend 'triton' needs a CUDA or ROCm device, got {platform}")
 
 
 def overlap_error() -> ValueError:
@@ -149,6 +169,8 @@ def _layout(
             chosen = CacheLayout.PACKED_NHD
         else:
             rank = len(caches[0].shape) - (layer is not None)
+            if rank == len(caches[1].shape) == 5:
+                raise ValueError("layer must be given where key_cache and value_cache have 5 axes each, got None")
             chosen = CacheLayout.HEAD_MAJOR if rank == 5 else CacheLayout.NHD
         return chosen if layer is None else chosen.with_layer()
     if not isinstance(layout, (str, CacheLayout)):
@@ -167,8 +189,6 @@ def _layout(
 
 
 def _format(kv_cache_dtype: str, given: str, cache: str, cache_name: str) -> FloatFormat:
-    if kv_cache_dtype not in KV_CACHE_DTYPES:
-        raise ValueError(f"kv_cache_dtype must be {_either(map(repr, KV_CACHE_DTYPES))}, got {kv_cache_dtype!r}")
     quantised = KV_CACHE_DTYPES[kv_cache_dtype]
     if given not in FLOATS and given not in FP8:
         raise TypeError(f"key must have dtype {_either([*FLOATS, *FP8])}, got {given}")
@@ -184,16 +204,13 @@ def _format(kv_cache_dtype: str, given: str, cache: str, cache_name: str) -> Flo
                 f"for kv_cache_dtype {kv_cache_dtype!r}, got {given}"
             )
         return quantised
-    if cache in FP8 and given == cache:
-        return FP8[cache]
-    if cache not in FLOATS:
+    allowed = FLOATS if given in FLOATS else {given: FP8[given]}
+    if cache not in allowed:
         raise TypeError(
-            f"{cache_name} must have dtype {_either(FLOATS)} for kv_cache_dtype 'auto' and key of dtype {given}, "
+            f"{cache_name} must have dtype {_either(allowed)} for kv_cache_dtype 'auto' and key of dtype {given}, "
             f"got {cache}"
         )
-    if given not in FLOATS:
-        raise TypeError(f"key must have dtype {_either(FLOATS)} for {cache_name} of dtype {cache}, got {given}")
-    return FLOATS[cache]
+    return allowed[cache]
 
 
 def _scale(name: str, scale: ArraySpec) -> None:
@@ -215,8 +232,6 @@ def _layer(layer: int | ArraySpec | None, layout: CacheLayout, num_layers: int |
             raise ValueError(f"layer must have shape () or (1,), got {_shape(layer)}")
         if layer.dtype not in ("int32", "int64"):
             raise TypeError(f"layer must have dtype int32 or int64, got {layer.dtype}")
-    elif isinstance(layer, bool) or not hasattr(layer, "__index__"):  # NumPy's and torch.compile's pass
-        raise TypeError(f"layer must be an int or an integer scalar, got {layer!r}")
     elif not 0 <= layer < num_layers:
         raise ValueError(f"layer must be at least 0 and below {num_layers}, got {layer}")
 

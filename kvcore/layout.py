@@ -121,7 +121,7 @@ class CacheLayout:
             return layout
         if isinstance(layout, str) and layout in _CONSTANTS:
             return getattr(cls, layout)
-        return _from_pattern(layout)
+        return _from_pattern(layout) if isinstance(layout, str) else cls(layout)
 
     @cached_property
     def arrays(self) -> tuple[tuple[Axis, ...], ...]:
@@ -187,8 +187,10 @@ class CacheLayout:
                 raise ValueError(f"layout '{self}' has no axis {name}, got size {size} for it")
             if size is not None and size < 1:
                 raise ValueError(f"axis {name} must have a positive size, got {size}")
-        if x is not None and head_size % x:
-            raise ValueError(f"axis x of size {x} must divide head_size = {head_size}")
+        dims = {"head_size": head_size, "head_size_v": size_v}
+        for axes, (name, size) in zip(self.arrays, dims.items(), strict=False):
+            if x is not None and ("x",) in axes and size % x:
+                raise ValueError(f"axis x of size {x} must divide {name} = {size}")
         if self.single_array and not self.packed and size_v != head_size:
             raise ValueError(
                 f"layout '{self}' needs head_size_v = head_size along axis dim, got {size_v} and {head_size}"
@@ -224,6 +226,8 @@ class CacheLayout:
             ValueError: a rank or an extent does not fit, or elements overlap; the message names the axis.
         """
         names = names or (("kv_cache",) if self.single_array else ("key_cache", "value_cache"))
+        if len(shapes) != len(self.arrays):
+            raise ValueError(f"layout '{self}' describes {len(self.arrays)} arrays, got {len(shapes)} shapes")
         found = [
             _axis_table(name, axes, tuple(shape), tuple(stride or contiguous_strides(shape)))
             for name, axes, shape, stride in zip(
@@ -237,7 +241,9 @@ class CacheLayout:
         if self.packed:
             if head_size is None:
                 raise ValueError(f"layout '{self}' needs head_size to split axis k+v, got None")
-            if not 0 < head_size < dims[0]:
+            if head_size < 1:
+                raise ValueError(f"head_size must be positive, got {head_size}")
+            if head_size >= dims[0]:
                 raise ValueError(f"{names[0]} axis k+v must have a size above head_size = {head_size}, got {dims[0]}")
             offset_v = head_size * key["dim"]
             dims = [head_size, dims[0] - head_size]
@@ -324,7 +330,7 @@ def _validate(pattern: str, arrays: tuple[tuple[Axis, ...], ...]) -> None:
         if "kv" in flat and "k+v" in flat:
             raise ValueError(f"layout '{pattern}' must name only one of the axes kv and k+v")
         for axis in axes:
-            if len(axis) > 1 and (len(axis) != 2 or "kv" not in axis):
+            if len(axis) != 1 and (len(axis) != 2 or "kv" not in axis):
                 raise ValueError(f"layout '{pattern}' may join only kv with one other axis, got ({' '.join(axis)})")
     if len({"layer" in [name for axis in axes for name in axis] for axes in arrays}) > 1:
         raise ValueError(f"layout '{pattern}' must name axis layer for both arrays or for none")
@@ -350,16 +356,23 @@ def _axis_table(
             sizes[key], steps[key] = size, stride
     if sizes.get("kv", 2) != 2:
         raise ValueError(f"{name} axis kv must have size 2, got {sizes['kv']}")
-    inner = 0  # reach of the faster axes, in elements
-    for axis_name in sorted(sizes, key=lambda n: (steps[n], sizes[n])):
-        if sizes[axis_name] > 1:
-            if steps[axis_name] <= inner:
-                raise ValueError(
-                    f"{name} axis {axis_name} with stride {steps[axis_name]} overlaps the axes inside it, "
-                    f"which reach {inner + 1} elements"
-                )
-            inner += (sizes[axis_name] - 1) * steps[axis_name]
+    if 0 not in sizes.values():
+        _check_apart(name, sizes, steps)
     return sizes, steps
+
+
+def _check_apart(name: str, sizes: dict[str, int], steps: dict[str, int]) -> None:
+    """Raises unless every axis steps over all that the axes inside it reach."""
+    inner = 1  # elements that the faster axes reach
+    for axis in sorted(sizes, key=lambda n: (steps[n], sizes[n])):
+        size, step = sizes[axis], steps[axis]
+        if size > 1 and step == 0:
+            raise ValueError(f"{name} axis {axis} with stride 0 puts its {size} elements in one place")
+        if size > 1 and step < inner:
+            raise ValueError(
+                f"{name} axis {axis} with stride {step} overlaps the axes inside it, which reach {inner} elements"
+            )
+        inner += (size - 1) * step
 
 
 def _address(sizes: dict[str, int], steps: dict[str, int], offset: int) -> Address:

@@ -187,7 +187,7 @@ BAD = {
     ),
     "fp8 key in a cache of bfloat16": (
         "flash", both("float8_e4m3fn"), TypeError,
-        f"key must have dtype {FLOATS} for key_cache of dtype bfloat16, got float8_e4m3fn",
+        "key_cache must have dtype float8_e4m3fn for kv_cache_dtype 'auto' and key of dtype float8_e4m3fn, got bfloat16",
     ),
     # scales
     "a scale per head": (
@@ -253,7 +253,7 @@ BAD = {
     ),
     "value cache like a key cache": (
         "flash", caches((6, 3, 2, 4, 8)), ValueError,
-        "value_cache must have 4 axes (block head dim slot), got shape (6, 3, 2, 4, 8)",
+        "layer must be given where key_cache and value_cache have 5 axes each, got None",
     ),
     "blocks of the value cache": (
         "flash", {"value_cache": array((5, 4, 3, 16))}, ValueError,
@@ -503,10 +503,10 @@ def test_backends_of_jax(op, way, backend):
 def test_triton_needs_a_gpu(op):
     with pytest.raises(ValueError) as error:  # noqa: PT011
         in_torch(op, valid(op), {}, "triton")
-    assert str(error.value) == "backend 'triton' needs CUDA or ROCm tensors, got device cpu"
+    assert str(error.value) == "backend 'triton' needs a CUDA or ROCm device, got cpu"
     with jax.default_device("cpu"), pytest.raises(ValueError) as error:  # noqa: PT011
         in_jax(op, valid(op) | {"backend": "triton"}, {})
-    assert str(error.value) == "backend 'triton' needs a CUDA or ROCm device"
+    assert str(error.value) == "backend 'triton' needs a CUDA or ROCm device, got cpu"
 
 
 def test_one_ref_and_one_array():
@@ -669,11 +669,11 @@ def test_caches_of_one_buffer_that_do_not_overlap(name, backend):
     [
         (
             lambda: poison(1, 4, 3, 16).expand(6, -1, -1, -1),
-            "value_cache axis block with stride 0 overlaps the axes inside it, which reach 1 elements",
+            "value_cache axis block with stride 0 puts its 6 elements in one place",
         ),
         (
             lambda: poison(6, 4, 1, 16).expand(-1, -1, 3, -1),
-            "value_cache axis head with stride 0 overlaps the axes inside it, which reach 1 elements",
+            "value_cache axis head with stride 0 puts its 3 elements in one place",
         ),
         (
             lambda: poison(6, 4, 3, 16).as_strided((6, 4, 3, 16), (96, 48, 16, 1)),
@@ -725,3 +725,24 @@ def test_elements_that_lie_half_over_each_other():
     assert share_elements(b, a)
     assert not share_elements(a, c)
     assert not share_elements(c, a)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"kv_cache_dtype": None}, ValueError,
+         "kv_cache_dtype must be 'auto', 'fp8', 'fp8_e4m3' or 'fp8_e5m2', got None"),
+        ({"kv_cache_dtype": ["fp8"]}, ValueError,
+         "kv_cache_dtype must be 'auto', 'fp8', 'fp8_e4m3' or 'fp8_e5m2', got ['fp8']"),
+        ({"k_scale": "1"}, TypeError, "k_scale must be a number or an array of one float32, got '1'"),
+        ({"v_scale": [1.0]}, TypeError, "v_scale must be a number or an array of one float32, got [1.0]"),
+        ({"layer": 1.5}, TypeError, "layer must be an int or an integer scalar, got 1.5"),
+        ({"layer": True}, TypeError, "layer must be an int or an integer scalar, got True"),
+        ({"layout": 3}, TypeError, "layout must be a pattern string or a CacheLayout, got 3"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("run", [in_jax, in_torch])
+def test_arguments_of_wrong_types(run, options, kind, message):
+    with pytest.raises(kind) as error:
+        run("flash", valid("flash") | options, {})
+    assert str(error.value) == message

@@ -507,7 +507,7 @@ PLACED = {
     ),
     "blocks on one place": (
         "NHD", [(7, 16, 3, 24)] * 2, {"strides": [(0, 72, 24, 1), None]},
-        "key_cache axis block with stride 0 overlaps the axes inside it, which reach 1 elements",
+        "key_cache axis block with stride 0 puts its 7 elements in one place",
     ),
     "slots overlap heads": (
         "NHD", [(7, 16, 3, 24)] * 2, {"strides": [None, (1152, 71, 24, 1)]},

@@ -742,3 +742,24 @@ def test_find_duplicate_slots_in_strided_tensors():
     slots = torch.tensor([[4, 9], [5, 9], [4, 8]])
     assert torchkv.find_duplicate_slots(slots[:, 0]).tolist() == [4]
     assert torchkv.find_duplicate_slots(slots[:, 1].int()).tolist() == [9]
+
+
+@pytest.mark.parametrize("backend", ["torch", "interpret"])
+def test_autograd_is_told_that_the_caches_changed(backend, rng):
+    """A cache that is saved for backward and written later has to be an error, not a wrong gradient."""
+    case = small(rng, dtype="float32")
+    key, value, caches, slots = tensors(case)
+    weight = torch.ones_like(caches[0], requires_grad=True)
+    loss = (weight * caches[0]).sum()
+    torchkv.reshape_and_cache_flash(key, value, *caches, slots, backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_tensors_made_in_inference_mode(rng):
+    case = small(rng)
+    with torch.inference_mode():
+        key, value, caches, slots = tensors(case)
+        torchkv.reshape_and_cache_flash(key, value, *caches, slots, backend="interpret")
+    for got, want in zip(caches, run_oracle(case), strict=True):
+        np.testing.assert_array_equal(bits(from_torch(got)), bits(want))

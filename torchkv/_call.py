@@ -4,9 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from kvcore.contract import ArraySpec, Write, check_backend, check_write
-
-BACKENDS = ("triton", "torch", "interpret")
+from kvcore.contract import ArraySpec, Write, check_write
 
 
 class Call(NamedTuple):
@@ -35,7 +33,6 @@ def check(call: Call) -> Write:
         ValueError: a shape, layout, choice or device does not fit.
         TypeError: a dtype does not fit.
     """
-    check_backend(call.backend, BACKENDS)
     return check_write(
         _spec(call.key),
         _spec(call.value),

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.library import Library
 
+from kvcore.contract import no_triton_error
 from torchkv import _torch, _triton
 from torchkv._call import Call, check
 
@@ -18,6 +19,12 @@ _OPTIONS = (
     "str? layout, SymInt? layer, Tensor? layer_index, str? backend"
 )
 _library = Library("torchkv", "DEF")
+
+
+def _bump(call: Call) -> None:
+    """Tells autograd that the caches changed, as torch's own in-place operations do."""
+    if not call.caches[0].is_inference():
+        torch.autograd.graph.increment_version(call.caches)
 
 
 def _define(name: str, num_caches: int) -> Any:
@@ -39,13 +46,18 @@ def _define(name: str, num_caches: int) -> Any:
         call = call_of(args)
         write = check(call)
         if call.backend == "triton":
-            raise ValueError(f"backend 'triton' needs CUDA or ROCm tensors, got device {call.key.device}")
-        (_triton.interpret if call.backend == "interpret" else _torch.write)(write, call)
+            raise no_triton_error(call.key.device.type)
+        if call.backend == "interpret":
+            _triton.interpret(write, call)
+            _bump(call)
+        else:
+            _torch.write(write, call)
 
     def on_gpu(*args: Any) -> None:
         call = call_of(args)
         if call.backend is None or call.backend == "triton":
             _triton.launch(call)
+            _bump(call)
             return
         write = check(call)
         if call.backend == "interpret":

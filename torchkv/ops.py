@@ -1,10 +1,14 @@
 """The public functions: vLLM's cache writes, for any layout."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from kvcore.contract import check_options
 from kvcore.layout import CacheLayout
 from torchkv import _library
+
+_BACKENDS = ("triton", "torch", "interpret")
 
 
 def reshape_and_cache_flash(
@@ -30,6 +34,9 @@ def reshape_and_cache_flash(
     Everything runs on the current stream of the tensors' device; nothing is synchronised or allocated, so that CUDA
     graphs can capture it. Tensors may be strided. No gradient flows into the caches.
 
+    Under torch.compile nothing is copied, with one exception: where both caches reach the compiled function as views
+    of one tensor, inductor copies one of them on every call. Pass the tensor and take the views inside.
+
     Args:
         key: `[num_tokens, num_heads, head_size]` of float16, bfloat16, float32, or the cache's fp8 dtype.
         value: `[num_tokens, num_heads, head_size_v]` of key's dtype.
@@ -53,6 +60,7 @@ def reshape_and_cache_flash(
 
     After `triton_reshape_and_cache_flash` of vLLM.
     """
+    check_options(kv_cache_dtype, k_scale, v_scale, layer, backend, _BACKENDS)
     _library.flash(
         key,
         value,
@@ -102,6 +110,7 @@ def reshape_and_cache_flash_diffkv(
 
     After `triton_reshape_and_cache_flash_diffkv` of vLLM.
     """
+    check_options(kv_cache_dtype, k_scale, v_scale, layer, backend, _BACKENDS)
     _library.diffkv(
         key,
         value,
@@ -130,6 +139,4 @@ def _options(
         raise TypeError(f"layout must be a pattern string or a CacheLayout, got {layout!r}")
     if isinstance(layer, Tensor):
         return layout, None, layer, backend
-    if layer is not None and (isinstance(layer, bool) or not isinstance(layer, (int, torch.SymInt))):
-        raise TypeError(f"layer must be an int or an integer scalar, got {layer!r}")
-    return layout, layer, None, backend  # type: ignore[return-value]
+    return layout, int(layer) if isinstance(layer, np.integer) else layer, None, backend
