@@ -72,8 +72,8 @@ def jax_time(step: Callable[[Any, Any], Any], carry: Any, inputs: Any, calls: in
     """
     import jax
 
-    # A program takes the host about half a millisecond to start and to await: 60 ms of work hide it.
-    loops = max(1, round(60e-3 / (estimate * calls))) if torch.cuda.is_available() else 1
+    # A program takes the host about half a millisecond to start and to await: 150 ms of work hide it.
+    loops = max(1, round(150e-3 / (estimate * calls))) if torch.cuda.is_available() else 1
 
     @functools.partial(jax.jit, donate_argnums=0)
     def program(carry: Any, inputs: Any) -> Any:
@@ -81,7 +81,7 @@ def jax_time(step: Callable[[Any, Any], Any], carry: Any, inputs: Any, calls: in
 
     carry = jax.block_until_ready(program(carry, inputs))
     times = []
-    for _ in range(REPEATS // 2):
+    for _ in range(REPEATS // 3):
         start = time.perf_counter()
         carry = jax.block_until_ready(program(carry, inputs))
         times.append((time.perf_counter() - start) / loops / calls)

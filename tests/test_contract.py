@@ -187,7 +187,8 @@ BAD = {
     ),
     "fp8 key in a cache of bfloat16": (
         "flash", both("float8_e4m3fn"), TypeError,
-        "key_cache must have dtype float8_e4m3fn for kv_cache_dtype 'auto' and key of dtype float8_e4m3fn, got bfloat16",
+        "key_cache must have dtype float8_e4m3fn for kv_cache_dtype 'auto' and key of dtype float8_e4m3fn, "
+        "got bfloat16",
     ),
     # scales
     "a scale per head": (
