@@ -176,9 +176,7 @@ def assert_equals_oracle(case: Case, implementations=CPU_IMPLEMENTATIONS) -> Non
     for name, run in implementations.items():
         for got, cache in zip(run(case), want, strict=True):
             different = np.flatnonzero(bits(got) != bits(cache))
-            assert not different.size, (
-                f"{name}: {different.size} bytes differ from the oracle's, first {different[:4]}"
-            )
+            assert not different.size, f"{name}: {different.size} bytes differ from the oracle's, first {different[:4]}"
 
 
 def with_case(case: Case, **changes) -> Case:

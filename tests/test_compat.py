@@ -8,9 +8,7 @@ import sys
 import pytest
 
 # Not importorskip: on Triton 3.6, importing jax_triton before the shim is there breaks it for good.
-pytestmark = pytest.mark.skipif(
-    not importlib.util.find_spec("jax_triton"), reason="jax_triton is not installed"
-)
+pytestmark = pytest.mark.skipif(not importlib.util.find_spec("jax_triton"), reason="jax_triton is not installed")
 
 CHECK = """
 import inspect, os

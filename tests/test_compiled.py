@@ -35,9 +35,7 @@ def h100s(number):
 class Program:
     """A layout's op, and the shapes that it takes, on a number of H100s."""
 
-    def __init__(
-        self, layout, devices=1, kv_cache_dtype="auto", cache_dtype="bfloat16", layers=None, tokens=64
-    ):
+    def __init__(self, layout, devices=1, kv_cache_dtype="auto", cache_dtype="bfloat16", layers=None, tokens=64):
         self.layout = CacheLayout.of(layout)
         if layers:
             self.layout = self.layout.with_layer()
@@ -87,9 +85,7 @@ def test_donated_fp8_write(cache_dtype):
     program = Program("NHD", kv_cache_dtype="fp8", cache_dtype=cache_dtype)
 
     def scaled(key, value, caches, slots):
-        return program.write(
-            key, value, caches, slots, k_scale=0.5, v_scale=jnp.abs(value[0, 0, 0]).astype("float32")
-        )
+        return program.write(key, value, caches, slots, k_scale=0.5, v_scale=jnp.abs(value[0, 0, 0]).astype("float32"))
 
     program.assert_in_place(program.compile(scaled))
 
@@ -129,9 +125,7 @@ def test_vmap_folds_into_one_launch():
     program = Program("NHD")
     batched = jax.tree.map(lambda a: jax.ShapeDtypeStruct((2, *a.shape), a.dtype), program.arguments)
     mesh = h100s(1)
-    batched = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, P())), batched
-    )
+    batched = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, P())), batched)
     compiled = jax.jit(jax.vmap(program.write), donate_argnums=2).lower(*batched).compile()
     program.cache_bytes *= 2
     program.assert_in_place(compiled)

@@ -89,9 +89,7 @@ def test_heads_outside_jit(layout):
 
 
 def test_fp8_with_traced_scale_and_layer():
-    case = make_case(
-        np.random.default_rng(1), num_heads=8, head_size=16, num_layers=2, layer=1, kv_cache_dtype="fp8"
-    )
+    case = make_case(np.random.default_rng(1), num_heads=8, head_size=16, num_layers=2, layer=1, kv_cache_dtype="fp8")
     mesh = mesh_of(AxisType.Auto)
 
     def write(scale, layer, *x):
@@ -134,9 +132,7 @@ def test_shard_map_over_blocks_of_each_device():
     def local(key, value, key_cache, value_cache, slots):
         first = jax.lax.axis_index("tp") * 16  # two blocks of eight slots a device
         mine = (slots >= first) & (slots < first + 16)
-        return jaxkv.reshape_and_cache_flash(
-            key, value, key_cache, value_cache, jnp.where(mine, slots - first, -1)
-        )
+        return jaxkv.reshape_and_cache_flash(key, value, key_cache, value_cache, jnp.where(mine, slots - first, -1))
 
     call = jax.shard_map(local, mesh=mesh, in_specs=(P(), P(), P("tp"), P("tp"), P()), out_specs=P("tp"))
     got = call(case.key, case.value, *case.caches, jnp.asarray(case.slot_mapping, jnp.int32))

@@ -76,9 +76,7 @@ def test_without_donation_the_argument_stays_as_it_was(case):
 
 
 @pytest.mark.parametrize("cache_dtype", ["bfloat16", "uint8"])
-@pytest.mark.parametrize(
-    "layout", ["NHD", "HND", "HEAD_MAJOR", "PALLAS", "KV_NHD", "PACKED_NHD", "INTERLEAVED"]
-)
+@pytest.mark.parametrize("layout", ["NHD", "HND", "HEAD_MAJOR", "PALLAS", "KV_NHD", "PACKED_NHD", "INTERLEAVED"])
 def test_scan_over_layers_in_a_loop_over_steps(layout, cache_dtype):
     kv_cache_dtype = "auto" if cache_dtype == "bfloat16" else "fp8"
     case = make_case(
@@ -212,9 +210,7 @@ def test_vmap_with_layers_and_scales_of_their_own(pattern):
 
 def test_vmap_of_slots_alone_gives_a_cache_each(case):
     key, value, *caches, slots = arrays(case)
-    got = jax.vmap(write, in_axes=(None, None, None, None, 0))(
-        key, value, *caches, jnp.stack([slots, slots[::-1]])
-    )
+    got = jax.vmap(write, in_axes=(None, None, None, None, 0))(key, value, *caches, jnp.stack([slots, slots[::-1]]))
     turned = with_case(case, slot_mapping=case.slot_mapping[::-1])
     assert_same(got, [np.stack(x) for x in zip(run_oracle(case), run_oracle(turned), strict=True)])
 
@@ -274,9 +270,7 @@ def test_int64_and_fp8_arrays_with_x64(cache_dtype):
         assert arrays(case)[-1].dtype == jnp.int64
         assert_same(
             jax.jit(
-                functools.partial(
-                    write, kv_cache_dtype=kv_cache_dtype, k_scale=case.k_scale, v_scale=case.v_scale
-                )
+                functools.partial(write, kv_cache_dtype=kv_cache_dtype, k_scale=case.k_scale, v_scale=case.v_scale)
             )(*arrays(case)),
             run_oracle(case),
         )

@@ -78,9 +78,7 @@ def test_float32_at_every_boundary_everywhere(cache_dtype, kv_cache_dtype):
         numbers = numbers[np.random.default_rng(0).integers(0, len(numbers) - 1, 2000)]
         numbers = np.sort(np.append(numbers, numbers[-1]))
     points = np.append(numbers, (numbers[1:] + numbers[:-1]) / 2).astype(np.float32)
-    near = np.concatenate(
-        [np.nextafter(points, np.float32(np.inf)), points, np.nextafter(points, np.float32(-1))]
-    )
+    near = np.concatenate([np.nextafter(points, np.float32(np.inf)), points, np.nextafter(points, np.float32(-1))])
     near = np.concatenate([near, -near])
     rows = np.resize(near, (-(-near.size // 1024), 4, 256)).astype(np.float32)
     blocks = -(-len(rows) // 16)

@@ -51,14 +51,10 @@ def test_both_frameworks_interpret_the_same_launch(monkeypatch, layout):
     launches = []
 
     def record(plan, arguments, num_tokens):
-        launches.append(
-            (plan, [a.dtype if isinstance(a, interpreter.Pointer) else a for a in arguments], num_tokens)
-        )
+        launches.append((plan, [a.dtype if isinstance(a, interpreter.Pointer) else a for a in arguments], num_tokens))
 
     monkeypatch.setattr(interpreter, "run", record)
-    case = make_case(
-        np.random.default_rng(0), layout=layout, num_layers=3, layer=1, kv_cache_dtype="fp8_e5m2"
-    )
+    case = make_case(np.random.default_rng(0), layout=layout, num_layers=3, layer=1, kv_cache_dtype="fp8_e5m2")
     case.slot_mapping = case.slot_mapping.astype(np.int32)  # JAX has no int64 by default
     run_torch(case, "interpret")
     run_jax(case, "interpret")

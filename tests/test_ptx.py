@@ -40,9 +40,7 @@ def compile_for(target, layout, *, aligned=True, **options):
     if write.scaled:
         pointees |= {"k_scale_ptr": "float32", "v_scale_ptr": "float32"}
     sixteen = (
-        frozenset(n for n in names if n not in ("layer", "k_scale_ptr", "v_scale_ptr"))
-        if aligned
-        else frozenset()
+        frozenset(n for n in names if n not in ("layer", "k_scale_ptr", "v_scale_ptr")) if aligned else frozenset()
     )
     return compile_plan(plan_write(write, target), target, pointees, sixteen)
 
