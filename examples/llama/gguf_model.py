@@ -96,7 +96,7 @@ def load_model(path: str | Path) -> LlamaModel:
     Raises:
         InputError: another architecture, or a feature of it that is not built here.
     """
-    reader = _Reader(path)
+    reader = ArrayReader(path)
     meta = {name: field.contents() for name, field in reader.fields.items()}
     architecture = meta.get("general.architecture")
     if architecture != "llama":
@@ -110,7 +110,7 @@ def load_model(path: str | Path) -> LlamaModel:
     return _Assembler(meta, config, tensors).model(Path(path).stem, tokenizer)
 
 
-class _Reader(gguf.GGUFReader):
+class ArrayReader(gguf.GGUFReader):
     """Reads through a plain array: slicing a memmap costs more than all else, three quarters of 3 s here."""
 
     @property
