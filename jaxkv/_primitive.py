@@ -162,7 +162,7 @@ for _platform in ("cpu", "tpu", *_GPUS):
 
 def _lower_write(ctx: Any, *values: Any, options: Options) -> Any:
     options = options._replace(compute_capability=_compute_capability(ctx.module_context.axis_context))
-    partitioned = _partitioned(options, tuple(Operands.unflatten(options, ctx.avals_in).flatten()))
+    partitioned = _partitioned(options, len(ctx.avals_in))
     return mlir.lower_fun(lambda *flat: list(partitioned(*flat)), multiple_results=True)(ctx, *values)
 
 
@@ -181,28 +181,24 @@ def _compute_capability(axis_context: Any) -> int | None:
     return None
 
 
-def _partitioned(options: Options, avals: Sequence[Any]) -> Any:
+def _partitioned(options: Options, num_operands: int) -> Any:
     """The write as a function that XLA's partitioner splits by heads."""
 
-    @custom_partitioning
-    def reshape_and_cache(*flat: Any) -> tuple[Any, ...]:
+    def local(*flat: Any) -> tuple[Any, ...]:
         return tuple(local_p.bind(*flat, options=options))
 
     def partition(mesh: Any, args: Any, results: Any) -> Any:
         del results
-
-        def local(*flat: Any) -> tuple[Any, ...]:
-            return tuple(local_p.bind(*flat, options=options))
-
         given = Operands.unflatten(options, args)
         if not all(isinstance(c.sharding, NamedSharding) for c in given.caches):  # within a partly manual shard_map
             return mesh, local, tuple(c.sharding for c in given.caches), tuple(a.sharding for a in args)
-        operand_specs, cache_specs = _specs(options, [c.sharding.spec for c in given.caches], len(args))
+        operand_specs, cache_specs = _specs(options, [c.sharding.spec for c in given.caches], num_operands)
         caches, operands = (tuple(NamedSharding(mesh, spec) for spec in s) for s in (cache_specs, operand_specs))
         return mesh, local, caches, operands
 
-    reshape_and_cache.def_partition(partition, sharding_rule=_sharding_rule(options, len(avals)))
-    return reshape_and_cache
+    partitioned = custom_partitioning(local)
+    partitioned.def_partition(partition, sharding_rule=_sharding_rule(options, num_operands))
+    return partitioned
 
 
 def _specs(options: Options, caches: Sequence[P], num_operands: int) -> tuple[list[P], list[P]]:

@@ -155,3 +155,28 @@ def test_any_other_split_raises(kind, axis, spec):
 def test_a_mesh_with_more_axes():
     case, mesh = case_for("NHD"), mesh_of(AxisType.Auto, (2, 4), ("dp", "tp"))
     assert_same(jax.jit(jaxkv.reshape_and_cache_flash)(*place(case, mesh)), run_oracle(case))
+
+
+def test_heads_left_to_the_compiler_inside_a_shard_map_over_blocks():
+    """Blocks are split by hand over one mesh axis, heads by XLA over the other."""
+    case = make_case(
+        np.random.default_rng(4), num_blocks=16, num_heads=4, head_size=16, num_tokens=8, slots=range(0, 128, 16)
+    )
+    mesh = mesh_of(AxisType.Auto, (2, 4), ("dp", "tp"))
+    rows = NamedSharding(mesh, P(None, "tp"))
+    caches = [jax.device_put(c, NamedSharding(mesh, P("dp", None, "tp"))) for c in case.caches]
+
+    def local(key, value, key_cache, value_cache, slots):
+        first = jax.lax.axis_index("dp") * 64  # eight blocks of eight slots a device
+        mine = (slots >= first) & (slots < first + 64)
+        return jaxkv.reshape_and_cache_flash(key, value, key_cache, value_cache, jnp.where(mine, slots - first, -1))
+
+    call = jax.jit(
+        jax.shard_map(
+            local, mesh=mesh, axis_names={"dp"}, in_specs=(P(), P(), P("dp"), P("dp"), P()), out_specs=P("dp")
+        )
+    )
+    inputs = (jax.device_put(case.key, rows), jax.device_put(case.value, rows), *caches)
+    slots = jnp.asarray(case.slot_mapping, jnp.int32)
+    assert_same(call(*inputs, slots), run_oracle(case))
+    assert not re.findall(r"all-gather|all-reduce|all-to-all", call.lower(*inputs, slots).compile().as_text())
