@@ -4,7 +4,6 @@ Both frameworks launch what a plan says, so that they provably start the same ke
 depend on shapes, strides and dtypes only, never on data.
 """
 
-import math
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -105,14 +104,14 @@ def plan_write(write: Write, target: Target, layer_is_pointer: bool = False) -> 
         layer_is_pointer: Whether the kernel loads the layer's index from memory.
     """
     extents = write.placement.extents
-    tokens, cap = _tile(write, target)
-    key = _rows(write.key, extents.num_heads, extents.head_size, write.placement.key, cap)
-    value = _rows(write.value, extents.num_heads, extents.head_size_v, write.placement.value, cap)
-    width = tokens * max(key.columns, value.columns) * _itemsize(write.key.dtype)
+    tokens, columns = _tile(write, target)
+    key = _rows(write.key, extents.num_heads, extents.head_size, write.placement.key, columns)
+    value = _rows(write.value, extents.num_heads, extents.head_size_v, write.placement.value, columns)
+    width = tokens * columns * _itemsize(write.key.dtype)
     return WritePlan(
         kernel="reshape_and_cache_kernel_flash" + ("_diffkv" if write.layout.single_array else ""),
         tokens=tokens,
-        row_programs=max(-(-r.num_heads * r.head_size // r.columns) for r in (key, value)),
+        row_programs=max(-(-r.num_heads * r.head_size // columns) for r in (key, value)),
         # A thread moves 16 bytes at a time; more warps than that would idle.
         num_warps=min(8, max(1, width // (16 * target.warp_size))),
         constexprs={
@@ -120,7 +119,7 @@ def plan_write(write: Write, target: Target, layer_is_pointer: bool = False) -> 
             "V": value,
             "BLOCK_SIZE": extents.block_size,
             "SLOT_STRIDE": (write.slot_mapping.strides or (1,))[0],
-            "FORMAT": _conversion(write),
+            "FORMAT": None if write.copies else write.format,
             "HARDWARE_FP8": _converts_exactly(write.format, target),
             "LAYER_IS_POINTER": layer_is_pointer,
             "TOKENS": tokens,
@@ -129,19 +128,23 @@ def plan_write(write: Write, target: Target, layer_is_pointer: bool = False) -> 
 
 
 def _tile(write: Write, target: Target) -> tuple[int, int]:
-    """Tokens and the most columns of a program. Measured on an H100: see benchmarks/results."""
+    """Tokens and columns of a program. Measured on an H100: see docs/benchmarks.md.
+
+    K and V have as many columns, also where their rows differ, so that a thread moves 16 bytes of each. Columns are the
+    power of two that covers a row: idle lanes cost less than narrow accesses or more programs would.
+    """
+    row = _power_of_two(write.placement.extents.num_heads * max(write.key.shape[2], write.value.shape[2]))
     if target.backend == "interpret":
-        return 32, 1024  # a program costs milliseconds, an element next to nothing
+        return 32, min(row, 1024)  # a program costs milliseconds, an element next to nothing
     if write.placement.value.slot == 1 or write.placement.key.slot == write.placement.key.x:
         # Slots are innermost: neighbouring tokens share cache lines, so a program takes many tokens.
-        return 16, 128
-    row = write.placement.extents.num_heads * max(write.key.shape[2], write.value.shape[2])
+        return 16, min(row, 128)
     # Twice the tokens where stores are half as wide as loads.
     elements = 2048 if write.format.bits < 8 * _itemsize(write.key.dtype) else 1024
-    return max(1, elements // _power_of_two(row)), 2048
+    return max(1, elements // row), min(row, 2048)
 
 
-def _rows(spec: Any, num_heads: int, head_size: int, at: Address, cap: int) -> Rows:
+def _rows(spec: Any, num_heads: int, head_size: int, at: Address, columns: int) -> Rows:
     token, head, dim = spec.strides or contiguous_strides(spec.shape)
     gapless = at.x == 1 and at.head == head_size * at.dim and head == head_size * dim
     heads, size = (1, num_heads * head_size) if gapless else (num_heads, head_size)
@@ -160,22 +163,13 @@ def _rows(spec: Any, num_heads: int, head_size: int, at: Address, cap: int) -> R
         dim_stride=at.dim,
         x=at.x,
         x_stride=at.x_stride,
-        columns=_columns(num_heads * head_size, cap),
+        columns=columns,
         wide=reach >= 2**31,
     )
 
 
-def _columns(row: int, cap: int) -> int:
-    """The power of two that covers a row, up to `cap`: idle lanes cost less than narrow accesses would."""
-    return min(_power_of_two(row), cap)
-
-
 def _power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
-
-
-def _conversion(write: Write) -> FloatFormat | None:
-    return None if write.copies else write.format
 
 
 def _converts_exactly(stored: FloatFormat, target: Target) -> bool:
@@ -189,16 +183,3 @@ def _converts_exactly(stored: FloatFormat, target: Target) -> bool:
 
 def _itemsize(dtype: str) -> int:
     return FLOATS[dtype].bits // 8 if dtype in FLOATS else 1
-
-
-def vector_bytes(write: Write) -> int:
-    """Bytes of the widest access that the cache's innermost runs allow, for K and V both; 16 at most."""
-    size = write.format.bits // 8
-    runs = []
-    for at, head_size in (
-        (write.placement.key, write.placement.extents.head_size),
-        (write.placement.value, write.placement.extents.head_size_v),
-    ):
-        run = math.gcd(head_size, at.x) if at.x > 1 else (head_size if at.dim == 1 else 1)
-        runs.append(math.gcd(run, 16 // size, at.offset or 16, at.slot or 16, at.block or 16, at.head or 16) * size)
-    return min(runs)

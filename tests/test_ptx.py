@@ -46,7 +46,7 @@ def compile_for(target, layout, *, aligned=True, **options):
 
 
 def accesses(kernel):
-    """Vector widths, in bits, of the accesses to rows: (loads, stores). Those of slots and scales are scalar."""
+    """Vector widths, in bits, of the accesses to rows: (loads, stores). Loads of slots and scales, 32 bits, are left out."""
     if "ptx" in kernel.asm:
         found = re.findall(r"(ld|st)\.global(?:\.v(\d))?\.b(\d+)", kernel.asm["ptx"])
         widths = Counter((op, int(vector or 1) * int(bits)) for op, vector, bits in found)
@@ -57,7 +57,7 @@ def accesses(kernel):
         )
         size = {"dwordx4": 128, "dwordx2": 64, "dword": 32, "ushort": 16, "short": 16, "ubyte": 8, "byte": 8}
         widths = Counter((op[:2].replace("lo", "ld"), size[width]) for op, width in found)
-    loads = {width for op, width in widths if op == "ld" and width > 64}
+    loads = {width for op, width in widths if op == "ld" and width > 32}
     stores = {width for op, width in widths if op == "st"}
     return loads, stores
 
