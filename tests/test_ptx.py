@@ -46,7 +46,7 @@ def compile_for(target, layout, *, aligned=True, **options):
 
 
 def accesses(kernel):
-    """Vector widths, in bits, of the accesses to rows: (loads, stores). Loads of slots and scales, 32 bits, are left out."""
+    """Vector widths, in bits, of (loads, stores) of rows; the 32-bit loads of slots and scales are left out."""
     if "ptx" in kernel.asm:
         found = re.findall(r"(ld|st)\.global(?:\.v(\d))?\.b(\d+)", kernel.asm["ptx"])
         widths = Counter((op, int(vector or 1) * int(bits)) for op, vector, bits in found)
