@@ -4,6 +4,8 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 
 from jaxkv import _compat
 
@@ -13,6 +15,7 @@ from kvcore.compiler import OPTIONS  # noqa: E402
 from kvcore.contract import Write  # noqa: E402
 from kvcore.kernels import reshape_and_cache  # noqa: E402
 from kvcore.plan import Target, plan_write, scalars  # noqa: E402
+from kvcore.quantization import FP8  # noqa: E402
 
 if TYPE_CHECKING:
     from jaxkv._primitive import Operands
@@ -31,13 +34,13 @@ def write(
     plan = plan_write(call, target, layer_is_pointer=operands.layer is not None)
     if 0 in plan.grid(n):
         return list(operands.caches)
-    refs = [jax.new_ref(cache) for cache in operands.caches]
+    refs = [jax.new_ref(_as_bytes(cache)) for cache in operands.caches]
     options: dict[str, Any] = dict(OPTIONS)
     if platform == "cuda":
         options["ptx_version"] = _PTX_VERSIONS.get(int(target.arch))
     jt.triton_call(
-        operands.key,
-        operands.value,
+        _as_bytes(operands.key),
+        _as_bytes(operands.value),
         *refs,
         operands.slot_mapping,
         operands.k_scale,
@@ -53,7 +56,13 @@ def write(
         name=plan.kernel,
         **plan.constexprs,
     )
-    return [jax.freeze(ref) for ref in refs]
+    new = [jax.freeze(ref) for ref in refs]
+    return [lax.bitcast_convert_type(n, c.dtype) for n, c in zip(new, operands.caches, strict=True)]
+
+
+def _as_bytes(x: jax.Array) -> jax.Array:
+    """fp8 as bytes, which is a view: Triton refuses the types where the target lacks them, and the kernel never asks."""
+    return lax.bitcast_convert_type(x, jnp.uint8) if x.dtype.name in FP8 else x
 
 
 def _target(platform: str, compute_capability: int | None) -> Target:

@@ -16,6 +16,7 @@ import numpy as np
 
 from kvcore import kernels
 from kvcore.plan import WritePlan
+from kvcore.quantization import FP8
 
 _NAME = "kvcore._interpreted_kernels"
 _LOCK = threading.Lock()  # the interpreter patches triton.language while it runs
@@ -31,7 +32,7 @@ class Pointer:
 
     def __init__(self, address: int, dtype: str) -> None:
         self._address = address
-        self.dtype = dtype
+        self.dtype = "uint8" if dtype in FP8 else dtype  # the kernels handle fp8 as bytes
 
     def data_ptr(self) -> int:
         return self._address

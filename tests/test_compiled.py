@@ -91,9 +91,18 @@ def test_donated_fp8_write(cache_dtype):
 
 
 @pytest.mark.parametrize("devices", [1, 8])
-@pytest.mark.parametrize("layout", ["NHD", "HND", "INTERLEAVED"])
-def test_scan_over_layers_in_a_loop_over_steps(layout, devices):
-    program = Program(layout, devices, layers=LAYERS)
+@pytest.mark.parametrize(
+    ("layout", "kv_cache_dtype", "cache_dtype"),
+    [
+        ("NHD", "auto", "bfloat16"),
+        ("HND", "auto", "bfloat16"),
+        ("INTERLEAVED", "auto", "bfloat16"),
+        ("NHD", "fp8", "float8_e4m3fn"),
+        ("HND", "fp8_e5m2", "float8_e5m2"),
+    ],
+)
+def test_scan_over_layers_in_a_loop_over_steps(layout, kv_cache_dtype, cache_dtype, devices):
+    program = Program(layout, devices, kv_cache_dtype, cache_dtype, layers=LAYERS)
 
     def decode(key, value, caches, slots):
         def one_layer(caches, layer):
@@ -140,15 +149,18 @@ def test_a_layer_costs_no_kernel():
     assert kernels(Program("NHD", layers=LAYERS), layer=1) == kernels(Program("NHD")) == 1
 
 
-@pytest.mark.parametrize("capability", [None, "90"])
-def test_export_for_a_cpu_and_cuda(monkeypatch, capability):
+@pytest.mark.parametrize("cache_dtype", ["bfloat16", "float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("capability", [None, "80", "90", "100"])
+def test_export_for_a_cpu_and_cuda(monkeypatch, capability, cache_dtype):
+    """fp8 arrays too, for GPUs that have no such type."""
     if capability:
         monkeypatch.setenv("JAXKV_COMPUTE_CAPABILITY", capability)
+    kv_cache_dtype = {"float8_e4m3fn": "fp8", "float8_e5m2": "fp8_e5m2"}.get(cache_dtype, "auto")
     key = jax.ShapeDtypeStruct((4, 2, 64), jnp.bfloat16)
-    cache = jax.ShapeDtypeStruct((8, 16, 2, 64), jnp.bfloat16)
+    cache = jax.ShapeDtypeStruct((8, 16, 2, 64), cache_dtype)
     slots = jax.ShapeDtypeStruct((4,), jnp.int32)
     exported = jax.export.export(
-        jax.jit(jaxkv.reshape_and_cache_flash, donate_argnums=(2, 3)),
+        jax.jit(lambda *x: jaxkv.reshape_and_cache_flash(*x, kv_cache_dtype), donate_argnums=(2, 3)),
         platforms=["cpu", "cuda"],
         disabled_checks=[jax.export.DisabledSafetyCheck.custom_call("triton_kernel_call_ffi")],
     )(key, key, cache, cache, slots)

@@ -63,7 +63,7 @@ def test_both_frameworks_interpret_the_same_launch(monkeypatch, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_both_frameworks_compile_the_same_launch(monkeypatch, layout):
-    """What jax_triton gets is what torch's launcher compiles, but for fp8 pointers, which torch calls bytes."""
+    """What jax_triton gets is what torch's launcher compiles."""
     import jax.numpy as jnp
     import triton
 

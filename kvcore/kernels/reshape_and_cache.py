@@ -36,8 +36,6 @@ def _load(input_ptr, token, column, mask, R: tl.constexpr):
         within = column * R.input_dim_stride
     else:
         within = head * R.input_head_stride + dim * R.input_dim_stride
-    if input_ptr.dtype.element_ty.is_fp8():
-        input_ptr = input_ptr.to(tl.pointer_type(tl.uint8))  # copied as it is; sm_80 has no e4m3
     # Lanes without an element get 1, not 0: dividing 0 takes the slow path of an exact division.
     return tl.load(input_ptr + token[:, None] * R.token_stride + within[None, :], mask=mask, other=1)
 
