@@ -61,7 +61,7 @@ def write(
 
 
 def _as_bytes(x: jax.Array) -> jax.Array:
-    """fp8 as bytes, which is a view: Triton refuses the types where the target lacks them, and the kernel never asks."""
+    """fp8 as bytes, which is a view: Triton refuses the types where the target lacks them."""
     return lax.bitcast_convert_type(x, jnp.uint8) if x.dtype.name in FP8 else x
 
 
