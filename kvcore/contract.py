@@ -101,9 +101,9 @@ def check_write(
     if slot_mapping.dtype not in ("int32", "int64"):
         raise TypeError(f"slot_mapping must have dtype int32 or int64, got {slot_mapping.dtype}")
 
-    _same("dtype", "value", value.dtype, "key", key.dtype)
+    _same_dtype("value", value, "key", key)
     if len(caches) == 2:
-        _same("dtype", "value_cache", caches[1].dtype, "key_cache", caches[0].dtype)
+        _same_dtype("value_cache", caches[1], "key_cache", caches[0])
     stored = _format(kv_cache_dtype, key.dtype, caches[0].dtype, names[0])
     scaled = stored.name in FP8 and key.dtype not in FP8
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
@@ -241,9 +241,9 @@ def _rank(name: str, spec: ArraySpec, rank: int, wanted: str) -> None:
         raise ValueError(f"{name} must have shape {wanted}, got {_shape(spec)}")
 
 
-def _same(what: str, name: str, got: str, other: str, wanted: str) -> None:
-    if got != wanted:
-        raise TypeError(f"{name} must have {what} {wanted}, as {other}, got {got}")
+def _same_dtype(name: str, spec: ArraySpec, other_name: str, other: ArraySpec) -> None:
+    if spec.dtype != other.dtype:
+        raise TypeError(f"{name} must have dtype {other.dtype}, as {other_name}, got {spec.dtype}")
 
 
 def _shape(spec: ArraySpec) -> str:

@@ -45,7 +45,8 @@ def reshape_and_cache_flash(
         slot_mapping: `[n]` of int32 or int64, n ≤ num_tokens: the first n tokens are written.
         kv_cache_dtype: "auto" copies, or rounds to the cache's dtype, to nearest even; "fp8" (= "fp8_e4m3") and
             "fp8_e5m2" store `saturate(round(float32(x) / scale))` in caches of the fp8 dtype or of uint8.
-        k_scale: float32 of one element, on the caches' device, or a number; None means 1. Unused with "auto".
+        k_scale: float32 of one element, on the caches' device; None means 1. Unused with "auto". A number is made into
+            such a tensor on every call.
         v_scale: Likewise, for value.
         layout: Pattern, constant's name or `CacheLayout`. None means NHD, or head-major where key_cache has an axis
             more (`[num_blocks, num_heads, head_size / x, block_size, x]`).
