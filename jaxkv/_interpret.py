@@ -33,7 +33,9 @@ def write(call: Write, operands: "Operands", layer: int | None) -> list[jax.Arra
             layer if x.layer is None else pointer(x.layer),
             *scalars(call, n),
         ]
-        worker.submit(interpreter.run, plan, arguments, n).result()
+        worker.submit(
+            interpreter.run, "reshape_and_cache", plan.kernel, plan.grid(n), arguments, plan.constexprs
+        ).result()
         return caches
 
     shapes = [jax.ShapeDtypeStruct(c.shape, c.dtype) for c in operands.caches]

@@ -25,7 +25,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxkv import _interpret, _xla
-from kvcore.contract import ArraySpec, Write, check_write, no_triton_error
+from kvcore.checks import ArraySpec, no_triton_error
+from kvcore.contract import Write, check_write
 from kvcore.layout import Axis, CacheLayout
 
 

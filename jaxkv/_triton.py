@@ -11,7 +11,7 @@ from jaxkv import _compat
 
 jt = _compat.import_jax_triton()
 
-from kvcore.compiler import OPTIONS  # noqa: E402
+from kvcore.compiler import EXACT  # noqa: E402
 from kvcore.contract import Write  # noqa: E402
 from kvcore.kernels import reshape_and_cache  # noqa: E402
 from kvcore.plan import Target, plan_write, scalars  # noqa: E402
@@ -35,7 +35,7 @@ def write(
     if 0 in plan.grid(n):
         return list(operands.caches)
     refs = [jax.new_ref(_as_bytes(cache)) for cache in operands.caches]
-    options: dict[str, Any] = dict(OPTIONS)
+    options: dict[str, Any] = dict(EXACT)
     if platform == "cuda":
         options["ptx_version"] = _PTX_VERSIONS.get(int(target.arch))
     jt.triton_call(

@@ -10,7 +10,8 @@ import numpy as np
 
 from jaxkv import _primitive
 from jaxkv._primitive import Options
-from kvcore.contract import ArraySpec, check_options, check_write, overlap_error
+from kvcore.checks import ArraySpec, check_options, overlap_error
+from kvcore.contract import check_write
 from kvcore.layout import CacheLayout
 
 _BACKENDS = ("triton", "xla", "interpret")

@@ -23,12 +23,12 @@ _ELEMENTS = {
 }
 _SCALARS = dict(zip(SCALARS, ("i32", "i64", "i32"), strict=True))
 
-# The kernels' arithmetic is exact as written: a fused multiply-add would round once where they round twice.
-OPTIONS = {"enable_fp_fusion": False}
+# The write's arithmetic is exact as written: a fused multiply-add would round once where it rounds twice.
+EXACT = {"enable_fp_fusion": False}
 
 
 def compile_plan(plan: WritePlan, target: Target, arguments: Mapping[str, str | None], aligned: frozenset[str]) -> Any:
-    """Compiles a kernel.
+    """Compiles the kernel of a write.
 
     Args:
         plan: What to compile.
@@ -41,16 +41,44 @@ def compile_plan(plan: WritePlan, target: Target, arguments: Mapping[str, str | 
         Triton's CompiledKernel.
     """
     kernel = getattr(reshape_and_cache, plan.kernel)
+    return compile_kernel(kernel, target, arguments, _SCALARS, plan.constexprs, plan.num_warps, aligned, EXACT)
+
+
+def compile_kernel(
+    kernel: Any,
+    target: Target,
+    pointers: Mapping[str, str | None],
+    scalars: Mapping[str, str],
+    constexprs: Mapping[str, Any],
+    num_warps: int,
+    aligned: frozenset[str],
+    options: Mapping[str, Any] | None = None,
+) -> Any:
+    """Compiles any of the kernels.
+
+    Args:
+        kernel: A function of `kvcore.kernels`.
+        target: What to compile for.
+        pointers: For each pointer argument the dtype it points to, "scalar" for an integer in its place, or None.
+        scalars: Types of the integers that are no pointers.
+        constexprs: Compile-time arguments.
+        num_warps: Warps per program.
+        aligned: Names of the pointers that are multiples of 16.
+        options: More options of the compiler.
+
+    Returns:
+        Triton's CompiledKernel.
+    """
     signature: dict[str, str] = {}
-    for name, dtype in arguments.items():
+    for name, dtype in pointers.items():
         signature[name] = "constexpr" if dtype is None else "i64" if dtype == "scalar" else f"*{_ELEMENTS[dtype]}"
-    signature |= _SCALARS | dict.fromkeys(plan.constexprs, "constexpr")
+    signature |= dict(scalars) | dict.fromkeys(constexprs, "constexpr")
     place = {name: i for i, name in enumerate(kernel.arg_names)}
     source = ASTSource(
         fn=kernel,
         signature={name: signature[name] for name in kernel.arg_names},
-        constexprs={(place[n],): v for n, v in plan.constexprs.items()}
-        | {(place[n],): None for n, dtype in arguments.items() if dtype is None},
-        attrs={(place[n],): [["tt.divisibility", 16]] for n in aligned if arguments[n] is not None},
+        constexprs={(place[n],): v for n, v in constexprs.items()}
+        | {(place[n],): None for n, dtype in pointers.items() if dtype is None},
+        attrs={(place[n],): [["tt.divisibility", 16]] for n in aligned if pointers[n] is not None},
     )
-    return triton.compile(source, target=GPUTarget(*target), options={"num_warps": plan.num_warps, **OPTIONS})
+    return triton.compile(source, target=GPUTarget(*target), options={"num_warps": num_warps, **(options or {})})

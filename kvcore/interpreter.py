@@ -7,7 +7,7 @@ own, with interpretation switched on; the compiled twin stays as it is.
 import importlib.util
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from kvcore import kernels
-from kvcore.plan import WritePlan
 from kvcore.quantization import FP8
 
 _NAME = "kvcore._interpreted_kernels"
@@ -62,31 +61,34 @@ class Pointer:
         return ()
 
 
-def run(plan: WritePlan, arguments: Sequence[Any], num_tokens: int) -> None:
-    """Interprets a plan's kernel.
+def run(
+    module: str, kernel: str, grid: tuple[int, int, int], arguments: Sequence[Any], constexprs: Mapping[str, Any]
+) -> None:
+    """Interprets a kernel.
 
     Args:
-        plan: For `kvcore.plan.INTERPRETER`.
+        module: Name of the kernel's module in `kvcore.kernels`.
+        kernel: The kernel's name.
+        grid: Programs along each axis.
         arguments: `Pointer`, integer or None for each pointer and scalar of the kernel, in order.
-        num_tokens: Entries of slot_mapping.
+        constexprs: From a plan for `kvcore.plan.INTERPRETER`.
     """
-    grid = plan.grid(num_tokens)
     if 0 in grid:
         return
     with _LOCK, np.errstate(all="ignore"):  # NaN and infinity are input like any other
-        getattr(_interpreted(), plan.kernel)[grid](*arguments, **plan.constexprs)
+        getattr(_interpreted(module), kernel)[grid](*arguments, **constexprs)
 
 
 @cache
-def _interpreted() -> ModuleType:
+def _interpreted(module: str) -> ModuleType:
     from triton import knobs
 
-    spec = importlib.util.spec_from_file_location(
-        _NAME, kernels.__file__, submodule_search_locations=list(kernels.__path__)
-    )
-    assert spec is not None
-    package = importlib.util.module_from_spec(spec)
-    sys.modules[_NAME] = package
+    if _NAME not in sys.modules:
+        spec = importlib.util.spec_from_file_location(
+            _NAME, kernels.__file__, submodule_search_locations=list(kernels.__path__)
+        )
+        assert spec is not None
+        sys.modules[_NAME] = importlib.util.module_from_spec(spec)
     with knobs.runtime.scope():
         knobs.runtime.interpret = True
-        return importlib.import_module(f"{_NAME}.reshape_and_cache")
+        return importlib.import_module(f"{_NAME}.{module}")

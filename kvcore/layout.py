@@ -7,6 +7,7 @@ A layout is a pattern that names an array's axes from the slowest to the fastest
     kv block slot head dim                            one array, K at kv = 0 and V at kv = 1
     block slot head k+v                               one array, K's head_size elements, then V's head_size_v
     block slot (head kv) dim                          one array, heads of K and V alternate
+    block slot latent                                 MLA: one head; K is the whole row, V its first elements
     layer block slot head dim                         any of these for all layers at once
 
 Every one of them is affine, so an `Address` of nine integers serves all kernels and both frameworks.
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import ClassVar, NamedTuple
 
-_NAMES = ("layer", "block", "slot", "head", "kv", "dim", "dim/x", "x", "k+v")
+_NAMES = ("layer", "block", "slot", "head", "kv", "dim", "dim/x", "x", "k+v", "latent")
 _TOKEN = re.compile(r"\(\s*([^()]*?)\s*\)|(\S+)")
 
 Axis = tuple[str, ...]
@@ -106,6 +107,7 @@ class CacheLayout:
     PACKED_NHD: ClassVar["CacheLayout"]
     PACKED_HND: ClassVar["CacheLayout"]
     INTERLEAVED: ClassVar["CacheLayout"]
+    MLA: ClassVar["CacheLayout"]
 
     def __post_init__(self) -> None:
         if not isinstance(self.pattern, str):
@@ -128,7 +130,7 @@ class CacheLayout:
         """Axes of each array, slowest first: one entry for a single array, two for key and value cache."""
         parsed = tuple(_parse(p) for p in self.pattern.split(","))
         names = [name for axis in parsed[0] for name in axis]
-        return parsed if len(parsed) > 1 or "kv" in names or "k+v" in names else parsed * 2
+        return parsed if len(parsed) > 1 or not {"kv", "k+v", "latent"}.isdisjoint(names) else parsed * 2
 
     @property
     def single_array(self) -> bool:
@@ -144,6 +146,11 @@ class CacheLayout:
     def packed(self) -> bool:
         """Whether K and V lie side by side along one axis (`k+v`), so that their head sizes may differ."""
         return any("k+v" in axis for axis in self.arrays[0])
+
+    @property
+    def latent(self) -> bool:
+        """Whether V is the first elements of K (`latent`), of a single head."""
+        return any("latent" in axis for axis in self.arrays[0])
 
     def with_layer(self) -> "CacheLayout":
         """The same layout for all layers at once: `layer` in front; itself if it has the axis already."""
@@ -191,14 +198,19 @@ class CacheLayout:
         for axes, (name, size) in zip(self.arrays, dims.items(), strict=False):
             if x is not None and ("x",) in axes and size % x:
                 raise ValueError(f"axis x of size {x} must divide {name} = {size}")
-        if self.single_array and not self.packed and size_v != head_size:
+        if self.latent and (num_heads != 1 or size_v > head_size):
+            raise ValueError(
+                f"layout '{self}' needs num_heads = 1 and head_size_v of at most head_size = {head_size} along axis "
+                f"latent, got {num_heads} and {size_v}"
+            )
+        if self.single_array and not (self.packed or self.latent) and size_v != head_size:
             raise ValueError(
                 f"layout '{self}' needs head_size_v = head_size along axis dim, got {size_v} and {head_size}"
             )
         sizes: dict[str, int] = {name: size for name, size in given.items() if size is not None}
         out = []
         for axes, dim in zip(self.arrays, (head_size, size_v), strict=False):
-            sizes |= {"dim": dim, "dim/x": dim // (x or 1), "kv": 2, "k+v": head_size + size_v}
+            sizes |= {"dim": dim, "dim/x": dim // (x or 1), "kv": 2, "k+v": head_size + size_v, "latent": head_size}
             out.append(tuple(math.prod(sizes[name] for name in axis) for axis in axes))
         return tuple(out)
 
@@ -208,6 +220,7 @@ class CacheLayout:
         strides: Sequence[Sequence[int] | None] | None = None,
         *,
         head_size: int | None = None,
+        head_size_v: int | None = None,
         names: Sequence[str] | None = None,
     ) -> Placement:
         """Finds K and V in arrays of these shapes.
@@ -217,6 +230,7 @@ class CacheLayout:
             strides: Strides of each array, in elements; None, for one or for all, means C order (as JAX
                 arrays have).
             head_size: Elements of a key head; needed for a `k+v` axis, which does not tell where V begins.
+            head_size_v: Elements of a value head; needed for a `latent` axis, which does not tell where V ends.
             names: What errors call the arrays.
 
         Returns:
@@ -247,6 +261,12 @@ class CacheLayout:
                 raise ValueError(f"{names[0]} axis k+v must have a size above head_size = {head_size}, got {dims[0]}")
             offset_v = head_size * key["dim"]
             dims = [head_size, dims[0] - head_size]
+        elif self.latent:
+            if head_size_v is None:
+                raise ValueError(f"layout '{self}' needs head_size_v, the part of axis latent that is V, got None")
+            if not 1 <= head_size_v <= dims[0]:
+                raise ValueError(f"head_size_v must be from 1 to {dims[0]}, {names[0]}'s axis latent, got {head_size_v}")
+            dims[1] = head_size_v
         elif self.single_array:
             offset_v = key["kv"]
         for axis in ("layer", "block", "slot", "head"):
@@ -318,15 +338,18 @@ def _validate(pattern: str, arrays: tuple[tuple[Axis, ...], ...]) -> None:
                 raise ValueError(f"layout '{pattern}' has an unknown axis '{name}'; known are {', '.join(_NAMES)}")
             if flat.count(name) > 1:
                 raise ValueError(f"layout '{pattern}' must name axis {name} once, got it {flat.count(name)} times")
-        for name in ("block", "slot", "head"):
+        for name in ("block", "slot") if "latent" in flat else ("block", "slot", "head"):
             if name not in flat:
                 raise ValueError(f"layout '{pattern}' must name axis {name}")
-        if sum(name in flat for name in ("dim", "dim/x", "k+v")) != 1:
+        if "latent" in flat and not {"head", "kv", "k+v", "dim", "dim/x", "x"}.isdisjoint(flat):
+            raise ValueError(f"layout '{pattern}' may name only axes layer, block and slot beside latent")
+        if sum(name in flat for name in ("dim", "dim/x", "k+v", "latent")) != 1:
             raise ValueError(f"layout '{pattern}' must name exactly one of the axes dim, dim/x and k+v")
         if ("dim/x" in flat) != ("x" in flat):
             raise ValueError(f"layout '{pattern}' must name axes dim/x and x together")
-        if len(arrays) == 2 and ("kv" in flat or "k+v" in flat):
-            raise ValueError(f"layout '{pattern}' has two arrays, so neither may have axis kv or k+v")
+        for name in ("kv", "k+v", "latent"):
+            if len(arrays) == 2 and name in flat:
+                raise ValueError(f"layout '{pattern}' has two arrays, so neither may have axis {name}")
         if "kv" in flat and "k+v" in flat:
             raise ValueError(f"layout '{pattern}' must name only one of the axes kv and k+v")
         for axis in axes:
@@ -339,7 +362,7 @@ def _validate(pattern: str, arrays: tuple[tuple[Axis, ...], ...]) -> None:
 def _axis_table(
     name: str, axes: tuple[Axis, ...], shape: tuple[int, ...], strides: tuple[int, ...]
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """Sizes and strides by axis name, with joined axes taken apart and `k+v` called dim."""
+    """Sizes and strides by axis name, with joined axes taken apart, and `k+v` and `latent` called dim."""
     if len(shape) != len(axes):
         raise ValueError(f"{name} must have {len(axes)} axes ({_spell(axes)}), got shape {shape}")
     sizes: dict[str, int] = {}
@@ -352,8 +375,10 @@ def _axis_table(
             sizes |= {slow: 2, fast: size // 2} if slow == "kv" else {slow: size // 2, fast: 2}
             steps |= {slow: stride * sizes[fast], fast: stride}
         else:
-            key = "dim" if axis[0] == "k+v" else axis[0]
+            key = "dim" if axis[0] in ("k+v", "latent") else axis[0]
             sizes[key], steps[key] = size, stride
+    if ("latent",) in axes:
+        sizes["head"], steps["head"] = 1, 0
     if sizes.get("kv", 2) != 2:
         raise ValueError(f"{name} axis kv must have size 2, got {sizes['kv']}")
     if 0 not in sizes.values():
@@ -400,6 +425,7 @@ _CONSTANTS = {
     "PACKED_NHD": "block slot head k+v",
     "PACKED_HND": "block head slot k+v",
     "INTERLEAVED": "block slot (head kv) dim",
+    "MLA": "block slot latent",
 }
 for _name, _pattern in _CONSTANTS.items():
     setattr(CacheLayout, _name, CacheLayout(_pattern))

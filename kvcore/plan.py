@@ -133,7 +133,7 @@ def _tile(write: Write, target: Target) -> tuple[int, int]:
     K and V have as many columns, also where their rows differ, so that a thread moves 16 bytes of each. Columns are the
     power of two that covers a row: idle lanes cost less than narrow accesses or more programs would.
     """
-    row = _power_of_two(write.placement.extents.num_heads * max(write.key.shape[2], write.value.shape[2]))
+    row = power_of_two(write.placement.extents.num_heads * max(write.key.shape[2], write.value.shape[2]))
     if target.backend == "interpret":
         return 32, min(row, 1024)  # a program costs milliseconds, an element next to nothing
     if write.placement.value.slot == 1 or write.placement.key.slot == write.placement.key.x:
@@ -168,7 +168,8 @@ def _rows(spec: Any, num_heads: int, head_size: int, at: Address, columns: int) 
     )
 
 
-def _power_of_two(n: int) -> int:
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
     return 1 << max(n - 1, 0).bit_length()
 
 

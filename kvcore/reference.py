@@ -27,8 +27,8 @@ def reshape_and_cache_flash(
 ) -> None:
     """Writes key and value into the two caches, in place."""
     keys, values = CacheLayout.of(layout).arrays
-    _write_rows(key, _logical_view(key_cache, keys), slot_mapping, kv_cache_dtype, k_scale, layer)
-    _write_rows(value, _logical_view(value_cache, values), slot_mapping, kv_cache_dtype, v_scale, layer)
+    _write_rows(key, logical_view(key_cache, keys), slot_mapping, kv_cache_dtype, k_scale, layer)
+    _write_rows(value, logical_view(value_cache, values), slot_mapping, kv_cache_dtype, v_scale, layer)
 
 
 def reshape_and_cache_flash_diffkv(
@@ -45,7 +45,7 @@ def reshape_and_cache_flash_diffkv(
 ) -> None:
     """Writes key and value into the one cache, in place."""
     layout = CacheLayout.of(layout)
-    view = _logical_view(kv_cache, layout.arrays[0])  # [kv, layer, block, slot, head, dim // x, x]
+    view = logical_view(kv_cache, layout.arrays[0])  # [kv, layer, block, slot, head, dim // x, x]
     if layout.packed:
         keys, values = view[0, ..., : key.shape[2], :], view[0, ..., key.shape[2] :, :]
     else:
@@ -137,12 +137,12 @@ def _numbers(stored: FloatFormat) -> np.ndarray:
     return numbers[numbers <= largest]
 
 
-def _logical_view(array: np.ndarray, axes: Sequence[tuple[str, ...]]) -> np.ndarray:
+def logical_view(array: np.ndarray, axes: Sequence[tuple[str, ...]]) -> np.ndarray:
     """The array seen as `[kv, layer, block, slot, head, dim // x, x]`; axes that it lacks have size 1."""
     names, shape = [], []
     for axis, size in zip(axes, array.shape, strict=True):
         for name in axis:
-            names.append({"dim/x": "dim", "k+v": "dim"}.get(name, name))
+            names.append({"dim/x": "dim", "k+v": "dim", "latent": "dim"}.get(name, name))
             shape.append(size if len(axis) == 1 else (2 if name == "kv" else size // 2))
     view = array.reshape(shape)
     order = ("kv", "layer", "block", "slot", "head", "dim", "x")

@@ -1,6 +1,7 @@
 """Descriptions of writes, for tests that launch nothing."""
 
-from kvcore.contract import ArraySpec, Write, check_write
+from kvcore.checks import ArraySpec
+from kvcore.contract import Write, check_write
 from kvcore.layout import CacheLayout
 
 

@@ -4,7 +4,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from kvcore.contract import ArraySpec, Write, check_write
+from kvcore.checks import ArraySpec
+from kvcore.contract import Write, check_write
 
 
 class Call(NamedTuple):

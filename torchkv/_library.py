@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.library import Library
 
-from kvcore.contract import no_triton_error
+from kvcore.checks import no_triton_error
 from torchkv import _torch, _triton
 from torchkv._call import Call, check
 

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from kvcore.contract import Write, overlap_error
+from kvcore.checks import overlap_error
+from kvcore.contract import Write
 from kvcore.layout import Address
 from kvcore.quantization import FP8, FloatFormat
 from torchkv._call import Call

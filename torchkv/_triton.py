@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kvcore.contract import Write, overlap_error
+from kvcore.checks import overlap_error
+from kvcore.contract import Write
 from kvcore.plan import INTERPRETER, Target, plan_write, pointers, scalars
 from torchkv._call import Call, check, dtype_name
 from torchkv._memory import share_elements, span
@@ -154,14 +155,12 @@ def interpret(write: Write, call: Call) -> None:
         return None if tensor is None else interpreter.Pointer(tensor.data_ptr(), dtype_name(tensor))
 
     n = call.slot_mapping.shape[0]
-    interpreter.run(
-        plan_write(write, INTERPRETER, layer_is_pointer=call.layer_index is not None),
-        [
-            *map(pointer, (call.key, call.value, *call.caches, call.slot_mapping)),
-            pointer(call.k_scale) if write.scaled else None,
-            pointer(call.v_scale) if write.scaled else None,
-            call.layer if call.layer_index is None else pointer(call.layer_index),
-            *scalars(write, n),
-        ],
-        n,
-    )
+    plan = plan_write(write, INTERPRETER, layer_is_pointer=call.layer_index is not None)
+    arguments = [
+        *map(pointer, (call.key, call.value, *call.caches, call.slot_mapping)),
+        pointer(call.k_scale) if write.scaled else None,
+        pointer(call.v_scale) if write.scaled else None,
+        call.layer if call.layer_index is None else pointer(call.layer_index),
+        *scalars(write, n),
+    ]
+    interpreter.run("reshape_and_cache", plan.kernel, plan.grid(n), arguments, plan.constexprs)

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvcore.contract import check_options
+from kvcore.checks import check_options
 from kvcore.layout import CacheLayout
 from torchkv import _library
 

@@ -42,7 +42,7 @@ def _round(x, FORMAT: tl.constexpr):
         # Subnormal numbers: adding 2^23 quanta lets the float adder round to a multiple of the quantum
         # 2^(1 - bias - mantissa_bits); the sum's low bits are the result.
         QUANTA: tl.constexpr = (127 + 24 - FORMAT.bias - FORMAT.mantissa_bits) << 23
-        quanta = tl.full([1, 1], QUANTA, tl.uint32).to(tl.float32, bitcast=True)
+        quanta = tl.full(x.shape, QUANTA, tl.uint32).to(tl.float32, bitcast=True)
         subnormal = (magnitude.to(tl.float32, bitcast=True) + quanta).to(tl.uint32, bitcast=True) - QUANTA
         bits = tl.where(magnitude < ((128 - FORMAT.bias) << 23), subnormal, bits)
     bits = tl.where(nan, FORMAT.nan, bits | sign)

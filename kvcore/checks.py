@@ -1,0 +1,143 @@
+"""What the contracts of writing and of reading have in common: specs of arrays, single checks, and their messages."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from kvcore.layout import CacheLayout
+from kvcore.quantization import KV_CACHE_DTYPES
+
+
+class ArraySpec(NamedTuple):
+    """What the contract asks of an array.
+
+    Attributes:
+        shape: Sizes of its axes.
+        dtype: The name that NumPy, JAX and torch share: "bfloat16", "float8_e4m3fn", "int32", …
+        strides: In elements; None means C order.
+        device: Name of the device; None where the framework takes care of devices itself.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    strides: tuple[int, ...] | None = None
+    device: str | None = None
+
+
+def check_options(
+    kv_cache_dtype: Any, k_scale: Any, v_scale: Any, layer: Any, backend: Any, backends: Sequence[str]
+) -> None:
+    """Checks what arguments are, before anything is made of them.
+
+    Raises:
+        ValueError: kv_cache_dtype or backend is none of the choices.
+        TypeError: a scale or layer is neither a number nor an array.
+    """
+    if not isinstance(kv_cache_dtype, str) or kv_cache_dtype not in KV_CACHE_DTYPES:
+        raise ValueError(f"kv_cache_dtype must be {either(map(repr, KV_CACHE_DTYPES))}, got {kv_cache_dtype!r}")
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if scale is not None and not hasattr(scale, "shape") and not isinstance(scale, (int, float)):
+            raise TypeError(f"{name} must be a number or an array of one float32, got {scale!r}")
+    number = isinstance(layer, int) or hasattr(layer, "__index__")  # in this order for torch.compile's integers
+    if isinstance(layer, bool) or not (layer is None or number or hasattr(layer, "shape")):
+        raise TypeError(f"layer must be an int or an integer scalar, got {layer!r}")
+    if backend is not None and backend not in backends:
+        raise ValueError(f"backend must be None, {either(map(repr, backends))}, got {backend!r}")
+
+
+def no_triton_error(platform: str) -> ValueError:
+    """The error for the backend "triton" where it cannot run."""
+    return ValueError(f"backend 'triton' needs a CUDA or ROCm device, got {platform}")
+
+
+def overlap_error() -> ValueError:
+    """The error for caches that share memory."""
+    return ValueError("key_cache and value_cache must not overlap in memory")
+
+
+def layout_of(
+    layout: str | CacheLayout | None, caches: Sequence[ArraySpec], layer: int | ArraySpec | None
+) -> CacheLayout:
+    """The layout that is meant; None stands for the usual one of such caches."""
+    if layout is not None:
+        if not isinstance(layout, (str, CacheLayout)):
+            raise TypeError(f"layout must be a pattern string or a CacheLayout, got {layout!r}")
+        return CacheLayout.of(layout)
+    rank = len(caches[0].shape) - (layer is not None)
+    if len(caches) == 1:
+        chosen = CacheLayout.MLA if rank == 3 else CacheLayout.PACKED_NHD
+    else:
+        if rank == len(caches[1].shape) == 5:
+            raise ValueError("layer must be given where key_cache and value_cache have 5 axes each, got None")
+        chosen = CacheLayout.HEAD_MAJOR if rank == 5 else CacheLayout.NHD
+    return chosen if layer is None else chosen.with_layer()
+
+
+def check_scale(name: str, scale: ArraySpec) -> None:
+    """One float32 element."""
+    if tuple(scale.shape) not in ((), (1,)):
+        raise ValueError(f"{name} must have shape () or (1,), got {shape_of(scale)}")
+    if scale.dtype != "float32":
+        raise TypeError(f"{name} must have dtype float32, got {scale.dtype}")
+
+
+def check_layer(layer: int | ArraySpec | None, layout: CacheLayout, num_layers: int | None) -> None:
+    """An index into the layout's axis, exactly where it has one."""
+    if num_layers is None:
+        if layer is not None:
+            raise ValueError(f"layer must be None for layout '{layout}', which has no axis layer, got {_say(layer)}")
+        return
+    if layer is None:
+        raise ValueError(f"layer must be given for layout '{layout}', got None")
+    if isinstance(layer, ArraySpec):
+        if tuple(layer.shape) not in ((), (1,)):
+            raise ValueError(f"layer must have shape () or (1,), got {shape_of(layer)}")
+        if layer.dtype not in ("int32", "int64"):
+            raise TypeError(f"layer must have dtype int32 or int64, got {layer.dtype}")
+    elif not 0 <= layer < num_layers:
+        raise ValueError(f"layer must be at least 0 and below {num_layers}, got {layer}")
+
+
+def check_rank(name: str, spec: ArraySpec, rank: int, wanted: str) -> None:
+    """As many axes as `wanted` names."""
+    if len(spec.shape) != rank:
+        raise ValueError(f"{name} must have shape {wanted}, got {shape_of(spec)}")
+
+
+def check_same_dtype(name: str, spec: ArraySpec, other_name: str, other: ArraySpec) -> None:
+    """The other array's dtype."""
+    if spec.dtype != other.dtype:
+        raise TypeError(f"{name} must have dtype {other.dtype}, as {other_name}, got {spec.dtype}")
+
+
+def shape_of(spec: ArraySpec) -> str:
+    """The shape, as errors print it."""
+    return str(tuple(spec.shape))
+
+
+def _say(layer: int | ArraySpec) -> str:
+    return f"an array of shape {shape_of(layer)}" if isinstance(layer, ArraySpec) else repr(layer)
+
+
+def either(words: Any) -> str:
+    """`a, b or c`."""
+    *most, last = words
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+def check_devices(named: Sequence[tuple[str, ArraySpec | None]], home_name: str, home: ArraySpec) -> None:
+    """All on the device of `home`."""
+    for name, spec in named:
+        if isinstance(spec, ArraySpec) and spec.device != home.device:
+            raise ValueError(f"{name} must be on device {home.device}, as {home_name}, got {spec.device}")
+
+
+def check_indices(name: str, spec: ArraySpec, shape: tuple[int | str, ...]) -> None:
+    """int32 or int64, of this shape; a string in it stands for any size."""
+    fits = len(spec.shape) == len(shape) and all(
+        isinstance(want, str) or want == got for want, got in zip(shape, spec.shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "")
+        raise ValueError(f"{name} must have shape ({wanted}), got {shape_of(spec)}")
+    if spec.dtype not in ("int32", "int64"):
+        raise TypeError(f"{name} must have dtype int32 or int64, got {spec.dtype}")

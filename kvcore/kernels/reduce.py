@@ -1,0 +1,18 @@
+"""Sums and maxima along an axis: `tl.sum` and `tl.max`, which the interpreter cannot call in a process that also compiles.
+
+They are functions of Triton's own, interpreted or compiled as the process decided at their import; `tl.reduce` is built in,
+and the interpreter knows its combining functions.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def maximum(x, AXIS: tl.constexpr):
+    return tl.reduce(x, AXIS, tl.standard._elementwise_max)
+
+
+@triton.jit
+def total(x, AXIS: tl.constexpr):
+    return tl.reduce(x, AXIS, tl.standard._sum_combine)

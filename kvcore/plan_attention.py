@@ -1,0 +1,245 @@
+"""Launch plans of the kernels that read a cache. As `kvcore.plan`: plain integers, from shapes, never from data."""
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from kvcore.layout import Address, contiguous_strides
+from kvcore.plan import Target, power_of_two
+from kvcore.quantization import FLOAT32, FLOATS, FP8, FloatFormat
+from kvcore.read_contract import Attention
+
+
+class QueryRows(NamedTuple):
+    """How query, sequence lengths and starts lie in memory. Strides count elements. A constexpr of the kernels."""
+
+    num_heads: int
+    num_kv_heads: int
+    group: int  # query heads that share a KV head
+    token_stride: int
+    head_stride: int
+    dim_stride: int
+    format: FloatFormat
+    lens_stride: int
+    start_stride: int
+    sink_stride: int
+
+
+class CacheRows(NamedTuple):
+    """How the rows of K, or of V, lie in the cache, and how a tile covers them. A constexpr of the kernels.
+
+    A tile's columns are `low`, a power of two, and for K possibly `high` more, likewise: 576 is 512 and 64.
+    """
+
+    head_size: int
+    low: int
+    high: int
+    # offset + layer·L + block·B + slot·S + head·H + (dim // x)·D + (dim % x)·X
+    offset: int
+    layer_stride: int
+    block_stride: int
+    slot_stride: int
+    head_stride: int
+    dim_stride: int
+    x: int
+    x_stride: int
+
+
+class AttentionPlan(NamedTuple):
+    """How to launch `paged_attention_kernel` and, where positions are split, `merge_attention_kernel`.
+
+    Attributes:
+        grid: Programs along each axis.
+        splits: Parts into which positions are split; the kernels merge them if they are more than one.
+        num_warps: Warps per program.
+        constexprs: The kernel's compile-time arguments, by name.
+        merge_grid: Programs of the merging kernel.
+        merge_warps: Its warps per program.
+        merge_constexprs: Its compile-time arguments.
+    """
+
+    grid: tuple[int, int, int]
+    splits: int
+    num_warps: int
+    constexprs: dict[str, Any]
+    merge_grid: tuple[int, int, int]
+    merge_warps: int
+    merge_constexprs: dict[str, Any]
+
+
+POINTERS = (
+    "query_ptr", "key_cache_ptr", "value_cache_ptr", "block_tables_ptr", "seq_lens_ptr", "query_start_loc_ptr",
+    "sinks_ptr", "k_scale_ptr", "v_scale_ptr", "layer",
+)  # fmt: skip
+"""Pointer arguments of `paged_attention_kernel`, in order. From query_start_loc_ptr on they may be None."""
+
+SCALARS = ("num_tokens", "num_seqs", "max_blocks", "table_stride", "num_blocks", "num_layers")
+"""Run-time integers that follow the pointers. Then come out_ptr and lse_ptr."""
+
+
+def scalars(call: Attention) -> tuple[int, ...]:
+    """Values of `SCALARS`."""
+    extents = call.cache.placement.extents
+    tables = call.block_tables
+    stride = (tables.strides or contiguous_strides(tables.shape))[0]
+    return (call.query.shape[0], *tables.shape, stride, extents.num_blocks, extents.num_layers or 1)
+
+
+_SHARED_MEMORY = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
+"""KiB of shared memory that a program may have, by compute capability."""
+
+_MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
+"""Of the usual GPU of a compute capability. They set how finely positions are split, never what is computed."""
+
+
+@lru_cache(maxsize=4096)
+def plan_attention(call: Attention, target: Target, layer_is_pointer: bool = False) -> AttentionPlan:
+    """The plan for attention on a target.
+
+    Args:
+        call: From `kvcore.read_contract.check_attention`.
+        target: What to compile for.
+        layer_is_pointer: Whether the kernel loads the layer's index from memory.
+    """
+    extents, options = call.cache.placement.extents, call.options
+    tokens, q_heads, head_size = call.query.shape
+    sequences = call.block_tables.shape[0]
+    max_len = call.block_tables.shape[1] * extents.block_size
+    group = q_heads // extents.num_heads
+    interpreted = target.backend == "interpret"
+    compute = _compute(call, interpreted)
+    rows, tile, stages, warps = _tile(call, target, compute)
+    # Tiles of rows: at most one more than full ones for each sequence, and for the padding after the last.
+    if call.query_start_loc is None:
+        tiles = sequences * -(-group // rows)
+    else:
+        tiles = tokens * group // rows + sequences + 1
+    programs = tiles * extents.num_heads
+    min_tiles = max(1, 256 // tile)
+    splits = _splits(programs, -(-max_len // tile), min_tiles, target)
+    query_strides = call.query.strides or contiguous_strides(call.query.shape)
+    low, high = _pieces(head_size)
+    v_in_k = call.cache.layout.latent and extents.head_size_v == low
+    out = FLOATS[call.query.dtype] if interpreted else None
+    return AttentionPlan(
+        grid=(programs, splits, 1),
+        splits=splits,
+        num_warps=warps,
+        constexprs={
+            "Q": QueryRows(
+                q_heads,
+                extents.num_heads,
+                group,
+                *query_strides,
+                FLOATS[call.query.dtype],
+                _stride(call.seq_lens),
+                _stride(call.query_start_loc),
+                _stride(call.sinks),
+            ),
+            "K": _cache_rows(call.cache.placement.key, head_size, low, high),
+            "V": _cache_rows(call.cache.placement.value, extents.head_size_v, max(16, power_of_two(extents.head_size_v)), 0),
+            "CACHE": call.cache.format,
+            "COMPUTE": compute,
+            "OUT": out,
+            "BLOCK_SIZE": extents.block_size,
+            "SCALE": options.scale,
+            "CAUSAL": options.causal,
+            "WINDOW": options.sliding_window,
+            "SOFT_CAP": options.soft_cap,
+            "V_IN_K": v_in_k,
+            "HARDWARE_FP8": _has_e4m3(target),
+            "LAYER_IS_POINTER": layer_is_pointer,
+            "ROWS": rows,
+            "TILE": tile,
+            "STAGES": stages,
+            "SPLIT": splits > 1,
+            "MIN_TILES": min_tiles,
+            "UNMASKED": call.query_start_loc is not None and rows > 16,
+            "PRECISION": "ieee",
+        },
+        merge_grid=(tokens * q_heads, 1, 1),
+        merge_warps=4,
+        merge_constexprs={
+            "NUM_HEADS": q_heads,
+            "HEAD_SIZE": extents.head_size_v,
+            "SINK_STRIDE": _stride(call.sinks),
+            "OUT": out,
+            "PARTS": 16,
+            "COLUMNS": power_of_two(extents.head_size_v),
+        },
+    )
+
+
+def _compute(call: Attention, interpreted: bool) -> FloatFormat:
+    """What K, V and weights are multiplied in: query's dtype, unless the cache has numbers that it lacks."""
+    query, cache = FLOATS[call.query.dtype], call.cache.format
+    if interpreted or (cache.name not in FP8 and cache != query):
+        return FLOAT32
+    return query
+
+
+def _tile(call: Attention, target: Target, compute: FloatFormat) -> tuple[int, int, int, int]:
+    """Rows, positions, stages and warps of a program. Measured on an H100: see docs/benchmarks.md."""
+    extents = call.cache.placement.extents
+    tokens, q_heads, head_size = call.query.shape
+    group = q_heads // extents.num_heads
+    widest = max(head_size, extents.head_size_v)
+    # A sequence's rows on average: few of them wait for memory, many of them for the tensor cores.
+    average = group * -(-tokens // max(call.block_tables.shape[0], 1))
+    most = 128 if widest <= 256 else 64
+    rows = min(most, max(16, power_of_two(average)))
+    if target.backend == "interpret":
+        return rows, 64, 1, 1  # a tile costs milliseconds, an element next to nothing
+    if rows >= 64:
+        tile, stages, warps = (64 if widest <= 128 else 32), 3, (8 if rows == 128 else 4)
+    else:
+        tile, stages, warps = (64 if widest <= 128 else 32), 4, (2 if rows == 16 else 4)
+    if compute.bits == 32:
+        rows, tile, warps = min(rows, 32), 32, 4
+    # What does not fit in shared memory has fewer stages, then smaller tiles.
+    budget = _SHARED_MEMORY.get(target.arch, 99) if target.backend == "cuda" else 64  # type: ignore[call-overload]
+    size = _bytes(call.cache.format.bits)
+    columns = sum(_pieces(head_size)) + (0 if call.cache.layout.latent else power_of_two(extents.head_size_v))
+    fixed = rows * sum(_pieces(head_size)) * _bytes(compute.bits)
+    while fixed + stages * tile * columns * size > budget * 1024 and (stages > 1 or tile > 16):
+        if stages > 2:
+            stages -= 1
+        elif tile > 16:
+            tile //= 2
+        else:
+            stages -= 1
+    return rows, tile, stages, warps
+
+
+def _splits(programs: int, tiles: int, min_tiles: int, target: Target) -> int:
+    """Parts of the positions: enough to keep all multiprocessors busy."""
+    if target.backend == "interpret":
+        return min(2, -(-tiles // min_tiles))
+    wanted = 4 * _MULTIPROCESSORS.get(target.arch, 108)  # type: ignore[call-overload]
+    return max(1, min(wanted // max(programs, 1), -(-tiles // min_tiles)))
+
+
+def _pieces(head_size: int) -> tuple[int, int]:
+    """The powers of two that cover a head of K: one, or two where that saves columns."""
+    whole = max(16, power_of_two(head_size))
+    low = whole // 2
+    high = max(16, power_of_two(head_size - low))
+    return (low, high) if low >= 16 and low + high < whole else (whole, 0)
+
+
+def _cache_rows(at: Address, head_size: int, low: int, high: int) -> CacheRows:
+    return CacheRows(
+        head_size, low, high, at.offset, at.layer, at.block, at.slot, at.head, at.dim, at.x, at.x_stride
+    )
+
+
+def _has_e4m3(target: Target) -> bool:
+    """Whether the target converts e4m3 to other floats, which is exact."""
+    return target.backend == "cuda" and isinstance(target.arch, int) and target.arch >= 89
+
+
+def _stride(spec: Any) -> int:
+    return 0 if spec is None else (spec.strides or (1,))[0]
+
+
+def _bytes(bits: int) -> int:
+    return bits // 8
