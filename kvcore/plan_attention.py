@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from kvcore.layout import Address, contiguous_strides
 from kvcore.plan import Target, power_of_two
-from kvcore.quantization import FLOAT32, FLOATS, FP8, FloatFormat
+from kvcore.quantization import FLOAT16, FLOAT32, FLOATS, FP8, FloatFormat
 from kvcore.read_contract import Attention
 
 
@@ -18,7 +18,6 @@ class QueryRows(NamedTuple):
     token_stride: int
     head_stride: int
     dim_stride: int
-    format: FloatFormat
     lens_stride: int
     start_stride: int
     sink_stride: int
@@ -27,9 +26,11 @@ class QueryRows(NamedTuple):
 class CacheRows(NamedTuple):
     """How the rows of K, or of V, lie in the cache, and how a tile covers them. A constexpr of the kernels.
 
-    A tile's columns are `low`, a power of two, and for K possibly `high` more, likewise: 576 is 512 and 64.
+    All numbers count words: one element, or `pack` of them, side by side. A tile's columns are `low`, a power of two,
+    and for K possibly `high` more, likewise: 576 is 512 and 64.
     """
 
+    pack: int
     head_size: int
     low: int
     high: int
@@ -116,9 +117,13 @@ def plan_attention(call: Attention, target: Target, layer_is_pointer: bool = Fal
     programs = tiles * extents.num_heads
     min_tiles = max(1, 256 // tile)
     splits = _splits(programs, -(-max_len // tile), min_tiles, target)
+    packs = [_pack(call, at, size) for at, size in _sides(call)]
+    if call.cache.layout.latent:  # V is a part of K's tile
+        packs = [min(packs)] * 2
     query_strides = call.query.strides or contiguous_strides(call.query.shape)
-    low, high = _pieces(head_size)
-    v_in_k = call.cache.layout.latent and extents.head_size_v == low
+    (key, value), (pack, pack_v) = call.cache.placement[1:], packs
+    low, high = _pieces(head_size // pack)
+    v_in_k = call.cache.layout.latent and extents.head_size_v == low * pack
     out = FLOATS[call.query.dtype] if interpreted else None
     return AttentionPlan(
         grid=(programs, splits, 1),
@@ -130,13 +135,13 @@ def plan_attention(call: Attention, target: Target, layer_is_pointer: bool = Fal
                 extents.num_heads,
                 group,
                 *query_strides,
-                FLOATS[call.query.dtype],
                 _stride(call.seq_lens),
                 _stride(call.query_start_loc),
                 _stride(call.sinks),
             ),
-            "K": _cache_rows(call.cache.placement.key, head_size, low, high),
-            "V": _cache_rows(call.cache.placement.value, extents.head_size_v, max(16, power_of_two(extents.head_size_v)), 0),
+            "K": _cache_rows(key, head_size, pack, low, high),
+            "V": _cache_rows(value, extents.head_size_v, pack_v, max(16, power_of_two(extents.head_size_v // pack_v)), 0),
+            "QUERY": FLOATS[call.query.dtype],
             "CACHE": call.cache.format,
             "COMPUTE": compute,
             "OUT": out,
@@ -174,7 +179,8 @@ def _compute(call: Attention, interpreted: bool) -> FloatFormat:
     query, cache = FLOATS[call.query.dtype], call.cache.format
     if interpreted or (cache.name not in FP8 and cache != query):
         return FLOAT32
-    return query
+    # The hardware turns fp8 into float16. Rows of query are brought into its range.
+    return FLOAT16 if cache.name in FP8 and query.bits == 16 else query
 
 
 def _tile(call: Attention, target: Target, compute: FloatFormat) -> tuple[int, int, int, int]:
@@ -192,7 +198,7 @@ def _tile(call: Attention, target: Target, compute: FloatFormat) -> tuple[int, i
     if rows >= 64:
         tile, stages, warps = (64 if widest <= 128 else 32), 3, (8 if rows == 128 else 4)
     else:
-        tile, stages, warps = (64 if widest <= 128 else 32), 4, (2 if rows == 16 else 4)
+        tile, stages, warps = (64 if widest <= 128 else 32), 4, (2 if rows == 16 and widest <= 128 else 4)
     if compute.bits == 32:
         rows, tile, warps = min(rows, 32), 32, 4
     # What does not fit in shared memory has fewer stages, then smaller tiles.
@@ -214,7 +220,7 @@ def _splits(programs: int, tiles: int, min_tiles: int, target: Target) -> int:
     """Parts of the positions: enough to keep all multiprocessors busy."""
     if target.backend == "interpret":
         return min(2, -(-tiles // min_tiles))
-    wanted = 4 * _MULTIPROCESSORS.get(target.arch, 108)  # type: ignore[call-overload]
+    wanted = 2 * _MULTIPROCESSORS.get(target.arch, 108)  # type: ignore[call-overload]
     return max(1, min(wanted // max(programs, 1), -(-tiles // min_tiles)))
 
 
@@ -226,10 +232,24 @@ def _pieces(head_size: int) -> tuple[int, int]:
     return (low, high) if low >= 16 and low + high < whole else (whole, 0)
 
 
-def _cache_rows(at: Address, head_size: int, low: int, high: int) -> CacheRows:
-    return CacheRows(
-        head_size, low, high, at.offset, at.layer, at.block, at.slot, at.head, at.dim, at.x, at.x_stride
-    )
+def _cache_rows(at: Address, head_size: int, pack: int, low: int, high: int) -> CacheRows:
+    strides = (stride // pack for stride in (at.offset, at.layer, at.block, at.slot, at.head))
+    dims = (at.dim // pack, at.x // pack, at.x_stride) if at.x > 1 else (at.dim, 1, 0)
+    return CacheRows(pack, head_size // pack, low, high, *strides, *dims)
+
+
+def _sides(call: Attention) -> tuple[tuple[Address, int], tuple[Address, int]]:
+    """Address and head size of K, and of V."""
+    extents = call.cache.placement.extents
+    return (call.cache.placement.key, extents.head_size), (call.cache.placement.value, extents.head_size_v)
+
+
+def _pack(call: Attention, at: Address, head_size: int) -> int:
+    """Elements of a word: two bytes that lie side by side, at an even address, are loaded as one."""
+    side_by_side = at.x_stride == 1 if at.x > 1 else at.dim == 1
+    strides = (at.offset, at.layer, at.block, at.slot, at.head, *((at.dim, at.x) if at.x > 1 else ()))
+    even = head_size % 2 == 0 and all(stride % 2 == 0 for stride in strides)
+    return 2 if call.cache.format.bits == 8 and side_by_side and even and head_size >= 32 else 1
 
 
 def _has_e4m3(target: Target) -> bool:

@@ -16,12 +16,15 @@ denominator, and `merge_attention_kernel` joins them.
 import triton
 import triton.language as tl
 
-from .decode import decode
+from .decode import decode, decode_lane
 from .encode import encode
 from .reduce import maximum, total
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+
+# Weights are up to 2^14, not 1: in float16 they then lose nothing that a sum over millions would notice.
+WEIGHT_BITS = tl.constexpr(14.0)
 
 
 @triton.jit
@@ -43,6 +46,13 @@ def _find_sequence(query_start_loc_ptr, tile, num_seqs, START_STRIDE: tl.constex
 
 
 @triton.jit
+def _words(cache_ptr, C: tl.constexpr):
+    if C.pack > 1:
+        cache_ptr = cache_ptr.to(tl.pointer_type(tl.uint16))
+    return cache_ptr
+
+
+@triton.jit
 def _row_of_cache(block, place, head, layer, C: tl.constexpr):
     """Where the head of a slot begins."""
     return C.offset + layer * C.layer_stride + block * C.block_stride + place * C.slot_stride + head * C.head_stride
@@ -59,7 +69,7 @@ def _within_row(dim, C: tl.constexpr):
 
 @triton.jit
 def _load(cache_ptr, row, good, FIRST: tl.constexpr, SIZE: tl.constexpr, MASKED: tl.constexpr, C: tl.constexpr):
-    """Elements FIRST … FIRST + SIZE - 1 of rows of the cache, `[TILE, SIZE]`; zeros where there is no element."""
+    """Words FIRST … FIRST + SIZE - 1 of rows of the cache, `[TILE, SIZE]`; zeros where there are none."""
     dim = FIRST + tl.arange(0, SIZE)
     at = cache_ptr + row[:, None] + _within_row(dim, C)[None, :]
     if FIRST + SIZE > C.head_size:
@@ -72,12 +82,39 @@ def _load(cache_ptr, row, good, FIRST: tl.constexpr, SIZE: tl.constexpr, MASKED:
 
 
 @triton.jit
+def _load_query(query_ptr, row, inside, FIRST: tl.constexpr, SIZE: tl.constexpr, LANE: tl.constexpr,
+                Q: tl.constexpr, K: tl.constexpr, QUERY: tl.constexpr, COMPUTE: tl.constexpr):  # fmt: skip
+    """The elements of query that meet one lane of the words FIRST … FIRST + SIZE - 1 of K."""
+    word = FIRST + tl.arange(0, SIZE)
+    dim = word * K.pack + LANE
+    q = tl.load(
+        query_ptr + row[:, None] + dim[None, :] * Q.dim_stride,
+        mask=inside[:, None] & (word < K.head_size)[None, :],
+        other=0,
+    )
+    if QUERY.bits == 16 and COMPUTE.mantissa_bits == 10:  # the caller brings it into float16's range first
+        q = decode(q, QUERY, QUERY, False).to(tl.float32)
+    else:
+        q = decode(q, QUERY, COMPUTE, False)
+    return q
+
+
+@triton.jit
+def _scores(s, q, x, LANE: tl.constexpr, CACHE: tl.constexpr, COMPUTE: tl.constexpr, HARDWARE_FP8: tl.constexpr,
+            PACK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Adds q times one lane of K's words x to s."""
+    k = decode_lane(x, LANE, PACK, CACHE, COMPUTE, HARDWARE_FP8)
+    return tl.dot(q, tl.trans(k), s, input_precision=PRECISION)
+
+
+@triton.jit
 def _tiles(
-    m, l, acc, q_low, q_high, first_tile, end_tile, limit, row_position,
+    m, l, acc, acc_odd, q_low, q_low_odd, q_high, q_high_odd, first_tile, end_tile, limit, row_position,
     key_cache_ptr, value_cache_ptr, table_ptr, head, layer, num_blocks, qk_scale,
     K: tl.constexpr, V: tl.constexpr, CACHE: tl.constexpr, COMPUTE: tl.constexpr, HARDWARE_FP8: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr, BY_ROW: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, V_IN_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
+    BY_ROW: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, V_IN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Folds tiles of positions into the running maximum m, denominator l and sum acc.
 
@@ -96,39 +133,54 @@ def _tiles(
             good = n >= 0
         place = n % BLOCK_SIZE
         k_row = _row_of_cache(block, place, head, layer, K)
-        k_low = decode(_load(key_cache_ptr, k_row, good, 0, K.low, MASKED, K), CACHE, COMPUTE, HARDWARE_FP8)
-        s = tl.dot(q_low, tl.trans(k_low), input_precision=PRECISION)
+        k = _load(key_cache_ptr, k_row, good, 0, K.low, MASKED, K)
+        s = tl.full([ROWS, TILE], 0.0, tl.float32)
+        s = _scores(s, q_low, k, 0, CACHE, COMPUTE, HARDWARE_FP8, K.pack, PRECISION)
+        if K.pack > 1:
+            s = _scores(s, q_low_odd, k, 1, CACHE, COMPUTE, HARDWARE_FP8, K.pack, PRECISION)
         if K.high > 0:
-            k_high = decode(_load(key_cache_ptr, k_row, good, K.low, K.high, MASKED, K), CACHE, COMPUTE, HARDWARE_FP8)
-            s = tl.dot(q_high, tl.trans(k_high), s, input_precision=PRECISION)
+            k_high = _load(key_cache_ptr, k_row, good, K.low, K.high, MASKED, K)
+            s = _scores(s, q_high, k_high, 0, CACHE, COMPUTE, HARDWARE_FP8, K.pack, PRECISION)
+            if K.pack > 1:
+                s = _scores(s, q_high_odd, k_high, 1, CACHE, COMPUTE, HARDWARE_FP8, K.pack, PRECISION)
+
         if SOFT_CAP is not None:  # tanh(x) = 1 - 2 / (1 + exp(2x))
-            s = SOFT_CAP * LOG2E * (1 - 2 / (1 + tl.exp2(s * (qk_scale * (2 / SOFT_CAP)))))
-        else:
-            s = s * qk_scale
+            s = SOFT_CAP * LOG2E * (1 - 2 / (1 + tl.exp2(s * (qk_scale * (2 / SOFT_CAP))[:, None])))
         if MASKED:
             seen = good[None, :]
             if BY_ROW and CAUSAL:
                 seen = seen & (n[None, :] <= row_position[:, None])
                 if WINDOW is not None:
                     seen = seen & (n[None, :] > row_position[:, None] - WINDOW)
+            if SOFT_CAP is None:
+                s = s * qk_scale[:, None]
             s = tl.where(seen, s, float("-inf"))
-        m_new = tl.maximum(m, maximum(s, 1))
-        if MASKED:  # a row that has seen nothing yet
-            origin = tl.where(m_new == float("-inf"), 0.0, m_new)
-        else:
+            m_new = tl.maximum(m, maximum(s, 1))
+            origin = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row may have seen nothing yet
+            p = tl.exp2(s - (origin - WEIGHT_BITS)[:, None])
+        elif SOFT_CAP is None:  # qk_scale is not negative: one multiply-add scales a logit and subtracts
+            m_new = tl.maximum(m, maximum(s, 1) * qk_scale)
             origin = m_new
-        p = tl.exp2(s - origin[:, None])
+            p = tl.exp2(s * qk_scale[:, None] - (origin - WEIGHT_BITS)[:, None])
+        else:
+            m_new = tl.maximum(m, maximum(s, 1))
+            origin = m_new
+            p = tl.exp2(s - (origin - WEIGHT_BITS)[:, None])
         shrink = tl.exp2(m - origin)
         l = l * shrink + total(p, 1)
-        acc = acc * shrink[:, None]
-        if V_IN_K:
-            v = k_low
-        else:
-            v_row = _row_of_cache(block, place, head, layer, V)
-            v = decode(_load(value_cache_ptr, v_row, good, 0, V.low, MASKED, V), CACHE, COMPUTE, HARDWARE_FP8)
-        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
         m = m_new
-    return m, l, acc
+
+        if V_IN_K:
+            v = k
+        else:
+            v = _load(value_cache_ptr, _row_of_cache(block, place, head, layer, V), good, 0, V.low, MASKED, V)
+        v_even = decode_lane(v, 0, V.pack, CACHE, COMPUTE, HARDWARE_FP8)
+        p = p.to(v_even.dtype)
+        acc = tl.dot(p, v_even, acc * shrink[:, None], input_precision=PRECISION)
+        if V.pack > 1:
+            v_odd = decode_lane(v, 1, V.pack, CACHE, COMPUTE, HARDWARE_FP8)
+            acc_odd = tl.dot(p, v_odd, acc_odd * shrink[:, None], input_precision=PRECISION)
+    return m, l, acc, acc_odd
 
 
 @triton.jit
@@ -142,9 +194,9 @@ def _all_blocks_exist(table_ptr, num_entries, num_blocks, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _store(ptr, x, mask, OUT: tl.constexpr):
-    """Stores float32, rounded to OUT with integers where the target's cast is not to be trusted."""
-    if OUT is None:
+def _store(ptr, x, mask, OUT: tl.constexpr, AS_IT_IS: tl.constexpr):
+    """Stores float32: as it is, or rounded, to OUT with integers where the target's cast is not to be trusted."""
+    if AS_IT_IS or OUT is None:
         tl.store(ptr, x.to(ptr.dtype.element_ty), mask=mask)
     else:
         bits = encode(x, None, OUT, False)
@@ -191,7 +243,8 @@ def paged_attention_kernel(
     Q: tl.constexpr,              # kvcore.plan_attention.QueryRows
     K: tl.constexpr,              # kvcore.plan_attention.CacheRows
     V: tl.constexpr,
-    CACHE: tl.constexpr,          # kvcore.quantization.FloatFormat of the cache
+    QUERY: tl.constexpr,          # kvcore.quantization.FloatFormat of query
+    CACHE: tl.constexpr,          # … of the cache
     COMPUTE: tl.constexpr,        # … in which K, V and the weights are multiplied
     OUT: tl.constexpr,            # … to round the result to with integers, or None for the target's cast
     BLOCK_SIZE: tl.constexpr,
@@ -236,20 +289,38 @@ def paged_attention_kernel(
         row_inside = row < length * Q.group
         token = row // Q.group
         q_head = head * Q.group + row % Q.group
-        q_row = query_ptr + (start + token) * Q.token_stride + q_head * Q.head_stride
-        dim = tl.arange(0, K.low)
-        q_mask = row_inside[:, None] & (dim < K.head_size)[None, :]
-        q_low = tl.load(q_row[:, None] + dim[None, :] * Q.dim_stride, mask=q_mask, other=0)
-        q_low = decode(q_low, Q.format, COMPUTE, False)
-        qk_scale = SCALE * LOG2E
+        q_row = (start + token) * Q.token_stride + q_head * Q.head_stride
+        q_low = _load_query(query_ptr, q_row, row_inside, 0, K.low, 0, Q, K, QUERY, COMPUTE)
+        q_low_odd, q_high, q_high_odd = q_low, q_low, q_low
+        if K.pack > 1:
+            q_low_odd = _load_query(query_ptr, q_row, row_inside, 0, K.low, 1, Q, K, QUERY, COMPUTE)
+        if K.high > 0:
+            q_high = _load_query(query_ptr, q_row, row_inside, K.low, K.high, 0, Q, K, QUERY, COMPUTE)
+            q_high_odd = q_high
+            if K.pack > 1:
+                q_high_odd = _load_query(query_ptr, q_row, row_inside, K.low, K.high, 1, Q, K, QUERY, COMPUTE)
+        qk_scale = tl.full([ROWS], SCALE * LOG2E, tl.float32)
         if k_scale_ptr is not None:
             qk_scale = qk_scale * tl.load(k_scale_ptr)
-        q_high = q_low
-        if K.high > 0:
-            dim_high = K.low + tl.arange(0, K.high)
-            q_mask = row_inside[:, None] & (dim_high < K.head_size)[None, :]
-            q_high = tl.load(q_row[:, None] + dim_high[None, :] * Q.dim_stride, mask=q_mask, other=0)
-            q_high = decode(q_high, Q.format, COMPUTE, False)
+        # The sign goes to query: the unmasked loop takes the maximum before it scales.
+        factor = tl.where(qk_scale < 0, -1.0, 1.0)
+        qk_scale = tl.abs(qk_scale)
+        if QUERY.bits == 16 and COMPUTE.mantissa_bits == 10:
+            # Rows in float16, divided by a power of two of their own: exact but for what is 2^-24 of the largest.
+            largest = tl.maximum(maximum(tl.abs(q_low), 1), maximum(tl.abs(q_low_odd), 1))
+            largest = tl.maximum(largest, tl.maximum(maximum(tl.abs(q_high), 1), maximum(tl.abs(q_high_odd), 1)))
+            exponent = tl.minimum(largest.to(tl.uint32, bitcast=True) & 0x7F800000, 253 << 23)
+            factor = factor * ((254 << 23) - exponent).to(tl.float32, bitcast=True)
+            qk_scale = qk_scale * exponent.to(tl.float32, bitcast=True)
+            q_low = (q_low * factor[:, None]).to(tl.float16)
+            q_low_odd = (q_low_odd * factor[:, None]).to(tl.float16)
+            q_high = (q_high * factor[:, None]).to(tl.float16)
+            q_high_odd = (q_high_odd * factor[:, None]).to(tl.float16)
+        else:
+            q_low = (q_low * factor[:, None]).to(q_low.dtype)
+            q_low_odd = (q_low_odd * factor[:, None]).to(q_low.dtype)
+            q_high = (q_high * factor[:, None]).to(q_low.dtype)
+            q_high_odd = (q_high_odd * factor[:, None]).to(q_low.dtype)
 
         # ---- positions that they see
         last_token = tl.minimum((first_row + ROWS - 1) // Q.group, length.to(tl.int32) - 1)
@@ -284,6 +355,9 @@ def paged_attention_kernel(
         m = tl.full([ROWS], float("-inf"), tl.float32)
         l = tl.full([ROWS], 0.0, tl.float32)
         acc = tl.full([ROWS, V.low], 0.0, tl.float32)
+        acc_odd = acc
+        keys = _words(key_cache_ptr, K)
+        values = _words(value_cache_ptr, V)
         table_ptr = block_tables_ptr + seq.to(tl.int64) * table_stride
         BY_ROW: tl.constexpr = query_start_loc_ptr is not None
         if UNMASKED:
@@ -293,23 +367,25 @@ def paged_attention_kernel(
                 end_whole = first_tile
             exist = _all_blocks_exist(table_ptr, _cdiv(tl.maximum(limit, 0), BLOCK_SIZE), num_blocks, 1024)
             end_whole = tl.where(exist, end_whole, first_tile)
-            m, l, acc = _tiles(
-                m, l, acc, q_low, q_high, first_tile, end_whole, limit, row_position, key_cache_ptr, value_cache_ptr,
-                table_ptr, head, at_layer, num_blocks, qk_scale, K, V, CACHE, COMPUTE, HARDWARE_FP8, BLOCK_SIZE, TILE,
-                STAGES, False, BY_ROW, CAUSAL, WINDOW, SOFT_CAP, V_IN_K, PRECISION,
+            m, l, acc, acc_odd = _tiles(
+                m, l, acc, acc_odd, q_low, q_low_odd, q_high, q_high_odd, first_tile, end_whole, limit, row_position,
+                keys, values, table_ptr, head, at_layer, num_blocks, qk_scale, K, V, CACHE, COMPUTE,
+                HARDWARE_FP8, BLOCK_SIZE, ROWS, TILE, STAGES, False, BY_ROW, CAUSAL, WINDOW, SOFT_CAP, V_IN_K, PRECISION,
             )  # fmt: skip
             first_tile = end_whole
-        m, l, acc = _tiles(
-            m, l, acc, q_low, q_high, first_tile, end_tile, limit, row_position, key_cache_ptr, value_cache_ptr,
-            table_ptr, head, at_layer, num_blocks, qk_scale, K, V, CACHE, COMPUTE, HARDWARE_FP8, BLOCK_SIZE, TILE,
-            STAGES, True, BY_ROW, CAUSAL, WINDOW, SOFT_CAP, V_IN_K, PRECISION,
+        m, l, acc, acc_odd = _tiles(
+            m, l, acc, acc_odd, q_low, q_low_odd, q_high, q_high_odd, first_tile, end_tile, limit, row_position,
+            keys, values, table_ptr, head, at_layer, num_blocks, qk_scale, K, V, CACHE, COMPUTE,
+            HARDWARE_FP8, BLOCK_SIZE, ROWS, TILE, STAGES, True, BY_ROW, CAUSAL, WINDOW, SOFT_CAP, V_IN_K, PRECISION,
         )  # fmt: skip
 
         # ---- result
         sink = None
         if sinks_ptr is not None and not SPLIT:
             sink = tl.load(sinks_ptr + q_head * Q.sink_stride, mask=row_inside, other=0)
-        factor, log = _finish(m, l, sink)
+        unit: tl.constexpr = 2.0**-WEIGHT_BITS
+        factor, log = _finish(m, l * unit, sink)
+        factor = factor * unit
         if v_scale_ptr is not None:
             factor = factor * tl.load(v_scale_ptr)
         result_row = (start + token) * Q.num_heads + q_head
@@ -318,12 +394,12 @@ def paged_attention_kernel(
         else:
             log = log * LN2
         tl.store(lse_ptr + result_row, log, mask=row_inside)
-        dim_v = tl.arange(0, V.low)
-        out_mask = row_inside[:, None] & (dim_v < V.head_size)[None, :]
-        if SPLIT:
-            tl.store(out_ptr + result_row[:, None] * V.head_size + dim_v[None, :], acc * factor[:, None], mask=out_mask)
-        else:
-            _store(out_ptr + result_row[:, None] * V.head_size + dim_v[None, :], acc * factor[:, None], out_mask, OUT)
+        word = tl.arange(0, V.low)
+        out_mask = row_inside[:, None] & (word < V.head_size)[None, :]
+        at = out_ptr + result_row[:, None] * (V.head_size * V.pack) + word[None, :] * V.pack
+        _store(at, acc * factor[:, None], out_mask, OUT, SPLIT)
+        if V.pack > 1:
+            _store(at + 1, acc_odd * factor[:, None], out_mask, OUT, SPLIT)
 
 
 @triton.jit
@@ -366,4 +442,4 @@ def merge_attention_kernel(
         sink = tl.load(sinks_ptr + (row % NUM_HEADS) * SINK_STRIDE + tl.arange(0, 1))
     factor, log = _finish(m, l, sink)
     tl.store(lse_ptr + row + tl.arange(0, 1), log * LN2)
-    _store(out_ptr + row * HEAD_SIZE + dim, acc * factor, dim_inside, OUT)
+    _store(out_ptr + row * HEAD_SIZE + dim, acc * factor, dim_inside, OUT, False)

@@ -3,6 +3,9 @@
 import triton
 import triton.language as tl
 
+_PICK = "{{ .reg .b32 r; .reg .b16 t; prmt.b32 r, $1, 0, {}; cvt.u16.u32 t, r; cvt.rn.f16x2.e4m3x2 $0, t; }}"
+_PICK_LOW = tl.constexpr(_PICK.format("0x4420"))  # bytes 0 and 2
+_PICK_HIGH = tl.constexpr(_PICK.format("0x4431"))  # bytes 1 and 3
 
 @triton.jit
 def decode(x, FORMAT: tl.constexpr, COMPUTE: tl.constexpr, HARDWARE_FP8: tl.constexpr):
@@ -25,6 +28,36 @@ def decode(x, FORMAT: tl.constexpr, COMPUTE: tl.constexpr, HARDWARE_FP8: tl.cons
         x = x.to(tl.bfloat16)
     else:
         x = x.to(tl.float16)
+    return x
+
+
+@triton.jit
+def decode_lane(
+    x, LANE: tl.constexpr, PACK: tl.constexpr, FORMAT: tl.constexpr, COMPUTE: tl.constexpr, HARDWARE_FP8: tl.constexpr
+):
+    """One of the PACK elements in each word, as floats of COMPUTE. Two bytes of a 16-bit word, or the word itself.
+
+    Tensor cores read 16-bit words from shared memory as they lie. Bytes would be carried one by one.
+    """
+    if PACK == 1:
+        x = decode(x, FORMAT, COMPUTE, HARDWARE_FP8)
+    elif FORMAT.mantissa_bits == 2:
+        if LANE == 0:
+            x = x << 8
+        else:
+            x = x & 0xFF00
+        x = x.to(tl.float16, bitcast=True)
+        if COMPUTE.bits == 32:
+            x = x.to(tl.float32)
+    elif HARDWARE_FP8 and COMPUTE.mantissa_bits == 10:  # two words at a time: pick their bytes, convert both
+        if LANE == 0:
+            x = tl.inline_asm_elementwise(_PICK_LOW, "=r,r", [x], dtype=tl.float16, is_pure=True, pack=2)
+        else:
+            x = tl.inline_asm_elementwise(_PICK_HIGH, "=r,r", [x], dtype=tl.float16, is_pure=True, pack=2)
+    else:
+        if LANE > 0:
+            x = x >> 8
+        x = decode(x.to(tl.uint8), FORMAT, COMPUTE, HARDWARE_FP8)
     return x
 
 
