@@ -52,6 +52,7 @@ class AttentionPlan(NamedTuple):
         grid: Programs along each axis.
         splits: Parts into which positions are split; the kernels merge them if they are more than one.
         num_warps: Warps per program.
+        max_registers: Registers that a thread may have at most, so that two programs fit; None for no limit.
         constexprs: The kernel's compile-time arguments, by name.
         merge_grid: Programs of the merging kernel.
         merge_warps: Its warps per program.
@@ -61,6 +62,7 @@ class AttentionPlan(NamedTuple):
     grid: tuple[int, int, int]
     splits: int
     num_warps: int
+    max_registers: int | None
     constexprs: dict[str, Any]
     merge_grid: tuple[int, int, int]
     merge_warps: int
@@ -129,6 +131,7 @@ def plan_attention(call: Attention, target: Target, layer_is_pointer: bool = Fal
         grid=(programs, splits, 1),
         splits=splits,
         num_warps=warps,
+        max_registers=128 if rows == 128 and warps == 8 and compute.bits == 16 and target.backend == "cuda" else None,
         constexprs={
             "Q": QueryRows(
                 q_heads,
@@ -196,7 +199,8 @@ def _tile(call: Attention, target: Target, compute: FloatFormat) -> tuple[int, i
     if target.backend == "interpret":
         return rows, 64, 1, 1  # a tile costs milliseconds, an element next to nothing
     if rows >= 64:
-        tile, stages, warps = (64 if widest <= 128 else 32), 3, (8 if rows == 128 else 4)
+        rows = 128 if widest <= 128 else 64
+        tile, stages, warps = (64 if widest <= 128 else 32), 3, (8 if rows == 128 or widest > 256 else 4)
     else:
         tile, stages, warps = (64 if widest <= 128 else 32), 4, (2 if rows == 16 and widest <= 128 else 4)
     if compute.bits == 32:

@@ -264,9 +264,14 @@ def paged_attention_kernel(
     PRECISION: tl.constexpr,      # of tl.dot
 ):  # fmt: skip
     """Attention of ROWS rows over one split of the positions."""
-    head = tl.program_id(0) % Q.num_kv_heads
     # Later tiles of a prefill see more: they start first, so that short ones fill the gaps at the end.
-    tile = tl.num_programs(0) // Q.num_kv_heads - 1 - tl.program_id(0) // Q.num_kv_heads
+    if UNMASKED:  # what shares keys and values runs side by side
+        tiles = tl.num_programs(0) // Q.num_kv_heads
+        head = tl.program_id(0) // tiles
+        tile = tiles - 1 - tl.program_id(0) % tiles
+    else:
+        head = tl.program_id(0) % Q.num_kv_heads
+        tile = (tl.num_programs(0) - 1 - tl.program_id(0)) // Q.num_kv_heads
     if query_start_loc_ptr is None:
         TILES_PER_SEQ: tl.constexpr = (Q.group + ROWS - 1) // ROWS
         seq = tile // TILES_PER_SEQ
