@@ -1,10 +1,13 @@
-"""`python -m benchmarks write|generate [options]`."""
+"""`python -m benchmarks NAME [options]`."""
 
 import importlib
 import sys
 
 NAMES = {
     "write": "writes against a plain copy of the same bytes",
+    "attention": "attention over the cache against its limit, beside other implementations",
+    "decode": "a model of Llama 3 8B's shape, decoding in JAX, against its limit",
+    "plot": "a picture of attention's results",
     "generate": "SmolLM2's decode loop on this host",
 }
 

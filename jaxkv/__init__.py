@@ -1,18 +1,25 @@
-"""jaxkv: write a paged KV cache from JAX, in place, with Triton kernels.
+"""jaxkv: a paged KV cache in JAX, written in place and read, with Triton kernels.
 
     key_cache, value_cache = jaxkv.reshape_and_cache_flash(key, value, key_cache, value_cache, slot_mapping)
+    out = jaxkv.paged_attention(query, (key_cache, value_cache), block_tables, seq_lens)
 
 Under `jax.jit` with donated caches, in scans, loops and shardings, the caches are updated where they are. Docs:
 README.md. Layouts: `jaxkv.CacheLayout`.
 """
 
+from jaxkv.cache import PagedKVCache
 from jaxkv.ops import reshape_and_cache_flash, reshape_and_cache_flash_diffkv
+from jaxkv.read_ops import gather_kv, merge_attention, paged_attention
 from kvcore.layout import CacheLayout
 from kvcore.slots import find_duplicate_slots
 
 __all__ = [
     "CacheLayout",
+    "PagedKVCache",
     "find_duplicate_slots",
+    "gather_kv",
+    "merge_attention",
+    "paged_attention",
     "reshape_and_cache_flash",
     "reshape_and_cache_flash_diffkv",
 ]

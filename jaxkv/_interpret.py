@@ -1,45 +1,99 @@
-"""The Triton kernel in its interpreter, behind a host callback: slow, exact, and without a GPU."""
+"""The Triton kernels in their interpreter, behind a host callback: slow, exact, and without a GPU."""
 
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
+from kvcore import plan_attention, plan_gather
 from kvcore.contract import Write
 from kvcore.plan import INTERPRETER, plan_write, scalars
+from kvcore.read_contract import Attention, Gather
 
 if TYPE_CHECKING:
-    from jaxkv._primitive import Operands
+    from jaxkv import _primitive, _read_primitive
+
+Run = Callable[[str, str, tuple[int, int, int], Sequence[Any], Mapping[str, Any]], None]
 
 
-def write(call: Write, operands: "Operands", layer: int | None) -> list[jax.Array]:
+def write(call: Write, operands: "_primitive.Operands", layer: int | None) -> list[jax.Array]:
     """The new caches."""
-    worker = _worker()
     plan = plan_write(call, INTERPRETER, layer_is_pointer=operands.layer is not None)
 
-    def on_host(x: "Operands") -> list[np.ndarray]:
-        from kvcore import interpreter
-
-        def pointer(array: np.ndarray | None) -> interpreter.Pointer | None:
-            return None if array is None else interpreter.Pointer(array.ctypes.data, array.dtype.name)
-
-        x = jax.tree.map(np.ascontiguousarray, x)
+    def on_host(run: Run, x: "_primitive.Operands") -> list[np.ndarray]:
         caches = [c.copy() for c in x.caches]
         n = len(x.slot_mapping)
         arguments = [
-            *map(pointer, (x.key, x.value, *caches, x.slot_mapping, x.k_scale, x.v_scale)),
-            layer if x.layer is None else pointer(x.layer),
+            x.key, x.value, *caches, x.slot_mapping, x.k_scale, x.v_scale, layer if x.layer is None else x.layer,
             *scalars(call, n),
-        ]
-        worker.submit(
-            interpreter.run, "reshape_and_cache", plan.kernel, plan.grid(n), arguments, plan.constexprs
-        ).result()
+        ]  # fmt: skip
+        run("reshape_and_cache", plan.kernel, plan.grid(n), arguments, plan.constexprs)
         return caches
 
-    shapes = [jax.ShapeDtypeStruct(c.shape, c.dtype) for c in operands.caches]
-    return list(jax.pure_callback(on_host, shapes, operands))
+    return _call(on_host, [jax.ShapeDtypeStruct(c.shape, c.dtype) for c in operands.caches], operands)
+
+
+def attention(call: Attention, operands: "_read_primitive.Operands", layer: int | None) -> list[jax.Array]:
+    """Result and log-sum-exp."""
+    plan = plan_attention.plan_attention(call, INTERPRETER, layer_is_pointer=operands.layer is not None)
+    shape = call.out_shape
+    dtype = operands.query.dtype  # type: ignore[union-attr]
+
+    def on_host(run: Run, x: "_read_primitive.Operands") -> list[np.ndarray]:
+        out, lse = np.empty(shape, dtype), np.empty(shape[:2], np.float32)
+        parts = np.empty((*shape[:2], plan.splits, shape[2]), np.float32)
+        part_lse = np.empty((*shape[:2], plan.splits), np.float32)
+        scales = (x.k_scale, x.v_scale) if call.cache.scaled else (None, None)
+        arguments = [
+            x.query, x.caches[0], x.caches[-1], x.block_tables, x.seq_lens, x.query_start_loc, x.sinks, *scales,
+            layer if x.layer is None else x.layer, *plan_attention.scalars(call),
+            *((out, lse) if plan.splits == 1 else (parts, part_lse)),
+        ]  # fmt: skip
+        run("attention", "paged_attention_kernel", plan.grid, arguments, plan.constexprs)
+        if plan.splits > 1:
+            arguments = [parts, part_lse, x.sinks, plan.splits, out, lse]
+            run("attention", "merge_attention_kernel", plan.merge_grid, arguments, plan.merge_constexprs)
+        return [out, lse]
+
+    return _call(on_host, [jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct(shape[:2], "float32")], operands)
+
+
+def gather(call: Gather, operands: "_read_primitive.Operands", layer: int | None) -> list[jax.Array]:
+    """Key and value."""
+    plan = plan_gather.plan_gather(call, INTERPRETER, layer_is_pointer=operands.layer is not None)
+    results = [jax.ShapeDtypeStruct(shape, call.format.name) for shape in call.shapes]
+
+    def on_host(run: Run, x: "_read_primitive.Operands") -> list[np.ndarray]:
+        out = [np.empty(r.shape, r.dtype) for r in results]
+        scales = (x.k_scale, x.v_scale) if call.cache.scaled else (None, None)
+        arguments = [
+            x.caches[0], x.caches[-1], x.block_tables, x.seq_lens, *scales, layer if x.layer is None else x.layer,
+            *plan_gather.scalars(call), *out,
+        ]  # fmt: skip
+        run("gather", "gather_kv_kernel", plan.grid, arguments, plan.constexprs)
+        return out
+
+    return _call(on_host, results, operands)
+
+
+def _call(on_host: Callable[[Run, Any], list[np.ndarray]], results: Sequence[Any], operands: Any) -> list[jax.Array]:
+    worker = _worker()
+
+    def run(module: str, kernel: str, grid: Any, arguments: Sequence[Any], constexprs: Mapping[str, Any]) -> None:
+        from kvcore import interpreter
+
+        pointers = [
+            interpreter.Pointer(a.ctypes.data, a.dtype.name) if isinstance(a, np.ndarray) else a for a in arguments
+        ]
+        worker.submit(interpreter.run, module, kernel, grid, pointers, constexprs).result()
+
+    def callback(x: Any) -> list[np.ndarray]:
+        return on_host(run, jax.tree.map(np.ascontiguousarray, x))
+
+    return list(jax.pure_callback(callback, results, operands))
 
 
 @cache

@@ -74,8 +74,8 @@ def write(options: Options, *flat: Any) -> list[Any]:
     explicit = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
     if explicit:
         return _write_explicit(options, mesh, explicit, flat)
-    varying = frozenset().union(*(_varying(x) for x in flat))
-    return write_p.bind(*(_vary(x, varying) for x in flat), options=options)
+    varying = frozenset().union(*(varying_axes(x) for x in flat))
+    return write_p.bind(*(vary(x, varying) for x in flat), options=options)
 
 
 def _write_explicit(options: Options, mesh: Any, explicit: set[str], flat: Sequence[Any]) -> list[Any]:
@@ -92,12 +92,12 @@ def _write_explicit(options: Options, mesh: Any, explicit: set[str], flat: Seque
     return local(*(jax.sharding.reshard(x, NamedSharding(mesh, s)) for x, s in zip(flat, operand_specs, strict=True)))
 
 
-def _varying(x: Any) -> frozenset[str]:
+def varying_axes(x: Any) -> frozenset[str]:
     return jax.typeof(x).manual_axis_type.varying
 
 
-def _vary(x: Any, axes: frozenset[str]) -> Any:
-    missing = tuple(sorted(axes - _varying(x)))
+def vary(x: Any, axes: frozenset[str]) -> Any:
+    missing = tuple(sorted(axes - varying_axes(x)))
     return lax.pcast(x, missing, to="varying") if missing else x
 
 
@@ -139,12 +139,12 @@ def _lower_local(platform: str) -> Any:
     def implementation(*flat: Any, options: Options) -> list[Any]:
         operands = Operands.unflatten(options, flat)
         call = describe(options, operands)
-        backend = options.backend or ("triton" if platform in _GPUS else "xla")
+        backend = options.backend or ("triton" if platform in GPUS else "xla")
         if backend == "xla":
             return _xla.write(call, operands, options.layer)
         if backend == "interpret":
             return _interpret.write(call, operands, options.layer)
-        if platform not in _GPUS:
+        if platform not in GPUS:
             raise no_triton_error(platform)
         from jaxkv import _triton  # imports Triton, which only GPUs need
 
@@ -153,8 +153,8 @@ def _lower_local(platform: str) -> Any:
     return mlir.lower_fun(implementation, multiple_results=True)
 
 
-_GPUS = ("cuda", "rocm")
-for _platform in ("cpu", "tpu", *_GPUS):
+GPUS = ("cuda", "rocm")
+for _platform in ("cpu", "tpu", *GPUS):
     mlir.register_lowering(local_p, _lower_local(_platform), platform=_platform)
 
 
@@ -162,7 +162,7 @@ for _platform in ("cpu", "tpu", *_GPUS):
 
 
 def _lower_write(ctx: Any, *values: Any, options: Options) -> Any:
-    options = options._replace(compute_capability=_compute_capability(ctx.module_context.axis_context))
+    options = options._replace(compute_capability=compute_capability(ctx.module_context.axis_context))
     partitioned = _partitioned(options, len(ctx.avals_in))
     return mlir.lower_fun(lambda *flat: list(partitioned(*flat)), multiple_results=True)(ctx, *values)
 
@@ -171,7 +171,7 @@ dispatch.prim_requires_devices_during_lowering.add(write_p)
 mlir.register_lowering(write_p, _lower_write)
 
 
-def _compute_capability(axis_context: Any) -> int | None:
+def compute_capability(axis_context: Any) -> int | None:
     """Of the CUDA devices to compile for, 90 for 9.0; None where they are unknown (export) or no CUDA devices."""
     mesh: Any = getattr(axis_context, "mesh", None)
     devices = mesh.devices.flat if hasattr(mesh, "devices") else getattr(axis_context, "device_assignment", None)
@@ -204,7 +204,7 @@ def _partitioned(options: Options, num_operands: int) -> Any:
 
 def _specs(options: Options, caches: Sequence[P], num_operands: int) -> tuple[list[P], list[P]]:
     """Specs of all operands and of the results, given those of the caches."""
-    splits = [_head_split(axes, spec) for axes, spec in zip(options.layout.arrays, caches, strict=True)]
+    splits = [head_split(axes, spec) for axes, spec in zip(options.layout.arrays, caches, strict=True)]
     if len({str(split) for split in splits}) > 1:
         raise ValueError(f"key_cache and value_cache must be split alike over heads, got {splits[0]} and {splits[1]}")
     heads = splits[0]
@@ -213,7 +213,7 @@ def _specs(options: Options, caches: Sequence[P], num_operands: int) -> tuple[li
     return [rows, rows, *results, *[P(None)] * (num_operands - 2 - len(results))], results
 
 
-def _head_split(axes: Sequence[Axis], spec: P) -> Any:
+def head_split(axes: Sequence[Axis], spec: P) -> Any:
     """The mesh axes over which heads are split; an error if anything else is."""
     split = None
     for axis, mesh_axes in zip(axes, (*spec, *(None,) * (len(axes) - len(spec))), strict=True):

@@ -1,6 +1,7 @@
 """The write as a Triton kernel, through jax_triton: the only module that imports it."""
 
 import os
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -30,42 +31,68 @@ def write(
 ) -> list[jax.Array]:
     """The new caches: the same buffers, updated in place."""
     n = operands.slot_mapping.shape[0]
-    target = _target(platform, compute_capability)
+    target = target_of(platform, compute_capability)
     plan = plan_write(call, target, layer_is_pointer=operands.layer is not None)
     if 0 in plan.grid(n):
         return list(operands.caches)
-    refs = [jax.new_ref(_as_bytes(cache)) for cache in operands.caches]
-    options: dict[str, Any] = dict(EXACT)
-    if platform == "cuda":
-        options["ptx_version"] = _PTX_VERSIONS.get(int(target.arch))
-    jt.triton_call(
-        _as_bytes(operands.key),
-        _as_bytes(operands.value),
-        *refs,
-        operands.slot_mapping,
-        operands.k_scale,
-        operands.v_scale,
-        layer if operands.layer is None else operands.layer,
-        *scalars(call, n),
-        kernel=getattr(reshape_and_cache, plan.kernel),
-        out_type=(),
+    refs = [jax.new_ref(as_bytes(cache)) for cache in operands.caches]
+    launch(
+        getattr(reshape_and_cache, plan.kernel),
+        [
+            as_bytes(operands.key),
+            as_bytes(operands.value),
+            *refs,
+            operands.slot_mapping,
+            operands.k_scale,
+            operands.v_scale,
+            layer if operands.layer is None else operands.layer,
+            *scalars(call, n),
+        ],
+        target,
         grid=plan.grid(n),
         num_warps=plan.num_warps,
-        compute_capability=target.arch if platform == "cuda" else None,
-        backend_options=options,
-        name=plan.kernel,
-        **plan.constexprs,
+        constexprs=plan.constexprs,
+        options=EXACT,
     )
     new = [jax.freeze(ref) for ref in refs]
     return [lax.bitcast_convert_type(n, c.dtype) for n, c in zip(new, operands.caches, strict=True)]
 
 
-def _as_bytes(x: jax.Array) -> jax.Array:
+def launch(
+    kernel: Any,
+    arguments: Sequence[Any],
+    target: Target,
+    *,
+    grid: tuple[int, int, int],
+    num_warps: int,
+    constexprs: Mapping[str, Any],
+    options: Mapping[str, Any],
+    out_type: Any = (),
+) -> Any:
+    """Calls a kernel. Arrays of `out_type` follow the arguments and are returned."""
+    options = dict(options)
+    if target.backend == "cuda":
+        options["ptx_version"] = _PTX_VERSIONS.get(int(target.arch))
+    return jt.triton_call(
+        *arguments,
+        kernel=kernel,
+        out_type=out_type,
+        grid=grid,
+        num_warps=num_warps,
+        compute_capability=target.arch if target.backend == "cuda" else None,
+        backend_options=options,
+        name=kernel.__name__,
+        **constexprs,
+    )
+
+
+def as_bytes(x: jax.Array) -> jax.Array:
     """fp8 as bytes, which is a view: Triton refuses the types where the target lacks them."""
     return lax.bitcast_convert_type(x, jnp.uint8) if x.dtype.name in FP8 else x
 
 
-def _target(platform: str, compute_capability: int | None) -> Target:
+def target_of(platform: str, compute_capability: int | None) -> Target:
+    """What to compile for."""
     if platform == "rocm":
         return Target("hip", "", 64)
     if chosen := os.environ.get("JAXKV_COMPUTE_CAPABILITY"):

@@ -14,7 +14,7 @@ from kvcore.checks import ArraySpec, check_options, overlap_error
 from kvcore.contract import check_write
 from kvcore.layout import CacheLayout
 
-_BACKENDS = ("triton", "xla", "interpret")
+BACKENDS = ("triton", "xla", "interpret")
 
 
 def reshape_and_cache_flash(
@@ -141,7 +141,7 @@ def _write(
     layer: Any,
     backend: str | None,
 ) -> Any:
-    check_options(kv_cache_dtype, k_scale, v_scale, layer, backend, _BACKENDS)
+    check_options(kv_cache_dtype, k_scale, v_scale, layer, backend, BACKENDS)
     refs = [isinstance(c, jax.Ref) for c in caches]
     if any(refs) and not all(refs):
         raise TypeError("key_cache and value_cache must be two jax.Refs or two arrays, got one of each")
@@ -172,7 +172,7 @@ def _write(
         layer=layer if index is None else None,
         backend=backend,
     )
-    rest = [_indices(slot_mapping), *scales, *([] if index is None else [jnp.reshape(_indices(index), 1)])]
+    rest = [indices(slot_mapping), *scales, *([] if index is None else [jnp.reshape(indices(index), 1)])]
     inputs = (jnp.asarray(key), jnp.asarray(value))
     if not all(refs):
         return tuple(_primitive.write(options, *inputs, *map(jnp.asarray, caches), *rest))
@@ -192,7 +192,7 @@ def _spec(x: Any) -> ArraySpec:
     return ArraySpec(tuple(x.shape), np.dtype(x.dtype).name)
 
 
-def _indices(x: Any) -> jax.Array:
+def indices(x: Any) -> jax.Array:
     """Slots or layers as a JAX array. NumPy's int64 becomes int32 unless x64 is on: what would wrap is skipped."""
     if isinstance(x, np.ndarray) and not jax.config.jax_enable_x64:
         x = np.where(x == x.astype(np.int32), x, -1)

@@ -7,6 +7,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from kvcore import plan_attention, plan_gather
 from kvcore.kernels import reshape_and_cache
 from kvcore.plan import SCALARS, Target, WritePlan
 
@@ -21,7 +22,10 @@ _ELEMENTS = {
     "float8_e4m3fn": "u8",
     "float8_e5m2": "u8",
 }
-_SCALARS = dict(zip(SCALARS, ("i32", "i64", "i32"), strict=True))
+SCALAR_TYPES = dict(zip(SCALARS, ("i32", "i64", "i32"), strict=True))
+"""Of a write's run-time integers."""
+ATTENTION_SCALAR_TYPES = dict.fromkeys(plan_attention.SCALARS, "i32")
+GATHER_SCALAR_TYPES = dict.fromkeys(plan_gather.SCALARS, "i32")
 
 # The write's arithmetic is exact as written: a fused multiply-add would round once where it rounds twice.
 EXACT = {"enable_fp_fusion": False}
@@ -41,7 +45,7 @@ def compile_plan(plan: WritePlan, target: Target, arguments: Mapping[str, str | 
         Triton's CompiledKernel.
     """
     kernel = getattr(reshape_and_cache, plan.kernel)
-    return compile_kernel(kernel, target, arguments, _SCALARS, plan.constexprs, plan.num_warps, aligned, EXACT)
+    return compile_kernel(kernel, target, arguments, SCALAR_TYPES, plan.constexprs, plan.num_warps, aligned, EXACT)
 
 
 def compile_kernel(

@@ -265,7 +265,9 @@ class CacheLayout:
             if head_size_v is None:
                 raise ValueError(f"layout '{self}' needs head_size_v, the part of axis latent that is V, got None")
             if not 1 <= head_size_v <= dims[0]:
-                raise ValueError(f"head_size_v must be from 1 to {dims[0]}, {names[0]}'s axis latent, got {head_size_v}")
+                raise ValueError(
+                    f"head_size_v must be from 1 to {dims[0]}, {names[0]}'s axis latent, got {head_size_v}"
+                )
             dims[1] = head_size_v
         elif self.single_array:
             offset_v = key["kv"]

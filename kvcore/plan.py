@@ -7,6 +7,7 @@ depend on shapes, strides and dtypes only, never on data.
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+from kvcore.checks import ArraySpec
 from kvcore.contract import Write
 from kvcore.layout import Address, contiguous_strides
 from kvcore.quantization import FLOATS, FloatFormat
@@ -105,8 +106,8 @@ def plan_write(write: Write, target: Target, layer_is_pointer: bool = False) -> 
     """
     extents = write.placement.extents
     tokens, columns = _tile(write, target)
-    key = _rows(write.key, extents.num_heads, extents.head_size, write.placement.key, columns)
-    value = _rows(write.value, extents.num_heads, extents.head_size_v, write.placement.value, columns)
+    key = plan_rows(write.key, extents.num_heads, extents.head_size, write.placement.key, columns)
+    value = plan_rows(write.value, extents.num_heads, extents.head_size_v, write.placement.value, columns)
     width = tokens * columns * _itemsize(write.key.dtype)
     return WritePlan(
         kernel="reshape_and_cache_kernel_flash" + ("_diffkv" if write.layout.single_array else ""),
@@ -144,7 +145,8 @@ def _tile(write: Write, target: Target) -> tuple[int, int]:
     return max(1, elements // row), min(row, 2048)
 
 
-def _rows(spec: Any, num_heads: int, head_size: int, at: Address, columns: int) -> Rows:
+def plan_rows(spec: ArraySpec, num_heads: int, head_size: int, at: Address, columns: int) -> Rows:
+    """Rows of tokens `(num_tokens, num_heads, head_size)`, as `spec` describes them, at an address of the cache."""
     token, head, dim = spec.strides or contiguous_strides(spec.shape)
     gapless = at.x == 1 and at.head == head_size * at.dim and head == head_size * dim
     heads, size = (1, num_heads * head_size) if gapless else (num_heads, head_size)
@@ -166,6 +168,11 @@ def _rows(spec: Any, num_heads: int, head_size: int, at: Address, columns: int) 
         columns=columns,
         wide=reach >= 2**31,
     )
+
+
+def has_e4m3(target: Target) -> bool:
+    """Whether the target converts e4m3 to other floats, which is exact."""
+    return target.backend == "cuda" and isinstance(target.arch, int) and target.arch >= 89
 
 
 def power_of_two(n: int) -> int:

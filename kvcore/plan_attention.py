@@ -4,7 +4,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from kvcore.layout import Address, contiguous_strides
-from kvcore.plan import Target, power_of_two
+from kvcore.plan import Target, has_e4m3, power_of_two
 from kvcore.quantization import FLOAT16, FLOAT32, FLOATS, FP8, FloatFormat
 from kvcore.read_contract import Attention
 
@@ -95,13 +95,16 @@ _MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 
 
 @lru_cache(maxsize=4096)
-def plan_attention(call: Attention, target: Target, layer_is_pointer: bool = False) -> AttentionPlan:
+def plan_attention(
+    call: Attention, target: Target, layer_is_pointer: bool = False, even_addresses: bool = True
+) -> AttentionPlan:
     """The plan for attention on a target.
 
     Args:
         call: From `kvcore.read_contract.check_attention`.
         target: What to compile for.
         layer_is_pointer: Whether the kernel loads the layer's index from memory.
+        even_addresses: Whether the caches begin at even addresses.
     """
     extents, options = call.cache.placement.extents, call.options
     tokens, q_heads, head_size = call.query.shape
@@ -112,19 +115,18 @@ def plan_attention(call: Attention, target: Target, layer_is_pointer: bool = Fal
     compute = _compute(call, interpreted)
     rows, tile, stages, warps = _tile(call, target, compute)
     # Tiles of rows: at most one more than full ones for each sequence, and for the padding after the last.
-    if call.query_start_loc is None:
-        tiles = sequences * -(-group // rows)
-    else:
-        tiles = tokens * group // rows + sequences + 1
+    ragged = call.query_start_loc is not None
+    tiles = tokens * group // rows + sequences + 1 if ragged else sequences * -(-group // rows)
     programs = tiles * extents.num_heads
     min_tiles = max(1, 256 // tile)
     splits = _splits(programs, -(-max_len // tile), min_tiles, target)
-    packs = [_pack(call, at, size) for at, size in _sides(call)]
+    packs = [_pack(call, at, size) if even_addresses else 1 for at, size in _sides(call)]
     if call.cache.layout.latent:  # V is a part of K's tile
         packs = [min(packs)] * 2
     query_strides = call.query.strides or contiguous_strides(call.query.shape)
     (key, value), (pack, pack_v) = call.cache.placement[1:], packs
     low, high = _pieces(head_size // pack)
+    low_v = max(16, power_of_two(extents.head_size_v // pack_v))
     v_in_k = call.cache.layout.latent and extents.head_size_v == low * pack
     out = FLOATS[call.query.dtype] if interpreted else None
     return AttentionPlan(
@@ -143,7 +145,7 @@ def plan_attention(call: Attention, target: Target, layer_is_pointer: bool = Fal
                 _stride(call.sinks),
             ),
             "K": _cache_rows(key, head_size, pack, low, high),
-            "V": _cache_rows(value, extents.head_size_v, pack_v, max(16, power_of_two(extents.head_size_v // pack_v)), 0),
+            "V": _cache_rows(value, extents.head_size_v, pack_v, low_v, 0),
             "QUERY": FLOATS[call.query.dtype],
             "CACHE": call.cache.format,
             "COMPUTE": compute,
@@ -154,14 +156,14 @@ def plan_attention(call: Attention, target: Target, layer_is_pointer: bool = Fal
             "WINDOW": options.sliding_window,
             "SOFT_CAP": options.soft_cap,
             "V_IN_K": v_in_k,
-            "HARDWARE_FP8": _has_e4m3(target),
+            "HARDWARE_FP8": has_e4m3(target),
             "LAYER_IS_POINTER": layer_is_pointer,
             "ROWS": rows,
             "TILE": tile,
             "STAGES": stages,
             "SPLIT": splits > 1,
             "MIN_TILES": min_tiles,
-            "UNMASKED": call.query_start_loc is not None and rows > 16,
+            "UNMASKED": ragged and rows > 16,
             "PRECISION": "ieee",
         },
         merge_grid=(tokens * q_heads, 1, 1),
@@ -254,11 +256,6 @@ def _pack(call: Attention, at: Address, head_size: int) -> int:
     strides = (at.offset, at.layer, at.block, at.slot, at.head, *((at.dim, at.x) if at.x > 1 else ()))
     even = head_size % 2 == 0 and all(stride % 2 == 0 for stride in strides)
     return 2 if call.cache.format.bits == 8 and side_by_side and even and head_size >= 32 else 1
-
-
-def _has_e4m3(target: Target) -> bool:
-    """Whether the target converts e4m3 to other floats, which is exact."""
-    return target.backend == "cuda" and isinstance(target.arch, int) and target.arch >= 89
 
 
 def _stride(spec: Any) -> int:

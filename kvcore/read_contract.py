@@ -42,9 +42,9 @@ class Cache(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What attention computes; hashable. See `paged_attention` for the meanings."""
+    """What attention computes; hashable. See `paged_attention` for the meanings. A scale of None is the usual one."""
 
-    scale: float
+    scale: float | None
     causal: bool
     sliding_window: int | None
     soft_cap: float | None
@@ -102,9 +102,7 @@ class Gather(NamedTuple):
         return (*front, extents.head_size), (*front, extents.head_size_v)
 
 
-def check_attention_options(
-    scale: Any, causal: Any, sliding_window: Any, soft_cap: Any, head_size: int
-) -> Options:
+def check_attention_options(scale: Any, causal: Any, sliding_window: Any, soft_cap: Any) -> Options:
     """Checks the numbers that attention computes with.
 
     Raises:
@@ -128,7 +126,7 @@ def check_attention_options(
         if not causal:
             raise ValueError(f"sliding_window must be None where causal is False, got {sliding_window}")
     return Options(
-        scale=head_size**-0.5 if scale is None else float(scale),
+        scale=None if scale is None else float(scale),
         causal=causal,
         sliding_window=sliding_window,
         soft_cap=None if soft_cap is None else float(soft_cap),
@@ -142,7 +140,7 @@ def check_attention(
     seq_lens: ArraySpec,
     query_start_loc: ArraySpec | None,
     sinks: ArraySpec | None,
-    options: tuple[Any, Any, Any, Any],
+    options: Options,
     kv_cache_dtype: str,
     k_scale: ArraySpec | None,
     v_scale: ArraySpec | None,
@@ -150,7 +148,7 @@ def check_attention(
     layer: int | ArraySpec | None,
     head_size_v: int | None,
 ) -> Attention:
-    """Checks the arguments of `paged_attention`. `options` are scale, causal, sliding_window and soft_cap.
+    """Checks the arguments of `paged_attention`. `options` come from `check_attention_options`.
 
     Raises:
         ValueError: a shape, an extent, a choice or a device does not fit.
@@ -193,7 +191,7 @@ def check_attention(
         seq_lens=seq_lens,
         query_start_loc=query_start_loc,
         sinks=sinks,
-        options=check_attention_options(*options, head_size),
+        options=options._replace(scale=head_size**-0.5 if options.scale is None else options.scale),
     )
 
 

@@ -86,6 +86,8 @@ def paged_attention(
     group = num_q_heads // num_heads
     out = np.zeros((num_tokens, num_q_heads, chunks * x))
     lse = np.full((num_tokens, num_q_heads), -np.inf)
+    if sinks is not None:
+        lse[:] = sinks
     starts = np.arange(len(seq_lens) + 1) if query_start_loc is None else query_start_loc
     with np.errstate(all="ignore"):
         for seq, positions in enumerate(_positions(values, block_tables, seq_lens, layer)):

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 
 from kvcore import reference
-from kvcore.layout import CacheLayout
+from kvcore.layout import _CONSTANTS, CacheLayout
 
 DTYPES = {
     "float32": np.dtype(np.float32),
@@ -16,6 +16,10 @@ DTYPES = {
     "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
     "uint8": np.dtype(np.uint8),
 }
+
+
+LAYOUTS = [name for name in _CONSTANTS if not CacheLayout.of(name).latent]
+"""Names of the layouts with a place for K and for V."""
 
 
 @dataclass

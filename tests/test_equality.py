@@ -5,8 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from kvcore.layout import _CONSTANTS as LAYOUTS
-from tests.arrays import CPU_IMPLEMENTATIONS, assert_equals_oracle, make_case
+from tests.arrays import CPU_IMPLEMENTATIONS, LAYOUTS, assert_equals_oracle, make_case
 
 # vLLM's own test grid for this kernel.
 TOKENS, HEADS = (1, 7, 21, 42), (1, 4, 8)

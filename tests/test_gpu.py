@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from kvcore.layout import _CONSTANTS as LAYOUTS
 from tests.arrays import (
+    LAYOUTS,
     assert_equals_oracle,
     bits,
     from_torch,

@@ -410,11 +410,11 @@ UNKNOWN = "known are layer, block, slot, head, kv, dim, dim/x, x, k+v"
         ),
         (
             "kv block slot head dim, block slot head dim",
-            "layout 'kv block slot head dim, block slot head dim' has two arrays, so neither may have axis kv or k+v",
+            "layout 'kv block slot head dim, block slot head dim' has two arrays, so neither may have axis kv",
         ),
         (
             "block slot head dim, block slot head k+v",
-            "layout 'block slot head dim, block slot head k+v' has two arrays, so neither may have axis kv or k+v",
+            "layout 'block slot head dim, block slot head k+v' has two arrays, so neither may have axis k+v",
         ),
         (
             "block slot (head layer) dim",

@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
-from kvcore.layout import _CONSTANTS as LAYOUTS
 from kvcore.plan import SCALARS, Target, plan_write, pointers, scalars
-from tests.arrays import make_case, run_jax, run_torch
+from tests.arrays import LAYOUTS, make_case, run_jax, run_torch
 from tests.writes import describe
 
 H100 = Target("cuda", 90)
@@ -50,8 +49,9 @@ def test_both_frameworks_interpret_the_same_launch(monkeypatch, layout):
 
     launches = []
 
-    def record(plan, arguments, num_tokens):
-        launches.append((plan, [a.dtype if isinstance(a, interpreter.Pointer) else a for a in arguments], num_tokens))
+    def record(module, kernel, grid, arguments, constexprs):
+        plain = [a.dtype if isinstance(a, interpreter.Pointer) else a for a in arguments]
+        launches.append((module, kernel, grid, plain, constexprs))
 
     monkeypatch.setattr(interpreter, "run", record)
     case = make_case(np.random.default_rng(0), layout=layout, num_layers=3, layer=1, kv_cache_dtype="fp8_e5m2")

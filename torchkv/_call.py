@@ -35,15 +35,15 @@ def check(call: Call) -> Write:
         TypeError: a dtype does not fit.
     """
     return check_write(
-        _spec(call.key),
-        _spec(call.value),
-        [_spec(c) for c in call.caches],
-        _spec(call.slot_mapping),
+        spec_of(call.key),
+        spec_of(call.value),
+        [spec_of(c) for c in call.caches],
+        spec_of(call.slot_mapping),
         call.kv_cache_dtype,
-        None if call.k_scale is None else _spec(call.k_scale),
-        None if call.v_scale is None else _spec(call.v_scale),
+        None if call.k_scale is None else spec_of(call.k_scale),
+        None if call.v_scale is None else spec_of(call.v_scale),
         call.layout,
-        call.layer if call.layer_index is None else _spec(call.layer_index),
+        call.layer if call.layer_index is None else spec_of(call.layer_index),
     )
 
 
@@ -52,5 +52,6 @@ def dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _spec(tensor: Tensor) -> ArraySpec:
+def spec_of(tensor: Tensor) -> ArraySpec:
+    """What the contract asks of a tensor."""
     return ArraySpec(tuple(tensor.shape), dtype_name(tensor), tensor.stride(), str(tensor.device))

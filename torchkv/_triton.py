@@ -4,7 +4,6 @@ A launch is a dictionary look-up and a call of the compiled kernel with integer 
 plan depend on is in the dictionary's key, but for the number of tokens, so both run once a configuration.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -12,22 +11,20 @@ from torch import Tensor
 
 from kvcore.checks import overlap_error
 from kvcore.contract import Write
-from kvcore.plan import INTERPRETER, Target, plan_write, pointers, scalars
+from kvcore.plan import INTERPRETER, plan_write, pointers, scalars
 from torchkv._call import Call, check, dtype_name
+from torchkv._launch import Kernel, load, start, target
 from torchkv._memory import share_elements, span
 
 
 class _Launcher(NamedTuple):
     """A compiled kernel and what its launches have in common."""
 
-    kernel: Any  # triton's CompiledKernel; holds the loaded binary
-    run: Callable[..., None]
-    hooks: Any  # triton.knobs.runtime
+    kernel: Kernel
     tokens: int
     row_programs: int
     num_slots: int
     num_layers: int
-    constexprs: tuple[None, ...]
     spans: tuple[int, int]  # bytes from the first to past the last element of each cache
     apart: set[int]  # bytes from key to value cache at which interleaved caches were seen to share nothing
     scaled: bool
@@ -91,26 +88,15 @@ def _run(found: _Launcher, call: Call, device: int, n: int, addresses: list[int]
         n,
         found.num_slots,
         found.num_layers,
-        *found.constexprs,
     )
-    stream = torch._C._cuda_getCurrentRawStream(device)
-    enter, leave, metadata = found.hooks.launch_enter_hook, found.hooks.launch_exit_hook, None
-    if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a profiler listens
-        metadata = found.kernel.launch_metadata(grid, stream, *arguments)
-    else:
-        enter = leave = None
-    kernel = found.kernel
-    found.run(*grid, stream, kernel.function, kernel.packed_metadata, metadata, enter, leave, *arguments)
+    start(found.kernel, grid, device, arguments)
 
 
 def _compile(write: Write, call: Call, addresses: list[int]) -> _Launcher:
-    from triton import knobs
-    from triton.runtime import driver
+    from kvcore.compiler import EXACT, SCALAR_TYPES
+    from kvcore.kernels import reshape_and_cache
 
-    from kvcore.compiler import compile_plan
-
-    target = Target(*_fields(driver.active.get_current_target()))
-    plan = plan_write(write, target, layer_is_pointer=call.layer_index is not None)
+    plan = plan_write(write, target(), layer_is_pointer=call.layer_index is not None)
     tensors = (call.key, call.value, *call.caches, call.slot_mapping)
     names = pointers(write.layout.single_array)
     pointees: dict[str, str | None] = dict.fromkeys(names)
@@ -122,26 +108,20 @@ def _compile(write: Write, call: Call, addresses: list[int]) -> _Launcher:
     elif call.layer is not None:
         pointees["layer"] = "scalar"
     aligned = frozenset(name for name, address in zip(names, addresses, strict=False) if address % 16 == 0)
-    kernel = compile_plan(plan, target, pointees, aligned)
+    function = getattr(reshape_and_cache, plan.kernel)
+    kernel = load(function, pointees, SCALAR_TYPES, plan.constexprs, plan.num_warps, aligned, EXACT)
     _, num_slots, num_layers = scalars(write, 0)
     size = call.caches[0].element_size()
     return _Launcher(
         kernel=kernel,
-        run=kernel.run,
-        hooks=knobs.runtime,
         tokens=plan.tokens,
         row_programs=plan.row_programs,
         num_slots=num_slots,
         num_layers=num_layers,
-        constexprs=(None,) * len(plan.constexprs),
         spans=(span(call.caches[0]) * size, span(call.caches[-1]) * size),
         apart=set(),
         scaled=write.scaled,
     )
-
-
-def _fields(target: Any) -> tuple[str, int | str, int]:
-    return target.backend, target.arch, target.warp_size
 
 
 def interpret(write: Write, call: Call) -> None:

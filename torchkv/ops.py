@@ -8,7 +8,7 @@ from kvcore.checks import check_options
 from kvcore.layout import CacheLayout
 from torchkv import _library
 
-_BACKENDS = ("triton", "torch", "interpret")
+BACKENDS = ("triton", "torch", "interpret")
 
 
 def reshape_and_cache_flash(
@@ -61,7 +61,7 @@ def reshape_and_cache_flash(
 
     After `triton_reshape_and_cache_flash` of vLLM.
     """
-    check_options(kv_cache_dtype, k_scale, v_scale, layer, backend, _BACKENDS)
+    check_options(kv_cache_dtype, k_scale, v_scale, layer, backend, BACKENDS)
     _library.flash(
         key,
         value,
@@ -69,9 +69,10 @@ def reshape_and_cache_flash(
         value_cache,
         slot_mapping,
         kv_cache_dtype,
-        _scale(k_scale, key_cache),
-        _scale(v_scale, key_cache),
-        *_options(layout, layer, backend),
+        scale_tensor(k_scale, key_cache),
+        scale_tensor(v_scale, key_cache),
+        *op_options(layout, layer),
+        backend,
     )
 
 
@@ -111,33 +112,35 @@ def reshape_and_cache_flash_diffkv(
 
     After `triton_reshape_and_cache_flash_diffkv` of vLLM.
     """
-    check_options(kv_cache_dtype, k_scale, v_scale, layer, backend, _BACKENDS)
+    check_options(kv_cache_dtype, k_scale, v_scale, layer, backend, BACKENDS)
     _library.diffkv(
         key,
         value,
         kv_cache,
         slot_mapping,
         kv_cache_dtype,
-        _scale(k_scale, kv_cache),
-        _scale(v_scale, kv_cache),
-        *_options(layout, layer, backend),
+        scale_tensor(k_scale, kv_cache),
+        scale_tensor(v_scale, kv_cache),
+        *op_options(layout, layer),
+        backend,
     )
 
 
-def _scale(scale: Tensor | float | None, cache: Tensor) -> Tensor | None:
+def scale_tensor(scale: Tensor | float | None, cache: Tensor) -> Tensor | None:
+    """A scale as the op's schema can carry it."""
     if scale is None or isinstance(scale, Tensor):
         return scale
     return torch.full((), scale, dtype=torch.float32, device=cache.device)
 
 
-def _options(
-    layout: str | CacheLayout | None, layer: int | Tensor | None, backend: str | None
-) -> tuple[str | None, int | None, Tensor | None, str | None]:
-    """What the op's schema can carry: it knows strings and integers, no layouts and no unions."""
+def op_options(
+    layout: str | CacheLayout | None, layer: int | Tensor | None
+) -> tuple[str | None, int | None, Tensor | None]:
+    """Layout and layer as the op's schema can carry them: it knows strings and integers, no layouts and no unions."""
     if isinstance(layout, CacheLayout):
         layout = layout.pattern
     elif layout is not None and not isinstance(layout, str):
         raise TypeError(f"layout must be a pattern string or a CacheLayout, got {layout!r}")
     if isinstance(layer, Tensor):
-        return layout, None, layer, backend
-    return layout, int(layer) if isinstance(layer, np.integer) else layer, None, backend
+        return layout, None, layer
+    return layout, int(layer) if isinstance(layer, np.integer) else layer, None

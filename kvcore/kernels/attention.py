@@ -9,8 +9,8 @@ ROWS of them, one KV head, and one of the splits of the KV positions that they s
     block           block_tables[s, n // BLOCK_SIZE],   place = n % BLOCK_SIZE
     cache element   offset + layer·L + block·B + place·S + head·H + (dim // x)·D + (dim % x)·X
 
-Softmax is online, to base 2, in float32. Where positions are split, each program leaves its part and the logarithm of its
-denominator, and `merge_attention_kernel` joins them.
+Softmax is online, to base 2, in float32. Where positions are split, each program leaves its part and the logarithm of
+its denominator, and `merge_attention_kernel` joins them.
 """
 
 import triton
@@ -19,6 +19,7 @@ import triton.language as tl
 from .decode import decode, decode_lane
 from .encode import encode
 from .reduce import maximum, total
+from .rows import layer_index
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -72,7 +73,7 @@ def _load(cache_ptr, row, good, FIRST: tl.constexpr, SIZE: tl.constexpr, MASKED:
     """Words FIRST … FIRST + SIZE - 1 of rows of the cache, `[TILE, SIZE]`; zeros where there are none."""
     dim = FIRST + tl.arange(0, SIZE)
     at = cache_ptr + row[:, None] + _within_row(dim, C)[None, :]
-    if FIRST + SIZE > C.head_size:
+    if C.head_size < FIRST + SIZE:
         x = tl.load(at, mask=good[:, None] & (dim < C.head_size)[None, :], other=0)
     elif MASKED:
         x = tl.load(at, mask=good[:, None], other=0)
@@ -109,14 +110,14 @@ def _scores(s, q, x, LANE: tl.constexpr, CACHE: tl.constexpr, COMPUTE: tl.conste
 
 @triton.jit
 def _tiles(
-    m, l, acc, acc_odd, q_low, q_low_odd, q_high, q_high_odd, first_tile, end_tile, limit, row_position,
+    m, norm, acc, acc_odd, q_low, q_low_odd, q_high, q_high_odd, first_tile, end_tile, limit, row_position,
     key_cache_ptr, value_cache_ptr, table_ptr, head, layer, num_blocks, qk_scale,
     K: tl.constexpr, V: tl.constexpr, CACHE: tl.constexpr, COMPUTE: tl.constexpr, HARDWARE_FP8: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
     BY_ROW: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, V_IN_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Folds tiles of positions into the running maximum m, denominator l and sum acc.
+    """Folds tiles of positions into the running maximum m, denominator norm and sum acc.
 
     Unless MASKED, every position of the tiles exists and is seen by every row. BY_ROW: rows differ in what they see.
     """
@@ -167,7 +168,7 @@ def _tiles(
             origin = m_new
             p = tl.exp2(s - (origin - WEIGHT_BITS)[:, None])
         shrink = tl.exp2(m - origin)
-        l = l * shrink + total(p, 1)
+        norm = norm * shrink + total(p, 1)
         m = m_new
 
         if V_IN_K:
@@ -180,7 +181,7 @@ def _tiles(
         if V.pack > 1:
             v_odd = decode_lane(v, 1, V.pack, CACHE, COMPUTE, HARDWARE_FP8)
             acc_odd = tl.dot(p, v_odd, acc_odd * shrink[:, None], input_precision=PRECISION)
-    return m, l, acc, acc_odd
+    return m, norm, acc, acc_odd
 
 
 @triton.jit
@@ -204,20 +205,20 @@ def _store(ptr, x, mask, OUT: tl.constexpr, AS_IT_IS: tl.constexpr):
 
 
 @triton.jit
-def _finish(m, l, sink):
+def _finish(m, norm, sink):
     """Denominator, factor of the sum, and base-2 logarithm of the denominator, once all positions are in."""
     if sink is not None:
         sink = sink.to(tl.float32) * LOG2E
         m_new = tl.maximum(m, sink)
         origin = tl.where(m_new == float("-inf"), 0.0, m_new)
         factor = tl.exp2(m - origin)
-        l = l * factor + tl.exp2(sink - origin)
+        norm = norm * factor + tl.exp2(sink - origin)
         m = m_new
     else:
         factor = tl.full(m.shape, 1.0, tl.float32)
-    nothing = l == 0
-    log = tl.where(nothing, float("-inf"), m + tl.log2(l))
-    return factor / tl.where(nothing, 1.0, l), log
+    nothing = norm == 0
+    log = tl.where(nothing, float("-inf"), m + tl.log2(norm))
+    return factor / tl.where(nothing, 1.0, norm), log
 
 
 @triton.jit
@@ -238,7 +239,7 @@ def paged_attention_kernel(
     table_stride,         # elements from one row of block_tables to the next
     num_blocks,           # of one layer
     num_layers,
-    out_ptr,              # [num_tokens, num_q_heads, head_size_v]; SPLIT: [num_tokens, num_q_heads, splits, head_size_v]
+    out_ptr,              # [num_tokens, num_q_heads, head_size_v]; SPLIT: [num_tokens, num_q_heads, splits, …] float32
     lse_ptr,              # [num_tokens, num_q_heads] float32; SPLIT: [num_tokens, num_q_heads, splits], to base 2
     Q: tl.constexpr,              # kvcore.plan_attention.QueryRows
     K: tl.constexpr,              # kvcore.plan_attention.CacheRows
@@ -337,12 +338,8 @@ def paged_attention_kernel(
             limit = tl.minimum(limit, offset + last_token + 1)
             if WINDOW is not None:
                 first = tl.maximum(offset + first_token - WINDOW + 1, 0)
-        at_layer = tl.full([1], 0, tl.int64)
+        at_layer = layer_index(layer, LAYER_IS_POINTER)
         if layer is not None:
-            if LAYER_IS_POINTER:
-                at_layer += tl.load(layer)
-            else:
-                at_layer += layer
             there = total(((at_layer >= 0) & (at_layer < num_layers)).to(tl.int32), 0)
             limit = tl.where(there > 0, limit, 0)
         end_tile = _cdiv(tl.maximum(limit, 0), TILE)
@@ -358,7 +355,7 @@ def paged_attention_kernel(
 
         # ---- online softmax
         m = tl.full([ROWS], float("-inf"), tl.float32)
-        l = tl.full([ROWS], 0.0, tl.float32)
+        norm = tl.full([ROWS], 0.0, tl.float32)
         acc = tl.full([ROWS, V.low], 0.0, tl.float32)
         acc_odd = acc
         keys = _words(key_cache_ptr, K)
@@ -372,14 +369,15 @@ def paged_attention_kernel(
                 end_whole = first_tile
             exist = _all_blocks_exist(table_ptr, _cdiv(tl.maximum(limit, 0), BLOCK_SIZE), num_blocks, 1024)
             end_whole = tl.where(exist, end_whole, first_tile)
-            m, l, acc, acc_odd = _tiles(
-                m, l, acc, acc_odd, q_low, q_low_odd, q_high, q_high_odd, first_tile, end_whole, limit, row_position,
+            m, norm, acc, acc_odd = _tiles(
+                m, norm, acc, acc_odd, q_low, q_low_odd, q_high, q_high_odd, first_tile, end_whole, limit, row_position,
                 keys, values, table_ptr, head, at_layer, num_blocks, qk_scale, K, V, CACHE, COMPUTE,
-                HARDWARE_FP8, BLOCK_SIZE, ROWS, TILE, STAGES, False, BY_ROW, CAUSAL, WINDOW, SOFT_CAP, V_IN_K, PRECISION,
+                HARDWARE_FP8, BLOCK_SIZE, ROWS, TILE, STAGES, False, BY_ROW, CAUSAL, WINDOW, SOFT_CAP, V_IN_K,
+                PRECISION,
             )  # fmt: skip
             first_tile = end_whole
-        m, l, acc, acc_odd = _tiles(
-            m, l, acc, acc_odd, q_low, q_low_odd, q_high, q_high_odd, first_tile, end_tile, limit, row_position,
+        m, norm, acc, acc_odd = _tiles(
+            m, norm, acc, acc_odd, q_low, q_low_odd, q_high, q_high_odd, first_tile, end_tile, limit, row_position,
             keys, values, table_ptr, head, at_layer, num_blocks, qk_scale, K, V, CACHE, COMPUTE,
             HARDWARE_FP8, BLOCK_SIZE, ROWS, TILE, STAGES, True, BY_ROW, CAUSAL, WINDOW, SOFT_CAP, V_IN_K, PRECISION,
         )  # fmt: skip
@@ -389,7 +387,7 @@ def paged_attention_kernel(
         if sinks_ptr is not None and not SPLIT:
             sink = tl.load(sinks_ptr + q_head * Q.sink_stride, mask=row_inside, other=0)
         unit: tl.constexpr = 2.0**-WEIGHT_BITS
-        factor, log = _finish(m, l * unit, sink)
+        factor, log = _finish(m, norm * unit, sink)
         factor = factor * unit
         if v_scale_ptr is not None:
             factor = factor * tl.load(v_scale_ptr)
@@ -427,7 +425,7 @@ def merge_attention_kernel(
     dim = tl.arange(0, COLUMNS)
     dim_inside = dim < HEAD_SIZE
     m = tl.full([1], float("-inf"), tl.float32)
-    l = tl.full([1], 0.0, tl.float32)
+    norm = tl.full([1], 0.0, tl.float32)
     acc = tl.full([COLUMNS], 0.0, tl.float32)
     for first in range(0, splits, PARTS):
         part = first + tl.arange(0, PARTS)
@@ -439,12 +437,12 @@ def merge_attention_kernel(
         origin = tl.where(m_new == float("-inf"), 0.0, m_new)
         weight = tl.exp2(log - total(origin, 0))
         shrink = tl.exp2(m - origin)
-        l = l * shrink + total(weight, 0)
+        norm = norm * shrink + total(weight, 0)
         acc = acc * shrink + total(x * weight[:, None], 0)
         m = m_new
     sink = None
     if sinks_ptr is not None:
         sink = tl.load(sinks_ptr + (row % NUM_HEADS) * SINK_STRIDE + tl.arange(0, 1))
-    factor, log = _finish(m, l, sink)
+    factor, log = _finish(m, norm, sink)
     tl.store(lse_ptr + row + tl.arange(0, 1), log * LN2)
     _store(out_ptr + row * HEAD_SIZE + dim, acc * factor, dim_inside, OUT, False)

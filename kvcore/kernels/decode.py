@@ -7,6 +7,7 @@ _PICK = "{{ .reg .b32 r; .reg .b16 t; prmt.b32 r, $1, 0, {}; cvt.u16.u32 t, r; c
 _PICK_LOW = tl.constexpr(_PICK.format("0x4420"))  # bytes 0 and 2
 _PICK_HIGH = tl.constexpr(_PICK.format("0x4431"))  # bytes 1 and 3
 
+
 @triton.jit
 def decode(x, FORMAT: tl.constexpr, COMPUTE: tl.constexpr, HARDWARE_FP8: tl.constexpr):
     """Elements of FORMAT (fp8 as bytes) as floats of COMPUTE; both are kvcore.quantization.FloatFormat.

@@ -1,7 +1,7 @@
-"""Sums and maxima along an axis: `tl.sum` and `tl.max`, which the interpreter cannot call in a process that also compiles.
+"""Sums and maxima along an axis: `tl.sum` and `tl.max`, for processes that compile and interpret.
 
-They are functions of Triton's own, interpreted or compiled as the process decided at their import; `tl.reduce` is built in,
-and the interpreter knows its combining functions.
+Those are functions of Triton's own, interpreted or compiled as the process decided at their import; `tl.reduce` is
+built in, and the interpreter knows its combining functions.
 """
 
 import triton
@@ -10,9 +10,11 @@ import triton.language as tl
 
 @triton.jit
 def maximum(x, AXIS: tl.constexpr):
+    """The largest along an axis."""
     return tl.reduce(x, AXIS, tl.standard._elementwise_max)
 
 
 @triton.jit
 def total(x, AXIS: tl.constexpr):
+    """The sum along an axis."""
     return tl.reduce(x, AXIS, tl.standard._sum_combine)

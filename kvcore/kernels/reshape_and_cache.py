@@ -2,57 +2,29 @@
 
 A program takes TOKENS tokens (axis 0 of the grid) and one stretch of their rows (axis 1), for K and for V:
 
-    slot   = slot_mapping[token]                              skipped unless 0 <= slot < num_slots
-    block  = slot // BLOCK_SIZE,   place = slot % BLOCK_SIZE
-    column = 0 … num_heads * head_size - 1,   head = column // head_size,   dim = column % head_size
+    slot  = slot_mapping[token]          skipped unless 0 <= slot < num_slots
+    block = slot // BLOCK_SIZE,   place = slot % BLOCK_SIZE
 
-    input  element  token·T + head·h + dim·d
-    cache  element  offset + layer·L + block·B + place·S + head·H + (dim // x)·D + (dim % x)·X
-
-All strides, and so all alignments, are constexprs (`kvcore.plan.Rows`): that is what makes 128-bit accesses out of
-addresses that depend on data. Offsets of tokens and slots have 64 bits, those within a row where they need it.
+`rows.py` says where the elements are.
 """
 
 import triton
 import triton.language as tl
 
 from .encode import encode
-
-
-@triton.jit
-def _columns(R: tl.constexpr):
-    """Column indices of this program, and which of them the row has."""
-    column = tl.program_id(1) * R.columns + tl.arange(0, R.columns)
-    return column, column < R.num_heads * R.head_size
+from .rows import cache_offsets, columns, layer_index, token_offsets
 
 
 @triton.jit
 def _load(input_ptr, token, column, mask, R: tl.constexpr):
-    if R.wide:
-        column = column.to(tl.int64)
-    head = column // R.head_size
-    dim = column % R.head_size
-    if R.input_head_stride == R.head_size * R.input_dim_stride:
-        within = column * R.input_dim_stride
-    else:
-        within = head * R.input_head_stride + dim * R.input_dim_stride
     # Lanes without an element get 1, not 0: dividing 0 takes the slow path of an exact division.
-    return tl.load(input_ptr + token[:, None] * R.token_stride + within[None, :], mask=mask, other=1)
+    return tl.load(input_ptr + token_offsets(token, column, R), mask=mask, other=1)
 
 
 @triton.jit
 def _store(cache_ptr, layer, block, place, column, x, mask, R: tl.constexpr):
-    if R.wide:
-        column = column.to(tl.int64)
-    head = column // R.head_size
-    dim = column % R.head_size
-    if R.x > 1:
-        within = head * R.head_stride + (dim // R.x) * R.dim_stride + (dim % R.x) * R.x_stride
-    else:
-        within = head * R.head_stride + dim * R.dim_stride
     cache_ptr = cache_ptr.to(tl.pointer_type(x.dtype))  # encoded elements are integers
-    row = R.offset + layer * R.layer_stride + block * R.block_stride + place * R.slot_stride
-    tl.store(cache_ptr + row[:, None] + within[None, :], x, mask=mask)
+    tl.store(cache_ptr + cache_offsets(layer, block, place, column, R), x, mask=mask)
 
 
 @triton.jit
@@ -65,8 +37,8 @@ def _write(
     """What both kernels do; they differ in whether K and V have a cache each."""
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     given = token < num_tokens
-    k_column, k_inside = _columns(K)
-    v_column, v_inside = _columns(V)
+    k_column, k_inside = columns(K)
+    v_column, v_inside = columns(V)
 
     # No load waits for another: rows are read before it is known whether their slots are valid.
     slot = tl.load(slot_mapping_ptr + token * SLOT_STRIDE, mask=given, other=-1).to(tl.int64)
@@ -79,12 +51,8 @@ def _write(
         v_scale = tl.load(v_scale_ptr)
 
     written = (slot >= 0) & (slot < num_slots)
-    at_layer = tl.full([1], 0, tl.int64)
+    at_layer = layer_index(layer, LAYER_IS_POINTER)
     if layer is not None:
-        if LAYER_IS_POINTER:
-            at_layer += tl.load(layer)
-        else:
-            at_layer += layer
         written = written & (at_layer >= 0) & (at_layer < num_layers)
     block = slot // BLOCK_SIZE
     place = slot % BLOCK_SIZE

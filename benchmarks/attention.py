@@ -1,0 +1,240 @@
+"""Attention over a paged cache against its limit, beside other implementations, in the same run.
+
+`uv run python -m benchmarks attention [--json FILE]`. Columns: `us` is the time of a call; `ratio`, for decode, is the
+time that a plain device copy takes for the bytes of K and V, over the call's: 1 is the limit; `tflops` is for prefill.
+"""
+
+import argparse
+import gc
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+import torchkv
+from benchmarks import peers, report
+from benchmarks.attention_inputs import BLOCK_SIZE, Case, Inputs
+from benchmarks.timing import jax_time, torch_time
+
+COPY_BYTES = 2**28  # larger buffers copy slower on an H100
+TOLERANCE = 2**-7  # of the largest element of the result
+SIZES = ((64, 8192), (8, 32768), (1, 131072), (256, 1024))
+PEERS = ("flashinfer", "gather_sdpa", "contiguous_sdpa", "flash_attn", "pallas", "xla_gather")
+
+
+def cases() -> Iterator[Case]:
+    """The most telling first: a run that is cut short has them."""
+    for batch, context in SIZES:
+        more = ("flex",) if context == 8192 else ()  # its compiler takes long
+        yield Case("decode", batch, context, peers=PEERS + more, series=batch == 8)
+    prefill = ("flashinfer", "gather_sdpa", "contiguous_sdpa")
+    yield Case("prefill", 1, 8192, queries=4096, peers=prefill)
+    yield Case("mixed", 64, 4096, queries=2048, peers=("flashinfer",))
+    for batch, context in SIZES:
+        yield Case("fp8", batch, context, kv_cache_dtype="fp8")
+    mla = {"layout": "MLA", "q_heads": 128, "kv_heads": 1, "head_size": 576, "head_size_v": 512}
+    yield Case("MLA", 64, 8192, **mla)
+    yield Case("soft cap", 64, 8192, soft_cap=30.0)
+    yield Case("window", 64, 8192, sliding_window=1024)
+    for context in (1024, 2048, 4096, 8192, 16384):
+        yield Case("series", 8, context, peers=("flashinfer", "gather_sdpa", "pallas"), series=True)
+    for layout in ("HND", "KV_NHD", "PACKED_NHD", "BLOCK_KV_HND"):
+        for batch, context in SIZES:
+            yield Case("decode", batch, context, layout)
+
+
+def bandwidth(nbytes: int = COPY_BYTES) -> float:
+    """Bytes that a plain copy of this many reads and writes in a second, on torch's device."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    buffers = torch.randint(0, 255, (2, nbytes), dtype=torch.uint8, device=device)
+    return 2 * nbytes / torch_time([lambda: buffers[1].copy_(buffers[0])])
+
+
+def torch_results(inputs: Inputs, calls: peers.Calls) -> dict[str, Any]:
+    """Time and error of calls, one for each set of inputs."""
+    return {"error": inputs.error(calls[0]()), "us": torch_time(calls) * 1e6}
+
+
+def ours_in_torch(inputs: Inputs) -> peers.Calls:
+    """The op of torchkv."""
+    caches = inputs.caches[0] if inputs.layout.single_array else inputs.caches
+    arguments: dict[str, Any] = dict(zip(("k_scale", "v_scale"), inputs.scales, strict=True))
+    arguments |= inputs.options | {"query_start_loc": inputs.query_starts}
+
+    def call(query: torch.Tensor, tables: torch.Tensor) -> Callable[[], torch.Tensor]:
+        return lambda: torchkv.paged_attention(query, caches, tables, inputs.seq_lens, **arguments)
+
+    return [call(*each) for each in inputs.sets]
+
+
+class JaxInputs:
+    """The same arrays in JAX, without a copy."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        import jax.numpy as jnp
+
+        def convert(tensor: torch.Tensor | None) -> Any:
+            return None if tensor is None else jnp.from_dlpack(tensor)
+
+        self.inputs = inputs
+        self.caches = [convert(c) for c in inputs.caches]
+        self.tables = [convert(t) for t in inputs.tables]
+        self.query, self.seq_lens = convert(inputs.queries[0]), convert(inputs.seq_lens)
+        self.more = {"query_start_loc": convert(inputs.query_starts)}
+        self.more |= dict(zip(("k_scale", "v_scale"), map(convert, inputs.scales), strict=True))
+
+    def ours(self) -> Iterator[peers.JaxPeer]:
+        """The op of jaxkv."""
+        import jaxkv
+
+        def attend(query: Any, tables: Any, seq_lens: Any, arrays: Any) -> Any:
+            caches, more = arrays
+            caches = caches[0] if self.inputs.layout.single_array else caches
+            return jaxkv.paged_attention(query, caches, tables, seq_lens, **self.inputs.options, **more)
+
+        yield "", attend, (self.caches, self.more)
+
+    def results(self, settings: Iterator[peers.JaxPeer], estimate: float) -> dict[str, Any]:
+        """Time and error of the best setting; `estimate` is about what a call takes, in seconds."""
+        found: list[dict[str, Any]] = []
+        failed = None
+        for setting, attend, arrays in settings:
+            try:
+                found.append({"us": self._time(attend, arrays, estimate) * 1e6} | self._check(attend, arrays))
+            except Exception as error:
+                failed = error
+            else:
+                found[-1] |= {"setting": setting} if setting else {}
+        if not found:
+            raise failed or ValueError("no setting")
+        return min(found, key=lambda result: result["us"])
+
+    def _check(self, attend: Callable[..., Any], arrays: Any) -> dict[str, Any]:
+        import jax
+        import numpy as np
+
+        out = jax.jit(attend)(self.query, self.tables[0], self.seq_lens, arrays)
+        return {"error": self.inputs.error(torch.from_numpy(np.asarray(out.astype("float32"))))}
+
+    def _time(self, attend: Callable[..., Any], arrays: Any, estimate: float) -> float:
+        """In a loop in which each call's query is the result of the one before, so that none is left out or moved."""
+        import jax.numpy as jnp
+
+        gpu = self.inputs.device == "cuda"
+        # A round of the loop starts a CUDA graph: what that takes must not show. And 32 calls take long to compile.
+        sets = len(self.tables)
+        again = max(1, min(32 // sets, round(3e-3 / estimate / sets))) if gpu else 1
+
+        def step(carry: Any, arguments: Any) -> Any:
+            query, seq_lens = carry
+            tables, arrays = arguments
+            for table in tables * again:
+                out = attend(query, table, seq_lens, arrays)
+                if out.shape == query.shape:
+                    query = out
+                else:  # never true, but who knows
+                    seq_lens = seq_lens + jnp.isnan(out[0, 0, 0]).astype(seq_lens.dtype)
+            return query, seq_lens
+
+        carry = jnp.copy(self.query), jnp.copy(self.seq_lens)
+        return jax_time(step, carry, (self.tables, arrays), again * sets, estimate)
+
+
+def measure(case: Case, copied: float, peers_too: bool, jax_too: bool) -> dict[str, Any]:
+    """A row: all that is known of a case. `copied` is the bandwidth of a copy, in bytes a second."""
+    inputs = Inputs(case)
+    row: dict[str, Any] = {"case": case.name, "batch": case.batch, "context": case.context, "queries": case.queries}
+    row |= {"layout": str(inputs.layout), "layout_name": case.layout, "series": case.series, "size": case.size}
+    row |= {"cache_dtype": "float8_e4m3fn" if case.kv_cache_dtype == "fp8" else "bfloat16"}
+    row |= {"heads": [case.q_heads, case.kv_heads], "head_sizes": [case.head_size, case.head_size_v]}
+    row |= {"bytes": case.read, "limit_us": case.read / copied * 1e6, "flops": case.flops, "failed": {}}
+
+    def attempt(name: str, results: Callable[[], dict[str, Any]]) -> None:
+        """A failure is a result: the others go on."""
+        try:
+            found = results()
+        except Exception as error:
+            row["failed"][name] = f"{type(error).__name__}: {str(error)[:500]}"
+            return
+        row.update({f"{name}_{key}": value for key, value in found.items()})
+        row[f"{name}_ratio"] = row["limit_us"] / found["us"]
+        row[f"{name}_tflops"] = case.flops / found["us"] / 1e6
+        if not found["error"] <= TOLERANCE:
+            row["failed"][name] = f"wrong by {found['error']:.2g} of the largest element"
+
+    attempt("torchkv", lambda: torch_results(inputs, ours_in_torch(inputs)))
+    names = case.peers if peers_too else ()
+    for name in (n for n in names if n in peers.TORCH):
+        attempt(name, lambda name=name: torch_results(inputs, peers.TORCH[name](inputs)))
+        _free()
+    if jax_too:
+        estimate = row.get("torchkv_us", 1e3) / 1e6 if inputs.device == "cuda" else 1e-3
+        arrays = JaxInputs(inputs)
+        attempt("jaxkv", lambda: arrays.results(arrays.ours(), estimate))
+        for name in (n for n in names if n in peers.JAX):
+            # Twice as slow as ours, or more: the loop may be shorter.
+            attempt(name, lambda name=name: arrays.results(peers.JAX[name](inputs, arrays.caches), 2 * estimate))
+            _free()
+    return row
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def compare_with_bf16(row: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Adds how many times as many tokens a second an fp8 cache gives, in the same run."""
+    bf16 = ("decode", row["size"], "NHD")
+    for other in rows:
+        if row["case"] == "fp8" and (other["case"], other["size"], other["layout_name"]) == bf16:
+            for name in ("torchkv", "jaxkv"):
+                if f"{name}_us" in row and f"{name}_us" in other:
+                    row[f"{name}_vs_bf16"] = other[f"{name}_us"] / row[f"{name}_us"]
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks attention", description=__doc__)
+    parser.add_argument("--cases", nargs="+", help="names, sizes (64x8192) or layouts; default: all")
+    parser.add_argument("--json", help="where to write the results")
+    parser.add_argument("--no-peers", action="store_true", help="this package only")
+    parser.add_argument("--no-jax", action="store_true", help="torch only")
+    parser.add_argument("--divide", type=int, default=1, metavar="N", help="smaller sizes, for a CPU")
+    parser.add_argument("--build", action="store_true", help="compile FlashInfer, which takes a minute, and stop")
+    args = parser.parse_args(argv)
+    if args.build:
+        return peers.build_flashinfer()
+    started = time.perf_counter()
+    copied = bandwidth(COPY_BYTES // args.divide)
+    print(f"copy: {copied / 1e12:.3f} TB/s", flush=True)
+    rows: list[dict[str, Any]] = []
+    for case in cases():
+        if args.cases and not {case.name, case.size, case.layout} & set(args.cases):
+            continue
+        row = measure(case.divided(args.divide), copied, not args.no_peers, not args.no_jax)
+        compare_with_bf16(row, rows)
+        rows.append(row)
+        _free()
+        times = "  ".join(f"{key[:-3]} {value:.1f}" for key, value in row.items() if key.endswith("_us"))
+        what = f"{case.name} {case.layout} {row['size']}"
+        print(f"{time.perf_counter() - started:4.0f} s  {what}, µs: {times}", flush=True)
+        for name, what in row["failed"].items():
+            print(f"        {name}: {what[:200]}", flush=True)
+        report.save(args.json, rows, benchmark="attention", block_size=BLOCK_SIZE, copy_tb_s=copied / 1e12)
+    print_tables(rows)
+    return None
+
+
+def print_tables(rows: list[dict[str, Any]]) -> None:
+    columns = {"case": "s", "layout_name": "s", "size": "s", "limit_us": ".1f", "torchkv_us": ".1f", "jaxkv_us": ".1f"}
+    decode = [row for row in rows if row["queries"] == 1]
+    names = ("torchkv", "jaxkv", *PEERS, "flex")
+    shown = {f"{n}_ratio": ".3f" for n in names if any(f"{n}_ratio" in row for row in decode)}
+    versus = {f"{n}_vs_bf16": ".2f" for n in names[:2] if any(f"{n}_vs_bf16" in row for row in decode)}
+    print(report.table(decode, columns | shown | versus))
+    prefill = [row for row in rows if row["queries"] > 1]
+    if prefill:
+        shown = {f"{n}_tflops": ".0f" for n in names if any(f"{n}_tflops" in row for row in prefill)}
+        print(report.table(prefill, columns | {"flashinfer_us": ".1f"} | shown))

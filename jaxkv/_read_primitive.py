@@ -1,0 +1,266 @@
+"""Reading as JAX primitives: attention and gather, lowered by platform, split over heads, batched.
+
+As `_primitive.py`: `read_p` is what users bind; where several devices share the work it lowers to a custom
+partitioning, which gives each device a `local_p` for its own heads. Both ops are calls of one primitive that differ in `Options.op`.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax._src import dispatch  # private, as in _primitive.py
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir, xla
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxkv import _interpret, _xla_read
+from jaxkv._primitive import GPUS, compute_capability, head_split, vary, varying_axes
+from kvcore import read_contract
+from kvcore.checks import ArraySpec, no_triton_error
+from kvcore.layout import CacheLayout
+from kvcore.read_contract import Attention, Gather, check_attention, check_gather
+
+
+class Operands(NamedTuple):
+    """Arrays of a call, by name: a pytree. Scales and layer have shape (1,)."""
+
+    query: Any | None  # None: a gather
+    caches: tuple[Any, ...]
+    block_tables: Any
+    seq_lens: Any
+    query_start_loc: Any | None
+    sinks: Any | None
+    k_scale: Any | None
+    v_scale: Any | None
+    layer: Any | None
+
+
+class Options(NamedTuple):
+    """The static half of a call, free of the shapes that change under sharding and batching."""
+
+    op: str  # "attention" or "gather"
+    kv_cache_dtype: str
+    layout: CacheLayout
+    layer: int | None
+    head_size: int | None
+    head_size_v: int | None
+    backend: str | None
+    attention: read_contract.Options | None = None
+    max_len: int = 0
+    dtype: str | None = None
+    compute_capability: int | None = None
+
+
+def read(options: Options, operands: Operands) -> list[Any]:
+    """Binds the primitive. Inside shard_map, operands become varying where any of them is."""
+    mesh = jax.typeof(operands.caches[0]).sharding.mesh
+    explicit = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
+    if explicit:
+        return _read_explicit(options, mesh, explicit, operands)
+    flat, tree = jax.tree.flatten(operands)
+    varying = frozenset().union(*map(varying_axes, flat))
+    return read_p.bind(*(vary(x, varying) for x in flat), tree=tree, options=options)
+
+
+def _read_explicit(options: Options, mesh: Any, explicit: set[str], operands: Operands) -> list[Any]:
+    """Where shardings are part of types they are known here, so each device gets its heads here."""
+    in_specs, out_specs = _specs(options, jax.tree.map(lambda x: jax.typeof(x).sharding.spec, operands), operands)
+    local = jax.shard_map(
+        functools.partial(read, options), mesh=mesh, axis_names=explicit, in_specs=(in_specs,), out_specs=out_specs
+    )
+    return local(jax.tree.map(lambda x, s: jax.sharding.reshard(x, NamedSharding(mesh, s)), operands, in_specs))
+
+
+def describe(options: Options, operands: Operands) -> Any:
+    """The contract's description of a call, for the shapes at hand: an `Attention` or a `Gather`."""
+    x: Any = jax.tree.map(lambda a: ArraySpec(tuple(a.shape), jnp.dtype(a.dtype).name), operands)
+    cache = (options.kv_cache_dtype, x.k_scale, x.v_scale, options.layout)
+    layer = options.layer if x.layer is None else x.layer
+    if options.attention is None:
+        return check_gather(
+            x.caches, x.block_tables, x.seq_lens, options.max_len, options.dtype, *cache, layer, options.head_size,
+            options.head_size_v,
+        )  # fmt: skip
+    return check_attention(
+        x.query, x.caches, x.block_tables, x.seq_lens, x.query_start_loc, x.sinks, options.attention, *cache, layer,
+        options.head_size_v,
+    )  # fmt: skip
+
+
+def results(call: Attention | Gather, query_dtype: Any) -> list[tuple[tuple[int, ...], Any]]:
+    """Shape and dtype of each result."""
+    if isinstance(call, Gather):
+        return [(shape, jnp.dtype(call.format.name)) for shape in call.shapes]
+    return [(call.out_shape, query_dtype), (call.out_shape[:2], jnp.dtype("float32"))]
+
+
+def _abstract(*avals: Any, tree: Any, options: Options) -> list[Any]:
+    operands = jax.tree.unflatten(tree, avals)
+    dtype = None if operands.query is None else operands.query.dtype
+    cache = operands.caches[0]
+
+    def aval(shape: tuple[int, ...], dtype: Any) -> Any:
+        sharding = cache.sharding.update(spec=P(*(None,) * len(shape)))
+        return cache.update(shape=shape, dtype=dtype, sharding=sharding, weak_type=False)
+
+    return [aval(*result) for result in results(describe(options, operands), dtype)]
+
+
+def _primitive(name: str) -> Primitive:
+    primitive = Primitive(name)
+    primitive.multiple_results = True
+    primitive.def_impl(functools.partial(xla.apply_primitive, primitive))
+    primitive.def_abstract_eval(_abstract)
+    return primitive
+
+
+local_p = _primitive("paged_read_local")
+read_p = _primitive("paged_read")
+
+
+# ---- one device
+
+
+def _lower_local(platform: str) -> Any:
+    def implementation(*flat: Any, tree: Any, options: Options) -> list[Any]:
+        operands = jax.tree.unflatten(tree, flat)
+        call = describe(options, operands)
+        backend = options.backend or ("triton" if platform in GPUS else "xla")
+        if backend == "xla":
+            module: Any = _xla_read
+        elif backend == "interpret":
+            module = _interpret
+        elif platform not in GPUS:
+            raise no_triton_error(platform)
+        else:
+            from jaxkv import _triton_read  # imports Triton, which only GPUs need
+
+            target = platform, options.compute_capability
+            return list(getattr(_triton_read, options.op)(call, operands, options.layer, *target))
+        return list(getattr(module, options.op)(call, operands, options.layer))
+
+    return mlir.lower_fun(implementation, multiple_results=True)
+
+
+for _platform in ("cpu", "tpu", *GPUS):
+    mlir.register_lowering(local_p, _lower_local(_platform), platform=_platform)
+
+
+# ---- several devices
+
+
+def _lower_read(ctx: Any, *values: Any, tree: Any, options: Options) -> Any:
+    options = options._replace(compute_capability=compute_capability(ctx.module_context.axis_context))
+    partitioned = _partitioned(options, tree, ctx.avals_in)
+    return mlir.lower_fun(lambda *flat: list(partitioned(*flat)), multiple_results=True)(ctx, *values)
+
+
+dispatch.prim_requires_devices_during_lowering.add(read_p)
+mlir.register_lowering(read_p, _lower_read)
+
+
+def _partitioned(options: Options, tree: Any, avals: Sequence[Any]) -> Any:
+    """The read as a function that XLA's partitioner splits by heads."""
+
+    def local(*flat: Any) -> tuple[Any, ...]:
+        return tuple(local_p.bind(*flat, tree=tree, options=options))
+
+    def partition(mesh: Any, args: Any, found: Any) -> Any:
+        given = jax.tree.unflatten(tree, args)
+        if not all(isinstance(c.sharding, NamedSharding) for c in given.caches):  # within a partly manual shard_map
+            return mesh, local, tuple(r.sharding for r in found), tuple(a.sharding for a in args)
+        in_specs, out_specs = _specs(options, jax.tree.map(lambda a: a.sharding.spec, given), given)
+        ins, outs = (
+            tuple(NamedSharding(mesh, s) for s in jax.tree.leaves(specs, is_leaf=lambda s: isinstance(s, P)))
+            for specs in (in_specs, out_specs)
+        )
+        return mesh, local, outs, ins
+
+    partitioned = custom_partitioning(local)
+    rule, sizes = _sharding_rule(options, jax.tree.unflatten(tree, avals))
+    partitioned.def_partition(partition, sharding_rule=rule, **sizes)
+    return partitioned
+
+
+def _specs(options: Options, specs: Operands, operands: Operands) -> tuple[Operands, list[P]]:
+    """Specs of operands and results, given those that operands have."""
+    splits = [head_split(axes, spec) for axes, spec in zip(options.layout.arrays, specs.caches, strict=True)]
+    if len({str(split) for split in splits}) > 1:
+        raise ValueError(f"key_cache and value_cache must be split alike over heads, got {splits[0]} and {splits[1]}")
+    heads = splits[0]
+    caches = tuple(P(*(heads if "head" in axis else None for axis in axes)) for axes in options.layout.arrays)
+    if heads is None and specs.query is not None and _num_heads(options, operands) == 1:
+        # One KV head for all query heads: every device has it, and takes query heads of its own.
+        heads = (*specs.query, None, None)[1]
+    replicated: Any = jax.tree.map(lambda x: P(*(None,) * len(x.shape)), operands)
+    ins = replicated._replace(caches=caches)
+    if options.attention is None:
+        return ins, [P(None, None, heads, None)] * 2
+    if operands.sinks is not None:
+        ins = ins._replace(sinks=P(heads))
+    return ins._replace(query=P(None, heads, None)), [P(None, heads, None), P(None, heads)]
+
+
+def _num_heads(options: Options, operands: Operands) -> int:
+    """KV heads of the caches."""
+    shapes = [c.shape for c in operands.caches]
+    head_size = options.head_size or operands.query.shape[2]  # type: ignore[union-attr]
+    return options.layout.place(shapes, head_size=head_size, head_size_v=options.head_size_v).extents.num_heads
+
+
+def _sharding_rule(options: Options, operands: Operands) -> tuple[str, dict[str, int]]:
+    """How shardings spread: by KV heads h, each with g query heads; every other axis is on its own."""
+    fresh = (f"i{n}" for n in range(1000))
+    specs: Any = jax.tree.map(lambda x: " ".join(next(fresh) for _ in x.shape), operands)
+    arrays = options.layout.arrays
+    alone = any(("head",) in axes for axes in arrays)  # not joined with kv, and not left out
+    caches = tuple(
+        " ".join(("h" if alone else "k") if "head" in axis else next(fresh) for axis in axes) for axes in arrays
+    )
+    if options.attention is None:
+        heads, sizes = "h" if alone else "q", {}
+        outs = [f"{next(fresh)} {next(fresh)} {heads} {next(fresh)}" for _ in range(2)]
+        specs = specs._replace(caches=caches)
+    else:
+        heads = "(h g)" if alone else "q"
+        group = operands.query.shape[1] // _num_heads(options, operands)  # type: ignore[union-attr]
+        sizes = {"g": group} if alone else {}
+        outs = [f"{next(fresh)} {heads} {next(fresh)}", f"{next(fresh)} {heads}"]
+        sinks = None if operands.sinks is None else heads
+        specs = specs._replace(caches=caches, query=f"{next(fresh)} {heads} {next(fresh)}", sinks=sinks)
+    return f"{', '.join(jax.tree.leaves(specs))} -> {', '.join(outs)}", sizes
+
+
+# ---- transformations
+
+
+def _batch(flat: Sequence[Any], dims: Sequence[Any], *, tree: Any, options: Options) -> tuple[list[Any], list[int]]:
+    """vmap: a loop over the batch. What is shared is not copied."""
+    mapped = [isinstance(d, int) for d in dims]
+    size = next(x.shape[d] for x, d in zip(flat, dims, strict=True) if isinstance(d, int))
+    items = [batching.bdim_at_front(x, d, size) for x, d, m in zip(flat, dims, mapped, strict=True) if m]
+
+    def one(item: Sequence[Any]) -> list[Any]:
+        rest = list(item)
+        return read_p.bind(
+            *(rest.pop(0) if m else x for x, m in zip(flat, mapped, strict=True)), tree=tree, options=options
+        )
+
+    out = lax.map(one, items)
+    return out, [0] * len(out)
+
+
+batching.primitive_batchers[read_p] = _batch
+
+
+def _jvp(primals: Any, tangents: Any, *, options: Options, **params: Any) -> Any:
+    name = "gather_kv" if options.attention is None else "paged_attention"
+    raise NotImplementedError(f"jaxkv.{name} is not differentiable: apply jax.lax.stop_gradient to its arguments")
+
+
+ad.primitive_jvps[read_p] = _jvp

@@ -1,0 +1,123 @@
+"""What `PagedKVCache` is in both frameworks, but for the arrays: extents, storage, how it reads to a person."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from kvcore.checks import either
+from kvcore.layout import CacheLayout
+from kvcore.quantization import FLOATS, KV_CACHE_DTYPES
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """A paged cache without its memory. Hashable.
+
+    Attributes:
+        layout: With an axis `layer` exactly where num_layers is not None.
+        num_layers: Layers, or None for one layer without an axis of its own.
+        num_blocks: Blocks, per layer.
+        block_size: Slots per block.
+        num_heads: KV heads.
+        head_size: Elements of a key head.
+        head_size_v: Elements of a value head.
+        dtype: Of the arrays; uint8 for quantised caches, which every framework and device can update in place.
+        kv_cache_dtype: What they hold.
+    """
+
+    layout: CacheLayout
+    num_layers: int | None
+    num_blocks: int
+    block_size: int
+    num_heads: int
+    head_size: int
+    head_size_v: int
+    dtype: str
+    kv_cache_dtype: str
+
+    @classmethod
+    def create(
+        cls,
+        num_layers: int | None,
+        num_blocks: int,
+        block_size: int,
+        num_heads: int,
+        head_size: int,
+        head_size_v: int | None,
+        dtype: str,
+        layout: str | CacheLayout,
+        kv_cache_dtype: str,
+    ) -> "CacheSpec":
+        """The description that `PagedKVCache.create` asks for.
+
+        Raises:
+            ValueError: an extent, layout or choice does not fit.
+            TypeError: dtype is no float, or layout no layout.
+        """
+        if kv_cache_dtype not in KV_CACHE_DTYPES:
+            raise ValueError(f"kv_cache_dtype must be {either(map(repr, KV_CACHE_DTYPES))}, got {kv_cache_dtype!r}")
+        if dtype not in FLOATS:
+            raise TypeError(f"dtype must be {either(FLOATS)}, got {dtype}")
+        chosen = CacheLayout.of(layout)
+        if num_layers is None and chosen.has_layer:
+            raise ValueError(f"num_layers must be given for layout '{chosen}', got None")
+        spec = cls(
+            chosen if num_layers is None else chosen.with_layer(),
+            num_layers,
+            num_blocks,
+            block_size,
+            num_heads,
+            head_size,
+            head_size if head_size_v is None else head_size_v,
+            dtype if KV_CACHE_DTYPES[kv_cache_dtype] is None else "uint8",
+            kv_cache_dtype,
+        )
+        _ = spec.shapes  # raises where an extent does not fit
+        return spec
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shape of each array: key and value cache, or one for both."""
+        packs = any("x" in axis for axes in self.layout.arrays for axis in axes)
+        return self.layout.shapes(
+            num_layers=self.num_layers,
+            num_blocks=self.num_blocks,
+            block_size=self.block_size,
+            num_heads=self.num_heads,
+            head_size=self.head_size,
+            head_size_v=self.head_size_v,
+            # 16 bytes, or as much of it as divides a head.
+            x=math.gcd(16 // self._itemsize, self.head_size) if packs else None,
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(map(math.prod, self.shapes)) * self._itemsize
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """The arguments that say how to read the arrays."""
+        head_size_v = self.head_size_v if self.layout.latent else None
+        return {"kv_cache_dtype": self.kv_cache_dtype, "layout": self.layout, "head_size_v": head_size_v}
+
+    @property
+    def _itemsize(self) -> int:
+        return FLOATS[self.dtype].bits // 8 if self.dtype in FLOATS else 1
+
+    def __str__(self) -> str:
+        layers = "" if self.num_layers is None else f"{self.num_layers} layers × "
+        sizes = str(self.head_size) if self.head_size == self.head_size_v else f"{self.head_size}/{self.head_size_v}"
+        holds = self.dtype if self.kv_cache_dtype == "auto" else f"{self.kv_cache_dtype} in {self.dtype}"
+        return (
+            f"{layers}{self.num_blocks} blocks × {self.block_size} slots, {self.num_heads} heads × {sizes}, {holds}, "
+            f"'{self.layout}', {_readable(self.nbytes)}"
+        )
+
+
+def _readable(nbytes: int) -> str:
+    """Bytes in the largest unit that leaves at least one of it."""
+    for power, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if nbytes >= 1024**power:
+            return f"{nbytes / 1024**power:.1f} {unit}"
+    return f"{nbytes} bytes"

@@ -1,0 +1,175 @@
+"""Cases of reading for tests: caches with poison where nothing was written, and one way to call each implementation."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from kvcore import reference, reference_attention
+from kvcore.layout import CacheLayout
+from tests.arrays import DTYPES, from_torch, random_bits, random_normal, to_torch
+
+
+@dataclass
+class ReadCase:
+    """Arguments of `paged_attention`, as NumPy arrays."""
+
+    query: np.ndarray
+    caches: list[np.ndarray]
+    block_tables: np.ndarray
+    seq_lens: np.ndarray
+    query_start_loc: np.ndarray | None
+    head_size_v: int
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def layout(self) -> CacheLayout:
+        return self.options["layout"]
+
+    def call(self, module, convert, **more):
+        """`paged_attention` of a module, with its arrays made by `convert`."""
+        options = {**self.options, **more}
+        options["head_size_v"] = self.head_size_v if self.layout.latent else None
+        if options.get("sinks") is not None:
+            options["sinks"] = convert(options["sinks"])
+        caches = [convert(c) for c in self.caches]
+        starts = None if self.query_start_loc is None else convert(self.query_start_loc)
+        return module.paged_attention(
+            convert(self.query), caches[0] if len(caches) == 1 else tuple(caches), convert(self.block_tables),
+            convert(self.seq_lens), query_start_loc=starts, **options,
+        )  # fmt: skip
+
+
+def make_read(
+    rng,
+    *,
+    layout="NHD",
+    dtype="float32",
+    cache_dtype=None,
+    kv_cache_dtype="auto",
+    storage=None,
+    num_heads=2,
+    group=2,
+    head_size=32,
+    head_size_v=None,
+    block_size=4,
+    seq_lens=(0, 1, 5, 19),
+    query_lens=None,
+    padding=0,
+    num_layers=None,
+    layer=None,
+    scales=(0.5, 0.25),
+    spare=3,
+    **options,
+) -> ReadCase:
+    """A case whose tables are random, with garbage past each length, and whose unused slots hold NaN and noise.
+
+    Args:
+        rng: Source of randomness.
+        query_lens: Query tokens of each sequence; None for one each, without query_start_loc.
+        padding: Query rows after the last sequence's.
+        spare: Blocks of the cache that no sequence has.
+        options: More arguments of `paged_attention`.
+    """
+    layout = CacheLayout.of(layout)
+    if num_layers is not None:
+        layout = layout.with_layer()
+    if layout.latent:
+        num_heads = 1
+        head_size_v = head_size_v or head_size - 8
+    head_size_v = head_size_v or head_size
+    needed = [-(-n // block_size) for n in seq_lens]
+    num_blocks = sum(needed) + spare
+    shapes = layout.shapes(
+        num_blocks=num_blocks, block_size=block_size, num_heads=num_heads, head_size=head_size,
+        head_size_v=head_size_v, num_layers=num_layers, x=8 if "dim/x" in layout.pattern else None,
+    )  # fmt: skip
+    stored = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}.get(kv_cache_dtype)
+    name = stored or cache_dtype or dtype
+    caches = [random_bits(rng, shape, name) for shape in shapes]
+    blocks = iter(rng.permutation(num_blocks).tolist())
+    tables = rng.integers(-5, num_blocks + 5, (len(seq_lens), max(max(needed, default=0), 1) + 1)).astype(np.int32)
+    slots = []
+    for seq, (count, length) in enumerate(zip(needed, seq_lens, strict=True)):
+        for i in range(count):
+            tables[seq, i] = next(blocks)
+        slots += [int(tables[seq, n // block_size]) * block_size + n % block_size for n in range(length)]
+    _fill(rng, caches, layout, slots, num_heads, head_size, head_size_v, name, layer)
+    tokens = len(seq_lens) if query_lens is None else sum(query_lens) + padding
+    starts = None if query_lens is None else np.concatenate([[0], np.cumsum(query_lens)]).astype(np.int32)
+    if stored:
+        options |= {"k_scale": scales[0], "v_scale": scales[1]}
+        caches = [c.view(DTYPES[storage or stored]) for c in caches]
+    return ReadCase(
+        query=random_normal(rng, (tokens, num_heads * group, head_size), dtype),
+        caches=caches,
+        block_tables=tables,
+        seq_lens=np.array(seq_lens, np.int32),
+        query_start_loc=starts,
+        head_size_v=head_size_v,
+        options={"kv_cache_dtype": kv_cache_dtype, "layout": layout, "layer": layer, **options},
+    )
+
+
+def _fill(rng, caches, layout, slots, num_heads, head_size, head_size_v, dtype, layer):
+    """Normal draws in the slots that are read, by the oracle's writer."""
+    if not slots:
+        return
+    writer, arrays = layout, caches
+    if layout.latent:  # the same memory, in two parts
+        writer = CacheLayout(layout.pattern.replace("latent", "head k+v"))
+        arrays = [caches[0][..., None, :]]
+        head_size, head_size_v = head_size_v, head_size - head_size_v
+    key, value = (random_normal(rng, (len(slots), num_heads, size), dtype) for size in (head_size, head_size_v))
+    op = reference.reshape_and_cache_flash_diffkv if writer.single_array else reference.reshape_and_cache_flash
+    op(key, value, *arrays, np.array(slots), layout=writer, layer=layer)
+
+
+def oracle(case: ReadCase) -> tuple[np.ndarray, np.ndarray]:
+    return reference_attention.paged_attention(
+        case.query, case.caches, case.block_tables, case.seq_lens, query_start_loc=case.query_start_loc,
+        head_size_v=case.head_size_v, **case.options,
+    )  # fmt: skip
+
+
+def attend_torch(case: ReadCase, backend=None, device="cpu"):
+    import torchkv
+
+    out, lse = case.call(torchkv, lambda a: to_torch(a.copy(), device), return_lse=True, backend=backend)
+    return from_torch(out), from_torch(lse)
+
+
+def attend_jax(case: ReadCase, backend=None):
+    import jax.numpy as jnp
+
+    import jaxkv
+
+    out, lse = case.call(jaxkv, jnp.asarray, return_lse=True, backend=backend)
+    return np.asarray(out), np.asarray(lse)
+
+
+CPU_IMPLEMENTATIONS = {
+    "jax xla": lambda case: attend_jax(case, "xla"),
+    "jax interpret": lambda case: attend_jax(case, "interpret"),
+    "torch": lambda case: attend_torch(case, "torch"),
+    "torch interpret": lambda case: attend_torch(case, "interpret"),
+}
+
+# Of the largest output: results are rounded once, weights may be rounded to the dtype as well.
+BOUNDS = {"float32": 3e-6, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+
+
+def assert_near_oracle(case: ReadCase, implementations=CPU_IMPLEMENTATIONS) -> None:
+    want, want_lse = oracle(case)
+    size = max(1e-3, float(np.abs(want).max(initial=0)))
+    for name, run in implementations.items():
+        got, lse = run(case)
+        assert got.dtype == case.query.dtype, name
+        assert got.shape == want.shape, name
+        error = np.abs(got.astype(np.float64) - want).max(initial=0) / size
+        assert error <= BOUNDS[case.query.dtype.name], f"{name}: error {error:.2e}"
+        seen = np.isfinite(want_lse)
+        np.testing.assert_array_equal(np.isneginf(lse), ~seen, err_msg=name)
+        np.testing.assert_allclose(
+            lse[seen], want_lse[seen], rtol=0, atol=2e-3 if got.itemsize == 2 else 2e-5, err_msg=name
+        )

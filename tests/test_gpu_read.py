@@ -1,0 +1,256 @@
+"""Reading on a GPU: the kernels through both frameworks, near the oracle, bit for bit each other's."""
+
+import numpy as np
+import pytest
+
+from kvcore.layout import _CONSTANTS as LAYOUTS
+from tests.reads import BOUNDS, assert_near_oracle, attend_jax, attend_torch, make_read, oracle
+from tests.test_attention import LENGTHS, MEANINGS
+from tests.test_gather import assert_gathers, gather_jax, gather_torch
+
+pytestmark = pytest.mark.gpu
+
+KERNELS = {"jax triton": attend_jax, "torch triton": lambda case: attend_torch(case, device="cuda")}
+GATHERS = {"jax triton": gather_jax, "torch triton": lambda *x: gather_torch(*x, device="cuda")}
+PORTABLE = {"jax xla": lambda case: attend_jax(case, "xla"), "torch": lambda case: attend_torch(case, "torch", "cuda")}
+
+
+def assert_kernels(case, implementations=KERNELS):
+    """Near the oracle, and the same bits from both frameworks."""
+    results = {}
+
+    def remember(name, run):
+        return lambda case: results.setdefault(name, run(case))
+
+    assert_near_oracle(case, {name: remember(name, run) for name, run in implementations.items()})
+    for a, b in zip(results["jax triton"], results["torch triton"], strict=True):
+        assert a.tobytes() == b.tobytes()
+
+
+@pytest.mark.parametrize("layer", [None, 1])
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout, ragged, layer):
+    case = make_read(
+        np.random.default_rng(0), layout=layout, dtype="bfloat16", seq_lens=(0, 1, 700, 129), block_size=16,
+        head_size=64, query_lens=(0, 1, 150, 70) if ragged else None, num_layers=None if layer is None else 3,
+        layer=layer,
+    )  # fmt: skip
+    assert_kernels(case, KERNELS | PORTABLE)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "cache_dtype", "kv_cache_dtype", "storage"),
+    [
+        ("bfloat16", "bfloat16", "auto", None),
+        ("float16", "float16", "auto", None),
+        ("float32", "float32", "auto", None),
+        ("float32", "bfloat16", "auto", None),
+        ("bfloat16", "float16", "auto", None),
+        ("bfloat16", None, "fp8", "uint8"),
+        ("bfloat16", None, "fp8_e4m3", "float8_e4m3fn"),
+        ("float16", None, "fp8_e5m2", "uint8"),
+        ("float32", None, "fp8_e5m2", "float8_e5m2"),
+        ("float16", None, "fp8", "uint8"),
+    ],
+)
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("layout", ["NHD", "HND", "HEAD_MAJOR", "MLA"])
+def test_dtypes(layout, ragged, dtype, cache_dtype, kv_cache_dtype, storage):
+    case = make_read(
+        np.random.default_rng(1), layout=layout, dtype=dtype, cache_dtype=cache_dtype, kv_cache_dtype=kv_cache_dtype,
+        storage=storage, query_lens=(1, 0, 30, 200) if ragged else None, seq_lens=(1, 0, 300, 333), head_size=128,
+    )  # fmt: skip
+    assert_kernels(case)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_lengths(lengths, dtype):
+    assert_kernels(make_read(np.random.default_rng(2), dtype=dtype, **lengths))
+
+
+@pytest.mark.parametrize("meaning", MEANINGS.values(), ids=MEANINGS)
+@pytest.mark.parametrize("ragged", [False, True])
+def test_meanings(meaning, ragged):
+    query_lens = (2, 0, 50, 300) if ragged else None
+    case = make_read(
+        np.random.default_rng(3), dtype="bfloat16", query_lens=query_lens, seq_lens=(2, 1, 90, 300), head_size=64,
+        **meaning,
+    )  # fmt: skip
+    case.options["sinks"] = np.random.default_rng(3).standard_normal(4).astype(np.float32)
+    assert_kernels(case)
+
+
+@pytest.mark.parametrize("head_size", [64, 80, 96, 128, 192, 256])
+@pytest.mark.parametrize("group", [1, 3, 4, 8, 20])
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
+def test_groups_and_heads(group, head_size, kv_cache_dtype):
+    rng = np.random.default_rng(4)
+    for query_lens in (None, (1, 5, 64)):
+        case = make_read(
+            rng, dtype="bfloat16", group=group, head_size=head_size, num_heads=2, seq_lens=(1, 300, 64),
+            query_lens=query_lens, block_size=16, kv_cache_dtype=kv_cache_dtype, storage="uint8",
+        )  # fmt: skip
+        assert_kernels(case)
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
+@pytest.mark.parametrize("queries", [1, 2, 100])
+def test_latent_attention(queries, kv_cache_dtype):
+    case = make_read(
+        np.random.default_rng(5), layout="MLA", dtype="bfloat16", group=128, head_size=576, head_size_v=512,
+        seq_lens=(100, 333), query_lens=(queries, queries), block_size=64, kv_cache_dtype=kv_cache_dtype,
+        storage="uint8",
+    )  # fmt: skip
+    assert_kernels(case)
+
+
+def test_thousands_of_positions():
+    rng = np.random.default_rng(6)
+    for options in (dict(), dict(query_lens=(1, 40)), dict(sliding_window=1000)):
+        case = make_read(rng, dtype="bfloat16", head_size=64, num_heads=1, group=4, seq_lens=(5000, 3001), **options)
+        assert_kernels(case)
+
+
+def test_no_worse_than_torch():
+    """At most a quarter more error than scaled_dot_product_attention has on the same keys and values."""
+    import torch
+
+    import torchkv
+
+    rng = np.random.default_rng(7)
+    case = make_read(
+        rng, dtype="bfloat16", head_size=128, num_heads=2, group=4, seq_lens=(2048,) * 4, block_size=16, spare=0
+    )
+    want, _ = oracle(case)
+    caches = [torch.from_numpy(c.view(np.int16)).cuda().view(torch.bfloat16) for c in case.caches]
+    tables, lens = torch.from_numpy(case.block_tables).cuda(), torch.from_numpy(case.seq_lens).cuda()
+    key, value = torchkv.gather_kv(caches, tables, lens, 2048)
+    query = torch.from_numpy(case.query.view(np.int16)).cuda().view(torch.bfloat16)
+    theirs = torch.nn.functional.scaled_dot_product_attention(
+        query[:, :, None], key.transpose(1, 2), value.transpose(1, 2), enable_gqa=True
+    )[:, :, 0]
+    ours = torchkv.paged_attention(query, caches, tables, lens)
+
+    def error(out):
+        return np.abs(out.double().cpu().numpy() - want).max() / np.abs(want).max()
+
+    assert error(ours) <= BOUNDS["bfloat16"]
+    assert error(ours) <= 1.25 * error(theirs)
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
+def test_offsets_beyond_32_bits(kv_cache_dtype):
+    """Two blocks at the ends of a cache of more than 2³² elements give what they give in a small one."""
+    import torch
+
+    import torchkv
+
+    num_blocks = 2**32 // (16 * 4 * 128) + 64
+    dtype = torch.bfloat16 if kv_cache_dtype == "auto" else torch.uint8
+    cache = torch.zeros((num_blocks, 16, 2, 2, 128), dtype=dtype, device="cuda")
+    tables = torch.tensor([[num_blocks - 1, num_blocks // 2 + 1]], device="cuda", dtype=torch.int32)
+    slots = (tables.long()[0, :, None] * 16 + torch.arange(16, device="cuda")).flatten()
+    lens = torch.tensor([32], device="cuda", dtype=torch.int32)
+    key, value = torch.randn((2, 32, 2, 128), device="cuda", dtype=torch.bfloat16)
+    query = torch.randn((1, 4, 128), device="cuda", dtype=torch.bfloat16)
+    options = {"kv_cache_dtype": kv_cache_dtype, "layout": "block slot kv head dim"}
+    torchkv.reshape_and_cache_flash_diffkv(key, value, cache, slots, **options)
+    small, first_two = cache[tables[0].long()].contiguous(), torch.tensor([[0, 1]], device="cuda")
+    out = torchkv.paged_attention(query, cache, tables, lens, **options)
+    assert out.abs().max() > 0
+    assert torch.equal(out, torchkv.paged_attention(query, small, first_two, lens, **options))
+    for got, want in zip(
+        torchkv.gather_kv(cache, tables, lens, 32, **options),
+        torchkv.gather_kv(small, first_two, lens, 32, **options),
+        strict=True,
+    ):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("cache_dtype", "kv_cache_dtype", "dtype"),
+    [("bfloat16", "auto", "bfloat16"), ("float32", "auto", "bfloat16"), (None, "fp8", "bfloat16"),
+     (None, "fp8_e5m2", "float16"), ("bfloat16", "auto", "float32")],
+)  # fmt: skip
+def test_gather(layout, cache_dtype, kv_cache_dtype, dtype):
+    case = make_read(
+        np.random.default_rng(8), layout=layout, cache_dtype=cache_dtype, kv_cache_dtype=kv_cache_dtype, head_size=40,
+        seq_lens=(0, 1, 50, 130), block_size=16, scales=(0.37, 3.0), storage="uint8",
+    )  # fmt: skip
+    assert_gathers(case, 131, dtype, GATHERS)
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["fp8_e4m3", "fp8_e5m2"])
+def test_gather_of_every_fp8_number(kv_cache_dtype):
+    case = make_read(
+        np.random.default_rng(4), kv_cache_dtype=kv_cache_dtype, storage="uint8", block_size=16, seq_lens=(16,),
+        num_heads=1, head_size=16, spare=0, scales=(1.0, 0.3),
+    )  # fmt: skip
+    for cache in case.caches:
+        cache[...] = np.arange(256, dtype=np.uint8).reshape(cache.shape)
+    for dtype in ("float32", "float16", "bfloat16"):
+        assert_gathers(case, 16, dtype, GATHERS)
+
+
+def test_a_decode_step_in_a_cuda_graph():
+    """Written and attended in a graph, replayed with longer sequences: nothing depends on lengths."""
+    import torch
+
+    import torchkv
+
+    cache = torchkv.PagedKVCache.create(
+        num_layers=2, num_blocks=64, block_size=16, num_heads=2, head_size=64, device="cuda", layout="HND"
+    )
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, device="cuda", generator=generator, dtype=torch.bfloat16)
+
+    tables = torch.randperm(64, device="cuda", generator=generator).view(4, 16).int()
+    history = normal(2, 4, 100, 2, 64)
+    key, value, query = normal(4, 2, 64), normal(4, 2, 64), normal(4, 8, 64)
+    lens = torch.zeros(4, dtype=torch.int32, device="cuda")
+    rows = torch.arange(4, device="cuda")
+
+    def step():
+        position = (lens - 1).long()
+        slots = tables[rows, position // 16].long() * 16 + position % 16
+        cache.write(key, value, slots, layer=1)
+        return cache.attend(query, tables, lens, layer=1)
+
+    lens += 1
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    lens.zero_()
+    for n in range(100):
+        key.copy_(history[0, :, n])
+        value.copy_(history[1, :, n])
+        lens += 1
+        graph.replay()
+    q, k, v = query.view(4, 2, 4, 64).float(), *(h.transpose(1, 2).float() for h in history)
+    want = torch.softmax(torch.einsum("bhgd,bhnd->bhgn", q, k) / 8, -1) @ v
+    torch.testing.assert_close(out.float(), want.reshape(4, 8, 64), atol=2e-2, rtol=2e-2)
+
+
+def test_torch_compile_and_opcheck():
+    import torch
+
+    import torchkv
+
+    case = make_read(np.random.default_rng(9), dtype="bfloat16", head_size=64, seq_lens=(5, 40), query_lens=(2, 7))
+    from tests.arrays import to_torch
+
+    query, tables, lens, starts = (
+        to_torch(a.copy(), "cuda") for a in (case.query, case.block_tables, case.seq_lens, case.query_start_loc)
+    )
+    caches = [to_torch(c.copy(), "cuda") for c in case.caches]
+
+    def attend(query):
+        return torchkv.paged_attention(query * 2, caches, tables, lens, query_start_loc=starts) + 1
+
+    torch.testing.assert_close(torch.compile(attend, fullgraph=True)(query), attend(query))

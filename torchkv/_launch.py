@@ -1,0 +1,79 @@
+"""Compiled kernels on torch's current device, started by integer pointers, past Triton's own launcher."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvcore.plan import Target
+
+
+class Kernel(NamedTuple):
+    """A compiled kernel and what its launches have in common."""
+
+    compiled: Any  # triton's CompiledKernel; holds the loaded binary
+    run: Callable[..., None]
+    hooks: Any  # triton.knobs.runtime
+    constexprs: tuple[None, ...]
+
+
+_kernels: dict[tuple[Any, ...], Kernel] = {}
+
+
+def load(
+    kernel: Any,
+    pointers: Mapping[str, str | None],
+    scalars: Mapping[str, str],
+    constexprs: Mapping[str, Any],
+    num_warps: int,
+    aligned: frozenset[str],
+    options: Mapping[str, Any],
+) -> Kernel:
+    """Compiles for the current device, once. Arguments are those of `kvcore.compiler.compile_kernel`."""
+    from triton import knobs
+
+    from kvcore.compiler import compile_kernel
+
+    wanted = (
+        kernel, *pointers.items(), *constexprs.items(), num_warps, aligned, *options.items(),
+        torch.cuda.current_device(),
+    )  # fmt: skip
+    if wanted not in _kernels:
+        compiled = compile_kernel(kernel, target(), pointers, scalars, constexprs, num_warps, aligned, options)
+        _kernels[wanted] = Kernel(compiled, compiled.run, knobs.runtime, (None,) * len(constexprs))
+    return _kernels[wanted]
+
+
+def start(kernel: Kernel, grid: tuple[int, int, int], device: int, arguments: Sequence[Any]) -> None:
+    """Starts a kernel on the current stream. `device` is the current device's index."""
+    arguments = (*arguments, *kernel.constexprs)
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    enter, leave, metadata = kernel.hooks.launch_enter_hook, kernel.hooks.launch_exit_hook, None
+    if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a profiler listens
+        metadata = kernel.compiled.launch_metadata(grid, stream, *arguments)
+    else:
+        enter = leave = None
+    compiled = kernel.compiled
+    kernel.run(*grid, stream, compiled.function, compiled.packed_metadata, metadata, enter, leave, *arguments)
+
+
+def target() -> Target:
+    """What torch's current device is."""
+    from triton.runtime import driver
+
+    found = driver.active.get_current_target()
+    return Target(found.backend, found.arch, found.warp_size)
+
+
+def address(tensor: Tensor | None) -> int | None:
+    """Where a tensor begins."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def signature(tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    """All of tensors that a launch depends on, but for their addresses."""
+    return tuple(
+        None if t is None else (t.dtype, t.shape, t.stride(), t.device, t.data_ptr() & 15 == 0, t.data_ptr() & 1 == 0)
+        for t in tensors
+    )

@@ -1,0 +1,95 @@
+"""Calls of the ops that read a cache: their arguments under their names, and the contract's verdict on them."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from kvcore.checks import ArraySpec
+from kvcore.read_contract import Attention, Gather, Options, check_attention, check_gather
+from torchkv._call import spec_of
+
+
+class AttentionCall(NamedTuple):
+    """Arguments of `paged_attention`, in the order of its schema.
+
+    `layer` is a static index, `layer_index` one in memory; at most one of them is given.
+    """
+
+    query: Tensor
+    caches: list[Tensor]
+    block_tables: Tensor
+    seq_lens: Tensor
+    query_start_loc: Tensor | None
+    scale: float | None
+    causal: bool
+    sliding_window: int | None
+    soft_cap: float | None
+    sinks: Tensor | None
+    kv_cache_dtype: str
+    k_scale: Tensor | None
+    v_scale: Tensor | None
+    layout: str | None
+    layer: int | None
+    layer_index: Tensor | None
+    head_size_v: int | None
+    backend: str | None
+
+
+class GatherCall(NamedTuple):
+    """Arguments of `gather_kv`, in the order of its schema."""
+
+    caches: list[Tensor]
+    block_tables: Tensor
+    seq_lens: Tensor
+    max_len: int
+    dtype: str | None
+    kv_cache_dtype: str
+    k_scale: Tensor | None
+    v_scale: Tensor | None
+    layout: str | None
+    layer: int | None
+    layer_index: Tensor | None
+    head_size: int | None
+    head_size_v: int | None
+    backend: str | None
+
+
+def describe_attention(call: AttentionCall) -> Attention:
+    """What the contract says of a call; tensors may be fake."""
+    return check_attention(
+        spec_of(call.query),
+        [spec_of(c) for c in call.caches],
+        spec_of(call.block_tables),
+        spec_of(call.seq_lens),
+        _maybe(call.query_start_loc),
+        _maybe(call.sinks),
+        Options(call.scale, call.causal, call.sliding_window, call.soft_cap),
+        call.kv_cache_dtype,
+        _maybe(call.k_scale),
+        _maybe(call.v_scale),
+        call.layout,
+        call.layer if call.layer_index is None else spec_of(call.layer_index),
+        call.head_size_v,
+    )
+
+
+def describe_gather(call: GatherCall) -> Gather:
+    """What the contract says of a call; tensors may be fake."""
+    return check_gather(
+        [spec_of(c) for c in call.caches],
+        spec_of(call.block_tables),
+        spec_of(call.seq_lens),
+        call.max_len,
+        call.dtype,
+        call.kv_cache_dtype,
+        _maybe(call.k_scale),
+        _maybe(call.v_scale),
+        call.layout,
+        call.layer if call.layer_index is None else spec_of(call.layer_index),
+        call.head_size,
+        call.head_size_v,
+    )
+
+
+def _maybe(tensor: Tensor | None) -> ArraySpec | None:
+    return None if tensor is None else spec_of(tensor)

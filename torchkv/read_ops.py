@@ -1,0 +1,178 @@
+"""The public functions that read a cache: attention over it, and a gather out of it."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kvcore.checks import check_options
+from kvcore.layout import CacheLayout
+from kvcore.read_contract import check_attention_options
+from torchkv import _read_library
+from torchkv.ops import BACKENDS, op_options, scale_tensor
+
+
+def paged_attention(
+    query: Tensor,
+    caches: Tensor | Sequence[Tensor],
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    *,
+    query_start_loc: Tensor | None = None,
+    scale: float | None = None,
+    causal: bool = True,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: Tensor | None = None,
+    kv_cache_dtype: str = "auto",
+    k_scale: Tensor | float | None = None,
+    v_scale: Tensor | float | None = None,
+    layout: str | CacheLayout | None = None,
+    layer: int | Tensor | None = None,
+    head_size_v: int | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of new tokens over a paged KV cache: decode, speculative decoding, chunked prefill, or any mix.
+
+    Query i of a sequence with n queries stands at position `seq_len - n + i`. Sequences of length 0, and query rows
+    past `query_start_loc[-1]`, give zeros. Entries of block_tables past a sequence's length are never read; one in
+    range that is no block of the cache reads nothing: its positions are left out. What unused slots hold, NaN too, has
+    no effect.
+
+    Everything runs on the current stream of the tensors' device and nothing is synchronised, so that CUDA graphs can
+    capture it. What is launched depends on shapes only, never on lengths. Tensors may be strided. Not differentiable.
+
+    Args:
+        query: `[num_tokens, num_q_heads, head_size]` of float16, bfloat16 or float32; num_q_heads a multiple of the
+            cache's heads. Query head h attends over KV head `h // (num_q_heads / num_heads)`.
+        caches: `(key_cache, value_cache)`, or one tensor for layouts that hold both.
+        block_tables: `[num_seqs, max_blocks]` of int32 or int64: the blocks of each sequence, in order.
+        seq_lens: `[num_seqs]` of int32 or int64: tokens of each sequence in the cache, the queries' own among them.
+        query_start_loc: `[num_seqs + 1]` of int32 or int64: sequence s has the query tokens from `query_start_loc[s]`
+            to below `query_start_loc[s + 1]`. None: one token each.
+        scale: What logits are multiplied by; None means `head_size ** -0.5`.
+        causal: Whether a query sees positions up to its own only.
+        sliding_window: With causal, how many of the last positions a query sees, its own among them; None means all.
+        soft_cap: A logit x becomes `soft_cap * tanh(x / soft_cap)`; None means no cap.
+        sinks: `[num_q_heads]`: one more logit of each head in the softmax's denominator.
+        kv_cache_dtype: "auto", or the fp8 format that a uint8 cache holds: "fp8" (= "fp8_e4m3") or "fp8_e5m2".
+        k_scale: float32 of one element, or a number, by which fp8 keys are multiplied; None means 1.
+        v_scale: Likewise, for values.
+        layout: As in `reshape_and_cache_flash`; for one tensor, None means `block slot head k+v`, or
+            `block slot latent` where it has 3 axes (4 with `layer`).
+        layer: Index into the layout's `layer` axis. Out of range in a Tensor, nothing is read.
+        head_size_v: Elements of a value; needed where V is the first part of K (`block slot latent`).
+        return_lse: Whether the log-sum-exp is returned, too.
+        backend: None runs "triton" on CUDA and ROCm, "torch" elsewhere. "interpret" runs the Triton kernel in its
+            interpreter, on CPU tensors, for tests.
+
+    Returns:
+        `[num_tokens, num_q_heads, head_size_v]` of query's dtype; with return_lse also the natural logarithm of the
+        softmax's denominator, `[num_tokens, num_q_heads]` float32, -inf where nothing is seen, with which
+        `merge_attention` joins results over parts of the positions.
+
+    Raises:
+        ValueError: a shape, layout, choice or device does not fit.
+        TypeError: a dtype does not fit.
+    """
+    check_options(kv_cache_dtype, k_scale, v_scale, layer, backend, BACKENDS)
+    options = check_attention_options(scale, causal, sliding_window, soft_cap)
+    caches = as_list(caches)
+    out, lse = _read_library.attention(
+        query,
+        caches,
+        block_tables,
+        seq_lens,
+        query_start_loc,
+        *options,
+        sinks,
+        kv_cache_dtype,
+        scale_tensor(k_scale, caches[0]),
+        scale_tensor(v_scale, caches[0]),
+        *op_options(layout, layer),
+        head_size_v,
+        backend,
+    )
+    return (out, lse) if return_lse else out
+
+
+def gather_kv(
+    caches: Tensor | Sequence[Tensor],
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    max_len: int,
+    *,
+    dtype: torch.dtype | str | None = None,
+    kv_cache_dtype: str = "auto",
+    k_scale: Tensor | float | None = None,
+    v_scale: Tensor | float | None = None,
+    layout: str | CacheLayout | None = None,
+    layer: int | Tensor | None = None,
+    head_size: int | None = None,
+    head_size_v: int | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Keys and values of sequences, out of a paged KV cache into contiguous tensors.
+
+    Args:
+        caches: `(key_cache, value_cache)`, or one tensor for layouts that hold both.
+        block_tables: `[num_seqs, max_blocks]` of int32 or int64: the blocks of each sequence, in order.
+        seq_lens: `[num_seqs]` of int32 or int64: tokens of each sequence in the cache.
+        max_len: Positions of a sequence in the result.
+        dtype: float16, bfloat16 or float32; None means the cache's own, or bfloat16 for fp8.
+        kv_cache_dtype: "auto", or the fp8 format that a uint8 cache holds.
+        k_scale: float32 of one element, or a number, by which fp8 keys are multiplied; None means 1.
+        v_scale: Likewise, for values.
+        layout: As in `paged_attention`.
+        layer: Index into the layout's `layer` axis. Out of range in a Tensor, nothing is read.
+        head_size: Elements of a key; needed for layouts with an axis `k+v`.
+        head_size_v: Elements of a value; needed where V is the first part of K (`block slot latent`).
+        backend: None, "triton", "torch" or "interpret".
+
+    Returns:
+        Key `[num_seqs, max_len, num_heads, head_size]` and value `[num_seqs, max_len, num_heads, head_size_v]`: the
+        cache's bits, or `round(float32(x) * scale)`. Zeros past each length, and where block_tables has no block of the
+        cache.
+
+    Raises:
+        ValueError: a shape, layout, choice or device does not fit.
+        TypeError: a dtype does not fit.
+    """
+    check_options(kv_cache_dtype, k_scale, v_scale, layer, backend, BACKENDS)
+    caches = as_list(caches)
+    key, value = _read_library.gather(
+        caches,
+        block_tables,
+        seq_lens,
+        max_len,
+        str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype,
+        kv_cache_dtype,
+        scale_tensor(k_scale, caches[0]),
+        scale_tensor(v_scale, caches[0]),
+        *op_options(layout, layer),
+        head_size,
+        head_size_v,
+        backend,
+    )
+    return key, value
+
+
+def merge_attention(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+    """Joins attention over parts of the positions, as devices compute that share a context between them.
+
+    Args:
+        outs: `[parts, num_tokens, num_q_heads, head_size_v]`, from `paged_attention` over each part.
+        lses: `[parts, num_tokens, num_q_heads]` float32, from the same calls. Sinks belong to one part only.
+
+    Returns:
+        What one call over all the positions gives: result of outs' dtype, and log-sum-exp.
+    """
+    lse = torch.logsumexp(lses, dim=0)
+    weights = torch.exp(lses - torch.where(lse == -torch.inf, 0.0, lse))
+    return torch.sum(outs.float() * weights[..., None], dim=0).to(outs.dtype), lse
+
+
+def as_list(caches: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """One cache or two, as a list."""
+    return [caches] if isinstance(caches, Tensor) else list(caches)
