@@ -11,7 +11,7 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -176,10 +176,9 @@ class Program:
         """Seconds a step, median of 3, and whether the last hidden state is finite."""
         batch = tables.shape[0]
         times = []
-        x = None
+        x = jnp.zeros((batch, weights["embedding"].shape[1]), jnp.bfloat16)
         for _ in range(4):
             tokens, lengths = jnp.arange(batch, dtype=jnp.int32), jnp.full(batch, start, jnp.int32)
-            x = jnp.zeros((batch, weights["embedding"].shape[1]), jnp.bfloat16)
             state = jax.block_until_ready((cache, tokens, lengths, x))
             started = time.perf_counter()
             cache, _, _, x = jax.block_until_ready(self.compiled(weights, tables, state))
@@ -206,22 +205,24 @@ def measure(shape: Shape, weights: Weights, batch: int, context: int, copied: fl
     row |= {"weight_bytes": weight_bytes, "kv_bytes": kv_bytes, "limit_ms": limit * 1e3, "failed": {}}
     row |= {"weights_ms": weight_bytes / copied * 1e3, "kv_ms": kv_bytes / copied * 1e3}
 
-    def programs(names: list[str | None]) -> Iterator[tuple[str | None, Program]]:
-        """Compiled side by side."""
+    def programs(names: Sequence[str | None]) -> list[Program]:
+        """Compiled side by side, all of them before any is timed."""
         cache = jax.eval_shape(functools.partial(make_cache, shape, batch * per_sequence))
         integers = jax.ShapeDtypeStruct((batch,), jnp.int32)
         state = cache, integers, integers, jax.ShapeDtypeStruct((batch, shape.hidden), jnp.bfloat16)
         made = [Program(shape, name, steps, weights, tables, state) for name in names]
         with ThreadPoolExecutor() as pool:
-            yield from zip(names, pool.map(Program.compile, made), strict=True)
+            return list(pool.map(Program.compile, made))
 
     # The whole program first: its matrix products are tuned once, and the others find the results.
-    for names in ([None], list(PARTS) if parts else []):
+    groups: list[tuple[str | None, ...]] = [(None,), PARTS] if parts else [(None,)]
+    for names in groups:
         started = time.perf_counter()
         try:
-            for name, program in programs(names):
+            compiled = programs(names)
+            row.setdefault("compile_s", time.perf_counter() - started)
+            for name, program in zip(names, compiled, strict=True):
                 gc.collect()
-                row.setdefault("compile_s", time.perf_counter() - started)
                 found = program.time(weights, tables, make_cache(shape, batch * per_sequence), start)
                 key = "step" if name is None else f"no_{name}"
                 row[f"{key}_ms"] = found.pop("seconds") * 1e3

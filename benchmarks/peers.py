@@ -12,13 +12,13 @@ import torch.nn.functional as F  # noqa: N812
 
 from benchmarks.attention_inputs import BLOCK_SIZE, Inputs
 
-Calls = list[Callable[[], torch.Tensor]]
+Calls = list[Callable[[], Any]]
 JaxPeer = tuple[str, Callable[..., Any], Any]
 
 
 def flashinfer(inputs: Inputs) -> Calls:
     """FlashInfer's CUDA kernels; compiled by nvcc when first used, which takes a minute: see `build_flashinfer`."""
-    from flashinfer import BatchDecodeWithPagedKVCacheWrapper, BatchPrefillWithPagedKVCacheWrapper
+    import flashinfer as package  # type: ignore[import-not-found]
 
     case = inputs.case
     workspace = torch.zeros(2**28, dtype=torch.uint8, device=inputs.device)
@@ -31,10 +31,10 @@ def flashinfer(inputs: Inputs) -> Calls:
 
     def planned(query: torch.Tensor, tables: torch.Tensor) -> Callable[[], torch.Tensor]:
         if inputs.query_starts is None:
-            wrapper = BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True)
+            wrapper = package.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True)
             wrapper.plan(starts, tables.flatten(), full, *heads, **dtypes)
         else:
-            wrapper = BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD")
+            wrapper = package.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD")
             wrapper.plan(inputs.query_starts.cpu(), starts, tables.flatten(), full, *heads, causal=True, **dtypes)
         return lambda: wrapper.run(query, caches)
 

@@ -30,11 +30,11 @@ def main(argv: list[str]) -> None:
 
 
 def draw(rows: list[dict[str, Any]], device: str, path: str) -> None:
-    import matplotlib as mpl
+    import matplotlib as mpl  # type: ignore[import-not-found]
 
     mpl.use("svg")
     mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "jaxkv", "font.size": 10})
-    from matplotlib import pyplot
+    from matplotlib import pyplot  # type: ignore[import-not-found]
 
     figure, axes = pyplot.subplots(figsize=(7, 4.4))
     contexts = [row["context"] for row in rows]

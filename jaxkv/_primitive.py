@@ -219,7 +219,7 @@ def head_split(axes: Sequence[Axis], spec: P) -> Any:
     for axis, mesh_axes in zip(axes, (*spec, *(None,) * (len(axes) - len(spec))), strict=True):
         if mesh_axes is None:
             continue
-        if "head" not in axis:
+        if axis[0] != "head":  # of a joined (kv head), devices would get K or V
             raise ValueError(
                 f"a cache may be split over heads only, got axis {' '.join(axis)} split over {mesh_axes}; "
                 "jax.shard_map can give each device blocks of its own"

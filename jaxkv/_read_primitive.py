@@ -1,7 +1,7 @@
 """Reading as JAX primitives: attention and gather, lowered by platform, split over heads, batched.
 
 As `_primitive.py`: `read_p` is what users bind; where several devices share the work it lowers to a custom
-partitioning, which gives each device a `local_p` for its own heads. Both ops are calls of one primitive that differ in `Options.op`.
+partitioning, which gives each device a `local_p` for its own heads. Both ops are one primitive; `Options.op` tells.
 """
 
 import functools
@@ -217,22 +217,22 @@ def _sharding_rule(options: Options, operands: Operands) -> tuple[str, dict[str,
     """How shardings spread: by KV heads h, each with g query heads; every other axis is on its own."""
     fresh = (f"i{n}" for n in range(1000))
     specs: Any = jax.tree.map(lambda x: " ".join(next(fresh) for _ in x.shape), operands)
-    arrays = options.layout.arrays
-    alone = any(("head",) in axes for axes in arrays)  # not joined with kv, and not left out
-    caches = tuple(
-        " ".join(("h" if alone else "k") if "head" in axis else next(fresh) for axis in axes) for axes in arrays
-    )
+    heads = _num_heads(options, operands)
+    # A factor that shares an axis with another may not have size 1, and is given its size if it is nowhere alone.
+    names = {("head",): "h"} | ({("head", "kv"): "(h c)"} if heads > 1 else {})
+    arrays = [[names.get(axis) or next(fresh) for axis in axes] for axes in options.layout.arrays]
+    specs = specs._replace(caches=tuple(map(" ".join, arrays)))
+    sizes = {"c": 2} if any("(h c)" in axes for axes in arrays) else {}
     if options.attention is None:
-        heads, sizes = "h" if alone else "q", {}
-        outs = [f"{next(fresh)} {next(fresh)} {heads} {next(fresh)}" for _ in range(2)]
-        specs = specs._replace(caches=caches)
+        outs = [f"{next(fresh)} {next(fresh)} h {next(fresh)}" for _ in range(2)]
     else:
-        heads = "(h g)" if alone else "q"
-        group = operands.query.shape[1] // _num_heads(options, operands)  # type: ignore[union-attr]
-        sizes = {"g": group} if alone else {}
-        outs = [f"{next(fresh)} {heads} {next(fresh)}", f"{next(fresh)} {heads}"]
-        sinks = None if operands.sinks is None else heads
-        specs = specs._replace(caches=caches, query=f"{next(fresh)} {heads} {next(fresh)}", sinks=sinks)
+        group = operands.query.shape[1] // heads  # type: ignore[union-attr]
+        query = "h" if group == 1 else "q" if heads == 1 else "(h g)"
+        if query == "(h g)":
+            sizes |= {"g": group} | ({} if any("h" in axes for axes in arrays) else {"h": heads})
+        outs = [f"{next(fresh)} {query} {next(fresh)}", f"{next(fresh)} {query}"]
+        sinks = None if operands.sinks is None else query
+        specs = specs._replace(query=f"{next(fresh)} {query} {next(fresh)}", sinks=sinks)
     return f"{', '.join(jax.tree.leaves(specs))} -> {', '.join(outs)}", sizes
 
 

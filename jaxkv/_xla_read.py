@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kvcore.quantization import FloatFormat
+from jaxkv._primitive import vary, varying_axes
+from kvcore.quantization import FP8, FloatFormat
 from kvcore.read_contract import Attention, Cache, Gather
 
 if TYPE_CHECKING:
@@ -173,6 +174,7 @@ def _online_softmax(call: Attention, x: "Operands", layer: int | None, queries: 
     # The lowest number, not -inf: a row that has seen nothing yet has weights exp(-inf), not exp(-inf + inf).
     top = jnp.full(front, jnp.finfo(jnp.float32).min)
     state = (top, jnp.zeros(front, jnp.float32), jnp.zeros((*front, extents.head_size_v), jnp.float32))
+    state = jax.tree.map(lambda s: vary(s, varying_axes(queries.query)), state)  # within shard_map
     return lax.fori_loop(jnp.int32(first), end.astype(jnp.int32), step, state)
 
 
@@ -215,11 +217,14 @@ def _take(cache: Cache, x: "Operands", kv: int, at: Mapping[str, jax.Array], win
         Axes of the indices, then `window`, then dim, or dim // x and x.
     """
     i = kv if len(x.caches) == 2 else 0
+    array = x.caches[i]
+    if array.dtype.name in FP8:  # XLA's CPU code would gather from wider floats, made of the whole cache
+        array = lax.bitcast_convert_type(array, jnp.uint8)
     sizes: dict[str, int] = {}
-    for axis, size in zip(cache.layout.arrays[i], x.caches[i].shape, strict=True):
+    for axis, size in zip(cache.layout.arrays[i], array.shape, strict=True):
         for name in axis:  # joined axes are taken apart: a bitcast
             sizes[name] = size if len(axis) == 1 else 2 if name == "kv" else size // 2
-    array = x.caches[i].reshape(tuple(sizes.values()))
+    array = array.reshape(tuple(sizes.values()))
     names, extents = list(sizes), cache.placement.extents
 
     first_dim = extents.head_size if cache.layout.packed and kv else 0
