@@ -62,7 +62,7 @@ def ours_in_torch(inputs: Inputs) -> peers.Calls:
     arguments: dict[str, Any] = dict(zip(("k_scale", "v_scale"), inputs.scales, strict=True))
     arguments |= inputs.options | {"query_start_loc": inputs.query_starts}
 
-    def call(query: torch.Tensor, tables: torch.Tensor) -> Callable[[], torch.Tensor]:
+    def call(query: torch.Tensor, tables: torch.Tensor) -> Callable[[], Any]:
         return lambda: torchkv.paged_attention(query, caches, tables, inputs.seq_lens, **arguments)
 
     return [call(*each) for each in inputs.sets]
@@ -115,7 +115,7 @@ class JaxInputs:
         import numpy as np
 
         out = jax.jit(attend)(self.query, self.tables[0], self.seq_lens, arrays)
-        return {"error": self.inputs.error(torch.from_numpy(np.asarray(out.astype("float32"))))}
+        return {"error": self.inputs.error(torch.from_numpy(np.array(out.astype("float32"))))}
 
     def _time(self, attend: Callable[..., Any], arrays: Any, estimate: float) -> float:
         """In a loop in which each call's query is the result of the one before, so that none is left out or moved."""
@@ -161,7 +161,7 @@ def measure(case: Case, copied: float, peers_too: bool, jax_too: bool) -> dict[s
         row[f"{name}_ratio"] = row["limit_us"] / found["us"]
         row[f"{name}_tflops"] = case.flops / found["us"] / 1e6
         if not found["error"] <= TOLERANCE:
-            row["failed"][name] = f"wrong by {found['error']:.2g} of the largest element"
+            row["failed"][name] = f"off by {found['error']:.2g} of the largest element"
 
     attempt("torchkv", lambda: torch_results(inputs, ours_in_torch(inputs)))
     names = case.peers if peers_too else ()
@@ -176,6 +176,8 @@ def measure(case: Case, copied: float, peers_too: bool, jax_too: bool) -> dict[s
             # Twice as slow as ours, or more: the loop may be shorter.
             attempt(name, lambda name=name: arrays.results(peers.JAX[name](inputs, arrays.caches), 2 * estimate))
             _free()
+        if case.series and "pallas_setting" in row:
+            peers.prefer_pallas_setting(row["pallas_setting"])
     return row
 
 
@@ -197,7 +199,7 @@ def compare_with_bf16(row: dict[str, Any], rows: list[dict[str, Any]]) -> None:
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks attention", description=__doc__)
-    parser.add_argument("--cases", nargs="+", help="names, sizes (64x8192) or layouts; default: all")
+    parser.add_argument("--cases", nargs="+", help="any of these, as 'fp8' or 'decode HND 64x8192'")
     parser.add_argument("--json", help="where to write the results")
     parser.add_argument("--no-peers", action="store_true", help="this package only")
     parser.add_argument("--no-jax", action="store_true", help="torch only")
@@ -211,7 +213,8 @@ def main(argv: list[str]) -> None:
     print(f"copy: {copied / 1e12:.3f} TB/s", flush=True)
     rows: list[dict[str, Any]] = []
     for case in cases():
-        if args.cases and not {case.name, case.size, case.layout} & set(args.cases):
+        words = {*case.name.split(), case.size, case.layout}
+        if args.cases and not any(words.issuperset(chosen.split()) for chosen in args.cases):
             continue
         row = measure(case.divided(args.divide), copied, not args.no_peers, not args.no_jax)
         compare_with_bf16(row, rows)
@@ -222,7 +225,8 @@ def main(argv: list[str]) -> None:
         print(f"{time.perf_counter() - started:4.0f} s  {what}, µs: {times}", flush=True)
         for name, what in row["failed"].items():
             print(f"        {name}: {what[:200]}", flush=True)
-        report.save(args.json, rows, benchmark="attention", block_size=BLOCK_SIZE, copy_tb_s=copied / 1e12)
+        more = {"block_size": BLOCK_SIZE, "copy_tb_s": copied / 1e12, "peers": peers.versions()}
+        report.save(args.json, rows, benchmark="attention", **more)
     print_tables(rows)
     return None
 
@@ -233,7 +237,8 @@ def print_tables(rows: list[dict[str, Any]]) -> None:
     names = ("torchkv", "jaxkv", *PEERS, "flex")
     shown = {f"{n}_ratio": ".3f" for n in names if any(f"{n}_ratio" in row for row in decode)}
     versus = {f"{n}_vs_bf16": ".2f" for n in names[:2] if any(f"{n}_vs_bf16" in row for row in decode)}
-    print(report.table(decode, columns | shown | versus))
+    if decode:
+        print(report.table(decode, columns | shown | versus))
     prefill = [row for row in rows if row["queries"] > 1]
     if prefill:
         shown = {f"{n}_tflops": ".0f" for n in names if any(f"{n}_tflops" in row for row in prefill)}

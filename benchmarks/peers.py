@@ -4,6 +4,7 @@ A peer of torch gives a call for each set of inputs. A peer of JAX gives, for ea
 `(query, tables, seq_lens, arrays) -> out` and its arrays.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -132,6 +133,23 @@ TORCH: dict[str, Callable[[Inputs], Calls]] = {
 }
 
 
+# By name: how many times the splits, blocks together, warps, stages.
+PALLAS_SETTINGS = {
+    "128 positions, 4 warps, 3 stages": (1, 8, 4, 3),
+    "64 positions, 4 warps, 4 stages": (1, 4, 4, 4),
+    "128 positions, 8 warps, 2 stages": (1, 8, 8, 2),
+    "128 positions, 4 warps, 3 stages, more splits": (4, 8, 4, 3),
+}
+
+
+def prefer_pallas_setting(name: str) -> None:
+    """Has it tried first; the series tries no other."""
+    setting = PALLAS_SETTINGS.pop(name)
+    others = dict(PALLAS_SETTINGS)
+    PALLAS_SETTINGS.clear()
+    PALLAS_SETTINGS.update({name: setting} | others)
+
+
 def pallas(inputs: Inputs, caches: Any) -> Iterator[JaxPeer]:
     """JAX's deprecated paged attention, in the layout that it wants, with several settings."""
     import warnings
@@ -149,8 +167,9 @@ def pallas(inputs: Inputs, caches: Any) -> Iterator[JaxPeer]:
     # About four programs for each of 132 multiprocessors; it has to divide the blocks.
     enough = 1 << (4 * 132 // (case.batch * case.kv_heads)).bit_length()
     scale = case.head_size**-0.5  # it has none of its own
-    settings = [(1, 8, 4, 3), (1, 4, 4, 4), (1, 8, 8, 2), (4, 8, 4, 3)]
-    for more, together, warps, stages in settings[:1] if case.series and case.context < 32768 else settings:
+    tried = list(PALLAS_SETTINGS.items())
+    once = case.name == "series" or inputs.device == "cpu"
+    for name, (more, together, warps, stages) in tried[:1] if once else tried:
         splits = max(1, min(enough * more, blocks // together))
         setting = {"k_splits": splits, "pages_per_compute_block": together, "num_warps": warps, "num_stages": stages}
 
@@ -159,7 +178,7 @@ def pallas(inputs: Inputs, caches: Any) -> Iterator[JaxPeer]:
             interpret = inputs.device == "cpu"
             return paged_attention(query, *arrays, tables, seq_lens, interpret=interpret, **setting)
 
-        yield ", ".join(f"{name}={value}" for name, value in setting.items()), attend, pages
+        yield name, attend, pages
 
 
 def xla_gather(inputs: Inputs, caches: Any) -> Iterator[JaxPeer]:
@@ -181,6 +200,17 @@ def xla_gather(inputs: Inputs, caches: Any) -> Iterator[JaxPeer]:
 
 
 JAX: dict[str, Callable[[Inputs, Any], Iterator[JaxPeer]]] = {"pallas": pallas, "xla_gather": xla_gather}
+
+
+def versions() -> dict[str, str]:
+    """Of the peers that are installed beside torch and JAX."""
+    from importlib import metadata
+
+    found = {}
+    for package in ("flashinfer-python", "flash-attn", "nvidia-cudnn-cu13"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
 
 
 def build_flashinfer() -> None:

@@ -209,7 +209,7 @@ def _specs(options: Options, specs: Operands, operands: Operands) -> tuple[Opera
 def _num_heads(options: Options, operands: Operands) -> int:
     """KV heads of the caches."""
     shapes = [c.shape for c in operands.caches]
-    head_size = options.head_size or operands.query.shape[2]  # type: ignore[union-attr]
+    head_size = options.head_size if operands.query is None else operands.query.shape[2]
     return options.layout.place(shapes, head_size=head_size, head_size_v=options.head_size_v).extents.num_heads
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxkv._primitive import vary, varying_axes
-from kvcore.quantization import FP8, FloatFormat
+from kvcore.quantization import BFLOAT16, FP8, FloatFormat
 from kvcore.read_contract import Attention, Cache, Gather
 
 if TYPE_CHECKING:
@@ -218,8 +218,11 @@ def _take(cache: Cache, x: "Operands", kv: int, at: Mapping[str, jax.Array], win
     """
     i = kv if len(x.caches) == 2 else 0
     array = x.caches[i]
-    if array.dtype.name in FP8:  # XLA's CPU code would gather from wider floats, made of the whole cache
-        array = lax.bitcast_convert_type(array, jnp.uint8)
+    if array.dtype.name in FP8:
+        # XLA's CPU code would gather from wider floats, and make them of the whole cache. The barrier ties the array to
+        # an index, else bytes of the whole cache would be made before the loop.
+        array, block = lax.optimization_barrier((array, at["block"]))
+        array, at = lax.bitcast_convert_type(array, jnp.uint8), {**at, "block": block}
     sizes: dict[str, int] = {}
     for axis, size in zip(cache.layout.arrays[i], array.shape, strict=True):
         for name in axis:  # joined axes are taken apart: a bitcast
@@ -276,7 +279,11 @@ def gather(call: Gather, operands: "Operands", layer: int | None) -> tuple[jax.A
         "slot": n % extents.block_size,
     }
     found = (_take(call.cache, x, kv, at, "head").reshape(shape) for kv, shape in enumerate(call.shapes))
-    key, value = (_convert(a, call, scale) for a, scale in zip(found, (x.k_scale, x.v_scale), strict=True))
+    # Not even a scale of NaN gets into what is not there.
+    there = there[..., None, None]
+    key, value = (
+        jnp.where(there, _convert(a, call, scale), 0) for a, scale in zip(found, (x.k_scale, x.v_scale), strict=True)
+    )
     return key, value
 
 
@@ -288,6 +295,10 @@ def _convert(x: jax.Array, call: Gather, scale: jax.Array | None) -> jax.Array:
     x = _decode(x, call.cache.format)
     if call.cache.scaled and scale is not None:
         x = x * scale[0]
-    bits = lax.bitcast_convert_type(x.astype(wanted.name), f"uint{wanted.bits}")
+    if wanted == BFLOAT16:  # in integers: instructions that round to it read subnormal numbers as zero
+        bits = lax.bitcast_convert_type(x, jnp.uint32)
+        bits = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(jnp.uint16)
+    else:
+        bits = lax.bitcast_convert_type(x.astype(wanted.name), f"uint{wanted.bits}")
     bits = jnp.where(jnp.isnan(x), jnp.array(wanted.nan, bits.dtype), bits)
     return lax.bitcast_convert_type(bits, jnp.dtype(wanted.name))

@@ -10,10 +10,21 @@ pytest.importorskip("jax")
 from benchmarks import attention, decode
 
 
-@pytest.mark.parametrize("names", [["1x131072"], ["prefill"], ["fp8", "MLA", "window", "mixed"]])
-def test_attention(names, tmp_path, capsys):
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Where tests share cores, torch's threads wait for each other far longer than they work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    "options", [["decode NHD 256x1024"], ["prefill", "mixed"], ["MLA", "window", "soft cap", "--no-peers"]]
+)
+def test_attention(options, tmp_path, capsys):
     path = tmp_path / "attention.json"
-    attention.main(["--divide", "128", "--cases", *names, "--json", str(path)])
+    attention.main(["--divide", "1024", "--json", str(path), "--cases", *options])
     found = json.loads(path.read_text())
     assert found["benchmark"] == "attention"
     assert found["copy_tb_s"] > 0
@@ -27,8 +38,8 @@ def test_attention(names, tmp_path, capsys):
             assert row[f"{name}_error"] <= attention.TOLERANCE
         if row["case"] in ("prefill", "decode") and row["layout_name"] == "NHD":
             assert row["gather_sdpa_error"] <= attention.TOLERANCE
-        assert "flash_attn" in row["failed"] or row["case"] != "decode" or row["layout_name"] != "NHD"
-    assert "torchkv_ratio" in capsys.readouterr().out
+            assert row["failed"]["flashinfer"]  # it needs a GPU; the others went on
+    assert "torchkv_" in capsys.readouterr().out.splitlines()[-len(found["rows"]) - 1]
 
 
 def test_fp8_is_compared_with_bf16():
@@ -49,7 +60,7 @@ def test_the_limit_counts_what_is_read():
 
 def test_decode(tmp_path):
     path = tmp_path / "decode.json"
-    options = ["--divide", "16", "--layers", "2", "--batches", "2", "--context", "48", "--json", str(path)]
+    options = ["--divide", "16", "--layers", "1", "--batches", "2", "--context", "48", "--json", str(path)]
     decode.main(options)
     found = json.loads(path.read_text())
     assert found["benchmark"] == "decode"

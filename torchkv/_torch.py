@@ -45,16 +45,17 @@ def _view(cache: Tensor, at: Address, write: Write, head_size: int) -> Tensor:
 
 def _encode(x: Tensor, write: Write, scale: Tensor | None) -> Tensor:
     """The stored bits, as integers."""
-    stored: FloatFormat = write.format
-    bits = _BITS[stored.bits]
     if write.copies:
-        return x.view(bits)
+        return x.view(_BITS[write.format.bits])
     x = x.float()
-    if write.scaled and scale is not None:
-        x = x / scale.reshape(())
+    return encode(x / scale.reshape(()) if write.scaled and scale is not None else x, write.format)
+
+
+def encode(x: Tensor, stored: FloatFormat) -> Tensor:
+    """Bits of float32 numbers in another format, as integers."""
     nan = x.isnan()
     if stored.name in FP8:  # the cast overflows to NaN on some versions of torch: saturate first
         largest = torch.finfo(getattr(torch, stored.name)).max
         x = x.clamp(-largest, largest)
-    code = x.to(getattr(torch, stored.name)).view(bits)
-    return code.masked_fill_(nan, stored.nan)
+    code = x.to(getattr(torch, stored.name)).view(_BITS[stored.bits])
+    return code.masked_fill(nan, stored.nan)
