@@ -5,6 +5,7 @@ time that a plain device copy takes for the bytes of K and V, over the call's: 1
 """
 
 import argparse
+import functools
 import gc
 import time
 from collections.abc import Callable, Iterator
@@ -77,6 +78,8 @@ class JaxInputs:
         def convert(tensor: torch.Tensor | None) -> Any:
             return None if tensor is None else jnp.from_dlpack(tensor)
 
+        if inputs.device == "cuda":
+            torch.cuda.synchronize()
         self.inputs = inputs
         self.caches = [convert(c) for c in inputs.caches]
         self.tables = [convert(t) for t in inputs.tables]
@@ -97,25 +100,25 @@ class JaxInputs:
 
     def results(self, settings: Iterator[peers.JaxPeer], estimate: float) -> dict[str, Any]:
         """Time and error of the best setting; `estimate` is about what a call takes, in seconds."""
-        found: list[dict[str, Any]] = []
+        found: list[tuple[float, str, Callable[..., Any], Any]] = []
         failed = None
         for setting, attend, arrays in settings:
             try:
-                found.append({"us": self._time(attend, arrays, estimate) * 1e6} | self._check(attend, arrays))
+                found.append((self._time(attend, arrays, estimate), setting, attend, arrays))
             except Exception as error:
                 failed = error
-            else:
-                found[-1] |= {"setting": setting} if setting else {}
         if not found:
             raise failed or ValueError("no setting")
-        return min(found, key=lambda result: result["us"])
+        seconds, setting, attend, arrays = min(found, key=lambda each: each[0])
+        named = {"setting": setting} if setting else {}
+        return {"us": seconds * 1e6, "error": self._check(attend, arrays)} | named
 
-    def _check(self, attend: Callable[..., Any], arrays: Any) -> dict[str, Any]:
+    def _check(self, attend: Callable[..., Any], arrays: Any) -> float:
         import jax
         import numpy as np
 
         out = jax.jit(attend)(self.query, self.tables[0], self.seq_lens, arrays)
-        return {"error": self.inputs.error(torch.from_numpy(np.array(out.astype("float32"))))}
+        return self.inputs.error(torch.from_numpy(np.array(out.astype("float32"))))
 
     def _time(self, attend: Callable[..., Any], arrays: Any, estimate: float) -> float:
         """In a loop in which each call's query is the result of the one before, so that none is left out or moved."""
@@ -170,11 +173,11 @@ def measure(case: Case, copied: float, peers_too: bool, jax_too: bool) -> dict[s
         _free()
     if jax_too:
         estimate = row.get("torchkv_us", 1e3) / 1e6 if inputs.device == "cuda" else 1e-3
-        arrays = JaxInputs(inputs)
-        attempt("jaxkv", lambda: arrays.results(arrays.ours(), estimate))
+        arrays = functools.cache(lambda: JaxInputs(inputs))
+        attempt("jaxkv", lambda: arrays().results(arrays().ours(), estimate))
         for name in (n for n in names if n in peers.JAX):
             # Twice as slow as ours, or more: the loop may be shorter.
-            attempt(name, lambda name=name: arrays.results(peers.JAX[name](inputs, arrays.caches), 2 * estimate))
+            attempt(name, lambda name=name: arrays().results(peers.JAX[name](inputs, arrays().caches), 2 * estimate))
             _free()
         if case.series and "pallas_setting" in row:
             peers.prefer_pallas_setting(row["pallas_setting"])
@@ -203,6 +206,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--json", help="where to write the results")
     parser.add_argument("--no-peers", action="store_true", help="this package only")
     parser.add_argument("--no-jax", action="store_true", help="torch only")
+    parser.add_argument("--seconds", type=float, default=1e9, metavar="N", help="begin no case after so long")
     parser.add_argument("--divide", type=int, default=1, metavar="N", help="smaller sizes, for a CPU")
     parser.add_argument("--build", action="store_true", help="compile FlashInfer, which takes a minute, and stop")
     args = parser.parse_args(argv)
@@ -214,7 +218,8 @@ def main(argv: list[str]) -> None:
     rows: list[dict[str, Any]] = []
     for case in cases():
         words = {*case.name.split(), case.size, case.layout}
-        if args.cases and not any(words.issuperset(chosen.split()) for chosen in args.cases):
+        chosen = not args.cases or any(words.issuperset(each.split()) for each in args.cases)
+        if not chosen or time.perf_counter() - started > args.seconds:
             continue
         row = measure(case.divided(args.divide), copied, not args.no_peers, not args.no_jax)
         compare_with_bf16(row, rows)

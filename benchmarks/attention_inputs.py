@@ -57,6 +57,8 @@ class Case:
 
     def divided(self, by: int) -> "Case":
         """A smaller case, for a CPU."""
+        if by == 1:
+            return self
 
         def blocks(positions: int) -> int:
             return max(2 * BLOCK_SIZE, positions // by // BLOCK_SIZE * BLOCK_SIZE)

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from benchmarks import report
-from examples.llama.cache import CacheSpec
 from examples.llama.gguf_model import LlamaModel, find_model, load_model
 from examples.llama.jax_session import JaxLlama
 from examples.llama.paging import plan_batch
@@ -89,11 +88,10 @@ def twin_decode(llama: JaxLlama | TorchLlama, prompts: list[str], new_tokens: in
     model: LlamaModel = llama.model
     ids = [model.tokenizer.encode(prompt).ids for prompt in prompts]
     batch = plan_batch(ids, new_tokens, context_length=model.config.context_length)
-    spec = CacheSpec.of(model.config, batch.num_blocks)
 
     def decode() -> float:
         done = Report()
-        for _ in run(llama.session(batch, spec), done):
+        for _ in run(llama.session(batch), done):
             pass
         assert done.decode_tokens == len(prompts) * (new_tokens - 1)
         return done.decode_seconds

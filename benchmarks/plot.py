@@ -31,6 +31,7 @@ def main(argv: list[str]) -> None:
 
 def draw(rows: list[dict[str, Any]], device: str, path: str) -> None:
     import matplotlib as mpl  # type: ignore[import-not-found]
+    import matplotlib.ticker  # type: ignore[import-not-found]
 
     mpl.use("svg")
     mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "jaxkv", "font.size": 10})
@@ -43,7 +44,7 @@ def draw(rows: list[dict[str, Any]], device: str, path: str) -> None:
         if points:
             axes.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=5, linewidth=1.4, label=label)
     limits = [row["limit_us"] for row in rows]
-    axes.plot(contexts, limits, color="black", linestyle="--", linewidth=1, label="limit: a copy of K and V's bytes")
+    axes.plot(contexts, limits, color="black", linestyle="--", linewidth=1, label="limit: bytes of K and V, copied")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(contexts, [f"{c // 1024}k" if c % 1024 == 0 else str(c) for c in contexts])
@@ -53,6 +54,7 @@ def draw(rows: list[dict[str, Any]], device: str, path: str) -> None:
     about = f"{heads} of {rows[0]['head_sizes'][0]}, bfloat16, blocks of 16, in random order"
     axes.set_title(f"Decode attention, {rows[0]['batch']} sequences, {device}\n{about}", fontsize=10)
     axes.grid(which="major", color="#dddddd", linewidth=0.6)
-    axes.legend(frameon=False)
+    axes.yaxis.set_major_formatter(mpl.ticker.FormatStrFormatter("%g"))
+    axes.legend(frameon=False, loc="lower right", fontsize=9)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})

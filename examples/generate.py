@@ -30,13 +30,14 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llama.cache import KV_CACHE_DTYPES, CacheSpec
 from llama.gguf_model import InputError, find_model, load_model
 from llama.paging import plan_batch
 from llama.session import Report, run
 from llama.text import TextStream
 
 from kvcore.layout import CacheLayout
+from kvcore.paged_cache import CacheSpec
+from kvcore.quantization import KV_CACHE_DTYPES
 
 if TYPE_CHECKING:
     from llama.jax_session import JaxLlama
@@ -104,17 +105,10 @@ def generate(options: argparse.Namespace) -> None:
     prompts = list(islice(cycle(options.prompts), options.batch or len(options.prompts)))
     prompt_ids = [model.tokenizer.encode(prompt).ids for prompt in prompts]
     batch = plan_batch(prompt_ids, options.max_new_tokens, context_length=model.config.context_length)
-    spec = CacheSpec.of(
-        model.config,
-        batch.num_blocks,
-        layout=options.layout,
-        dtype=options.dtype,
-        kv_cache_dtype=options.kv_cache_dtype,
-    )
     llama = load_framework(options.framework)(model, options.dtype)
     say(f"{model.name}, {options.framework} on {llama.device}: loaded in {time.perf_counter() - started:.1f} s")
     say("compiling ...", end="\r")
-    session = llama.session(batch, spec)
+    session = llama.session(batch, options.layout, options.kv_cache_dtype)
 
     report = Report()
     if len(prompts) == 1:
@@ -132,7 +126,7 @@ def generate(options: argparse.Namespace) -> None:
         for number, (prompt, ids, answer) in enumerate(zip(prompts, prompt_ids, report.answers, strict=True), 1):
             text = TextStream(model.tokenizer, ids)
             print(f"[{number}] {prompt}{text.more(answer)}{text.rest()}\n", flush=True)
-    _summarise(report, spec)
+    _summarise(report, session.spec)
 
 
 def load_framework(name: str) -> "type[JaxLlama] | type[TorchLlama]":
@@ -180,7 +174,7 @@ def _summarise(report: Report, spec: CacheSpec) -> None:
     say(f"decode   {rate(report.decode_tokens, report.decode_seconds)}")
     stored = spec.dtype if spec.kv_cache_dtype == "auto" else spec.kv_cache_dtype
     say(
-        f"cache    {spec.num_bytes / 2**20:6.1f} MiB     {spec.num_layers} layers of {spec.num_blocks} "
+        f"cache    {spec.nbytes / 2**20:6.1f} MiB     {spec.num_layers} layers of {spec.num_blocks} "
         f"blocks of {spec.block_size} slots, {stored}, '{spec.layout}'"
     )
 

@@ -270,20 +270,15 @@ def gather(call: Gather, operands: "Operands", layer: int | None) -> tuple[jax.A
     if 0 in (*call.shapes[0], extents.num_blocks, call.block_tables.shape[1]):
         key, value = (jnp.zeros(shape, call.format.name) for shape in call.shapes)
         return key, value
-    n = jnp.arange(call.max_len, dtype=jnp.int32)
+    index, n = _layer(x, layer), jnp.arange(call.max_len, dtype=jnp.int32)
     block = x.block_tables.at[:, n // extents.block_size].get(mode="fill", fill_value=-1)
     there = (block >= 0) & (block < extents.num_blocks) & (n < x.seq_lens[:, None])
-    at = {
-        "layer": _layer(x, layer),
-        "block": jnp.where(there, block, extents.num_blocks),  # what is not there is outside, and gives zeros
-        "slot": n % extents.block_size,
-    }
+    there = there & (index >= 0) & (index < (extents.num_layers or 1))
+    # A block that is not there becomes one outside, and gives zeros.
+    at = {"layer": index, "block": jnp.where(there, block, extents.num_blocks), "slot": n % extents.block_size}
     found = (_take(call.cache, x, kv, at, "head").reshape(shape) for kv, shape in enumerate(call.shapes))
-    # Not even a scale of NaN gets into what is not there.
-    there = there[..., None, None]
-    key, value = (
-        jnp.where(there, _convert(a, call, scale), 0) for a, scale in zip(found, (x.k_scale, x.v_scale), strict=True)
-    )
+    both = (_convert(a, call, scale) for a, scale in zip(found, (x.k_scale, x.v_scale), strict=True))
+    key, value = (jnp.where(there[..., None, None], a, 0) for a in both)  # the scale may be negative, or NaN
     return key, value
 
 

@@ -3,7 +3,7 @@
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from kvcore.layout import Address, contiguous_strides
+from kvcore.layout import Address, Extents, contiguous_strides
 from kvcore.plan import Target, has_e4m3, power_of_two
 from kvcore.quantization import FLOAT16, FLOAT32, FLOATS, FP8, FloatFormat
 from kvcore.read_contract import Attention
@@ -43,6 +43,7 @@ class CacheRows(NamedTuple):
     dim_stride: int
     x: int
     x_stride: int
+    wide: bool  # whether offsets need 64 bits
 
 
 class AttentionPlan(NamedTuple):
@@ -144,8 +145,8 @@ def plan_attention(
                 _stride(call.query_start_loc),
                 _stride(call.sinks),
             ),
-            "K": _cache_rows(key, head_size, pack, low, high),
-            "V": _cache_rows(value, extents.head_size_v, pack_v, low_v, 0),
+            "K": _cache_rows(extents, key, head_size, pack, low, high),
+            "V": _cache_rows(extents, value, extents.head_size_v, pack_v, low_v, 0),
             "QUERY": FLOATS[call.query.dtype],
             "CACHE": call.cache.format,
             "COMPUTE": compute,
@@ -200,13 +201,16 @@ def _tile(call: Attention, target: Target, compute: FloatFormat) -> tuple[int, i
     rows = min(most, max(16, power_of_two(average)))
     if target.backend == "interpret":
         return rows, 64, 1, 1  # a tile costs milliseconds, an element next to nothing
-    if rows >= 64:
-        rows = 128 if widest <= 128 else 64
-        tile, stages, warps = (64 if widest <= 128 else 32), 3, (8 if rows == 128 or widest > 256 else 4)
+    if compute.bits == 32:  # no tensor cores, so that nothing is lost
+        rows, tile, stages, warps = min(rows, 32), 32, 4, 4
+    elif widest > 256:
+        rows, tile, stages, warps = min(rows, 64), 64, 2, 8
+    elif rows >= 64:
+        rows, tile, stages, warps = (128, 64, 3, 8) if widest <= 128 else (64, 32, 3, 4)
+    elif widest <= 128 and rows == 16:
+        tile, stages, warps = (64, 4, 2) if call.cache.format.bits == 16 else (128, 4, 4)
     else:
-        tile, stages, warps = (64 if widest <= 128 else 32), 4, (2 if rows == 16 and widest <= 128 else 4)
-    if compute.bits == 32:
-        rows, tile, warps = min(rows, 32), 32, 4
+        tile, stages, warps = 64 if widest <= 128 else 32, 4, 4
     # What does not fit in shared memory has fewer stages, then smaller tiles.
     budget = _SHARED_MEMORY.get(target.arch, 99) if target.backend == "cuda" else 64  # type: ignore[call-overload]
     size = _bytes(call.cache.format.bits)
@@ -238,10 +242,12 @@ def _pieces(head_size: int) -> tuple[int, int]:
     return (low, high) if low >= 16 and low + high < whole else (whole, 0)
 
 
-def _cache_rows(at: Address, head_size: int, pack: int, low: int, high: int) -> CacheRows:
+def _cache_rows(extents: Extents, at: Address, head_size: int, pack: int, low: int, high: int) -> CacheRows:
+    sizes = (extents.num_layers or 1, extents.num_blocks, extents.block_size, extents.num_heads, head_size)
+    last = at.of(*(max(size - 1, 0) for size in sizes))
     strides = (stride // pack for stride in (at.offset, at.layer, at.block, at.slot, at.head))
     dims = (at.dim // pack, at.x // pack, at.x_stride) if at.x > 1 else (at.dim, 1, 0)
-    return CacheRows(pack, head_size // pack, low, high, *strides, *dims)
+    return CacheRows(pack, head_size // pack, low, high, *strides, *dims, last + 2**16 >= 2**31)
 
 
 def _sides(call: Attention) -> tuple[tuple[Address, int], tuple[Address, int]]:

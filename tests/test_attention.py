@@ -144,6 +144,19 @@ def test_an_entry_that_is_no_block_reads_nothing(ragged):
     assert_near_oracle(case)
 
 
+@pytest.mark.parametrize("ragged", [False, True])
+def test_what_a_window_has_passed_may_hold_anything(ragged):
+    """Blocks that no query sees any more were freed: their entries are garbage, or they are others' and hold NaN."""
+    query_lens = (1, 3) if ragged else None
+    case = make_read(np.random.default_rng(14), seq_lens=(31, 19), query_lens=query_lens, sliding_window=6)
+    for cache in case.caches:
+        cache[case.block_tables[0, :6]] = np.nan  # positions 0 … 23; the window begins at 25
+    case.block_tables[0, 2:4] = -1
+    want = oracle(case)
+    assert np.isfinite(want[0]).all()
+    assert_near_oracle(case)
+
+
 def test_lengths_beyond_the_table():
     case = make_read(np.random.default_rng(8), seq_lens=(8, 8))
     case.seq_lens[:] = 1000, 2**31 - 1

@@ -10,13 +10,13 @@ from itertools import chain, pairwise
 from pathlib import Path
 
 import gguf
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from examples.llama.cache import CacheSpec
 from examples.llama.gguf_model import ArrayReader, InputError, find_model, load_model
 from examples.llama.jax_session import JaxLlama
 from examples.llama.paging import BLOCK_SIZE, BlockAllocator, plan_batch
@@ -54,11 +54,8 @@ def quick_reader():
 
 def generate(llama, prompts, new_tokens=NEW_TOKENS, *, layout="NHD", kv_cache_dtype="auto", chunk=None):
     """New tokens of each prompt, and the session that made them."""
-    config = llama.model.config
-    batch = plan_batch(prompts, new_tokens, context_length=config.context_length)
-    options = {"layout": layout, "dtype": llama.dtype, "kv_cache_dtype": kv_cache_dtype}
-    spec = CacheSpec.of(config, batch.num_blocks, **options)
-    session, report = llama.session(batch, spec), Report()
+    batch = plan_batch(prompts, new_tokens, context_length=llama.model.config.context_length)
+    session, report = llama.session(batch, layout, kv_cache_dtype), Report()
     for _ in run(session, report, chunk):
         pass
     return report.answers, session
@@ -66,8 +63,8 @@ def generate(llama, prompts, new_tokens=NEW_TOKENS, *, layout="NHD", kv_cache_dt
 
 def cache_arrays(session):
     if isinstance(session, TorchSession):
-        return [cache.cpu().numpy() for cache in session.cache]
-    return [np.asarray(cache) for cache in session.state.cache]
+        return [cache.cpu().numpy() for cache in session.cache.caches]
+    return [np.asarray(cache) for cache in session.state.cache.caches]
 
 
 def reference_greedy(model, prompt, new_tokens=NEW_TOKENS):
@@ -139,7 +136,7 @@ def test_every_digit_stands_alone(smollm):
 def test_fp8_cache_is_stored_in_bytes_and_still_finds_paris(smollm, prompt_ids):
     answers, session = generate(TorchLlama(smollm), prompt_ids[:1], 4, kv_cache_dtype="fp8")
     assert smollm.tokenizer.decode(answers[0]).startswith(" Paris")
-    assert {cache.dtype for cache in session.cache} == {torch.uint8}
+    assert {cache.dtype for cache in session.cache.caches} == {torch.uint8}
 
 
 # --- A small Llama with random weights ------------------------------------------------------------
@@ -313,14 +310,13 @@ def test_only_owned_slots_are_written(framework, small_twins):
     llama, sentinel = small_twins[framework], 7.0
     prompts = some_prompts(20, 3)
     batch = plan_batch(prompts, 6, context_length=1024)
-    spec = CacheSpec.of(llama.model.config, batch.num_blocks)
-    session = llama.session(batch, spec)
+    session = llama.session(batch)
     if framework == "jax":
-        poisoned = tuple(jnp.full_like(cache, sentinel) for cache in session.state.cache)
+        poisoned = jax.tree.map(lambda cache: jnp.full_like(cache, sentinel), session.state.cache)
         session.state = session.state._replace(cache=poisoned)
     else:
         with torch.inference_mode():
-            for cache in session.cache:
+            for cache in session.cache.caches:
                 cache.fill_(sentinel)
     for _ in run(session, Report()):
         pass
@@ -337,16 +333,16 @@ def test_decode_is_in_place_and_one_program(small):
     # Blocks for 200,000 tokens: no temporary that depends on the batch comes near the size of the cache.
     batch = replace(plan_batch(some_prompts(4), 30, context_length=1024), num_blocks=200_000 // BLOCK_SIZE)
     for layout, kv_cache_dtype in (("NHD", "auto"), ("PACKED_HND", "auto"), ("NHD", "fp8")):
-        spec = CacheSpec.of(small.config, batch.num_blocks, layout=layout, kv_cache_dtype=kv_cache_dtype)
-        session = JaxLlama(small).session(batch, spec)
+        session = JaxLlama(small).session(batch, layout, kv_cache_dtype)
+        nbytes = session.spec.nbytes
         for program in (session.prefill_program, session.decode_program):
             memory = program.memory_analysis()
-            assert memory.alias_size_in_bytes >= spec.num_bytes
-            assert memory.temp_size_in_bytes < spec.num_bytes / 2
+            assert memory.alias_size_in_bytes >= nbytes
+            assert memory.temp_size_in_bytes < nbytes / 2
         session.prefill()
-        before = [cache.unsafe_buffer_pointer() for cache in session.state.cache]
+        before = [cache.unsafe_buffer_pointer() for cache in session.state.cache.caches]
         session.decode(30)
-        assert [cache.unsafe_buffer_pointer() for cache in session.state.cache] == before
+        assert [cache.unsafe_buffer_pointer() for cache in session.state.cache.caches] == before
 
 
 # --- Tokenizers of other Llamas -------------------------------------------------------------------

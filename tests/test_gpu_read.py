@@ -254,3 +254,99 @@ def test_torch_compile_and_opcheck():
         return torchkv.paged_attention(query * 2, caches, tables, lens, query_start_loc=starts) + 1
 
     torch.testing.assert_close(torch.compile(attend, fullgraph=True)(query), attend(query))
+
+
+# ---- several GPUs
+
+
+def test_another_current_device():
+    import torch
+
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    case = make_read(np.random.default_rng(10), dtype="bfloat16", query_lens=(0, 1, 3, 7))
+    for device in ("cuda:1", "cuda:0"):
+        assert_near_oracle(case, {device: lambda case, device=device: attend_torch(case, device=device)})
+        assert_gathers(case, 19, "bfloat16", {device: lambda *x, device=device: gather_torch(*x, device=device)})
+        assert torch.cuda.current_device() == 0
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_heads_over_all_gpus(kind):
+    import jax
+    from jax.sharding import AxisType, NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    import jaxkv
+
+    mesh = jax.make_mesh((jax.device_count(),), ("tp",), axis_types=(getattr(AxisType, kind),))
+    case = make_read(np.random.default_rng(11), num_heads=4 * jax.device_count(), group=2)
+    rows, cache = (NamedSharding(mesh, P(*[None] * n, "tp")) for n in (1, 2))
+    whole = NamedSharding(mesh, P())
+    with jax.set_mesh(mesh):
+        query = jax.device_put(case.query, rows)
+        caches = tuple(jax.device_put(c, cache) for c in case.caches)
+        tables, lens = (jax.device_put(x, whole) for x in (case.block_tables, case.seq_lens))
+        attend = jax.jit(lambda q, c, t, n: jaxkv.paged_attention(q, c, t, n, return_lse=True))
+        compiled = attend.lower(query, caches, tables, lens).compile()
+        out, lse = compiled(query, caches, tables, lens)
+        key, _ = jax.jit(lambda c, t, n: jaxkv.gather_kv(c, t, n, 19))(caches, tables, lens)
+    assert "all-gather" not in compiled.as_text()
+    assert out.sharding.spec[1] == "tp"
+    assert_near_oracle(case, {"sharded": lambda _: (np.asarray(out), np.asarray(lse))})
+    np.testing.assert_array_equal(key, gather_jax(case, 19, "float32")[0])
+
+
+def test_query_heads_that_share_one_kv_head_over_all_gpus():
+    import jax
+    from jax.sharding import AxisType, NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    import jaxkv
+
+    mesh = jax.make_mesh((jax.device_count(),), ("tp",), axis_types=(AxisType.Auto,))
+    case = make_read(np.random.default_rng(12), layout="MLA", group=16, head_size=64, head_size_v=32)
+    query = jax.device_put(case.query, NamedSharding(mesh, P(None, "tp")))
+    rest = [jax.device_put(x, NamedSharding(mesh, P())) for x in (case.caches[0], case.block_tables, case.seq_lens)]
+    out, lse = jax.jit(lambda q, *x: jaxkv.paged_attention(q, *x, head_size_v=32, return_lse=True))(query, *rest)
+    assert_near_oracle(case, {"sharded": lambda _: (np.asarray(out), np.asarray(lse))})
+
+
+def test_parts_of_a_context_on_all_gpus():
+    """Context parallelism: each GPU has blocks of its own, the log-sum-exps join the results."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import PartitionSpec as P
+
+    import jaxkv
+
+    gpus = jax.device_count()
+    case = make_read(np.random.default_rng(13), seq_lens=(64 * gpus, 32 * gpus), block_size=16, spare=0)
+    want, want_lse = oracle(case)
+    tables, local_tables = case.block_tables, np.full((gpus, 2, 4), -1, np.int32)
+    caches = [[], []]
+    lens = np.zeros((gpus, 2), np.int32)
+    for gpu in range(gpus):  # a GPU has every sequence's blocks gpu, gpu + gpus, …
+        ids = []
+        for seq in range(2):
+            mine = tables[seq, gpu : case.seq_lens[seq] // 16 : gpus]
+            local_tables[gpu, seq, : len(mine)] = len(ids) + np.arange(len(mine))
+            lens[gpu, seq] = 16 * len(mine)
+            ids += mine.tolist()
+        for parts, cache in zip(caches, case.caches, strict=True):
+            parts.append(cache[ids])
+    mesh = jax.make_mesh((gpus,), ("cp",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def local(query, key_cache, value_cache, tables, lens):
+        part = jaxkv.paged_attention(
+            query, (key_cache[0], value_cache[0]), tables[0], lens[0], causal=False, return_lse=True
+        )
+        return jaxkv.merge_attention(*(jax.lax.all_gather(x, "cp") for x in part))
+
+    split, whole = P("cp"), P()
+    attend = jax.shard_map(
+        local, mesh=mesh, in_specs=(whole, split, split, split, split), out_specs=(whole, whole), check_vma=False
+    )
+    out, lse = jax.jit(attend)(case.query, *(jnp.stack(parts) for parts in caches), local_tables, lens)
+    np.testing.assert_allclose(out, want, atol=1e-4)
+    np.testing.assert_allclose(lse, want_lse, atol=1e-4)

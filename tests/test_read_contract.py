@@ -150,7 +150,7 @@ BAD = {
         "layout 'block slot latent' needs head_size_v, the part of axis latent that is V, got None",
     ),
     "large head_size_v": (
-        "attend", LATENT | {"head_size_v": 17}, ValueError, 
+        "attend", LATENT | {"head_size_v": 17}, ValueError,
         "head_size_v must be from 1 to 16, kv_cache's axis latent, got 17",
     ),
     "another head_size_v": (

@@ -1,27 +1,34 @@
-"""Reading as vectorised torch: for devices without Triton, and to compare with. Memory is bounded by tiles."""
+"""The reading ops as vectorised torch: for devices without Triton, and to compare with.
 
-from collections.abc import Sequence
+Attention takes tiles of queries, each of one sequence, all at once, and tiles of positions one at a time: it needs
+memory for what a tile of positions holds, however long the sequences are.
+"""
+
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kvcore.layout import Address
+from kvcore.quantization import FloatFormat
 from kvcore.read_contract import Attention, Cache, Gather
-from torchkv._torch import encode
+from torchkv._torch import _BITS, encode
 
-_TILE = 256
+_TILE = 1024
 """Positions of a tile, or a block where that is more."""
 
 _TILE_ELEMENTS = 2**24
-"""About as many numbers as keys, values and logits of all tiles may have at a time; fewer positions keep to it."""
+"""About as many numbers as keys, values and logits of a tile of positions may have; else it has fewer positions."""
 
 _MOST_QUERIES = 64
 """Queries of a tile."""
 
+_Softmax = tuple[Tensor, Tensor, Tensor]
+"""Each row's largest logit, the sum of its weights relative to that, and the sum of values by these weights."""
+
 
 class AttentionTensors(NamedTuple):
-    """Tensors of a call; `layer` is a number, or a tensor of one."""
+    """Tensors of a call of `paged_attention`. A traced `layer` has one element."""
 
     query: Tensor
     caches: tuple[Tensor, ...]
@@ -39,8 +46,8 @@ class _Queries(NamedTuple):
 
     Attributes:
         query: `[tiles, queries, num_q_heads, head_size]`.
-        position: Of each query, `[tiles, queries]`. Those after a sequence's last are no-one's.
-        length: Of the sequence, `[tiles]`.
+        position: Of each query, `[tiles, queries]`. Those after a sequence's last are no one's.
+        length: Positions of the tile's sequence, `[tiles]`.
         block_tables: `[tiles, max_blocks]`.
     """
 
@@ -51,39 +58,41 @@ class _Queries(NamedTuple):
 
 
 def attention(call: Attention, x: AttentionTensors) -> tuple[Tensor, Tensor]:
-    """The result, in query's dtype, and the log-sum-exp of each row: online softmax in float32, tile by tile."""
-    extents, options = call.cache.placement.extents, call.options
-    num_tokens, q_heads, head_size_v = call.out_shape
-    group = q_heads // extents.num_heads
-    sinks = x.query.new_full((q_heads,), -torch.inf, dtype=torch.float32) if x.sinks is None else x.sinks.float()
-    if 0 in (num_tokens, x.seq_lens.shape[0]):
-        return x.query.new_zeros(call.out_shape), sinks.expand(num_tokens, q_heads).clone()
+    """The result, in query's dtype, and the log-sum-exp of each row: online softmax in float32."""
+    extents = call.cache.placement.extents
+    num_tokens, q_heads, _ = call.query.shape
+    nothing = x.query.new_full((q_heads,), -torch.inf, dtype=torch.float32) if x.sinks is None else x.sinks.float()
+    if 0 in (num_tokens, q_heads, extents.num_blocks, *call.block_tables.shape):
+        return x.query.new_zeros(call.out_shape), nothing.repeat(num_tokens, 1)
+    heads, group = extents.num_heads, q_heads // extents.num_heads
     queries = _tile_queries(x)
     count, width = queries.position.shape
 
-    scaled = call.cache.scaled
-    query = queries.query.float() * options.scale
-    if scaled and x.k_scale is not None:
+    assert call.options.scale is not None  # the contract has put the usual one
+    query = queries.query.float() * call.options.scale
+    if call.cache.scaled and x.k_scale is not None:
         query = query * x.k_scale.reshape(())
-    # [tiles, num_heads, rows, head_size]; row = query · group + query head of the group
-    query = query.unflatten(2, (extents.num_heads, group)).transpose(1, 2).flatten(2, 3)
+    query = query.unflatten(2, (heads, group)).transpose(1, 2).reshape(count, heads, width * group, -1)
     top, total, out = _online_softmax(call, x, queries._replace(query=query))
 
-    sink = sinks.view(extents.num_heads, group).repeat(1, width)
-    new_top = torch.maximum(top, sink)
-    shrink = torch.exp(top - new_top)
-    total, out = total * shrink + torch.exp(sink - new_top), out * shrink[..., None]
-    nothing = total == 0
-    lse = torch.where(nothing, -torch.inf, new_top + torch.log(total))
-    out = out / torch.where(nothing, 1, total)[..., None]
-    if scaled and x.v_scale is not None:
+    if x.sinks is not None:
+        sink = nothing.reshape(heads, group).repeat(1, width)
+        new_top = torch.maximum(top, sink)
+        shrink = (top - new_top).exp_()
+        top, total, out = new_top, total * shrink + (sink - new_top).exp_(), out * shrink.unsqueeze(-1)
+    lse = top + total.log()  # -inf where total is 0, since top is finite
+    out = out / total.masked_fill(total == 0, 1).unsqueeze(-1)
+    if call.cache.scaled and x.v_scale is not None:
         out = out * x.v_scale.reshape(())
-    out = out.unflatten(2, (width, group)).transpose(1, 2).reshape(count * width, q_heads, head_size_v)
-    lse = lse.unflatten(2, (width, group)).transpose(1, 2).reshape(count * width, q_heads)
+
+    def by_token(a: Tensor) -> Tensor:
+        return a.reshape(count, heads, width, group, -1).transpose(1, 2).reshape(count * width, q_heads, -1)
+
+    out, lse = by_token(out), by_token(lse).squeeze(-1)
     if x.query_start_loc is not None:
-        inside, place = _places(x.query_start_loc.long(), num_tokens, width)
-        out = torch.where(inside[:, None, None], out[place], 0)
-        lse = torch.where(inside[:, None], lse[place], sinks)
+        inside, place = _places(x.query_start_loc, num_tokens, width)
+        out = out[place].masked_fill_(~inside[:, None, None], 0)
+        lse = lse[place].where(inside[:, None], nothing)
     return out.to(x.query.dtype), lse
 
 
@@ -91,125 +100,125 @@ def attention(call: Attention, x: AttentionTensors) -> tuple[Tensor, Tensor]:
 
 
 def _tile_queries(x: AttentionTensors) -> _Queries:
-    length = x.seq_lens.long()
+    lengths = x.seq_lens.long()
     if x.query_start_loc is None:
-        return _Queries(x.query[:, None], length[:, None] - 1, length, x.block_tables)
-    start, num_tokens, num_seqs = x.query_start_loc.long(), x.query.shape[0], len(length)
+        return _Queries(x.query.unsqueeze(1), lengths.unsqueeze(1) - 1, lengths, x.block_tables)
+    start, device = x.query_start_loc.long(), x.query.device
+    num_tokens, num_seqs = x.query.shape[0], x.seq_lens.shape[0]
     average = -(-num_tokens // num_seqs)
     width = min(1 << (average - 1).bit_length(), _MOST_QUERIES)
     first_tile = _first_tiles(start, width)
-    tile = torch.arange(num_tokens // width + num_seqs, device=start.device)
-    seq = ((first_tile <= tile[:, None]).sum(1) - 1).clamp(min=0)
-    token = (start[seq] + (tile - first_tile[seq]) * width)[:, None] + torch.arange(width, device=start.device)
-    position = (length[seq] - start[seq + 1])[:, None] + token
-    query = x.query[token.clamp(0, num_tokens - 1)]
-    return _Queries(query, position, length[seq], x.block_tables[seq])
+    tile = torch.arange(num_tokens // width + num_seqs, device=device)
+    seq = (torch.searchsorted(first_tile, tile, right=True) - 1).clamp_(min=0)
+    token = (start[seq] + (tile - first_tile[seq]) * width).unsqueeze(1) + torch.arange(width, device=device)
+    position = (lengths - start[1:])[seq].unsqueeze(1) + token
+    return _Queries(x.query[token.clamp(0, num_tokens - 1)], position, lengths[seq], x.block_tables[seq])
 
 
 def _first_tiles(start: Tensor, width: int) -> Tensor:
     """The first tile of each sequence: with one more for each, no two sequences share any."""
-    return start[:-1] // width + torch.arange(len(start) - 1, device=start.device)
+    return start[:-1] // width + torch.arange(start.shape[0] - 1, device=start.device)
 
 
 def _places(start: Tensor, num_tokens: int, width: int) -> tuple[Tensor, Tensor]:
     """Whether each token is one of a sequence, and its place among those of the tiles."""
+    start = start.long()
     token = torch.arange(num_tokens, device=start.device)
-    begun = (start <= token[:, None]).sum(1)
-    inside = (begun > 0) & (begun < len(start))
-    seq = torch.where(inside, begun - 1, 0)
-    return inside, torch.where(inside, _first_tiles(start, width)[seq] * width + token - start[seq], 0)
+    begun = torch.searchsorted(start, token, right=True)
+    inside = (begun > 0) & (begun < start.shape[0])
+    seq = (begun - 1).where(inside, 0)
+    return inside, (_first_tiles(start, width)[seq] * width + token - start[seq]).where(inside, 0)
 
 
 # ---- tiles of positions
 
 
-def _online_softmax(call: Attention, x: AttentionTensors, queries: _Queries) -> tuple[Tensor, Tensor, Tensor]:
-    """Maximum, denominator and sum of each row, `[tiles, num_heads, rows, …]`; `query` has that order, too."""
+def _online_softmax(call: Attention, x: AttentionTensors, queries: _Queries) -> _Softmax:
     extents, options = call.cache.placement.extents, call.options
-    (count, heads, rows, _), width = queries.query.shape, queries.position.shape[1]
-    device, position, table = queries.query.device, queries.position, queries.block_tables
+    query, position, length, table = queries
+    count, heads, rows, _ = query.shape
+    window, width = options.sliding_window, position.shape[1]
+    max_blocks, block_size = table.shape[1], extents.block_size
     per_position = count * heads * (extents.head_size + extents.head_size_v + rows)
-    blocks = max(1, min(_TILE, _TILE_ELEMENTS // per_position) // extents.block_size)
-    tile = blocks * extents.block_size
-    layer = 0 if x.layer is None else int(x.layer)
-    there = (table >= 0) & (table < extents.num_blocks)
-    limit = queries.length.clamp(max=table.shape[1] * extents.block_size)
+    blocks = max(1, min(_TILE, _TILE_ELEMENTS // per_position) // block_size)
+
+    limit = length.clamp(max=max_blocks * block_size)
     if options.causal:
         limit = torch.minimum(limit, position[:, -1] + 1)
-    end = int(limit.max()) if 0 <= layer < (extents.num_layers or 1) else 0
-    first = 0
-    if options.sliding_window is not None and end > 0:  # sequences of length 0 must not make the loop begin early
-        lowest = torch.where(limit > 0, position[:, 0] - options.sliding_window + 1, end)
-        first = max(int(lowest.min()), 0) // tile * tile
+    first, end = 0, -(-int(limit.max()) // block_size)
+    if window is not None:  # sequences of length 0 must not make the loop begin early
+        lowest = (position[:, 0] - window + 1).where(limit > 0, end * block_size)
+        first = max(int(lowest.min()), 0) // block_size
+    layer = _layer(x.layer)
+    if not 0 <= layer < (extents.num_layers or 1):
+        end = 0
 
     # The lowest number, not -inf: a row that has seen nothing yet has weights exp(-inf), not exp(-inf + inf).
-    top = torch.full((count, heads, rows), torch.finfo(torch.float32).min, device=device)
-    total = torch.zeros_like(top)
-    out = torch.zeros((count, heads, rows, extents.head_size_v), device=device)
-    for start in range(first, max(end, first), tile):
-        span = slice(start // extents.block_size, start // extents.block_size + blocks)
-        exists = there[:, span].repeat_interleave(extents.block_size, 1)
-        n = torch.arange(start, start + exists.shape[1], device=device)
-        exists = exists & (n < limit[:, None])
-        if options.sliding_window is not None:  # what no query of the tile sees may have been freed, and hold anything
-            exists = exists & (n > position[:, :1] - options.sliding_window)
-        seen = exists[:, None]
-        if options.causal and width > 1:
-            seen = seen & (n <= position[..., None])
-            if options.sliding_window is not None:
-                seen = seen & (n > position[..., None] - options.sliding_window)
-        seen = seen.repeat_interleave(rows // seen.shape[1], 1)[:, None]  # [tiles, 1, rows, positions]
-        block = torch.where(there[:, span], table[:, span], 0).long()
-        key, value = _tile(call.cache, x.caches, layer, block)
+    top = query.new_full((count, heads, rows), torch.finfo(torch.float32).min)
+    total, out = torch.zeros_like(top), query.new_zeros((count, heads, rows, extents.head_size_v))
+    for at in range(first, end, blocks):
+        block = table[:, at : min(at + blocks, end)]
+        there = (block >= 0) & (block < extents.num_blocks)
+        n = torch.arange(at * block_size, (at + block.shape[1]) * block_size, device=query.device)
+        exists = there.repeat_interleave(block_size, 1) & (n < limit.unsqueeze(1))
+        if window is not None:  # what no query of the tile sees may have been freed, and hold anything
+            exists &= n > position[:, :1] - window
+        seen = exists.unsqueeze(1)
+        if width > 1 and options.causal:
+            seen = seen & (n <= position.unsqueeze(-1))
+            if window is not None:
+                seen &= n > position.unsqueeze(-1) - window
+        key, value = _tile(call.cache, x.caches, layer, block.where(there, 0).long())
 
-        logit = queries.query @ key.transpose(-1, -2)
+        logit = query @ key.mT
         if options.soft_cap is not None:
-            logit = options.soft_cap * torch.tanh(logit / options.soft_cap)
-        logit = torch.where(seen, logit, -torch.inf)
+            logit = logit.div_(options.soft_cap).tanh_().mul_(options.soft_cap)
+        logit.view(count, heads, width, -1, n.shape[0]).masked_fill_(~seen[:, None, :, None], -torch.inf)
         new_top = torch.maximum(top, logit.amax(-1))
-        weight = torch.exp(logit - new_top[..., None])
-        shrink = torch.exp(top - new_top)
-        value = torch.where(exists[:, None, :, None], value, 0)
-        top, total = new_top, total * shrink + weight.sum(-1)
-        out = out * shrink[..., None] + weight @ value
+        weight = logit.sub_(new_top.unsqueeze(-1)).exp_()
+        shrink = top.sub_(new_top).exp_()
+        value.transpose(1, 2)[(~exists).nonzero(as_tuple=True)] = 0  # mostly few: faster than a mask over all
+        top, total = new_top, total.mul_(shrink).add_(weight.sum(-1))
+        out = out.mul_(shrink.unsqueeze(-1)).add_(weight @ value)
     return top, total, out
 
 
-def _tile(cache: Cache, caches: Sequence[Tensor], layer: int, block: Tensor) -> tuple[Tensor, Tensor]:
+def _tile(cache: Cache, arrays: tuple[Tensor, ...], layer: int, block: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values of blocks `[tiles, blocks]` as `[tiles, num_heads, positions, dim]` float32, without scales."""
-    key, value = (
-        _decode(view[layer][block], cache).permute(0, 3, 1, 2, 4, 5).flatten(4, 5).flatten(2, 3)
-        for view in _views(cache, caches)
-    )
-    return key, value
+    extents, (at_key, at_value) = cache.placement.extents, cache.placement[1:]
+    # With heads among the indices, elements come in the order in which the products want them.
+    index = (block.unsqueeze(1), torch.arange(extents.num_heads, device=block.device).unsqueeze(1))
+
+    def read(array: Tensor, at: Address, head_size: int) -> Tensor:
+        found = _view(cache, array, at, head_size, layer)[index]
+        return _decode(found.reshape(*found.shape[:2], -1, head_size), cache.format)
+
+    key = read(arrays[0], at_key, extents.head_size)
+    if cache.layout.latent:
+        return key, key[..., : extents.head_size_v]
+    return key, read(arrays[-1], at_value, extents.head_size_v)
 
 
 # ---- access to a cache
 
 
-def _views(cache: Cache, caches: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """K and V as `[layer, block, slot, head, dim // x, x]`, whatever their order in memory."""
+def _layer(layer: int | Tensor | None) -> int:
+    return 0 if layer is None else int(layer)
+
+
+def _view(cache: Cache, array: Tensor, at: Address, head_size: int, layer: int) -> Tensor:
+    """A layer of K or V as `[block, head, slot, dim // x, x]` integers, whatever their order in memory."""
     extents = cache.placement.extents
-
-    def view(tensor: Tensor, at: Address, head_size: int) -> Tensor:
-        return tensor.as_strided(
-            (
-                extents.num_layers or 1, extents.num_blocks, extents.block_size, extents.num_heads,
-                head_size // at.x, at.x,
-            ),
-            (at.layer, at.block, at.slot, at.head, at.dim, at.x_stride),
-            tensor.storage_offset() + at.offset,
-        )  # fmt: skip
-
-    return (
-        view(caches[0], cache.placement.key, extents.head_size),
-        view(caches[-1], cache.placement.value, extents.head_size_v),
+    return array.view(_BITS[cache.format.bits]).as_strided(
+        (extents.num_blocks, extents.num_heads, extents.block_size, head_size // at.x, at.x),
+        (at.block, at.head, at.slot, at.dim, at.x_stride),
+        array.storage_offset() + at.offset + layer * at.layer,
     )
 
 
-def _decode(x: Tensor, cache: Cache) -> Tensor:
+def _decode(x: Tensor, stored: FloatFormat) -> Tensor:
     """Stored elements as float32."""
-    return x.view(getattr(torch, cache.format.name)).float()
+    return x.view(getattr(torch, stored.name)).float()
 
 
 # ---- gather
@@ -217,7 +226,7 @@ def _decode(x: Tensor, cache: Cache) -> Tensor:
 
 def gather(
     call: Gather,
-    caches: Sequence[Tensor],
+    caches: tuple[Tensor, ...],
     block_tables: Tensor,
     seq_lens: Tensor,
     k_scale: Tensor | None,
@@ -225,28 +234,31 @@ def gather(
     layer: int | Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Keys and values, `[num_seqs, max_len, num_heads, dim]`. Bits as the oracle's."""
-    extents = call.cache.placement.extents
-    layer = 0 if layer is None else int(layer)
-    capacity = block_tables.shape[1] * extents.block_size
-    n = torch.arange(min(call.max_len, capacity), device=block_tables.device)
-    block = block_tables[:, n // extents.block_size].long()
-    there = (block >= 0) & (block < extents.num_blocks) & (n < seq_lens[:, None])
-    there &= 0 <= layer < (extents.num_layers or 1)
-    seq, position = there.nonzero(as_tuple=True)
-    at = block[seq, position], position % extents.block_size
-    results = []
-    for view, shape, scale in zip(_views(call.cache, caches), call.shapes, (k_scale, v_scale), strict=True):
-        result = view.new_zeros(shape, dtype=getattr(torch, call.format.name))
-        if len(seq):
-            rows = _convert(view[layer][at].flatten(2, 3), call, scale)
-            result.view(rows.dtype)[seq, position] = rows
-        results.append(result)
-    return results[0], results[1]
+    extents, addresses = call.cache.placement.extents, call.cache.placement[1:]
+    max_blocks, block_size, dtype = block_tables.shape[1], extents.block_size, getattr(torch, call.format.name)
+    at_layer = _layer(layer)
+    if 0 in (*call.shapes[0], max_blocks, extents.num_blocks) or not 0 <= at_layer < (extents.num_layers or 1):
+        key, value = (caches[0].new_zeros(shape, dtype=dtype) for shape in call.shapes)
+        return key, value
+    n = torch.arange(call.max_len, device=block_tables.device)
+    block = block_tables[:, (n // block_size).clamp_(max=max_blocks - 1)]
+    there = (block >= 0) & (block < extents.num_blocks) & (n < seq_lens.clamp(max=max_blocks * block_size).unsqueeze(1))
+    block = block.where(there, 0).long()
+
+    def read(kv: int, scale: Tensor | None) -> Tensor:
+        view = _view(call.cache, caches[-kv], addresses[kv], call.shapes[kv][-1], at_layer)
+        bits = _convert(view.transpose(1, 2)[block, n % block_size].reshape(call.shapes[kv]), call, scale)
+        return bits.masked_fill_(~there[..., None, None], 0).view(dtype)
+
+    return read(0, k_scale), read(1, v_scale)
 
 
 def _convert(x: Tensor, call: Gather, scale: Tensor | None) -> Tensor:
-    """Stored elements in the wanted format, as integers: floats may lose the payload of a NaN."""
-    if call.cache.format == call.format:
-        return x.view({16: torch.int16, 32: torch.int32}[call.format.bits])
-    x = _decode(x, call.cache)
-    return encode(x * scale.reshape(()) if call.cache.scaled and scale is not None else x, call.format)
+    """Stored elements in the wanted format, as integers."""
+    wanted = call.format
+    if call.cache.format == wanted:
+        return x
+    decoded = _decode(x, call.cache.format)
+    if call.cache.scaled and scale is not None:
+        decoded = decoded * scale.reshape(())
+    return encode(decoded, wanted)

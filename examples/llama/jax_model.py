@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from . import jax_cache
-from .cache import CacheSpec
+from jaxkv import PagedKVCache
+
 from .gguf_model import LlamaConfig, LlamaModel
-from .jax_cache import Cache
 
 Weights = dict[str, Any]
 
@@ -22,7 +21,7 @@ class State(NamedTuple):
     lengths: Array  # int32 [num_sequences]: tokens so far
     finished: Array  # bool [num_sequences]
     step: Array  # int32 []: tokens made so far, by the sequences that go on
-    cache: Cache
+    cache: PagedKVCache
 
 
 def load_weights(model: LlamaModel, dtype: str) -> Weights:
@@ -67,29 +66,15 @@ def rotate(x: Array, cosine: Array, sine: Array) -> Array:
     return turned.astype(x.dtype)
 
 
-def attend(query: Array, key: Array, value: Array, positions: Array) -> Array:
-    """Attention of query [B, T, heads, dim] over gathered key and value [B, context, kv heads, dim]."""
-    sequences, tokens, heads, size = query.shape
-    kv_heads = key.shape[2]
-    query = query.reshape(sequences, tokens, kv_heads, heads // kv_heads, size)
-    scores = jnp.einsum("bthgd,bshd->bhgts", query, key).astype(jnp.float32) * size**-0.5
-    # Slots beyond the query's own position are padding, another sequence's, or not written yet.
-    visible = jnp.arange(key.shape[1]) <= positions[:, :, None]  # [B, T, context]
-    scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("bhgts,bshd->bthgd", weights, value).reshape(sequences, tokens, -1)
-
-
 def forward(
     config: LlamaConfig,
-    spec: CacheSpec,
     weights: Weights,
-    cache: Cache,
+    cache: PagedKVCache,
     tokens: Array,  # int32 [B, T]
-    positions: Array,  # int32 [B, T]
+    positions: Array,  # int32 [B, T]: T in a row
     written: Array,  # bool [B, T]: the tokens to be written to the cache
     tables: Array,  # int32 [B, blocks]
-) -> tuple[Array, Cache]:
+) -> tuple[Array, PagedKVCache]:
     """All layers, unrolled: each writes its keys and values to the cache, then attends over the cache.
 
     A scan over stacked weights would copy every layer's weights out of the stack in each step.
@@ -100,25 +85,22 @@ def forward(
     batch, count = tokens.shape
     heads, kv_heads = config.num_heads, config.num_kv_heads
     cut = (heads + kv_heads) * config.head_size
-    blocks = jnp.take_along_axis(tables, positions // spec.block_size, axis=1)
-    slots = jnp.where(written, blocks * spec.block_size + positions % spec.block_size, -1).reshape(-1)
+    block_size = cache.spec.block_size
+    blocks = jnp.take_along_axis(tables, positions // block_size, axis=1)
+    slots = jnp.where(written, blocks * block_size + positions % block_size, -1).reshape(-1)
+    # Tokens that are not written count, too: they come after all that are, and nothing is made of what they see.
+    seq_lens = positions[:, -1] + 1
+    starts = None if count == 1 else jnp.arange(batch + 1) * count
     cosine, sine = (jnp.asarray(table)[positions] for table in weights["rotations"])
     x = weights["embedding"][tokens]
     for index, layer in enumerate(weights["layers"]):
         normed = rms_norm(x, layer["attention_norm"], config.norm_epsilon)
         turning, value = jnp.split(normed @ layer["qkv"], [cut], axis=-1)
         turned = rotate(turning.reshape(batch, count, heads + kv_heads, -1), cosine, sine)
-        query, key = jnp.split(turned, [heads], axis=2)
-        cache = jax_cache.write(
-            spec,
-            cache,
-            key.reshape(batch * count, kv_heads, -1),
-            value.reshape(batch * count, kv_heads, -1),
-            slots,
-            index,
-        )
-        keys, values = jax_cache.read(spec, cache, tables, index, x.dtype)
-        x = x + attend(query, keys, values, positions) @ layer["attention_out"]
+        query, key = jnp.split(turned.reshape(batch * count, heads + kv_heads, -1), [heads], axis=1)
+        cache = cache.write(key, value.reshape(batch * count, kv_heads, -1), slots, layer=index)
+        mixed = cache.attend(query, tables, seq_lens, query_start_loc=starts, layer=index)
+        x = x + mixed.reshape(batch, count, -1) @ layer["attention_out"]
         normed = rms_norm(x, layer["mlp_norm"], config.norm_epsilon)
         gate, up = jnp.split(normed @ layer["gate_up"], 2, axis=-1)
         x = x + (jax.nn.silu(gate) * up) @ layer["down"]
@@ -147,7 +129,6 @@ def append(config: LlamaConfig, state: State, new: Array, active: Array) -> Stat
 
 def prefill(
     config: LlamaConfig,
-    spec: CacheSpec,
     weights: Weights,
     tables: Array,
     prompts: Array,  # int32 [B]: prompt lengths
@@ -158,14 +139,14 @@ def prefill(
     """Runs one piece of the prompts, and appends the first new token where a prompt ends in it."""
     batch, count = piece.shape
     positions = jnp.broadcast_to(start + jnp.arange(count), (batch, count))
-    x, cache = forward(config, spec, weights, state.cache, piece, positions, positions < prompts[:, None], tables)
+    x, cache = forward(config, weights, state.cache, piece, positions, positions < prompts[:, None], tables)
     last = prompts - 1 - start  # where in this piece the prompt ends, if it does
     ends = (last >= 0) & (last < count)
     x = x[jnp.arange(batch), jnp.clip(last, 0, count - 1)]
     return append(config, state._replace(cache=cache), next_tokens(config, weights, x), ends)
 
 
-def decode(config: LlamaConfig, spec: CacheSpec, weights: Weights, tables: Array, state: State, until: Array) -> State:
+def decode(config: LlamaConfig, weights: Weights, tables: Array, state: State, until: Array) -> State:
     """Steps until every sequence is finished or `until` tokens have been made: one loop, one program."""
 
     def going(state: State) -> Array:
@@ -175,7 +156,7 @@ def decode(config: LlamaConfig, spec: CacheSpec, weights: Weights, tables: Array
         positions = (state.lengths - 1)[:, None]
         tokens = jnp.take_along_axis(state.tokens, positions, axis=1)
         active = ~state.finished
-        x, cache = forward(config, spec, weights, state.cache, tokens, positions, active[:, None], tables)
+        x, cache = forward(config, weights, state.cache, tokens, positions, active[:, None], tables)
         new = next_tokens(config, weights, x[:, 0])
         return append(config, state._replace(cache=cache, step=state.step + 1), new, active)
 

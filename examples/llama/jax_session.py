@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.stages import Compiled
 
-from . import jax_cache, jax_model
-from .cache import CacheSpec
+from jaxkv import CacheLayout, PagedKVCache
+
+from . import jax_model
 from .gguf_model import LlamaModel
 from .paging import Batch
-from .session import Progress, piece_length
+from .session import Progress, cache_extents, piece_length
 
 
 class JaxLlama:
@@ -32,16 +33,16 @@ class JaxLlama:
         self.device = str(jax.devices()[0].device_kind)
         self._programs: dict[tuple[Any, ...], Compiled] = {}
 
-    def session(self, batch: Batch, spec: CacheSpec) -> "JaxSession":
+    def session(self, batch: Batch, layout: str | CacheLayout = "NHD", kv_cache_dtype: str = "auto") -> "JaxSession":
         """Allocates a cache for a batch and compiles what is not compiled yet for such shapes."""
-        return JaxSession(self, batch, spec)
+        return JaxSession(self, batch, layout, kv_cache_dtype)
 
-    def program(self, function: Any, spec: CacheSpec, *arguments: Any) -> Compiled:
-        """The program of `function(config, spec, *arguments)`, in which the argument `state` is donated."""
-        shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arguments))
-        key = (function, spec, shapes)
+    def program(self, function: Any, *arguments: Any) -> Compiled:
+        """The program of `function(config, *arguments)`, in which the argument `state` is donated."""
+        leaves, tree = jax.tree.flatten(arguments)  # the cache's layout is part of the tree
+        key = (function, tree, *((leaf.shape, leaf.dtype) for leaf in leaves))
         if key not in self._programs:
-            jitted = jax.jit(partial(function, self.model.config, spec), donate_argnames="state")
+            jitted = jax.jit(partial(function, self.model.config), donate_argnames="state")
             # float32 means float32: a GPU would round factors to TF32 otherwise.
             with jax.default_matmul_precision("highest" if self.dtype == "float32" else "default"):
                 self._programs[key] = jitted.lower(*arguments).compile()
@@ -51,8 +52,11 @@ class JaxLlama:
 class JaxSession:
     """Implements `session.Session`."""
 
-    def __init__(self, llama: JaxLlama, batch: Batch, spec: CacheSpec):
-        self.batch, self.spec = batch, spec
+    def __init__(self, llama: JaxLlama, batch: Batch, layout: str | CacheLayout, kv_cache_dtype: str):
+        cache = PagedKVCache.create(
+            **cache_extents(llama.model.config, batch), dtype=llama.dtype, layout=layout, kv_cache_dtype=kv_cache_dtype
+        )
+        self.batch, self.spec = batch, cache.spec
         self.weights = llama.weights | {"rotations": jax.device_put(llama.model.rotations(batch.context))}
         self.tables = jnp.asarray(batch.block_tables)
         self.prompts = jnp.asarray(batch.lengths)
@@ -61,12 +65,12 @@ class JaxSession:
             lengths=jnp.asarray(batch.lengths),
             finished=jnp.zeros(len(batch.lengths), bool),
             step=jnp.int32(1),
-            cache=jax_cache.new_cache(spec),
+            cache=cache,
         )
         self.piece = piece_length(batch)
         started = time.perf_counter()
-        self.prefill_program = llama.program(jax_model.prefill, spec, *self._prefill_arguments(0))
-        self.decode_program = llama.program(jax_model.decode, spec, *self._decode_arguments(1))
+        self.prefill_program = llama.program(jax_model.prefill, *self._prefill_arguments(0))
+        self.decode_program = llama.program(jax_model.decode, *self._decode_arguments(1))
         self._warm_up()
         self.compile_seconds = time.perf_counter() - started
 

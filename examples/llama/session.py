@@ -3,15 +3,17 @@
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from .cache import CacheSpec
-from .paging import Batch
+from kvcore.paged_cache import CacheSpec
+
+from .gguf_model import LlamaConfig
+from .paging import BLOCK_SIZE, Batch
 
 _PIECE = 512
-"""Most tokens of each prompt that one prefill call takes, which bounds the attention scores it holds."""
+"""Most tokens of each prompt that one prefill call takes, which bounds the activations it holds."""
 
 
 class Progress(NamedTuple):
@@ -48,6 +50,18 @@ class Report:
     decode_tokens: int = 0
     decode_seconds: float = 0.0
     answers: list[list[int]] = field(default_factory=list)  # new tokens of each sequence
+
+
+def cache_extents(config: LlamaConfig, batch: Batch) -> dict[str, Any]:
+    """Extents of the cache for a batch, as either `PagedKVCache.create` takes them."""
+    return {
+        "num_blocks": batch.num_blocks,
+        "block_size": BLOCK_SIZE,
+        "num_heads": config.num_kv_heads,
+        "head_size": config.head_size,
+        "num_layers": config.num_layers,
+        "head_size_v": config.head_size_v,
+    }
 
 
 def piece_length(batch: Batch) -> int:

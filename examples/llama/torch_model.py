@@ -7,10 +7,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from . import torch_cache
-from .cache import CacheSpec
+from torchkv import PagedKVCache
+
 from .gguf_model import LlamaConfig, LlamaModel
-from .torch_cache import Cache
 
 
 @dataclass(frozen=True)
@@ -74,14 +73,13 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 
 def forward(
     config: LlamaConfig,
-    spec: CacheSpec,
     weights: Weights,
     rotations: tuple[Tensor, Tensor],
-    cache: Cache,
+    cache: PagedKVCache,
     tokens: Tensor,  # int32 [B, T]
-    positions: Tensor,  # int64 [B, T]
+    positions: Tensor,  # int64 [B, T]: T in a row
     written: Tensor,  # bool [B, T]: the tokens to be written to the cache
-    tables: Tensor,  # int64 [B, blocks]
+    tables: Tensor,  # int32 [B, blocks]
 ) -> Tensor:
     """All layers: each writes its keys and values to the cache, then attends over the cache.
 
@@ -91,30 +89,24 @@ def forward(
     batch, count = tokens.shape
     heads, kv_heads = config.num_heads, config.num_kv_heads
     sizes = [(heads + kv_heads) * config.head_size, kv_heads * config.head_size_v]
-    blocks = tables.gather(1, (positions // spec.block_size).clamp(max=tables.shape[1] - 1))
-    slots = torch.where(written, blocks * spec.block_size + positions % spec.block_size, -1).view(-1)
+    block_size = cache.spec.block_size
+    blocks = tables.gather(1, positions // block_size)
+    slots = torch.where(written, blocks * block_size + positions % block_size, -1).view(-1)
+    # Tokens that are not written count, too: they come after all that are, and nothing is made of what they see.
+    seq_lens = positions[:, -1] + 1
+    starts = None if count == 1 else torch.arange(batch + 1, device=tokens.device) * count
     cosine, sine = (table[positions] for table in rotations)
-    # Slots beyond the query's own position are padding, another sequence's, or not written yet.
-    context = torch.arange(tables.shape[1] * spec.block_size, device=tokens.device)
-    visible = (context <= positions[:, :, None])[:, None]  # [B, 1, T, context]
     x = F.embedding(tokens, weights.embedding)
     shape = (config.hidden_size,)
     for index, layer in enumerate(weights.layers):
         normed = F.rms_norm(x, shape, layer.attention_norm, config.norm_epsilon)
         turning, value = project(normed, layer.qkv).split(sizes, dim=-1)
         turned = rotate(turning.view(batch, count, heads + kv_heads, -1), cosine, sine)
-        query, key = turned.split([heads, kv_heads], dim=2)
-        torch_cache.write(
-            spec,
-            cache,
-            key.flatten(0, 1),  # [tokens, kv heads, dim]: a slice, as `value` is one of the fused projection
-            value.unflatten(-1, (kv_heads, -1)).flatten(0, 1),
-            slots,
-            index,
-        )
-        keys, values = torch_cache.read(spec, cache, tables, index, x.dtype)
-        mixed = F.scaled_dot_product_attention(query.transpose(1, 2), keys, values, attn_mask=visible, enable_gqa=True)
-        x = x + project(mixed.transpose(1, 2).reshape(batch, count, -1), layer.attention_out)
+        # Slices of `turned`, as `value` is one of the fused projection: nothing is copied.
+        query, key = turned.flatten(0, 1).split([heads, kv_heads], dim=1)
+        cache.write(key, value.unflatten(-1, (kv_heads, -1)).flatten(0, 1), slots, layer=index)
+        mixed = cache.attend(query, tables, seq_lens, query_start_loc=starts, layer=index)
+        x = x + project(mixed.view(batch, count, -1), layer.attention_out)
         normed = F.rms_norm(x, shape, layer.mlp_norm, config.norm_epsilon)
         gate, up = project(normed, layer.gate_up).chunk(2, dim=-1)
         x = x + project(F.silu(gate) * up, layer.down)

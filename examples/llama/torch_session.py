@@ -1,16 +1,18 @@
-"""One batch generated with torch: an eager loop, on a CUDA device if there is one."""
+"""One batch generated with torch: a CUDA graph for each step, or an eager loop where there is no such device."""
 
 import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from . import torch_cache, torch_model
-from .cache import CacheSpec
+from torchkv import CacheLayout, PagedKVCache
+
+from . import torch_model
 from .gguf_model import LlamaModel
 from .paging import Batch
-from .session import Progress, piece_length
+from .session import Progress, cache_extents, piece_length
 
 
 class TorchLlama:
@@ -29,33 +31,39 @@ class TorchLlama:
         self.device = torch.cuda.get_device_name() if self.torch_device.type == "cuda" else "cpu"
         self.weights = torch_model.load_weights(model, getattr(torch, dtype), self.torch_device)
 
-    def session(self, batch: Batch, spec: CacheSpec) -> "TorchSession":
-        """Allocates a cache for a batch, and lets Triton compile what it needs."""
-        return TorchSession(self, batch, spec)
+    def session(self, batch: Batch, layout: str | CacheLayout = "NHD", kv_cache_dtype: str = "auto") -> "TorchSession":
+        """Allocates a cache for a batch, lets Triton compile what it needs, and captures the decode step."""
+        return TorchSession(self, batch, layout, kv_cache_dtype)
 
 
 class TorchSession:
     """Implements `session.Session`."""
 
     @torch.inference_mode()
-    def __init__(self, llama: TorchLlama, batch: Batch, spec: CacheSpec):
-        self.batch, self.spec = batch, spec
+    def __init__(self, llama: TorchLlama, batch: Batch, layout: str | CacheLayout, kv_cache_dtype: str):
         self.config, self.weights = llama.model.config, llama.weights
+        self.cache = PagedKVCache.create(
+            **cache_extents(self.config, batch),
+            dtype=llama.dtype,
+            layout=layout,
+            kv_cache_dtype=kv_cache_dtype,
+            device=llama.torch_device,
+        )
+        self.batch, self.spec = batch, self.cache.spec
 
         def put(array: np.ndarray) -> Tensor:
             return torch.from_numpy(array).to(llama.torch_device)
 
         cosine, sine = llama.model.rotations(batch.context)
         self.rotations = put(cosine), put(sine)
-        self.tables, self.prompts = put(batch.block_tables).long(), put(batch.lengths).long()
+        self.tables, self.prompts = put(batch.block_tables), put(batch.lengths).long()
         self.tokens, self.lengths = put(batch.tokens.copy()), self.prompts.clone()
         self.finished = torch.zeros_like(self.prompts, dtype=torch.bool)
         self.stops = torch.tensor(self.config.stop_ids, device=llama.torch_device)
-        self.cache = torch_cache.new_cache(spec, llama.torch_device)
         self.piece = piece_length(batch)
         self.made = 1
         started = time.perf_counter()
-        self._warm_up()
+        self._take_step = self._warm_up()
         self.compile_seconds = time.perf_counter() - started
 
     @torch.inference_mode()
@@ -66,46 +74,41 @@ class TorchSession:
 
     @torch.inference_mode()
     def decode(self, until: int) -> Progress:
-        longest = int(self.batch.lengths.max())
         while self.made < until and not bool(self.finished.all()):
-            self._step(~self.finished, longest + self.made)
+            self._take_step()
             self.made += 1
         return self._progress()
 
-    def _warm_up(self) -> None:
-        """Runs both shapes once with nothing to write and nothing to append."""
+    def _warm_up(self) -> Callable[[], None]:
+        """Runs both shapes once with nothing to write and nothing to append. Returns how to take a step."""
+        self.finished.fill_(True)
         self._prefill(0, torch.zeros_like(self.prompts))
-        self._step(torch.zeros_like(self.finished), 1)
+        step = capture(self._step) if self.tokens.is_cuda else self._step
+        step()
+        self.finished.fill_(False)
+        return step
 
     def _prefill(self, start: int, prompts: Tensor) -> None:
         """Runs one piece of the prompts, and appends the first new token where a prompt ends in it."""
         tokens = self.tokens[:, start : start + self.piece]
         count = tokens.shape[1]
         positions = torch.arange(start, start + count, device=tokens.device).expand(len(prompts), -1)
-        x = self._forward(tokens, positions, positions < prompts[:, None], start + count)
+        x = self._forward(tokens, positions, positions < prompts[:, None])
         last = prompts - 1 - start  # where in this piece the prompt ends, if it does
         x = x[torch.arange(len(prompts), device=x.device), last.clamp(0, count - 1)]
         self._append(x, (last >= 0) & (last < count))
 
-    def _step(self, active: Tensor, longest: int) -> None:
-        """One token for each active sequence; none of them is longer than `longest`."""
+    def _step(self) -> None:
+        """One token for each sequence that is not finished. All that changes from step to step is on the device."""
+        active = ~self.finished
         positions = (self.lengths - 1)[:, None]
         tokens = self.tokens.gather(1, positions)
-        x = self._forward(tokens, positions, active[:, None], longest)
+        x = self._forward(tokens, positions, active[:, None])
         self._append(x[:, 0], active)
 
-    def _forward(self, tokens: Tensor, positions: Tensor, written: Tensor, longest: int) -> Tensor:
-        blocks = -(-longest // self.spec.block_size)  # only what some sequence has reached is gathered
+    def _forward(self, tokens: Tensor, positions: Tensor, written: Tensor) -> Tensor:
         return torch_model.forward(
-            self.config,
-            self.spec,
-            self.weights,
-            self.rotations,
-            self.cache,
-            tokens,
-            positions,
-            written,
-            self.tables[:, :blocks],
+            self.config, self.weights, self.rotations, self.cache, tokens, positions, written, self.tables
         )
 
     def _append(self, x: Tensor, active: Tensor) -> None:
@@ -116,7 +119,20 @@ class TorchSession:
         kept = torch.where(active[:, None], new[:, None].int(), self.tokens.gather(1, columns))
         self.tokens.scatter_(1, columns, kept)
         self.lengths += active
-        self.finished |= active & torch.isin(new, self.stops)
+        self.finished |= active & (new[:, None] == self.stops).any(dim=1)
 
     def _progress(self) -> Progress:
         return Progress(self.tokens.cpu().numpy(), self.lengths.cpu().numpy(), bool(self.finished.all()))
+
+
+def capture(step: Callable[[], None]) -> Callable[[], None]:
+    """A CUDA graph of a step. The step runs once before: then Triton compiles, and cuBLAS takes its workspace."""
+    stream = torch.cuda.Stream()  # another than the default one, as torch asks
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay

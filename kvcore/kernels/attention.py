@@ -56,6 +56,11 @@ def _words(cache_ptr, C: tl.constexpr):
 @triton.jit
 def _row_of_cache(block, place, head, layer, C: tl.constexpr):
     """Where the head of a slot begins."""
+    if C.wide:
+        block = block.to(tl.int64)
+    else:
+        block = block.to(tl.int32)
+        layer = layer.to(tl.int32)
     return C.offset + layer * C.layer_stride + block * C.block_stride + place * C.slot_stride + head * C.head_stride
 
 
@@ -110,7 +115,7 @@ def _scores(s, q, x, LANE: tl.constexpr, CACHE: tl.constexpr, COMPUTE: tl.conste
 
 @triton.jit
 def _tiles(
-    m, norm, acc, acc_odd, q_low, q_low_odd, q_high, q_high_odd, first_tile, end_tile, limit, row_position,
+    m, norm, acc, acc_odd, q_low, q_low_odd, q_high, q_high_odd, first_tile, end_tile, first, limit, row_position,
     key_cache_ptr, value_cache_ptr, table_ptr, head, layer, num_blocks, qk_scale,
     K: tl.constexpr, V: tl.constexpr, CACHE: tl.constexpr, COMPUTE: tl.constexpr, HARDWARE_FP8: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
@@ -125,12 +130,12 @@ def _tiles(
         n = t * TILE + tl.arange(0, TILE)
         if MASKED:
             good = n < limit
-            if WINDOW is not None and not BY_ROW:
-                good = good & (n > row_position - WINDOW)
-            block = tl.load(table_ptr + n // BLOCK_SIZE, mask=good, other=-1).to(tl.int64)
+            if WINDOW is not None:  # what all rows have passed may have been freed, and hold anything
+                good = good & (n >= first)
+            block = tl.load(table_ptr + n // BLOCK_SIZE, mask=good, other=-1)
             good = good & (block >= 0) & (block < num_blocks)
         else:
-            block = tl.load(table_ptr + n // BLOCK_SIZE).to(tl.int64)
+            block = tl.load(table_ptr + n // BLOCK_SIZE)
             good = n >= 0
         place = n % BLOCK_SIZE
         k_row = _row_of_cache(block, place, head, layer, K)
@@ -266,13 +271,8 @@ def paged_attention_kernel(
 ):  # fmt: skip
     """Attention of ROWS rows over one split of the positions."""
     # Later tiles of a prefill see more: they start first, so that short ones fill the gaps at the end.
-    if UNMASKED:  # what shares keys and values runs side by side
-        tiles = tl.num_programs(0) // Q.num_kv_heads
-        head = tl.program_id(0) // tiles
-        tile = tiles - 1 - tl.program_id(0) % tiles
-    else:
-        head = tl.program_id(0) % Q.num_kv_heads
-        tile = (tl.num_programs(0) - 1 - tl.program_id(0)) // Q.num_kv_heads
+    head = tl.program_id(0) % Q.num_kv_heads
+    tile = (tl.num_programs(0) - 1 - tl.program_id(0)) // Q.num_kv_heads
     if query_start_loc_ptr is None:
         TILES_PER_SEQ: tl.constexpr = (Q.group + ROWS - 1) // ROWS
         seq = tile // TILES_PER_SEQ
@@ -370,14 +370,14 @@ def paged_attention_kernel(
             exist = _all_blocks_exist(table_ptr, _cdiv(tl.maximum(limit, 0), BLOCK_SIZE), num_blocks, 1024)
             end_whole = tl.where(exist, end_whole, first_tile)
             m, norm, acc, acc_odd = _tiles(
-                m, norm, acc, acc_odd, q_low, q_low_odd, q_high, q_high_odd, first_tile, end_whole, limit, row_position,
+                m, norm, acc, acc_odd, q_low, q_low_odd, q_high, q_high_odd, first_tile, end_whole, first, limit, row_position,
                 keys, values, table_ptr, head, at_layer, num_blocks, qk_scale, K, V, CACHE, COMPUTE,
                 HARDWARE_FP8, BLOCK_SIZE, ROWS, TILE, STAGES, False, BY_ROW, CAUSAL, WINDOW, SOFT_CAP, V_IN_K,
                 PRECISION,
             )  # fmt: skip
             first_tile = end_whole
         m, norm, acc, acc_odd = _tiles(
-            m, norm, acc, acc_odd, q_low, q_low_odd, q_high, q_high_odd, first_tile, end_tile, limit, row_position,
+            m, norm, acc, acc_odd, q_low, q_low_odd, q_high, q_high_odd, first_tile, end_tile, first, limit, row_position,
             keys, values, table_ptr, head, at_layer, num_blocks, qk_scale, K, V, CACHE, COMPUTE,
             HARDWARE_FP8, BLOCK_SIZE, ROWS, TILE, STAGES, True, BY_ROW, CAUSAL, WINDOW, SOFT_CAP, V_IN_K, PRECISION,
         )  # fmt: skip
