@@ -264,6 +264,7 @@ def test_another_current_device():
 
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
+    torch.cuda.set_device(0)  # JAX may have left another one current
     case = make_read(np.random.default_rng(10), dtype="bfloat16", query_lens=(0, 1, 3, 7))
     for device in ("cuda:1", "cuda:0"):
         assert_near_oracle(case, {device: lambda case, device=device: attend_torch(case, device=device)})

@@ -370,15 +370,15 @@ def paged_attention_kernel(
             exist = _all_blocks_exist(table_ptr, _cdiv(tl.maximum(limit, 0), BLOCK_SIZE), num_blocks, 1024)
             end_whole = tl.where(exist, end_whole, first_tile)
             m, norm, acc, acc_odd = _tiles(
-                m, norm, acc, acc_odd, q_low, q_low_odd, q_high, q_high_odd, first_tile, end_whole, first, limit, row_position,
-                keys, values, table_ptr, head, at_layer, num_blocks, qk_scale, K, V, CACHE, COMPUTE,
+                m, norm, acc, acc_odd, q_low, q_low_odd, q_high, q_high_odd, first_tile, end_whole, first, limit,
+                row_position, keys, values, table_ptr, head, at_layer, num_blocks, qk_scale, K, V, CACHE, COMPUTE,
                 HARDWARE_FP8, BLOCK_SIZE, ROWS, TILE, STAGES, False, BY_ROW, CAUSAL, WINDOW, SOFT_CAP, V_IN_K,
                 PRECISION,
             )  # fmt: skip
             first_tile = end_whole
         m, norm, acc, acc_odd = _tiles(
-            m, norm, acc, acc_odd, q_low, q_low_odd, q_high, q_high_odd, first_tile, end_tile, first, limit, row_position,
-            keys, values, table_ptr, head, at_layer, num_blocks, qk_scale, K, V, CACHE, COMPUTE,
+            m, norm, acc, acc_odd, q_low, q_low_odd, q_high, q_high_odd, first_tile, end_tile, first, limit,
+            row_position, keys, values, table_ptr, head, at_layer, num_blocks, qk_scale, K, V, CACHE, COMPUTE,
             HARDWARE_FP8, BLOCK_SIZE, ROWS, TILE, STAGES, True, BY_ROW, CAUSAL, WINDOW, SOFT_CAP, V_IN_K, PRECISION,
         )  # fmt: skip
 
