@@ -9,7 +9,7 @@ from jax import lax
 
 from kvcore.contract import Write
 from kvcore.layout import Axis
-from kvcore.quantization import FP8
+from kvcore.quantization import BFLOAT16, FP8, FloatFormat
 
 if TYPE_CHECKING:
     from jaxkv._primitive import Operands
@@ -77,14 +77,22 @@ def _encode(x: jax.Array, call: Write, scale: jax.Array | None) -> jax.Array:
     x = x.astype(jnp.float32)
     if scale is not None:
         x = _divide(x, scale[0])
-    nan = jnp.isnan(x)
-    dtype = jnp.dtype(stored.name)
+    bits = bits_of(x, stored)
+    return bits if stored.name in FP8 else lax.bitcast_convert_type(bits, jnp.dtype(stored.name))
+
+
+def bits_of(x: jax.Array, stored: FloatFormat) -> jax.Array:
+    """Bits of float32 numbers in another format, rounded to nearest even."""
+    nan, dtype = jnp.isnan(x), jnp.dtype(stored.name)
     if stored.name in FP8:  # XLA's cast overflows to NaN: saturate first
         largest = float(jnp.finfo(dtype).max)
         x = jnp.clip(x, -largest, largest)
-    bits = lax.bitcast_convert_type(x.astype(dtype), f"uint{stored.bits}")
-    bits = jnp.where(nan, jnp.array(stored.nan, bits.dtype), bits)
-    return bits if stored.name in FP8 else lax.bitcast_convert_type(bits, dtype)
+    if stored == BFLOAT16:  # in integers: instructions that round to it read subnormal numbers as zero
+        bits = lax.bitcast_convert_type(x, jnp.uint32)
+        bits = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(jnp.uint16)
+    else:
+        bits = lax.bitcast_convert_type(x.astype(dtype), f"uint{stored.bits}")
+    return jnp.where(nan, jnp.array(stored.nan, bits.dtype), bits)
 
 
 def _divide(x: jax.Array, scale: jax.Array) -> jax.Array:

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxkv._primitive import vary, varying_axes
-from kvcore.quantization import BFLOAT16, FP8, FloatFormat
+from jaxkv._xla import bits_of
+from kvcore.quantization import FP8, FloatFormat
 from kvcore.read_contract import Attention, Cache, Gather
 
 if TYPE_CHECKING:
@@ -290,10 +291,4 @@ def _convert(x: jax.Array, call: Gather, scale: jax.Array | None) -> jax.Array:
     x = _decode(x, call.cache.format)
     if call.cache.scaled and scale is not None:
         x = x * scale[0]
-    if wanted == BFLOAT16:  # in integers: instructions that round to it read subnormal numbers as zero
-        bits = lax.bitcast_convert_type(x, jnp.uint32)
-        bits = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(jnp.uint16)
-    else:
-        bits = lax.bitcast_convert_type(x.astype(wanted.name), f"uint{wanted.bits}")
-    bits = jnp.where(jnp.isnan(x), jnp.array(wanted.nan, bits.dtype), bits)
-    return lax.bitcast_convert_type(bits, jnp.dtype(wanted.name))
+    return lax.bitcast_convert_type(bits_of(x, wanted), jnp.dtype(wanted.name))
