@@ -154,9 +154,12 @@ def say(line: str, end: str = "\n") -> None:
 def _layout(text: str) -> CacheLayout:
     name = text.upper().replace("-", "_")
     try:
-        return CacheLayout.of(name if hasattr(CacheLayout, name) else text)
+        layout = CacheLayout.of(name if hasattr(CacheLayout, name) else text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+    if layout.latent:
+        raise argparse.ArgumentTypeError(f"layout must have room for a Llama's values, got '{layout}'")
+    return layout
 
 
 def _draw_bar(done: int, total: int) -> None:

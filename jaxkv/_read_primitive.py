@@ -22,7 +22,7 @@ from jaxkv import _interpret, _xla_read
 from jaxkv._primitive import GPUS, compute_capability, head_split, vary, varying_axes
 from kvcore import read_contract
 from kvcore.checks import ArraySpec, no_triton_error
-from kvcore.layout import CacheLayout
+from kvcore.layout import Axis, CacheLayout
 from kvcore.read_contract import Attention, Gather, check_attention, check_gather
 
 
@@ -183,7 +183,8 @@ def _partitioned(options: Options, tree: Any, avals: Sequence[Any]) -> Any:
 
     partitioned = custom_partitioning(local)
     rule, sizes = _sharding_rule(options, jax.tree.unflatten(tree, avals))
-    partitioned.def_partition(partition, sharding_rule=rule, **sizes)
+    more: dict[str, Any] = sizes
+    partitioned.def_partition(partition, sharding_rule=rule, **more)
     return partitioned
 
 
@@ -219,7 +220,9 @@ def _sharding_rule(options: Options, operands: Operands) -> tuple[str, dict[str,
     specs: Any = jax.tree.map(lambda x: " ".join(next(fresh) for _ in x.shape), operands)
     heads = _num_heads(options, operands)
     # A factor that shares an axis with another may not have size 1, and is given its size if it is nowhere alone.
-    names = {("head",): "h"} | ({("head", "kv"): "(h c)"} if heads > 1 else {})
+    names: dict[Axis, str] = {("head",): "h"}
+    if heads > 1:
+        names["head", "kv"] = "(h c)"
     arrays = [[names.get(axis) or next(fresh) for axis in axes] for axes in options.layout.arrays]
     specs = specs._replace(caches=tuple(map(" ".join, arrays)))
     sizes = {"c": 2} if any("(h c)" in axes for axes in arrays) else {}

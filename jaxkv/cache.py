@@ -72,7 +72,11 @@ class PagedKVCache:
             num_layers, num_blocks, block_size, num_heads, head_size, head_size_v, name, layout, kv_cache_dtype
         )
         caches = tuple(jnp.zeros(shape, spec.dtype, device=sharding) for shape in spec.shapes)
-        return cls(caches, spec, *(None if s is None else jnp.asarray(s, jnp.float32) for s in (k_scale, v_scale)))
+
+        def array(scale: jax.Array | float | None) -> jax.Array | None:
+            return None if scale is None else jnp.asarray(scale, jnp.float32)
+
+        return cls(caches, spec, array(k_scale), array(v_scale))
 
     def write(
         self,
@@ -95,8 +99,9 @@ class PagedKVCache:
                 key, value, self.caches[0], *options, layout=layout, layer=layer, backend=backend
             )
             return replace(self, caches=(kv_cache,))
+        key_cache, value_cache = self.caches
         caches = reshape_and_cache_flash(
-            key, value, *self.caches, *options, layout=layout, layer=layer, backend=backend
+            key, value, key_cache, value_cache, *options, layout=layout, layer=layer, backend=backend
         )
         return replace(self, caches=caches)
 

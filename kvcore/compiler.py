@@ -22,10 +22,10 @@ _ELEMENTS = {
     "float8_e4m3fn": "u8",
     "float8_e5m2": "u8",
 }
-SCALAR_TYPES = dict(zip(SCALARS, ("i32", "i64", "i32"), strict=True))
+SCALAR_TYPES: dict[str, str] = dict(zip(SCALARS, ("i32", "i64", "i32"), strict=True))
 """Of a write's run-time integers."""
-ATTENTION_SCALAR_TYPES = dict.fromkeys(plan_attention.SCALARS, "i32")
-GATHER_SCALAR_TYPES = dict.fromkeys(plan_gather.SCALARS, "i32")
+ATTENTION_SCALAR_TYPES: dict[str, str] = dict.fromkeys(plan_attention.SCALARS, "i32")
+GATHER_SCALAR_TYPES: dict[str, str] = dict.fromkeys(plan_gather.SCALARS, "i32")
 
 # The write's arithmetic is exact as written: a fused multiply-add would round once where it rounds twice.
 EXACT = {"enable_fp_fusion": False}

@@ -137,13 +137,15 @@ def plan_attention(
         max_registers=128 if rows == 128 and warps == 8 and compute.bits == 16 and target.backend == "cuda" else None,
         constexprs={
             "Q": QueryRows(
-                q_heads,
-                extents.num_heads,
-                group,
-                *query_strides,
-                _stride(call.seq_lens),
-                _stride(call.query_start_loc),
-                _stride(call.sinks),
+                num_heads=q_heads,
+                num_kv_heads=extents.num_heads,
+                group=group,
+                token_stride=query_strides[0],
+                head_stride=query_strides[1],
+                dim_stride=query_strides[2],
+                lens_stride=_stride(call.seq_lens),
+                start_stride=_stride(call.query_start_loc),
+                sink_stride=_stride(call.sinks),
             ),
             "K": _cache_rows(extents, key, head_size, pack, low, high),
             "V": _cache_rows(extents, value, extents.head_size_v, pack_v, low_v, 0),
@@ -211,18 +213,21 @@ def _tile(call: Attention, target: Target, compute: FloatFormat) -> tuple[int, i
         tile, stages, warps = (64, 4, 2) if call.cache.format.bits == 16 else (128, 4, 4)
     else:
         tile, stages, warps = 64 if widest <= 128 else 32, 4, 4
-    # What does not fit in shared memory has fewer stages, then smaller tiles.
-    budget = _SHARED_MEMORY.get(target.arch, 99) if target.backend == "cuda" else 64  # type: ignore[call-overload]
+    # What does not fit in shared memory has fewer stages, then smaller tiles, then fewer rows.
+    cuda = target.backend == "cuda" and isinstance(target.arch, int)
+    budget = 1024 * (_SHARED_MEMORY.get(int(target.arch), 99) if cuda else 64)
+    if not cuda or int(target.arch) < 90:
+        budget -= budget // 8  # weights, too, go through it to the tensor cores
     size = _bytes(call.cache.format.bits)
     columns = sum(_pieces(head_size)) + (0 if call.cache.layout.latent else power_of_two(extents.head_size_v))
-    fixed = rows * sum(_pieces(head_size)) * _bytes(compute.bits)
-    while fixed + stages * tile * columns * size > budget * 1024 and (stages > 1 or tile > 16):
-        if stages > 2:
+    row = sum(_pieces(head_size)) * _bytes(compute.bits)
+    while rows * row + stages * tile * columns * size > budget and (stages, tile, rows) != (1, 16, 16):
+        if stages > 2 or (stages == 2 and tile == 16):
             stages -= 1
         elif tile > 16:
             tile //= 2
         else:
-            stages -= 1
+            rows //= 2
     return rows, tile, stages, warps
 
 
@@ -230,7 +235,7 @@ def _splits(programs: int, tiles: int, min_tiles: int, target: Target) -> int:
     """Parts of the positions: enough to keep all multiprocessors busy."""
     if target.backend == "interpret":
         return min(2, -(-tiles // min_tiles))
-    wanted = 2 * _MULTIPROCESSORS.get(target.arch, 108)  # type: ignore[call-overload]
+    wanted = 2 * _MULTIPROCESSORS.get(target.arch if isinstance(target.arch, int) else 0, 108)
     return max(1, min(wanted // max(programs, 1), -(-tiles // min_tiles)))
 
 
@@ -243,11 +248,25 @@ def _pieces(head_size: int) -> tuple[int, int]:
 
 
 def _cache_rows(extents: Extents, at: Address, head_size: int, pack: int, low: int, high: int) -> CacheRows:
-    sizes = (extents.num_layers or 1, extents.num_blocks, extents.block_size, extents.num_heads, head_size)
-    last = at.of(*(max(size - 1, 0) for size in sizes))
-    strides = (stride // pack for stride in (at.offset, at.layer, at.block, at.slot, at.head))
-    dims = (at.dim // pack, at.x // pack, at.x_stride) if at.x > 1 else (at.dim, 1, 0)
-    return CacheRows(pack, head_size // pack, low, high, *strides, *dims, last + 2**16 >= 2**31)
+    last = at.of(
+        (extents.num_layers or 1) - 1, extents.num_blocks - 1, extents.block_size - 1, extents.num_heads - 1,
+        head_size - 1,
+    )  # fmt: skip
+    return CacheRows(
+        pack=pack,
+        head_size=head_size // pack,
+        low=low,
+        high=high,
+        offset=at.offset // pack,
+        layer_stride=at.layer // pack,
+        block_stride=at.block // pack,
+        slot_stride=at.slot // pack,
+        head_stride=at.head // pack,
+        dim_stride=at.dim // pack if at.x > 1 else at.dim,
+        x=at.x // pack if at.x > 1 else 1,
+        x_stride=at.x_stride if at.x > 1 else 0,
+        wide=last + 2**16 >= 2**31,
+    )
 
 
 def _sides(call: Attention) -> tuple[tuple[Address, int], tuple[Address, int]]:

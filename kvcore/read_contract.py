@@ -74,7 +74,8 @@ class Attention(NamedTuple):
     @property
     def out_shape(self) -> tuple[int, int, int]:
         """Shape of the result: `(num_tokens, num_q_heads, head_size_v)`."""
-        return (*self.query.shape[:2], self.cache.placement.extents.head_size_v)
+        tokens, heads, _ = self.query.shape
+        return tokens, heads, self.cache.placement.extents.head_size_v
 
 
 class Gather(NamedTuple):

@@ -281,6 +281,21 @@ def test_chunks_change_nothing(framework, small_twins):
     assert generate(small_twins[framework], prompts, 15, chunk=4)[0] == whole
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
+def test_steps_of_a_cuda_graph_equal_eager_ones(kv_cache_dtype, small_twins):
+    answers = []
+    for eager in (False, True):
+        batch = plan_batch(some_prompts(1, 30), 40, context_length=1024)
+        session, report = small_twins["torch"].session(batch, kv_cache_dtype=kv_cache_dtype), Report()
+        if eager:
+            session._take_step = session._step
+        for _ in run(session, report, 8):
+            pass
+        answers.append(report.answers)
+    assert answers[0] == answers[1]
+
+
 # --- Paging ---------------------------------------------------------------------------------------
 
 
@@ -480,6 +495,7 @@ def test_bad_requests_say_why(arguments, message, cli, small_file, monkeypatch, 
         (["x", "y", "--batch", "1"], "argument --batch: must be at least the number of prompts, 2, got 1"),
         (["x", "--layout", "block slot head"], "must name exactly one of the axes dim, dim/x and k+v"),
         (["x", "--layout", "nowhere"], "has an unknown axis"),
+        (["x", "--layout", "mla"], "layout must have room for a Llama's values, got 'block slot latent'"),
         (["x", "--kv-cache-dtype", "int8"], "invalid choice: 'int8'"),
     ],
 )

@@ -62,7 +62,7 @@ def target() -> Target:
     """What torch's current device is."""
     from triton.runtime import driver
 
-    found = driver.active.get_current_target()
+    found: Any = driver.active.get_current_target()
     return Target(found.backend, found.arch, found.warp_size)
 
 

@@ -115,7 +115,7 @@ def _prepare_attention(described: Attention, call: AttentionCall, tensors: Seque
     pointers = _pointees(plan_attention.POINTERS, tensors, call.layer, described.cache.scaled)
     aligned = _aligned(plan_attention.POINTERS, tensors) | {"out_ptr", "lse_ptr"}
     out = {"out_ptr": "float32" if plan.splits > 1 else dtype_name(call.query), "lse_ptr": "float32"}
-    options = dict(_OPTIONS)
+    options: dict[str, Any] = dict(_OPTIONS)
     if plan.max_registers is not None:
         options["maxnreg"] = plan.max_registers
     attend = load(

@@ -68,11 +68,11 @@ class PagedKVCache:
             num_layers, num_blocks, block_size, num_heads, head_size, head_size_v, name, layout, kv_cache_dtype
         )
         caches = tuple(torch.zeros(shape, dtype=getattr(torch, spec.dtype), device=device) for shape in spec.shapes)
-        scales = (
-            s if s is None else torch.as_tensor(s, dtype=torch.float32, device=caches[0].device)
-            for s in (k_scale, v_scale)
-        )
-        return cls(caches, spec, *scales)
+
+        def tensor(scale: Tensor | float | None) -> Tensor | None:
+            return None if scale is None else torch.as_tensor(scale, dtype=torch.float32, device=caches[0].device)
+
+        return cls(caches, spec, tensor(k_scale), tensor(v_scale))
 
     def write(
         self,
@@ -91,7 +91,10 @@ class PagedKVCache:
                 key, value, self.caches[0], *options, layout=layout, layer=layer, backend=backend
             )
         else:
-            reshape_and_cache_flash(key, value, *self.caches, *options, layout=layout, layer=layer, backend=backend)
+            key_cache, value_cache = self.caches
+            reshape_and_cache_flash(
+                key, value, key_cache, value_cache, *options, layout=layout, layer=layer, backend=backend
+            )
 
     def attend(
         self,
