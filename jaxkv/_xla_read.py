@@ -176,6 +176,8 @@ def _online_softmax(call: Attention, x: "Operands", layer: int | None, queries: 
     top = jnp.full(front, jnp.finfo(jnp.float32).min)
     state = (top, jnp.zeros(front, jnp.float32), jnp.zeros((*front, extents.head_size_v), jnp.float32))
     state = jax.tree.map(lambda s: vary(s, varying_axes(queries.query)), state)  # within shard_map
+    if table.shape[1] == blocks:  # without a loop, XLA makes one program of it: twice as fast for small models on a CPU
+        return step(jnp.int32(0), state)
     return lax.fori_loop(jnp.int32(first), end.astype(jnp.int32), step, state)
 
 
