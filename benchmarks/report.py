@@ -60,11 +60,13 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str:
-    """The commit, with a mark where the working tree differs; outside a checkout what GIT_COMMIT says."""
+    """The commit, with a mark where the working tree differs; GIT_COMMIT has the last word, for copies of a checkout."""
+    if named := os.environ.get("GIT_COMMIT"):
+        return named
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
         dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("GIT_COMMIT", "unknown")
+        return "unknown"
     return commit.stdout.strip() + ("+" if dirty.stdout.strip() else "")
