@@ -60,7 +60,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str:
-    """The commit, with a mark where the working tree differs; GIT_COMMIT has the last word, for copies of a checkout."""
+    """The commit, with a mark where the working tree differs. GIT_COMMIT has the last word: copies have no history."""
     if named := os.environ.get("GIT_COMMIT"):
         return named
     git = ["git", "-C", str(Path(__file__).parent)]
