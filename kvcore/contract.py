@@ -126,6 +126,8 @@ def check_write(
 def _layout(
     layout: str | CacheLayout | None, caches: Sequence[ArraySpec], layer: int | ArraySpec | None
 ) -> CacheLayout:
+    if layout is None and len(caches) == 1:  # whatever its rank: no other single array is written by default
+        layout = CacheLayout.PACKED_NHD if layer is None else CacheLayout.PACKED_NHD.with_layer()
     chosen = layout_of(layout, caches, layer)
     if chosen.latent:
         raise ValueError(

@@ -251,10 +251,11 @@ def test_strided_query():
 
 def test_compiled():
     cache = create(torchkv)
+    value, slots, layer, tables, lens = map(to_torch, (VALUE, SLOTS, np.array(0), TABLES, LENS))
 
     def run(query, key):
-        cache.write(key, to_torch(VALUE), to_torch(SLOTS), layer=torch.tensor(0))
-        return cache.attend(query * 1, to_torch(TABLES), to_torch(LENS), layer=0)
+        cache.write(key, value, slots, layer=layer)
+        return cache.attend(query * 1, tables, lens, layer=0)
 
     run = torch.compile(run, fullgraph=True, backend="aot_eager")
     np.testing.assert_allclose(run(to_torch(QUERY), to_torch(KEY)), expected(True), atol=1e-5)

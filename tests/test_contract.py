@@ -225,7 +225,7 @@ BAD = {
     "unknown axis": (
         "flash", {"layout": "block slot heads dim"}, ValueError,
         "layout 'block slot heads dim' has an unknown axis 'heads'; "
-        "known are layer, block, slot, head, kv, dim, dim/x, x, k+v",
+        "known are layer, block, slot, head, kv, dim, dim/x, x, k+v, latent",
     ),
     "missing axis": (
         "flash", {"layout": "block head dim"}, ValueError, "layout 'block head dim' must name axis slot",

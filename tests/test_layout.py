@@ -372,7 +372,7 @@ def test_kinds_of_layouts(layout, single_array, packed):
     assert layout.packed is packed
 
 
-UNKNOWN = "known are layer, block, slot, head, kv, dim, dim/x, x, k+v"
+UNKNOWN = "known are layer, block, slot, head, kv, dim, dim/x, x, k+v, latent"
 
 
 @pytest.mark.parametrize(
