@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 from kvcore.checks import ArraySpec
 from kvcore.layout import contiguous_strides
 from kvcore.plan import Target, has_e4m3, plan_rows, power_of_two
-from kvcore.quantization import FLOAT32
 from kvcore.read_contract import Gather
 
 
@@ -78,7 +77,6 @@ def plan_gather(call: Gather, target: Target, layer_is_pointer: bool = False) ->
             "LENS_STRIDE": (call.seq_lens.strides or (1,))[0],
             "CACHE": call.cache.format,
             "OUT": None if copies else call.format,
-            "FLOAT32": FLOAT32,
             "HARDWARE_FP8": has_e4m3(target),
             "LAYER_IS_POINTER": layer_is_pointer,
             "TOKENS": tokens,

@@ -16,7 +16,7 @@ its denominator, and `merge_attention_kernel` joins them.
 import triton
 import triton.language as tl
 
-from .decode import decode, decode_lane
+from .decode import decode_lane, narrow, widen
 from .encode import encode
 from .reduce import maximum, total
 from .rows import layer_index
@@ -89,7 +89,7 @@ def _load(cache_ptr, row, good, FIRST: tl.constexpr, SIZE: tl.constexpr, MASKED:
 
 @triton.jit
 def _load_query(query_ptr, row, inside, FIRST: tl.constexpr, SIZE: tl.constexpr, LANE: tl.constexpr,
-                Q: tl.constexpr, K: tl.constexpr, QUERY: tl.constexpr, COMPUTE: tl.constexpr):  # fmt: skip
+                Q: tl.constexpr, K: tl.constexpr, COMPUTE: tl.constexpr):  # fmt: skip
     """The elements of query that meet one lane of the words FIRST … FIRST + SIZE - 1 of K."""
     word = FIRST + tl.arange(0, SIZE)
     dim = word * K.pack + LANE
@@ -98,19 +98,17 @@ def _load_query(query_ptr, row, inside, FIRST: tl.constexpr, SIZE: tl.constexpr,
         mask=inside[:, None] & (word < K.head_size)[None, :],
         other=0,
     )
-    if QUERY.bits == 16 and COMPUTE.mantissa_bits == 10:  # the caller brings it into float16's range first
-        q = decode(q, QUERY, QUERY, False).to(tl.float32)
-    else:
-        q = decode(q, QUERY, COMPUTE, False)
+    if COMPUTE.mantissa_bits != 7:  # bfloat16 goes to the tensor cores as it is
+        q = widen(q)
     return q
 
 
 @triton.jit
 def _scores(s, q, x, LANE: tl.constexpr, CACHE: tl.constexpr, COMPUTE: tl.constexpr, HARDWARE_FP8: tl.constexpr,
-            PACK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+            PACK: tl.constexpr):  # fmt: skip
     """Adds q times one lane of K's words x to s."""
     k = decode_lane(x, LANE, PACK, CACHE, COMPUTE, HARDWARE_FP8)
-    return tl.dot(q, tl.trans(k), s, input_precision=PRECISION)
+    return tl.dot(q, tl.trans(k), s, input_precision="ieee")
 
 
 @triton.jit
@@ -120,7 +118,6 @@ def _tiles(
     K: tl.constexpr, V: tl.constexpr, CACHE: tl.constexpr, COMPUTE: tl.constexpr, HARDWARE_FP8: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
     BY_ROW: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, V_IN_K: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Folds tiles of positions into the running maximum m, denominator norm and sum acc.
 
@@ -141,14 +138,14 @@ def _tiles(
         k_row = _row_of_cache(block, place, head, layer, K)
         k = _load(key_cache_ptr, k_row, good, 0, K.low, MASKED, K)
         s = tl.full([ROWS, TILE], 0.0, tl.float32)
-        s = _scores(s, q_low, k, 0, CACHE, COMPUTE, HARDWARE_FP8, K.pack, PRECISION)
+        s = _scores(s, q_low, k, 0, CACHE, COMPUTE, HARDWARE_FP8, K.pack)
         if K.pack > 1:
-            s = _scores(s, q_low_odd, k, 1, CACHE, COMPUTE, HARDWARE_FP8, K.pack, PRECISION)
+            s = _scores(s, q_low_odd, k, 1, CACHE, COMPUTE, HARDWARE_FP8, K.pack)
         if K.high > 0:
             k_high = _load(key_cache_ptr, k_row, good, K.low, K.high, MASKED, K)
-            s = _scores(s, q_high, k_high, 0, CACHE, COMPUTE, HARDWARE_FP8, K.pack, PRECISION)
+            s = _scores(s, q_high, k_high, 0, CACHE, COMPUTE, HARDWARE_FP8, K.pack)
             if K.pack > 1:
-                s = _scores(s, q_high_odd, k_high, 1, CACHE, COMPUTE, HARDWARE_FP8, K.pack, PRECISION)
+                s = _scores(s, q_high_odd, k_high, 1, CACHE, COMPUTE, HARDWARE_FP8, K.pack)
 
         if SOFT_CAP is not None:  # tanh(x) = 1 - 2 / (1 + exp(2x))
             s = SOFT_CAP * LOG2E * (1 - 2 / (1 + tl.exp2(s * (qk_scale * (2 / SOFT_CAP))[:, None])))
@@ -161,17 +158,15 @@ def _tiles(
             if SOFT_CAP is None:
                 s = s * qk_scale[:, None]
             s = tl.where(seen, s, float("-inf"))
+        if MASKED or SOFT_CAP is not None:
             m_new = tl.maximum(m, maximum(s, 1))
-            origin = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row may have seen nothing yet
-            p = tl.exp2(s - (origin - WEIGHT_BITS)[:, None])
-        elif SOFT_CAP is None:  # qk_scale is not negative: one multiply-add scales a logit and subtracts
+        else:  # qk_scale is not negative: one multiply-add scales a logit and subtracts
             m_new = tl.maximum(m, maximum(s, 1) * qk_scale)
-            origin = m_new
-            p = tl.exp2(s * qk_scale[:, None] - (origin - WEIGHT_BITS)[:, None])
-        else:
-            m_new = tl.maximum(m, maximum(s, 1))
-            origin = m_new
-            p = tl.exp2(s - (origin - WEIGHT_BITS)[:, None])
+            s = s * qk_scale[:, None]
+        origin = m_new
+        if MASKED:  # a row may have seen nothing yet
+            origin = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p = tl.exp2(s - (origin - WEIGHT_BITS)[:, None])
         shrink = tl.exp2(m - origin)
         norm = norm * shrink + total(p, 1)
         m = m_new
@@ -182,10 +177,10 @@ def _tiles(
             v = _load(value_cache_ptr, _row_of_cache(block, place, head, layer, V), good, 0, V.low, MASKED, V)
         v_even = decode_lane(v, 0, V.pack, CACHE, COMPUTE, HARDWARE_FP8)
         p = p.to(v_even.dtype)
-        acc = tl.dot(p, v_even, acc * shrink[:, None], input_precision=PRECISION)
+        acc = tl.dot(p, v_even, acc * shrink[:, None], input_precision="ieee")
         if V.pack > 1:
             v_odd = decode_lane(v, 1, V.pack, CACHE, COMPUTE, HARDWARE_FP8)
-            acc_odd = tl.dot(p, v_odd, acc_odd * shrink[:, None], input_precision=PRECISION)
+            acc_odd = tl.dot(p, v_odd, acc_odd * shrink[:, None], input_precision="ieee")
     return m, norm, acc, acc_odd
 
 
@@ -249,8 +244,7 @@ def paged_attention_kernel(
     Q: tl.constexpr,              # kvcore.plan_attention.QueryRows
     K: tl.constexpr,              # kvcore.plan_attention.CacheRows
     V: tl.constexpr,
-    QUERY: tl.constexpr,          # kvcore.quantization.FloatFormat of query
-    CACHE: tl.constexpr,          # … of the cache
+    CACHE: tl.constexpr,          # kvcore.quantization.FloatFormat of the cache
     COMPUTE: tl.constexpr,        # … in which K, V and the weights are multiplied
     OUT: tl.constexpr,            # … to round the result to with integers, or None for the target's cast
     BLOCK_SIZE: tl.constexpr,
@@ -266,8 +260,7 @@ def paged_attention_kernel(
     STAGES: tl.constexpr,
     SPLIT: tl.constexpr,          # whether axis 1 of the grid splits the positions
     MIN_TILES: tl.constexpr,      # fewest tiles of a split
-    UNMASKED: tl.constexpr,       # whether tiles that all rows see wholly have a loop of their own
-    PRECISION: tl.constexpr,      # of tl.dot
+    UNMASKED: tl.constexpr,       # whether tiles that all rows see wholly have a loop of their own; without WINDOW
 ):  # fmt: skip
     """Attention of ROWS rows over one split of the positions."""
     # Later tiles of a prefill see more: they start first, so that short ones fill the gaps at the end.
@@ -296,37 +289,32 @@ def paged_attention_kernel(
         token = row // Q.group
         q_head = head * Q.group + row % Q.group
         q_row = (start + token) * Q.token_stride + q_head * Q.head_stride
-        q_low = _load_query(query_ptr, q_row, row_inside, 0, K.low, 0, Q, K, QUERY, COMPUTE)
+        q_low = _load_query(query_ptr, q_row, row_inside, 0, K.low, 0, Q, K, COMPUTE)
         q_low_odd, q_high, q_high_odd = q_low, q_low, q_low
         if K.pack > 1:
-            q_low_odd = _load_query(query_ptr, q_row, row_inside, 0, K.low, 1, Q, K, QUERY, COMPUTE)
+            q_low_odd = _load_query(query_ptr, q_row, row_inside, 0, K.low, 1, Q, K, COMPUTE)
         if K.high > 0:
-            q_high = _load_query(query_ptr, q_row, row_inside, K.low, K.high, 0, Q, K, QUERY, COMPUTE)
+            q_high = _load_query(query_ptr, q_row, row_inside, K.low, K.high, 0, Q, K, COMPUTE)
             q_high_odd = q_high
             if K.pack > 1:
-                q_high_odd = _load_query(query_ptr, q_row, row_inside, K.low, K.high, 1, Q, K, QUERY, COMPUTE)
+                q_high_odd = _load_query(query_ptr, q_row, row_inside, K.low, K.high, 1, Q, K, COMPUTE)
         qk_scale = tl.full([ROWS], SCALE * LOG2E, tl.float32)
         if k_scale_ptr is not None:
             qk_scale = qk_scale * tl.load(k_scale_ptr)
         # The sign goes to query: the unmasked loop takes the maximum before it scales.
         factor = tl.where(qk_scale < 0, -1.0, 1.0)
         qk_scale = tl.abs(qk_scale)
-        if QUERY.bits == 16 and COMPUTE.mantissa_bits == 10:
+        if COMPUTE.mantissa_bits == 10:
             # Rows in float16, divided by a power of two of their own: exact but for what is 2^-24 of the largest.
             largest = tl.maximum(maximum(tl.abs(q_low), 1), maximum(tl.abs(q_low_odd), 1))
             largest = tl.maximum(largest, tl.maximum(maximum(tl.abs(q_high), 1), maximum(tl.abs(q_high_odd), 1)))
             exponent = tl.minimum(largest.to(tl.uint32, bitcast=True) & 0x7F800000, 253 << 23)
             factor = factor * ((254 << 23) - exponent).to(tl.float32, bitcast=True)
             qk_scale = qk_scale * exponent.to(tl.float32, bitcast=True)
-            q_low = (q_low * factor[:, None]).to(tl.float16)
-            q_low_odd = (q_low_odd * factor[:, None]).to(tl.float16)
-            q_high = (q_high * factor[:, None]).to(tl.float16)
-            q_high_odd = (q_high_odd * factor[:, None]).to(tl.float16)
-        else:
-            q_low = (q_low * factor[:, None]).to(q_low.dtype)
-            q_low_odd = (q_low_odd * factor[:, None]).to(q_low.dtype)
-            q_high = (q_high * factor[:, None]).to(q_low.dtype)
-            q_high_odd = (q_high_odd * factor[:, None]).to(q_low.dtype)
+        q_low = narrow(q_low * factor[:, None], COMPUTE)
+        q_low_odd = narrow(q_low_odd * factor[:, None], COMPUTE)
+        q_high = narrow(q_high * factor[:, None], COMPUTE)
+        q_high_odd = narrow(q_high_odd * factor[:, None], COMPUTE)
 
         # ---- positions that they see
         last_token = tl.minimum((first_row + ROWS - 1) // Q.group, length.to(tl.int32) - 1)
@@ -365,21 +353,18 @@ def paged_attention_kernel(
         if UNMASKED:
             whole = tl.minimum(limit, offset + first_token + 1) if CAUSAL else limit
             end_whole = tl.maximum(tl.minimum(whole // TILE, end_tile), first_tile)
-            if WINDOW is not None:
-                end_whole = first_tile
             exist = _all_blocks_exist(table_ptr, _cdiv(tl.maximum(limit, 0), BLOCK_SIZE), num_blocks, 1024)
             end_whole = tl.where(exist, end_whole, first_tile)
             m, norm, acc, acc_odd = _tiles(
                 m, norm, acc, acc_odd, q_low, q_low_odd, q_high, q_high_odd, first_tile, end_whole, first, limit,
                 row_position, keys, values, table_ptr, head, at_layer, num_blocks, qk_scale, K, V, CACHE, COMPUTE,
                 HARDWARE_FP8, BLOCK_SIZE, ROWS, TILE, STAGES, False, BY_ROW, CAUSAL, WINDOW, SOFT_CAP, V_IN_K,
-                PRECISION,
             )  # fmt: skip
             first_tile = end_whole
         m, norm, acc, acc_odd = _tiles(
             m, norm, acc, acc_odd, q_low, q_low_odd, q_high, q_high_odd, first_tile, end_tile, first, limit,
             row_position, keys, values, table_ptr, head, at_layer, num_blocks, qk_scale, K, V, CACHE, COMPUTE,
-            HARDWARE_FP8, BLOCK_SIZE, ROWS, TILE, STAGES, True, BY_ROW, CAUSAL, WINDOW, SOFT_CAP, V_IN_K, PRECISION,
+            HARDWARE_FP8, BLOCK_SIZE, ROWS, TILE, STAGES, True, BY_ROW, CAUSAL, WINDOW, SOFT_CAP, V_IN_K,
         )  # fmt: skip
 
         # ---- result

@@ -3,14 +3,13 @@
 import triton
 import triton.language as tl
 
+from .decode import widen
+
 
 @triton.jit
 def encode(x, scale, FORMAT: tl.constexpr, HARDWARE_FP8: tl.constexpr):
     """Bits of `x / scale` in FORMAT (a kvcore.quantization.FloatFormat), rounded once, to nearest even."""
-    if x.dtype == tl.bfloat16:  # by hand: the interpreter's cast loses subnormal numbers
-        x = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    else:
-        x = x.to(tl.float32)
+    x = widen(x)
     if scale is not None:
         x = tl.div_rn(x, scale)  # IEEE division; `/` is not
     if HARDWARE_FP8:

@@ -10,15 +10,15 @@ A program takes TOKENS positions of a sequence (axis 0 of the grid) and one stre
 import triton
 import triton.language as tl
 
-from .decode import decode
+from .decode import decode, widen
 from .encode import encode
 from .rows import cache_offsets, columns, layer_index, token_offsets
 
 
 @triton.jit
-def _convert(x, scale_ptr, CACHE: tl.constexpr, OUT: tl.constexpr, FLOAT32: tl.constexpr, HARDWARE_FP8: tl.constexpr):
+def _convert(x, scale_ptr, CACHE: tl.constexpr, OUT: tl.constexpr, HARDWARE_FP8: tl.constexpr):
     """`round(float32(x) * scale)` as bits of OUT."""
-    x = decode(x, CACHE, FLOAT32, HARDWARE_FP8)
+    x = widen(decode(x, CACHE, HARDWARE_FP8))
     if scale_ptr is not None:
         x = x * tl.load(scale_ptr)
     return encode(x, None, OUT, False)
@@ -46,7 +46,6 @@ def gather_kv_kernel(
     LENS_STRIDE: tl.constexpr,
     CACHE: tl.constexpr,         # kvcore.quantization.FloatFormat of the cache
     OUT: tl.constexpr,           # … of key and value, or None to copy bits
-    FLOAT32: tl.constexpr,       # … in which scales are multiplied
     HARDWARE_FP8: tl.constexpr,
     LAYER_IS_POINTER: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -71,8 +70,8 @@ def gather_kv_kernel(
     k = tl.load(key_cache_ptr + k_at, mask=there[:, None] & k_inside[None, :], other=0)
     v = tl.load(value_cache_ptr + v_at, mask=there[:, None] & v_inside[None, :], other=0)
     if OUT is not None:
-        k = _convert(k, k_scale_ptr, CACHE, OUT, FLOAT32, HARDWARE_FP8)
-        v = _convert(v, v_scale_ptr, CACHE, OUT, FLOAT32, HARDWARE_FP8)
+        k = _convert(k, k_scale_ptr, CACHE, OUT, HARDWARE_FP8)
+        v = _convert(v, v_scale_ptr, CACHE, OUT, HARDWARE_FP8)
         # Not even a scale of NaN gets into what is not there.
         k = tl.where(there[:, None], k, tl.full([1, 1], 0, k.dtype))
         v = tl.where(there[:, None], v, tl.full([1, 1], 0, v.dtype))
