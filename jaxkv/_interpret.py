@@ -1,6 +1,6 @@
 """The Triton kernels in their interpreter, behind a host callback: slow, exact, and without a GPU."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -10,13 +10,13 @@ import numpy as np
 
 from kvcore import plan_attention, plan_gather
 from kvcore.contract import Write
-from kvcore.plan import INTERPRETER, plan_write, scalars
+from kvcore.plan import INTERPRETER, KernelPlan, plan_write, scalars
 from kvcore.read_contract import Attention, Gather
 
 if TYPE_CHECKING:
     from jaxkv import _primitive, _read_primitive
 
-Run = Callable[[str, str, tuple[int, int, int], Sequence[Any], Mapping[str, Any]], None]
+Run = Callable[[KernelPlan, tuple[int, int, int], Sequence[Any]], None]
 
 
 def write(call: Write, operands: "_primitive.Operands", layer: int | None) -> list[jax.Array]:
@@ -30,7 +30,7 @@ def write(call: Write, operands: "_primitive.Operands", layer: int | None) -> li
             x.key, x.value, *caches, x.slot_mapping, x.k_scale, x.v_scale, layer if x.layer is None else x.layer,
             *scalars(call, n),
         ]  # fmt: skip
-        run("reshape_and_cache", plan.kernel, plan.grid(n), arguments, plan.constexprs)
+        run(plan.kernel, plan.grid(n), arguments)
         return caches
 
     return _call(on_host, [jax.ShapeDtypeStruct(c.shape, c.dtype) for c in operands.caches], operands)
@@ -52,10 +52,9 @@ def attention(call: Attention, operands: "_read_primitive.Operands", layer: int 
             layer if x.layer is None else x.layer, *plan_attention.scalars(call),
             *((out, lse) if plan.splits == 1 else (parts, part_lse)),
         ]  # fmt: skip
-        run("attention", "paged_attention_kernel", plan.grid, arguments, plan.constexprs)
+        run(plan.attend, plan.grid, arguments)
         if plan.splits > 1:
-            arguments = [parts, part_lse, x.sinks, plan.splits, out, lse]
-            run("attention", "merge_attention_kernel", plan.merge_grid, arguments, plan.merge_constexprs)
+            run(plan.merge, plan.merge_grid, [parts, part_lse, x.sinks, plan.splits, out, lse])
         return [out, lse]
 
     return _call(on_host, [jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct(shape[:2], "float32")], operands)
@@ -73,7 +72,7 @@ def gather(call: Gather, operands: "_read_primitive.Operands", layer: int | None
             x.caches[0], x.caches[-1], x.block_tables, x.seq_lens, *scales, layer if x.layer is None else x.layer,
             *plan_gather.scalars(call), *out,
         ]  # fmt: skip
-        run("gather", "gather_kv_kernel", plan.grid, arguments, plan.constexprs)
+        run(plan.kernel, plan.grid, arguments)
         return out
 
     return _call(on_host, results, operands)
@@ -82,13 +81,13 @@ def gather(call: Gather, operands: "_read_primitive.Operands", layer: int | None
 def _call(on_host: Callable[[Run, Any], list[np.ndarray]], results: Sequence[Any], operands: Any) -> list[jax.Array]:
     worker = _worker()
 
-    def run(module: str, kernel: str, grid: Any, arguments: Sequence[Any], constexprs: Mapping[str, Any]) -> None:
+    def run(kernel: KernelPlan, grid: tuple[int, int, int], arguments: Sequence[Any]) -> None:
         from kvcore import interpreter
 
         pointers = [
             interpreter.Pointer(a.ctypes.data, a.dtype.name) if isinstance(a, np.ndarray) else a for a in arguments
         ]
-        worker.submit(interpreter.run, module, kernel, grid, pointers, constexprs).result()
+        worker.submit(interpreter.run, kernel, grid, pointers).result()
 
     def callback(x: Any) -> list[np.ndarray]:
         return on_host(run, jax.tree.map(np.ascontiguousarray, x))

@@ -1,7 +1,7 @@
 """The write as a Triton kernel, through jax_triton: the only module that imports it."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -12,10 +12,9 @@ from jaxkv import _compat
 
 jt = _compat.import_jax_triton()
 
-from kvcore.compiler import EXACT  # noqa: E402
+from kvcore.compiler import kernel_function  # noqa: E402
 from kvcore.contract import Write  # noqa: E402
-from kvcore.kernels import reshape_and_cache  # noqa: E402
-from kvcore.plan import Target, plan_write, scalars  # noqa: E402
+from kvcore.plan import KernelPlan, Target, plan_write, scalars  # noqa: E402
 from kvcore.quantization import FP8  # noqa: E402
 
 if TYPE_CHECKING:
@@ -36,53 +35,38 @@ def write(
     if 0 in plan.grid(n):
         return list(operands.caches)
     refs = [jax.new_ref(as_bytes(cache)) for cache in operands.caches]
-    launch(
-        getattr(reshape_and_cache, plan.kernel),
-        [
-            as_bytes(operands.key),
-            as_bytes(operands.value),
-            *refs,
-            operands.slot_mapping,
-            operands.k_scale,
-            operands.v_scale,
-            layer if operands.layer is None else operands.layer,
-            *scalars(call, n),
-        ],
-        target,
-        grid=plan.grid(n),
-        num_warps=plan.num_warps,
-        constexprs=plan.constexprs,
-        options=EXACT,
-    )
+    arguments = [
+        as_bytes(operands.key),
+        as_bytes(operands.value),
+        *refs,
+        operands.slot_mapping,
+        operands.k_scale,
+        operands.v_scale,
+        layer if operands.layer is None else operands.layer,
+        *scalars(call, n),
+    ]
+    launch(plan.kernel, plan.grid(n), arguments, target)
     new = [jax.freeze(ref) for ref in refs]
     return [lax.bitcast_convert_type(n, c.dtype) for n, c in zip(new, operands.caches, strict=True)]
 
 
 def launch(
-    kernel: Any,
-    arguments: Sequence[Any],
-    target: Target,
-    *,
-    grid: tuple[int, int, int],
-    num_warps: int,
-    constexprs: Mapping[str, Any],
-    options: Mapping[str, Any],
-    out_type: Any = (),
+    kernel: KernelPlan, grid: tuple[int, int, int], arguments: Sequence[Any], target: Target, out_type: Any = ()
 ) -> Any:
     """Calls a kernel. Arrays of `out_type` follow the arguments and are returned."""
-    options = dict(options)
+    options = dict(kernel.options)
     if target.backend == "cuda":
         options["ptx_version"] = _PTX_VERSIONS.get(int(target.arch))
     return jt.triton_call(
         *arguments,
-        kernel=kernel,
+        kernel=kernel_function(kernel),
         out_type=out_type,
         grid=grid,
-        num_warps=num_warps,
+        num_warps=kernel.num_warps,
         compute_capability=target.arch if target.backend == "cuda" else None,
         backend_options=options,
-        name=kernel.__name__,
-        **constexprs,
+        name=kernel.name,
+        **kernel.constexprs,
     )
 
 

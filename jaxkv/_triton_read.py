@@ -6,16 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxkv._triton import as_bytes, launch, target_of  # first: it mends jax_triton
-from kvcore.compiler import EXACT
-from kvcore.kernels import attention as attention_kernels
-from kvcore.kernels import gather as gather_kernels
 from kvcore.plan_attention import plan_attention
 from kvcore.plan_attention import scalars as attention_scalars
 from kvcore.plan_gather import plan_gather
 from kvcore.plan_gather import scalars as gather_scalars
 from kvcore.read_contract import Attention, Gather
-
-_OPTIONS = {"enable_fp_fusion": True}  # results are rounded, not bits to be kept
 
 
 def attention(
@@ -30,37 +25,18 @@ def attention(
         return jnp.zeros(shape, x.query.dtype), jnp.zeros(shape[:2], jnp.float32)
     caches = [as_bytes(c) for c in x.caches]
     scales = (x.k_scale, x.v_scale) if call.cache.scaled else (None, None)
-    split = plan.splits > 1
+    arguments = [
+        x.query, caches[0], caches[-1], x.block_tables, x.seq_lens, x.query_start_loc, x.sinks, *scales,
+        layer if x.layer is None else x.layer, *attention_scalars(call),
+    ]  # fmt: skip
+    if plan.splits == 1:
+        return launch(plan.attend, plan.grid, arguments, target, out)
     parts = (
         jax.ShapeDtypeStruct((*shape[:2], plan.splits, shape[2]), jnp.float32),
         jax.ShapeDtypeStruct((*shape[:2], plan.splits), jnp.float32),
     )
-    options = _OPTIONS if plan.max_registers is None else {**_OPTIONS, "maxnreg": plan.max_registers}
-    found = launch(
-        attention_kernels.paged_attention_kernel,
-        [
-            x.query, caches[0], caches[-1], x.block_tables, x.seq_lens, x.query_start_loc, x.sinks, *scales,
-            layer if x.layer is None else x.layer, *attention_scalars(call),
-        ],
-        target,
-        grid=plan.grid,
-        num_warps=plan.num_warps,
-        constexprs=plan.constexprs,
-        options=options,
-        out_type=parts if split else out,
-    )  # fmt: skip
-    if not split:
-        return found
-    return launch(
-        attention_kernels.merge_attention_kernel,
-        [*found, x.sinks, plan.splits],
-        target,
-        grid=plan.merge_grid,
-        num_warps=plan.merge_warps,
-        constexprs=plan.merge_constexprs,
-        options=_OPTIONS,
-        out_type=out,
-    )
+    found = launch(plan.attend, plan.grid, arguments, target, parts)
+    return launch(plan.merge, plan.merge_grid, [*found, x.sinks, plan.splits], target, out)
 
 
 def gather(
@@ -75,16 +51,9 @@ def gather(
         return key, value
     caches = [as_bytes(c) for c in x.caches]
     scales = (x.k_scale, x.v_scale) if call.cache.scaled else (None, None)
-    return launch(
-        gather_kernels.gather_kv_kernel,
-        [
-            caches[0], caches[-1], x.block_tables, x.seq_lens, *scales, layer if x.layer is None else x.layer,
-            *gather_scalars(call),
-        ],
-        target,
-        grid=plan.grid,
-        num_warps=plan.num_warps,
-        constexprs=plan.constexprs,
-        options=EXACT,
-        out_type=tuple(jax.ShapeDtypeStruct(shape, dtype) for shape in call.shapes),
-    )  # fmt: skip
+    arguments = [
+        caches[0], caches[-1], x.block_tables, x.seq_lens, *scales, layer if x.layer is None else x.layer,
+        *gather_scalars(call),
+    ]  # fmt: skip
+    out = tuple(jax.ShapeDtypeStruct(shape, dtype) for shape in call.shapes)
+    return launch(plan.kernel, plan.grid, arguments, target, out)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from kvcore.layout import CacheLayout
+from kvcore.layout import CacheLayout, contiguous_strides
 from kvcore.quantization import KV_CACHE_DTYPES
 
 
@@ -21,6 +21,11 @@ class ArraySpec(NamedTuple):
     dtype: str
     strides: tuple[int, ...] | None = None
     device: str | None = None
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Strides, also where they are C order."""
+        return self.strides or contiguous_strides(self.shape)
 
 
 def check_options(

@@ -7,7 +7,7 @@ own, with interpretation switched on; the compiled twin stays as it is.
 import importlib.util
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from kvcore import kernels
+from kvcore.plan import KernelPlan
 from kvcore.quantization import FP8
 
 _NAME = "kvcore._interpreted_kernels"
@@ -61,22 +62,18 @@ class Pointer:
         return ()
 
 
-def run(
-    module: str, kernel: str, grid: tuple[int, int, int], arguments: Sequence[Any], constexprs: Mapping[str, Any]
-) -> None:
+def run(kernel: KernelPlan, grid: tuple[int, int, int], arguments: Sequence[Any]) -> None:
     """Interprets a kernel.
 
     Args:
-        module: Name of the kernel's module in `kvcore.kernels`.
-        kernel: The kernel's name.
+        kernel: From a plan for `kvcore.plan.INTERPRETER`.
         grid: Programs along each axis.
         arguments: `Pointer`, integer or None for each pointer and scalar of the kernel, in order.
-        constexprs: From a plan for `kvcore.plan.INTERPRETER`.
     """
     if 0 in grid:
         return
     with _LOCK, np.errstate(all="ignore"):  # NaN and infinity are input like any other
-        getattr(_interpreted(module), kernel)[grid](*arguments, **constexprs)
+        getattr(_interpreted(kernel.module), kernel.name)[grid](*arguments, **kernel.constexprs)
 
 
 @cache

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from kvcore.checks import ArraySpec
 from kvcore.contract import Write
-from kvcore.layout import Address, contiguous_strides
+from kvcore.layout import Address, Placement
 from kvcore.quantization import FLOATS, FloatFormat
 
 
@@ -57,30 +57,50 @@ class Rows(NamedTuple):
     wide: bool  # whether offsets within a row need 64 bits
 
 
+EXACT = {"enable_fp_fusion": False}
+"""Options for arithmetic that is exact as written: a fused multiply-add would round once where it rounds twice."""
+
+
+class KernelPlan(NamedTuple):
+    """A kernel, and all that its compilation depends on but for the types of its pointers.
+
+    Attributes:
+        module: Name of its module in `kvcore.kernels`.
+        name: Its name there.
+        num_warps: Warps per program.
+        scalars: Its run-time integers, which follow the pointers, and their types.
+        constexprs: Its compile-time arguments, by name.
+        options: Options of the compiler.
+    """
+
+    module: str
+    name: str
+    num_warps: int
+    scalars: dict[str, str]
+    constexprs: dict[str, Any]
+    options: dict[str, Any]
+
+
 class WritePlan(NamedTuple):
     """How to launch a write.
 
     Attributes:
-        kernel: Name of the kernel in `kvcore.kernels.reshape_and_cache`.
+        kernel: What to launch.
         tokens: Tokens per program.
         row_programs: Programs that share a row.
-        num_warps: Warps per program.
-        constexprs: The kernel's compile-time arguments, by name.
     """
 
-    kernel: str
+    kernel: KernelPlan
     tokens: int
     row_programs: int
-    num_warps: int
-    constexprs: dict[str, Any]
 
     def grid(self, num_tokens: int) -> tuple[int, int, int]:
         """Programs along each axis for `num_tokens` entries of slot_mapping."""
         return -(-num_tokens // self.tokens), self.row_programs, 1
 
 
-SCALARS = ("num_tokens", "num_slots", "num_layers")
-"""Run-time integers that follow the pointers, in the kernels' order."""
+SCALARS = {"num_tokens": "i32", "num_slots": "i64", "num_layers": "i32"}
+"""Run-time integers that follow the pointers, in the kernels' order, and their types."""
 
 
 def pointers(single_array: bool) -> tuple[str, ...]:
@@ -105,49 +125,60 @@ def plan_write(write: Write, target: Target, layer_is_pointer: bool = False) -> 
         layer_is_pointer: Whether the kernel loads the layer's index from memory.
     """
     extents = write.placement.extents
-    tokens, columns = _tile(write, target)
+    # Twice the tokens where stores are half as wide as loads.
+    elements = 2048 if write.format.bits < 8 * _itemsize(write.key.dtype) else 1024
+    tokens, columns = plan_tile(write.placement, elements, target)
     key = plan_rows(write.key, extents.num_heads, extents.head_size, write.placement.key, columns)
     value = plan_rows(write.value, extents.num_heads, extents.head_size_v, write.placement.value, columns)
-    width = tokens * columns * _itemsize(write.key.dtype)
-    return WritePlan(
-        kernel="reshape_and_cache_kernel_flash" + ("_diffkv" if write.layout.single_array else ""),
-        tokens=tokens,
-        row_programs=max(-(-r.num_heads * r.head_size // columns) for r in (key, value)),
-        # A thread moves 16 bytes at a time; more warps than that would idle.
-        num_warps=min(8, max(1, width // (16 * target.warp_size))),
+    kernel = KernelPlan(
+        module="reshape_and_cache",
+        name="reshape_and_cache_kernel_flash" + ("_diffkv" if write.layout.single_array else ""),
+        num_warps=plan_warps(tokens * columns * _itemsize(write.key.dtype), target),
+        scalars=SCALARS,
         constexprs={
             "K": key,
             "V": value,
             "BLOCK_SIZE": extents.block_size,
-            "SLOT_STRIDE": (write.slot_mapping.strides or (1,))[0],
+            "SLOT_STRIDE": write.slot_mapping.steps[0],
             "FORMAT": None if write.copies else write.format,
             "HARDWARE_FP8": _converts_exactly(write.format, target),
             "LAYER_IS_POINTER": layer_is_pointer,
             "TOKENS": tokens,
         },
+        options=EXACT,
     )
+    return WritePlan(kernel, tokens, row_programs(key, value))
 
 
-def _tile(write: Write, target: Target) -> tuple[int, int]:
-    """Tokens and columns of a program. Measured on an H100: see docs/benchmarks.md.
+def plan_tile(placement: Placement, elements: int, target: Target) -> tuple[int, int]:
+    """Tokens and columns of a program that moves rows, about `elements` of them. Measured on an H100.
 
     K and V have as many columns, also where their rows differ, so that a thread moves 16 bytes of each. Columns are the
     power of two that covers a row: idle lanes cost less than narrow accesses or more programs would.
     """
-    row = power_of_two(write.placement.extents.num_heads * max(write.key.shape[2], write.value.shape[2]))
+    extents, key, value = placement
+    row = power_of_two(extents.num_heads * max(extents.head_size, extents.head_size_v))
     if target.backend == "interpret":
         return 32, min(row, 1024)  # a program costs milliseconds, an element next to nothing
-    if write.placement.value.slot == 1 or write.placement.key.slot == write.placement.key.x:
+    if value.slot == 1 or key.slot == key.x:
         # Slots are innermost: neighbouring tokens share cache lines, so a program takes many tokens.
         return 16, min(row, 128)
-    # Twice the tokens where stores are half as wide as loads.
-    elements = 2048 if write.format.bits < 8 * _itemsize(write.key.dtype) else 1024
     return max(1, elements // row), min(row, 2048)
+
+
+def plan_warps(width: int, target: Target) -> int:
+    """Warps of a program that moves `width` bytes. A thread moves 16 at a time; more warps than that would idle."""
+    return min(8, max(1, width // (16 * target.warp_size)))
+
+
+def row_programs(*sides: Rows) -> int:
+    """Programs that share the rows of K and of V."""
+    return max(-(-r.num_heads * r.head_size // r.columns) for r in sides)
 
 
 def plan_rows(spec: ArraySpec, num_heads: int, head_size: int, at: Address, columns: int) -> Rows:
     """Rows of tokens `(num_tokens, num_heads, head_size)`, as `spec` describes them, at an address of the cache."""
-    token, head, dim = spec.strides or contiguous_strides(spec.shape)
+    token, head, dim = spec.steps
     gapless = at.x == 1 and at.head == head_size * at.dim and head == head_size * dim
     heads, size = (1, num_heads * head_size) if gapless else (num_heads, head_size)
     reach = max((num_heads - 1) * at.head + head_size * max(at.dim, at.x_stride), num_heads * head + head_size * dim)

@@ -3,8 +3,9 @@
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from kvcore.layout import Address, Extents, contiguous_strides
-from kvcore.plan import Target, has_e4m3, power_of_two
+from kvcore.checks import ArraySpec
+from kvcore.layout import Address, Extents
+from kvcore.plan import KernelPlan, Target, has_e4m3, power_of_two
 from kvcore.quantization import FLOAT16, FLOAT32, FLOATS, FP8, FloatFormat
 from kvcore.read_contract import Attention
 
@@ -50,25 +51,21 @@ class AttentionPlan(NamedTuple):
     """How to launch `paged_attention_kernel` and, where positions are split, `merge_attention_kernel`.
 
     Attributes:
-        grid: Programs along each axis.
-        splits: Parts into which positions are split; the kernels merge them if they are more than one.
-        num_warps: Warps per program.
-        max_registers: Registers that a thread may have at most, so that two programs fit; None for no limit.
-        constexprs: The kernel's compile-time arguments, by name.
-        merge_grid: Programs of the merging kernel.
-        merge_warps: Its warps per program.
-        merge_constexprs: Its compile-time arguments.
+        attend: The kernel that attends.
+        grid: Its programs along each axis.
+        splits: Parts into which positions are split; they are merged if there are more than one.
+        merge: The kernel that merges them.
+        merge_grid: Its programs.
     """
 
+    attend: KernelPlan
     grid: tuple[int, int, int]
     splits: int
-    num_warps: int
-    max_registers: int | None
-    constexprs: dict[str, Any]
+    merge: KernelPlan
     merge_grid: tuple[int, int, int]
-    merge_warps: int
-    merge_constexprs: dict[str, Any]
 
+
+_FUSED = {"enable_fp_fusion": True}  # results are rounded, not bits to be kept
 
 POINTERS = (
     "query_ptr", "key_cache_ptr", "value_cache_ptr", "block_tables_ptr", "seq_lens_ptr", "query_start_loc_ptr",
@@ -76,16 +73,17 @@ POINTERS = (
 )  # fmt: skip
 """Pointer arguments of `paged_attention_kernel`, in order. From query_start_loc_ptr on they may be None."""
 
-SCALARS = ("num_tokens", "num_seqs", "max_blocks", "table_stride", "num_blocks", "num_layers")
-"""Run-time integers that follow the pointers. Then come out_ptr and lse_ptr."""
+SCALARS: dict[str, str] = dict.fromkeys(
+    ("num_tokens", "num_seqs", "max_blocks", "table_stride", "num_blocks", "num_layers"), "i32"
+)
+"""Run-time integers that follow the pointers, and their types. Then come out_ptr and lse_ptr."""
 
 
 def scalars(call: Attention) -> tuple[int, ...]:
     """Values of `SCALARS`."""
-    extents = call.cache.placement.extents
-    tables = call.block_tables
-    stride = (tables.strides or contiguous_strides(tables.shape))[0]
-    return (call.query.shape[0], *tables.shape, stride, extents.num_blocks, extents.num_layers or 1)
+    extents, tables = call.cache.placement.extents, call.block_tables
+    tail = (extents.num_blocks, extents.num_layers or 1)
+    return (call.query.shape[0], *tables.shape, tables.steps[0], *tail)
 
 
 _SHARED_MEMORY = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
@@ -121,28 +119,32 @@ def plan_attention(
     programs = tiles * extents.num_heads
     min_tiles = max(1, 256 // tile)
     splits = _splits(programs, -(-max_len // tile), min_tiles, target)
-    packs = [_pack(call, at, size) if even_addresses else 1 for at, size in _sides(call)]
+    key, value = call.cache.placement[1:]
+    sides = ((key, head_size), (value, extents.head_size_v))
+    packs = [_pack(call, at, size) if even_addresses else 1 for at, size in sides]
     if call.cache.layout.latent:  # V is a part of K's tile
         packs = [min(packs)] * 2
-    query_strides = call.query.strides or contiguous_strides(call.query.shape)
-    (key, value), (pack, pack_v) = call.cache.placement[1:], packs
+    pack, pack_v = packs
     low, high = _pieces(head_size // pack)
     low_v = max(16, power_of_two(extents.head_size_v // pack_v))
     v_in_k = call.cache.layout.latent and extents.head_size_v == low * pack
     out = FLOATS[call.query.dtype] if interpreted else None
-    return AttentionPlan(
-        grid=(programs, splits, 1),
-        splits=splits,
+    compiling: dict[str, Any] = dict(_FUSED)
+    if rows == 128 and warps == 8 and compute.bits == 16 and target.backend == "cuda":
+        compiling["maxnreg"] = 128  # so that two programs fit on a multiprocessor
+    attend = KernelPlan(
+        module="attention",
+        name="paged_attention_kernel",
         num_warps=warps,
-        max_registers=128 if rows == 128 and warps == 8 and compute.bits == 16 and target.backend == "cuda" else None,
+        scalars=SCALARS,
         constexprs={
             "Q": QueryRows(
                 num_heads=q_heads,
                 num_kv_heads=extents.num_heads,
                 group=group,
-                token_stride=query_strides[0],
-                head_stride=query_strides[1],
-                dim_stride=query_strides[2],
+                token_stride=call.query.steps[0],
+                head_stride=call.query.steps[1],
+                dim_stride=call.query.steps[2],
                 lens_stride=_stride(call.seq_lens),
                 start_stride=_stride(call.query_start_loc),
                 sink_stride=_stride(call.sinks),
@@ -167,9 +169,14 @@ def plan_attention(
             "MIN_TILES": min_tiles,
             "UNMASKED": ragged and rows > 16 and options.sliding_window is None,
         },
-        merge_grid=(tokens * q_heads, 1, 1),
-        merge_warps=4,
-        merge_constexprs={
+        options=compiling,
+    )
+    merge = KernelPlan(
+        module="attention",
+        name="merge_attention_kernel",
+        num_warps=4,
+        scalars={"splits": "i32"},
+        constexprs={
             "NUM_HEADS": q_heads,
             "HEAD_SIZE": extents.head_size_v,
             "SINK_STRIDE": _stride(call.sinks),
@@ -177,7 +184,9 @@ def plan_attention(
             "PARTS": 16,
             "COLUMNS": power_of_two(extents.head_size_v),
         },
+        options=_FUSED,
     )
+    return AttentionPlan(attend, (programs, splits, 1), splits, merge, (tokens * q_heads, 1, 1))
 
 
 def _compute(call: Attention, interpreted: bool) -> FloatFormat:
@@ -204,7 +213,7 @@ def _tile(call: Attention, target: Target, compute: FloatFormat) -> tuple[int, i
     if compute.bits == 32:  # no tensor cores, so that nothing is lost
         rows, tile, stages, warps = min(rows, 32), 32, 4, 4
     elif widest > 256:
-        rows, tile, stages, warps = min(rows, 64), 64, 2, 8
+        tile, stages, warps = 64, 2, 8
     elif rows >= 64:
         rows, tile, stages, warps = (128, 64, 3, 8) if widest <= 128 else (64, 32, 3, 4)
     elif widest <= 128 and rows == 16:
@@ -216,9 +225,9 @@ def _tile(call: Attention, target: Target, compute: FloatFormat) -> tuple[int, i
     budget = 1024 * (_SHARED_MEMORY.get(int(target.arch), 99) if cuda else 64)
     if not cuda or int(target.arch) < 90:
         budget -= budget // 8  # weights, too, go through it to the tensor cores
-    size = _bytes(call.cache.format.bits)
+    size = call.cache.format.bits // 8
     columns = sum(_pieces(head_size)) + (0 if call.cache.layout.latent else power_of_two(extents.head_size_v))
-    row = sum(_pieces(head_size)) * _bytes(compute.bits)
+    row = sum(_pieces(head_size)) * compute.bits // 8
     while rows * row + stages * tile * columns * size > budget and (stages, tile, rows) != (1, 16, 16):
         if stages > 2 or (stages == 2 and tile == 16):
             stages -= 1
@@ -267,12 +276,6 @@ def _cache_rows(extents: Extents, at: Address, head_size: int, pack: int, low: i
     )
 
 
-def _sides(call: Attention) -> tuple[tuple[Address, int], tuple[Address, int]]:
-    """Address and head size of K, and of V."""
-    extents = call.cache.placement.extents
-    return (call.cache.placement.key, extents.head_size), (call.cache.placement.value, extents.head_size_v)
-
-
 def _pack(call: Attention, at: Address, head_size: int) -> int:
     """Elements of a word: two bytes that lie side by side, at an even address, are loaded as one."""
     side_by_side = at.x_stride == 1 if at.x > 1 else at.dim == 1
@@ -281,9 +284,5 @@ def _pack(call: Attention, at: Address, head_size: int) -> int:
     return 2 if call.cache.format.bits == 8 and side_by_side and even and head_size >= 32 else 1
 
 
-def _stride(spec: Any) -> int:
-    return 0 if spec is None else (spec.strides or (1,))[0]
-
-
-def _bytes(bits: int) -> int:
-    return bits // 8
+def _stride(spec: ArraySpec | None) -> int:
+    return 0 if spec is None else spec.steps[0]

@@ -18,28 +18,28 @@ def test_every_element_has_one_lane(layout, num_tokens):
     tokens, rows, one = plan.grid(num_tokens)
     assert one == 1
     assert tokens * plan.tokens >= num_tokens > (tokens - 1) * plan.tokens
-    for side in (plan.constexprs["K"], plan.constexprs["V"]):
+    for side in (plan.kernel.constexprs["K"], plan.kernel.constexprs["V"]):
         assert side.columns & (side.columns - 1) == 0
         assert rows * side.columns >= side.num_heads * side.head_size
 
 
 def test_rows_without_gaps_are_one_long_head():
-    assert plan_write(describe("NHD"), H100).constexprs["K"][:2] == (1, 8 * 128)
-    assert plan_write(describe("HND"), H100).constexprs["K"][:2] == (8, 128)
+    assert plan_write(describe("NHD"), H100).kernel.constexprs["K"][:2] == (1, 8 * 128)
+    assert plan_write(describe("HND"), H100).kernel.constexprs["K"][:2] == (8, 128)
 
 
 def test_offsets_within_a_row_get_64_bits_where_they_need_them():
-    assert not plan_write(describe("PALLAS", num_blocks=1024), H100).constexprs["K"].wide
-    assert plan_write(describe("PALLAS", num_blocks=2**20), H100).constexprs["K"].wide
-    assert not plan_write(describe("NHD", num_blocks=2**20), H100).constexprs["K"].wide
+    assert not plan_write(describe("PALLAS", num_blocks=1024), H100).kernel.constexprs["K"].wide
+    assert plan_write(describe("PALLAS", num_blocks=2**20), H100).kernel.constexprs["K"].wide
+    assert not plan_write(describe("NHD", num_blocks=2**20), H100).kernel.constexprs["K"].wide
 
 
 @pytest.mark.parametrize(("arch", "hardware"), [(80, False), (89, False), (90, True), (100, True)])
 def test_hardware_rounds_fp8_only_where_it_was_seen_exact(arch, hardware):
     fp8 = describe("NHD", kv_cache_dtype="fp8", cache_dtype="uint8")
-    assert plan_write(fp8, Target("cuda", arch)).constexprs["HARDWARE_FP8"] is hardware
-    assert not plan_write(fp8, Target("hip", "gfx942", 64)).constexprs["HARDWARE_FP8"]
-    assert not plan_write(describe("NHD"), Target("cuda", arch)).constexprs["HARDWARE_FP8"]
+    assert plan_write(fp8, Target("cuda", arch)).kernel.constexprs["HARDWARE_FP8"] is hardware
+    assert not plan_write(fp8, Target("hip", "gfx942", 64)).kernel.constexprs["HARDWARE_FP8"]
+    assert not plan_write(describe("NHD"), Target("cuda", arch)).kernel.constexprs["HARDWARE_FP8"]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -49,9 +49,8 @@ def test_both_frameworks_interpret_the_same_launch(monkeypatch, layout):
 
     launches = []
 
-    def record(module, kernel, grid, arguments, constexprs):
-        plain = [a.dtype if isinstance(a, interpreter.Pointer) else a for a in arguments]
-        launches.append((module, kernel, grid, plain, constexprs))
+    def record(kernel, grid, arguments):
+        launches.append((kernel, grid, [a.dtype if isinstance(a, interpreter.Pointer) else a for a in arguments]))
 
     monkeypatch.setattr(interpreter, "run", record)
     case = make_case(np.random.default_rng(0), layout=layout, num_layers=3, layer=1, kv_cache_dtype="fp8_e5m2")
@@ -90,7 +89,7 @@ def test_both_frameworks_compile_the_same_launch(monkeypatch, layout):
     pointees = dict.fromkeys(pointers(write.layout.single_array)) | {"layer": "scalar"}
     for name, dtype in zip(pointees, ["bfloat16"] * (2 + num_caches) + ["int32"], strict=False):
         pointees[name] = dtype
-    source, target, options = compiler.compile_plan(plan, H100, pointees, frozenset())
+    source, target, options = compiler.compile_kernel(plan.kernel, H100, pointees, frozenset())
 
     assert (target.backend, target.arch) == ("cuda", named["compute_capability"])
     assert source.fn is named["kernel"]
@@ -103,5 +102,5 @@ def test_both_frameworks_compile_the_same_launch(monkeypatch, layout):
     assert len(args) == len(pointees) + len(SCALARS)
     assert args[-3:] == scalars(write, 67)
     static = {name: value for (place,), value in source.constants.items() for name in [kernel_names[place]]}
-    assert {k: static[k] for k in plan.constexprs} == {k: named[k] for k in plan.constexprs}
-    assert set(kernel_names) == {*pointees, *SCALARS, *plan.constexprs}
+    assert {k: static[k] for k in plan.kernel.constexprs} == {k: named[k] for k in plan.kernel.constexprs}
+    assert set(kernel_names) == {*pointees, *SCALARS, *plan.kernel.constexprs}

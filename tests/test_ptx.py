@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from kvcore.compiler import compile_plan
+from kvcore.compiler import compile_kernel
 from kvcore.plan import Target, plan_write, pointers
 from tests.writes import describe
 
@@ -42,7 +42,7 @@ def compile_for(target, layout, *, aligned=True, **options):
     sixteen = (
         frozenset(n for n in names if n not in ("layer", "k_scale_ptr", "v_scale_ptr")) if aligned else frozenset()
     )
-    return compile_plan(plan_write(write, target), target, pointees, sixteen)
+    return compile_kernel(plan_write(write, target).kernel, target, pointees, sixteen)
 
 
 def accesses(kernel):

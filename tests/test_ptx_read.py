@@ -5,8 +5,7 @@ import re
 import pytest
 
 from kvcore.checks import ArraySpec
-from kvcore.compiler import ATTENTION_SCALAR_TYPES, EXACT, GATHER_SCALAR_TYPES, compile_kernel
-from kvcore.kernels import attention, gather
+from kvcore.compiler import compile_kernel
 from kvcore.layout import CacheLayout
 from kvcore.plan import Target
 from kvcore.plan_attention import plan_attention
@@ -50,13 +49,8 @@ def compile_attention(target, head, kv_cache_dtype="auto", ragged=False):
         "k_scale_ptr": None, "v_scale_ptr": None, "layer": None,
         "out_ptr": "float32" if plan.splits > 1 else "bfloat16", "lse_ptr": "float32",
     }  # fmt: skip
-    options = {"enable_fp_fusion": True}
-    if plan.max_registers:
-        options["maxnreg"] = plan.max_registers
-    return compile_kernel(
-        attention.paged_attention_kernel, target, pointers, ATTENTION_SCALAR_TYPES, plan.constexprs, plan.num_warps,
-        frozenset(name for name, dtype in pointers.items() if dtype), options,
-    )  # fmt: skip
+    sixteen = frozenset(name for name, dtype in pointers.items() if dtype)
+    return compile_kernel(plan.attend, target, pointers, sixteen)
 
 
 @pytest.mark.parametrize("ragged", [False, True])
@@ -93,9 +87,7 @@ def test_gather_compiles(name, kv_cache_dtype):
         "key_cache_ptr": dtype, "value_cache_ptr": dtype, "block_tables_ptr": "int32", "seq_lens_ptr": "int32",
         "k_scale_ptr": None, "v_scale_ptr": None, "layer": None, "key_ptr": "bfloat16", "value_ptr": "bfloat16",
     }  # fmt: skip
-    kernel = compile_kernel(
-        gather.gather_kv_kernel, target, pointers, GATHER_SCALAR_TYPES, plan.constexprs, plan.num_warps,
-        frozenset(name for name, dtype in pointers.items() if dtype), EXACT,
-    )  # fmt: skip
+    sixteen = frozenset(name for name, dtype in pointers.items() if dtype)
+    kernel = compile_kernel(plan.kernel, target, pointers, sixteen)
     if target.backend == "cuda":
         assert "st.global.v4" in kernel.asm["ptx"]

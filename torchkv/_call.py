@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from kvcore.checks import ArraySpec
@@ -45,6 +46,11 @@ def check(call: Call) -> Write:
         call.layout,
         call.layer if call.layer_index is None else spec_of(call.layer_index),
     )
+
+
+def interpret_error(device: torch.device) -> ValueError:
+    """The error for the backend "interpret" where memory is not the host's."""
+    return ValueError(f"backend 'interpret' needs CPU tensors, got device {device}")
 
 
 def dtype_name(tensor: Tensor) -> str:

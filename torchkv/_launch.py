@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kvcore.plan import Target
+from kvcore.plan import KernelPlan, Target
+from torchkv._call import dtype_name
 
 
 class Kernel(NamedTuple):
@@ -21,32 +22,24 @@ class Kernel(NamedTuple):
 _kernels: dict[tuple[Any, ...], Kernel] = {}
 
 
-def load(
-    kernel: Any,
-    pointers: Mapping[str, str | None],
-    scalars: Mapping[str, str],
-    constexprs: Mapping[str, Any],
-    num_warps: int,
-    aligned: frozenset[str],
-    options: Mapping[str, Any],
-) -> Kernel:
+def load(kernel: KernelPlan, pointers: Mapping[str, str | None], aligned: frozenset[str]) -> Kernel:
     """Compiles for the current device, once. Arguments are those of `kvcore.compiler.compile_kernel`."""
     from triton import knobs
 
     from kvcore.compiler import compile_kernel
 
     wanted = (
-        kernel, *pointers.items(), *constexprs.items(), num_warps, aligned, *options.items(),
-        torch.cuda.current_device(),
+        kernel.module, kernel.name, kernel.num_warps, *kernel.constexprs.items(), *kernel.options.items(),
+        *pointers.items(), aligned, torch.cuda.current_device(),
     )  # fmt: skip
     if wanted not in _kernels:
-        compiled = compile_kernel(kernel, target(), pointers, scalars, constexprs, num_warps, aligned, options)
-        _kernels[wanted] = Kernel(compiled, compiled.run, knobs.runtime, (None,) * len(constexprs))
+        compiled = compile_kernel(kernel, target(), pointers, aligned)
+        _kernels[wanted] = Kernel(compiled, compiled.run, knobs.runtime, (None,) * len(kernel.constexprs))
     return _kernels[wanted]
 
 
 def start(kernel: Kernel, grid: tuple[int, int, int], device: int, arguments: Sequence[Any]) -> None:
-    """Starts a kernel on the current stream. `device` is the current device's index."""
+    """Starts a kernel on the current stream. `device` is the current device's index, pointers are addresses."""
     arguments = (*arguments, *kernel.constexprs)
     stream = torch._C._cuda_getCurrentRawStream(device)
     enter, leave, metadata = kernel.hooks.launch_enter_hook, kernel.hooks.launch_exit_hook, None
@@ -66,9 +59,16 @@ def target() -> Target:
     return Target(found.backend, found.arch, found.warp_size)
 
 
-def address(tensor: Tensor | None) -> int | None:
-    """Where a tensor begins."""
-    return None if tensor is None else tensor.data_ptr()
+def interpret(kernel: KernelPlan, grid: tuple[int, int, int], arguments: Sequence[Any]) -> None:
+    """Runs a kernel in Triton's interpreter, on the memory of CPU tensors."""
+    from kvcore import interpreter
+
+    def pointer(argument: Any) -> Any:
+        if not isinstance(argument, Tensor):
+            return argument
+        return interpreter.Pointer(argument.data_ptr(), dtype_name(argument))
+
+    interpreter.run(kernel, grid, list(map(pointer, arguments)))
 
 
 def signature(tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:

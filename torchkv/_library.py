@@ -12,7 +12,7 @@ from torch.library import Library
 
 from kvcore.checks import no_triton_error
 from torchkv import _torch, _triton
-from torchkv._call import Call, check
+from torchkv._call import Call, check, interpret_error
 
 _OPTIONS = (
     "Tensor slot_mapping, str kv_cache_dtype, Tensor? k_scale, Tensor? v_scale, "
@@ -48,7 +48,7 @@ def _define(name: str, num_caches: int) -> Any:
         if call.backend == "triton":
             raise no_triton_error(call.key.device.type)
         if call.backend == "interpret":
-            _triton.interpret(write, call)
+            _triton.interpret_write(write, call)
             _bump(call)
         else:
             _torch.write(write, call)
@@ -61,7 +61,7 @@ def _define(name: str, num_caches: int) -> Any:
             return
         write = check(call)
         if call.backend == "interpret":
-            raise ValueError(f"backend 'interpret' needs CPU tensors, got device {call.key.device}")
+            raise interpret_error(call.key.device)
         with torch.no_grad():
             _torch.write(write, call)
 

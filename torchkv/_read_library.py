@@ -9,6 +9,7 @@ from torch.library import Library
 
 from kvcore.checks import no_triton_error
 from torchkv import _read_triton, _torch_read
+from torchkv._call import interpret_error
 from torchkv._read import AttentionCall, GatherCall, describe_attention, describe_gather
 
 _library = Library("torchkv", "FRAGMENT")
@@ -30,7 +31,7 @@ def _attention_on_gpu(*args: Any) -> tuple[Tensor, Tensor]:
     if call.backend in (None, "triton"):
         return _read_triton.attention(call)
     if call.backend == "interpret":
-        raise _interpret_error(call.query)
+        raise interpret_error(call.query.device)
     return _torch_read.attention(describe_attention(call), _attention_tensors(call))
 
 
@@ -64,7 +65,7 @@ def _gather_on_gpu(*args: Any) -> tuple[Tensor, Tensor]:
     if call.backend in (None, "triton"):
         return _read_triton.gather(call)
     if call.backend == "interpret":
-        raise _interpret_error(call.caches[0])
+        raise interpret_error(call.caches[0].device)
     return _gather_portably(call)
 
 
@@ -91,10 +92,6 @@ def _gather_fake(*args: Any) -> tuple[Tensor, Tensor]:
     dtype = getattr(torch, described.format.name)
     key, value = (call.caches[0].new_empty(shape, dtype=dtype) for shape in described.shapes)
     return key, value
-
-
-def _interpret_error(tensor: Tensor) -> ValueError:
-    return ValueError(f"backend 'interpret' needs CPU tensors, got device {tensor.device}")
 
 
 def _define(schema: str, on_gpu: Callable[..., Any], on_host: Callable[..., Any], fake: Callable[..., Any]) -> Any:

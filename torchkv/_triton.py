@@ -7,13 +7,12 @@ plan depend on is in the dictionary's key, but for the number of tokens, so both
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from kvcore.checks import overlap_error
 from kvcore.contract import Write
 from kvcore.plan import INTERPRETER, plan_write, pointers, scalars
 from torchkv._call import Call, check, dtype_name
-from torchkv._launch import Kernel, load, start, target
+from torchkv._launch import Kernel, interpret, load, start, target
 from torchkv._memory import share_elements, span
 
 
@@ -93,9 +92,6 @@ def _run(found: _Launcher, call: Call, device: int, n: int, addresses: list[int]
 
 
 def _compile(write: Write, call: Call, addresses: list[int]) -> _Launcher:
-    from kvcore.compiler import EXACT, SCALAR_TYPES
-    from kvcore.kernels import reshape_and_cache
-
     plan = plan_write(write, target(), layer_is_pointer=call.layer_index is not None)
     tensors = (call.key, call.value, *call.caches, call.slot_mapping)
     names = pointers(write.layout.single_array)
@@ -108,12 +104,10 @@ def _compile(write: Write, call: Call, addresses: list[int]) -> _Launcher:
     elif call.layer is not None:
         pointees["layer"] = "scalar"
     aligned = frozenset(name for name, address in zip(names, addresses, strict=False) if address % 16 == 0)
-    function = getattr(reshape_and_cache, plan.kernel)
-    kernel = load(function, pointees, SCALAR_TYPES, plan.constexprs, plan.num_warps, aligned, EXACT)
     _, num_slots, num_layers = scalars(write, 0)
     size = call.caches[0].element_size()
     return _Launcher(
-        kernel=kernel,
+        kernel=load(plan.kernel, pointees, aligned),
         tokens=plan.tokens,
         row_programs=plan.row_programs,
         num_slots=num_slots,
@@ -124,23 +118,20 @@ def _compile(write: Write, call: Call, addresses: list[int]) -> _Launcher:
     )
 
 
-def interpret(write: Write, call: Call) -> None:
+def interpret_write(write: Write, call: Call) -> None:
     """Runs the kernel in Triton's interpreter, on the tensors' own memory."""
-    from kvcore import interpreter
-
     if len(call.caches) == 2 and share_elements(*call.caches):
         raise overlap_error()
-
-    def pointer(tensor: Tensor | None) -> interpreter.Pointer | None:
-        return None if tensor is None else interpreter.Pointer(tensor.data_ptr(), dtype_name(tensor))
-
     n = call.slot_mapping.shape[0]
     plan = plan_write(write, INTERPRETER, layer_is_pointer=call.layer_index is not None)
     arguments = [
-        *map(pointer, (call.key, call.value, *call.caches, call.slot_mapping)),
-        pointer(call.k_scale) if write.scaled else None,
-        pointer(call.v_scale) if write.scaled else None,
-        call.layer if call.layer_index is None else pointer(call.layer_index),
+        call.key,
+        call.value,
+        *call.caches,
+        call.slot_mapping,
+        call.k_scale if write.scaled else None,
+        call.v_scale if write.scaled else None,
+        call.layer if call.layer_index is None else call.layer_index,
         *scalars(write, n),
     ]
-    interpreter.run("reshape_and_cache", plan.kernel, plan.grid(n), arguments, plan.constexprs)
+    interpret(plan.kernel, plan.grid(n), arguments)
