@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax._src import (
     dispatch,
@@ -70,8 +71,7 @@ class Operands(NamedTuple):
 
 def write(options: Options, *flat: Any) -> list[Any]:
     """Binds the primitive. Inside shard_map, operands become varying where any of them is."""
-    mesh = jax.typeof(Operands.unflatten(options, flat).caches[0]).sharding.mesh
-    explicit = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
+    mesh, explicit = explicit_axes(Operands.unflatten(options, flat).caches[0])
     if explicit:
         return _write_explicit(options, mesh, explicit, flat)
     varying = frozenset().union(*(varying_axes(x) for x in flat))
@@ -92,44 +92,59 @@ def _write_explicit(options: Options, mesh: Any, explicit: set[str], flat: Seque
     return local(*(jax.sharding.reshard(x, NamedSharding(mesh, s)) for x, s in zip(flat, operand_specs, strict=True)))
 
 
+def explicit_axes(cache: Any) -> tuple[Any, set[str]]:
+    """The mesh that a cache is on, and those of its axes that are part of types."""
+    mesh = jax.typeof(cache).sharding.mesh
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return mesh, {name for name, kind in kinds if kind == AxisType.Explicit}
+
+
 def varying_axes(x: Any) -> frozenset[str]:
+    """The mesh axes of a shard_map along which an array differs."""
     return jax.typeof(x).manual_axis_type.varying
 
 
 def vary(x: Any, axes: frozenset[str]) -> Any:
+    """The array, as one that may differ along these axes."""
     missing = tuple(sorted(axes - varying_axes(x)))
     return lax.pcast(x, missing, to="varying") if missing else x
 
 
 def describe(options: Options, operands: Operands) -> Write:
     """The contract's description of a call, for the shapes at hand."""
-
-    def spec(x: Any) -> Any:
-        return None if x is None else ArraySpec(tuple(x.shape), jnp.dtype(x.dtype).name)
-
     return check_write(
-        spec(operands.key),
-        spec(operands.value),
-        [spec(c) for c in operands.caches],
-        spec(operands.slot_mapping),
+        spec_of(operands.key),
+        spec_of(operands.value),
+        [spec_of(c) for c in operands.caches],
+        spec_of(operands.slot_mapping),
         options.kv_cache_dtype,
-        spec(operands.k_scale),
-        spec(operands.v_scale),
+        None if operands.k_scale is None else spec_of(operands.k_scale),
+        None if operands.v_scale is None else spec_of(operands.v_scale),
         options.layout,
-        spec(operands.layer) if options.layer_traced else options.layer,
+        spec_of(operands.layer) if options.layer_traced else options.layer,
     )
 
 
-def _primitive(name: str) -> Primitive:
+def spec_of(x: Any) -> ArraySpec:
+    """What the contract asks of an array."""
+    return ArraySpec(tuple(x.shape), np.dtype(x.dtype).name)
+
+
+def make_primitive(name: str, abstract: Any) -> Primitive:
+    """A primitive with several results, of which `abstract` gives the types."""
     primitive = Primitive(name)
     primitive.multiple_results = True
     primitive.def_impl(functools.partial(xla.apply_primitive, primitive))
-    primitive.def_abstract_eval(lambda *avals, options: list(Operands.unflatten(options, avals).caches))
+    primitive.def_abstract_eval(abstract)
     return primitive
 
 
-local_p = _primitive("reshape_and_cache_local")
-write_p = _primitive("reshape_and_cache")
+def _abstract(*avals: Any, options: Options) -> list[Any]:
+    return list(Operands.unflatten(options, avals).caches)
+
+
+local_p = make_primitive("reshape_and_cache_local", _abstract)
+write_p = make_primitive("reshape_and_cache", _abstract)
 
 
 # ---- one device
@@ -139,13 +154,11 @@ def _lower_local(platform: str) -> Any:
     def implementation(*flat: Any, options: Options) -> list[Any]:
         operands = Operands.unflatten(options, flat)
         call = describe(options, operands)
-        backend = options.backend or ("triton" if platform in GPUS else "xla")
+        backend = backend_on(platform, options.backend)
         if backend == "xla":
             return _xla.write(call, operands, options.layer)
         if backend == "interpret":
             return _interpret.write(call, operands, options.layer)
-        if platform not in GPUS:
-            raise no_triton_error(platform)
         from jaxkv import _triton  # imports Triton, which only GPUs need
 
         return _triton.write(call, operands, options.layer, platform, options.compute_capability)
@@ -153,8 +166,18 @@ def _lower_local(platform: str) -> Any:
     return mlir.lower_fun(implementation, multiple_results=True)
 
 
-GPUS = ("cuda", "rocm")
-for _platform in ("cpu", "tpu", *GPUS):
+PLATFORMS = ("cpu", "tpu", "cuda", "rocm")
+
+
+def backend_on(platform: str, backend: str | None) -> str:
+    """The backend that is meant on a platform; an error if it cannot run there."""
+    gpu = platform in ("cuda", "rocm")
+    if backend == "triton" and not gpu:
+        raise no_triton_error(platform)
+    return backend or ("triton" if gpu else "xla")
+
+
+for _platform in PLATFORMS:
     mlir.register_lowering(local_p, _lower_local(_platform), platform=_platform)
 
 
@@ -204,16 +227,21 @@ def _partitioned(options: Options, num_operands: int) -> Any:
 
 def _specs(options: Options, caches: Sequence[P], num_operands: int) -> tuple[list[P], list[P]]:
     """Specs of all operands and of the results, given those of the caches."""
-    splits = [head_split(axes, spec) for axes, spec in zip(options.layout.arrays, caches, strict=True)]
-    if len({str(split) for split in splits}) > 1:
-        raise ValueError(f"key_cache and value_cache must be split alike over heads, got {splits[0]} and {splits[1]}")
-    heads = splits[0]
+    heads, results = split_caches(options.layout, caches)
     rows = P(None, heads, None)
-    results = [P(*(heads if "head" in axis else None for axis in axes)) for axes in options.layout.arrays]
     return [rows, rows, *results, *[P(None)] * (num_operands - 2 - len(results))], results
 
 
-def head_split(axes: Sequence[Axis], spec: P) -> Any:
+def split_caches(layout: CacheLayout, specs: Sequence[P]) -> tuple[Any, list[P]]:
+    """The mesh axes over which the heads of caches are split, and specs that split nothing else."""
+    splits = [_head_split(axes, spec) for axes, spec in zip(layout.arrays, specs, strict=True)]
+    if len({str(split) for split in splits}) > 1:
+        raise ValueError(f"key_cache and value_cache must be split alike over heads, got {splits[0]} and {splits[1]}")
+    heads = splits[0]
+    return heads, [P(*(heads if "head" in axis else None for axis in axes)) for axes in layout.arrays]
+
+
+def _head_split(axes: Sequence[Axis], spec: P) -> Any:
     """The mesh axes over which heads are split; an error if anything else is."""
     split = None
     for axis, mesh_axes in zip(axes, (*spec, *(None,) * (len(axes) - len(spec))), strict=True):

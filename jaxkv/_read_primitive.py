@@ -13,15 +13,23 @@ import jax.numpy as jnp
 from jax import lax
 from jax._src import dispatch  # private, as in _primitive.py
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir, xla
-from jax.sharding import AxisType, NamedSharding
+from jax.interpreters import ad, batching, mlir
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxkv import _interpret, _xla_read
-from jaxkv._primitive import GPUS, compute_capability, head_split, vary, varying_axes
+from jaxkv._primitive import (
+    PLATFORMS,
+    backend_on,
+    compute_capability,
+    explicit_axes,
+    make_primitive,
+    spec_of,
+    split_caches,
+    vary,
+    varying_axes,
+)
 from kvcore import read_contract
-from kvcore.checks import ArraySpec, no_triton_error
 from kvcore.layout import Axis, CacheLayout
 from kvcore.read_contract import Attention, Gather, check_attention, check_gather
 
@@ -43,23 +51,26 @@ class Operands(NamedTuple):
 class Options(NamedTuple):
     """The static half of a call, free of the shapes that change under sharding and batching."""
 
-    op: str  # "attention" or "gather"
     kv_cache_dtype: str
     layout: CacheLayout
     layer: int | None
     head_size: int | None
     head_size_v: int | None
     backend: str | None
-    attention: read_contract.Options | None = None
+    attention: read_contract.Options | None = None  # None: a gather
     max_len: int = 0
     dtype: str | None = None
     compute_capability: int | None = None
 
+    @property
+    def op(self) -> str:
+        """Name of the function that computes it."""
+        return "gather" if self.attention is None else "attention"
+
 
 def read(options: Options, operands: Operands) -> list[Any]:
     """Binds the primitive. Inside shard_map, operands become varying where any of them is."""
-    mesh = jax.typeof(operands.caches[0]).sharding.mesh
-    explicit = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
+    mesh, explicit = explicit_axes(operands.caches[0])
     if explicit:
         return _read_explicit(options, mesh, explicit, operands)
     flat, tree = jax.tree.flatten(operands)
@@ -78,7 +89,7 @@ def _read_explicit(options: Options, mesh: Any, explicit: set[str], operands: Op
 
 def describe(options: Options, operands: Operands) -> Any:
     """The contract's description of a call, for the shapes at hand: an `Attention` or a `Gather`."""
-    x: Any = jax.tree.map(lambda a: ArraySpec(tuple(a.shape), jnp.dtype(a.dtype).name), operands)
+    x: Any = jax.tree.map(spec_of, operands)
     cache = (options.kv_cache_dtype, x.k_scale, x.v_scale, options.layout)
     layer = options.layer if x.layer is None else x.layer
     if options.attention is None:
@@ -111,16 +122,8 @@ def _abstract(*avals: Any, tree: Any, options: Options) -> list[Any]:
     return [aval(*result) for result in results(describe(options, operands), dtype)]
 
 
-def _primitive(name: str) -> Primitive:
-    primitive = Primitive(name)
-    primitive.multiple_results = True
-    primitive.def_impl(functools.partial(xla.apply_primitive, primitive))
-    primitive.def_abstract_eval(_abstract)
-    return primitive
-
-
-local_p = _primitive("paged_read_local")
-read_p = _primitive("paged_read")
+local_p = make_primitive("paged_read_local", _abstract)
+read_p = make_primitive("paged_read", _abstract)
 
 
 # ---- one device
@@ -130,24 +133,19 @@ def _lower_local(platform: str) -> Any:
     def implementation(*flat: Any, tree: Any, options: Options) -> list[Any]:
         operands = jax.tree.unflatten(tree, flat)
         call = describe(options, operands)
-        backend = options.backend or ("triton" if platform in GPUS else "xla")
-        if backend == "xla":
-            module: Any = _xla_read
-        elif backend == "interpret":
-            module = _interpret
-        elif platform not in GPUS:
-            raise no_triton_error(platform)
-        else:
+        backend = backend_on(platform, options.backend)
+        if backend == "triton":
             from jaxkv import _triton_read  # imports Triton, which only GPUs need
 
             target = platform, options.compute_capability
             return list(getattr(_triton_read, options.op)(call, operands, options.layer, *target))
+        module: Any = _xla_read if backend == "xla" else _interpret
         return list(getattr(module, options.op)(call, operands, options.layer))
 
     return mlir.lower_fun(implementation, multiple_results=True)
 
 
-for _platform in ("cpu", "tpu", *GPUS):
+for _platform in PLATFORMS:
     mlir.register_lowering(local_p, _lower_local(_platform), platform=_platform)
 
 
@@ -190,16 +188,12 @@ def _partitioned(options: Options, tree: Any, avals: Sequence[Any]) -> Any:
 
 def _specs(options: Options, specs: Operands, operands: Operands) -> tuple[Operands, list[P]]:
     """Specs of operands and results, given those that operands have."""
-    splits = [head_split(axes, spec) for axes, spec in zip(options.layout.arrays, specs.caches, strict=True)]
-    if len({str(split) for split in splits}) > 1:
-        raise ValueError(f"key_cache and value_cache must be split alike over heads, got {splits[0]} and {splits[1]}")
-    heads = splits[0]
-    caches = tuple(P(*(heads if "head" in axis else None for axis in axes)) for axes in options.layout.arrays)
+    heads, caches = split_caches(options.layout, specs.caches)
     if heads is None and specs.query is not None and _num_heads(options, operands) == 1:
         # One KV head for all query heads: every device has it, and takes query heads of its own.
         heads = (*specs.query, None, None)[1]
     replicated: Any = jax.tree.map(lambda x: P(*(None,) * len(x.shape)), operands)
-    ins = replicated._replace(caches=caches)
+    ins = replicated._replace(caches=tuple(caches))
     if options.attention is None:
         return ins, [P(None, None, heads, None)] * 2
     if operands.sinks is not None:

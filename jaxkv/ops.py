@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkv import _primitive
-from jaxkv._primitive import Options
-from kvcore.checks import ArraySpec, check_options, overlap_error
+from jaxkv._primitive import Options, spec_of
+from kvcore.checks import check_options, overlap_error
 from kvcore.contract import check_write
 from kvcore.layout import CacheLayout
 
@@ -150,15 +150,15 @@ def _write(
         layer = int(layer)
     index: Any = layer if hasattr(layer, "shape") else None  # a traced layer
     write = check_write(
-        _spec(key),
-        _spec(value),
-        [_spec(c) for c in caches],
-        _spec(slot_mapping),
+        spec_of(key),
+        spec_of(value),
+        [spec_of(c) for c in caches],
+        spec_of(slot_mapping),
         kv_cache_dtype,
-        None if k_scale is None else _spec(k_scale),
-        None if v_scale is None else _spec(v_scale),
+        None if k_scale is None else spec_of(k_scale),
+        None if v_scale is None else spec_of(v_scale),
         layout,
-        layer if index is None else _spec(index),
+        layer if index is None else spec_of(index),
     )
     # One element may come with or without an axis; from here on it has one. Scales without effect stay out.
     scales = [jnp.reshape(s, 1) for s in (k_scale, v_scale) if s is not None and write.scaled]
@@ -186,10 +186,6 @@ def _write_refs(options: Options, refs: Sequence[jax.Ref], inputs: Sequence[Any]
     new = _primitive.write(options, *inputs, *(ref[...] for ref in refs), *rest)
     for ref, cache in zip(refs, new, strict=True):
         ref[...] = cache
-
-
-def _spec(x: Any) -> ArraySpec:
-    return ArraySpec(tuple(x.shape), np.dtype(x.dtype).name)
 
 
 def indices(x: Any) -> jax.Array:

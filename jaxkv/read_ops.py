@@ -86,7 +86,6 @@ def paged_attention(
     if query_start_loc is not None:
         operands = operands._replace(query_start_loc=indices(query_start_loc))
     options = Options(
-        op="attention",
         kv_cache_dtype=kv_cache_dtype,
         layout=layout,  # type: ignore[arg-type]  # resolved below
         layer=static,
@@ -145,7 +144,6 @@ def gather_kv(
     check_options(kv_cache_dtype, k_scale, v_scale, layer, backend, BACKENDS)
     operands, static = _operands(caches, block_tables, seq_lens, k_scale, v_scale, layer)
     options = Options(
-        op="gather",
         kv_cache_dtype=kv_cache_dtype,
         layout=layout,  # type: ignore[arg-type]  # resolved below
         layer=static,

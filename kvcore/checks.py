@@ -37,8 +37,7 @@ def check_options(
         ValueError: kv_cache_dtype or backend is none of the choices.
         TypeError: a scale or layer is neither a number nor an array.
     """
-    if not isinstance(kv_cache_dtype, str) or kv_cache_dtype not in KV_CACHE_DTYPES:
-        raise ValueError(f"kv_cache_dtype must be {either(map(repr, KV_CACHE_DTYPES))}, got {kv_cache_dtype!r}")
+    check_kv_cache_dtype(kv_cache_dtype)
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
         if scale is not None and not hasattr(scale, "shape") and not isinstance(scale, (int, float)):
             raise TypeError(f"{name} must be a number or an array of one float32, got {scale!r}")
@@ -47,6 +46,12 @@ def check_options(
         raise TypeError(f"layer must be an int or an integer scalar, got {layer!r}")
     if backend is not None and backend not in backends:
         raise ValueError(f"backend must be None, {either(map(repr, backends))}, got {backend!r}")
+
+
+def check_kv_cache_dtype(kv_cache_dtype: Any) -> None:
+    """The name of a format."""
+    if not isinstance(kv_cache_dtype, str) or kv_cache_dtype not in KV_CACHE_DTYPES:
+        raise ValueError(f"kv_cache_dtype must be {either(map(repr, KV_CACHE_DTYPES))}, got {kv_cache_dtype!r}")
 
 
 def no_triton_error(platform: str) -> ValueError:

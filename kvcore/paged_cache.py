@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from kvcore.checks import either
+from kvcore.checks import check_kv_cache_dtype, either
 from kvcore.layout import CacheLayout
 from kvcore.quantization import FLOATS, KV_CACHE_DTYPES
 
@@ -54,8 +54,7 @@ class CacheSpec:
             ValueError: an extent, layout or choice does not fit.
             TypeError: dtype is no float, or layout no layout.
         """
-        if kv_cache_dtype not in KV_CACHE_DTYPES:
-            raise ValueError(f"kv_cache_dtype must be {either(map(repr, KV_CACHE_DTYPES))}, got {kv_cache_dtype!r}")
+        check_kv_cache_dtype(kv_cache_dtype)
         if dtype not in FLOATS:
             raise TypeError(f"dtype must be {either(FLOATS)}, got {dtype}")
         chosen = CacheLayout.of(layout)

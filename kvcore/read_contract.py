@@ -251,7 +251,7 @@ def _cache(
         [c.strides for c in caches],
         head_size=head_size,
         head_size_v=head_size_v,
-        names=cache_names(caches),
+        names=_cache_names(caches),
     )
     extents = placement.extents
     if head_size_v is not None and head_size_v != extents.head_size_v:
@@ -262,10 +262,10 @@ def _cache(
         if scale is not None:
             check_scale(name, scale)
     check_layer(layer, chosen, extents.num_layers)
-    return Cache(chosen, placement, caches[0].dtype, _format(kv_cache_dtype, caches[0].dtype, cache_names(caches)[0]))
+    return Cache(chosen, placement, caches[0].dtype, _format(kv_cache_dtype, caches[0].dtype, _cache_names(caches)[0]))
 
 
-def cache_names(caches: Sequence[Any]) -> tuple[str, ...]:
+def _cache_names(caches: Sequence[Any]) -> tuple[str, ...]:
     """What errors call the arrays."""
     return ("key_cache", "value_cache") if len(caches) == 2 else ("kv_cache",)
 
@@ -296,7 +296,7 @@ def _devices(
     v_scale: ArraySpec | None,
     layer: int | ArraySpec | None,
 ) -> None:
-    names = cache_names(caches)
+    names = _cache_names(caches)
     more = [*named, *zip(names, caches, strict=True), ("k_scale", k_scale), ("v_scale", v_scale)]
     if isinstance(layer, ArraySpec):
         more.append(("layer", layer))

@@ -16,19 +16,19 @@ def test_layouts(layout, layer):
     assert_near_oracle(make_read(np.random.default_rng(0), layout=layout, num_layers=layers, layer=layer))
 
 
-@pytest.mark.parametrize(
-    ("dtype", "cache_dtype", "kv_cache_dtype", "storage"),
-    [
-        ("bfloat16", "bfloat16", "auto", None),
-        ("float16", "float16", "auto", None),
-        ("float32", "bfloat16", "auto", None),
-        ("bfloat16", "float16", "auto", None),
-        ("bfloat16", None, "fp8", "uint8"),
-        ("bfloat16", None, "fp8_e4m3", "float8_e4m3fn"),
-        ("float16", None, "fp8_e5m2", "uint8"),
-        ("float32", None, "fp8_e5m2", "float8_e5m2"),
-    ],
-)
+CASTS = [  # dtype, cache_dtype, kv_cache_dtype, storage
+    ("bfloat16", "bfloat16", "auto", None),
+    ("float16", "float16", "auto", None),
+    ("float32", "bfloat16", "auto", None),
+    ("bfloat16", "float16", "auto", None),
+    ("bfloat16", None, "fp8", "uint8"),
+    ("bfloat16", None, "fp8_e4m3", "float8_e4m3fn"),
+    ("float16", None, "fp8_e5m2", "uint8"),
+    ("float32", None, "fp8_e5m2", "float8_e5m2"),
+]
+
+
+@pytest.mark.parametrize(("dtype", "cache_dtype", "kv_cache_dtype", "storage"), CASTS)
 @pytest.mark.parametrize("layout", ["NHD", "HEAD_MAJOR", "MLA"])
 def test_dtypes(layout, dtype, cache_dtype, kv_cache_dtype, storage):
     case = make_read(

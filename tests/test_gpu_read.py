@@ -5,7 +5,7 @@ import pytest
 
 from kvcore.layout import _CONSTANTS as LAYOUTS
 from tests.reads import BOUNDS, assert_near_oracle, attend_jax, attend_torch, make_read, oracle
-from tests.test_attention import LENGTHS, MEANINGS
+from tests.test_attention import CASTS, LENGTHS, MEANINGS
 from tests.test_gather import assert_gathers, gather_jax, gather_torch
 
 pytestmark = pytest.mark.gpu
@@ -41,18 +41,7 @@ def test_layouts(layout, ragged, layer):
 
 @pytest.mark.parametrize(
     ("dtype", "cache_dtype", "kv_cache_dtype", "storage"),
-    [
-        ("bfloat16", "bfloat16", "auto", None),
-        ("float16", "float16", "auto", None),
-        ("float32", "float32", "auto", None),
-        ("float32", "bfloat16", "auto", None),
-        ("bfloat16", "float16", "auto", None),
-        ("bfloat16", None, "fp8", "uint8"),
-        ("bfloat16", None, "fp8_e4m3", "float8_e4m3fn"),
-        ("float16", None, "fp8_e5m2", "uint8"),
-        ("float32", None, "fp8_e5m2", "float8_e5m2"),
-        ("float16", None, "fp8", "uint8"),
-    ],
+    [*CASTS, ("float32", "float32", "auto", None), ("float16", None, "fp8", "uint8")],
 )
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("layout", ["NHD", "HND", "HEAD_MAJOR", "MLA"])

@@ -5,12 +5,13 @@ from torch import Tensor
 
 from kvcore.checks import overlap_error
 from kvcore.contract import Write
-from kvcore.layout import Address
+from kvcore.layout import Address, Extents
 from kvcore.quantization import FP8, FloatFormat
 from torchkv._call import Call
 from torchkv._memory import share_elements
 
-_BITS = {8: torch.uint8, 16: torch.int16, 32: torch.int32}
+BITS = {8: torch.uint8, 16: torch.int16, 32: torch.int32}
+"""Integers of a width in bits: floats may lose the payload of a NaN on their way."""
 
 
 def write(write: Write, call: Call) -> None:
@@ -29,13 +30,13 @@ def write(write: Write, call: Call) -> None:
         (call.value, call.caches[-1], value, extents.head_size_v, call.v_scale),
     ):
         x = _encode(rows[token], write, scale)
-        view = _view(cache.view(x.dtype), at, write, size)
+        view = view_of(cache.view(x.dtype), at, extents, size)
         view[layer, block, place] = x.unflatten(-1, (size // at.x, at.x))
 
 
-def _view(cache: Tensor, at: Address, write: Write, head_size: int) -> Tensor:
+def view_of(cache: Tensor, at: Address, extents: Extents, head_size: int) -> Tensor:
     """K's or V's elements as `[layer, block, slot, head, dim // x, x]`, whatever their order in memory."""
-    layers, blocks, slots, heads, *_ = write.placement.extents
+    layers, blocks, slots, heads, *_ = extents
     return cache.as_strided(
         (layers or 1, blocks, slots, heads, head_size // at.x, at.x),
         (at.layer, at.block, at.slot, at.head, at.dim, at.x_stride),
@@ -46,7 +47,7 @@ def _view(cache: Tensor, at: Address, write: Write, head_size: int) -> Tensor:
 def _encode(x: Tensor, write: Write, scale: Tensor | None) -> Tensor:
     """The stored bits, as integers."""
     if write.copies:
-        return x.view(_BITS[write.format.bits])
+        return x.view(BITS[write.format.bits])
     x = x.float()
     return encode(x / scale.reshape(()) if write.scaled and scale is not None else x, write.format)
 
@@ -57,5 +58,5 @@ def encode(x: Tensor, stored: FloatFormat) -> Tensor:
     if stored.name in FP8:  # the cast overflows to NaN on some versions of torch: saturate first
         largest = torch.finfo(getattr(torch, stored.name)).max
         x = x.clamp(-largest, largest)
-    code = x.to(getattr(torch, stored.name)).view(_BITS[stored.bits])
+    code = x.to(getattr(torch, stored.name)).view(BITS[stored.bits])
     return code.masked_fill(nan, stored.nan)

@@ -12,7 +12,7 @@ from torch import Tensor
 from kvcore.layout import Address
 from kvcore.quantization import FloatFormat
 from kvcore.read_contract import Attention, Cache, Gather
-from torchkv._torch import _BITS, encode
+from torchkv._torch import BITS, encode, view_of
 
 _TILE = 1024
 """Positions of a tile, or a block where that is more."""
@@ -190,7 +190,7 @@ def _tile(cache: Cache, arrays: tuple[Tensor, ...], layer: int, block: Tensor) -
     index = (block.unsqueeze(1), torch.arange(extents.num_heads, device=block.device).unsqueeze(1))
 
     def read(array: Tensor, at: Address, head_size: int) -> Tensor:
-        found = _view(cache, array, at, head_size, layer)[index]
+        found = _layer_of(cache, array, at, head_size, layer).transpose(1, 2)[index]
         return _decode(found.reshape(*found.shape[:2], -1, head_size), cache.format)
 
     key = read(arrays[0], at_key, extents.head_size)
@@ -206,14 +206,9 @@ def _layer(layer: int | Tensor | None) -> int:
     return 0 if layer is None else int(layer)
 
 
-def _view(cache: Cache, array: Tensor, at: Address, head_size: int, layer: int) -> Tensor:
-    """A layer of K or V as `[block, head, slot, dim // x, x]` integers, whatever their order in memory."""
-    extents = cache.placement.extents
-    return array.view(_BITS[cache.format.bits]).as_strided(
-        (extents.num_blocks, extents.num_heads, extents.block_size, head_size // at.x, at.x),
-        (at.block, at.head, at.slot, at.dim, at.x_stride),
-        array.storage_offset() + at.offset + layer * at.layer,
-    )
+def _layer_of(cache: Cache, array: Tensor, at: Address, head_size: int, layer: int) -> Tensor:
+    """A layer of K or V as `[block, slot, head, dim // x, x]` integers, whatever their order in memory."""
+    return view_of(array.view(BITS[cache.format.bits]), at, cache.placement.extents, head_size)[layer]
 
 
 def _decode(x: Tensor, stored: FloatFormat) -> Tensor:
@@ -246,8 +241,8 @@ def gather(
     block = block.where(there, 0).long()
 
     def read(kv: int, scale: Tensor | None) -> Tensor:
-        view = _view(call.cache, caches[-kv], addresses[kv], call.shapes[kv][-1], at_layer)
-        bits = _convert(view.transpose(1, 2)[block, n % block_size].reshape(call.shapes[kv]), call, scale)
+        view = _layer_of(call.cache, caches[-kv], addresses[kv], call.shapes[kv][-1], at_layer)
+        bits = _convert(view[block, n % block_size].reshape(call.shapes[kv]), call, scale)
         return bits.masked_fill_(~there[..., None, None], 0).view(dtype)
 
     return read(0, k_scale), read(1, v_scale)
