@@ -40,7 +40,7 @@ def check_options(
     check_kv_cache_dtype(kv_cache_dtype)
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
         if scale is not None and not hasattr(scale, "shape") and not isinstance(scale, (int, float)):
-            raise TypeError(f"{name} must be a number or an array of one float32, got {scale!r}")
+            raise TypeError(f"{name} must be a number or an array of float32, got {scale!r}")
     number = isinstance(layer, int) or hasattr(layer, "__index__")  # in this order for torch.compile's integers
     if isinstance(layer, bool) or not (layer is None or number or hasattr(layer, "shape")):
         raise TypeError(f"layer must be an int or an integer scalar, got {layer!r}")
@@ -82,12 +82,13 @@ def layout_of(
     return chosen if layer is None else chosen.with_layer()
 
 
-def check_scale(name: str, scale: ArraySpec) -> None:
-    """One float32 element."""
-    if tuple(scale.shape) not in ((), (1,)):
-        raise ValueError(f"{name} must have shape () or (1,), got {shape_of(scale)}")
+def check_scale(name: str, scale: ArraySpec, num_heads: int) -> int:
+    """One float32 element, or one a head. Returns the step from one head's scale to the next, or 0."""
+    if tuple(scale.shape) not in ((), (1,), (num_heads,)):
+        raise ValueError(f"{name} must have shape (), (1,) or ({num_heads},), got {shape_of(scale)}")
     if scale.dtype != "float32":
         raise TypeError(f"{name} must have dtype float32, got {scale.dtype}")
+    return scale.steps[0] if num_heads > 1 and tuple(scale.shape) == (num_heads,) else 0
 
 
 def check_layer(layer: int | ArraySpec | None, layout: CacheLayout, num_layers: int | None) -> None:

@@ -4,9 +4,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from kvcore.checks import check_kv_cache_dtype, either
+from kvcore.checks import ArraySpec, check_kv_cache_dtype, either
 from kvcore.layout import CacheLayout
-from kvcore.quantization import FLOATS, KV_CACHE_DTYPES
+from kvcore.quantization import DS_MLA_LATENT, FLOATS, FP8_DS_MLA, KV_CACHE_DTYPES, PER_TOKEN_HEAD, stored_size
+from kvcore.scales import place_stored, scale_layout_of
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class CacheSpec:
         head_size_v: Elements of a value head.
         dtype: Of the arrays; uint8 for quantised caches, which every framework and device can update in place.
         kv_cache_dtype: What they hold.
+        scale_layout: Of the scale caches, where each token's head has a scale of its own; else None.
     """
 
     layout: CacheLayout
@@ -34,6 +36,7 @@ class CacheSpec:
     head_size_v: int
     dtype: str
     kv_cache_dtype: str
+    scale_layout: CacheLayout | None = None
 
     @classmethod
     def create(
@@ -47,6 +50,8 @@ class CacheSpec:
         dtype: str,
         layout: str | CacheLayout,
         kv_cache_dtype: str,
+        per_token_head: bool = False,
+        scale_layout: str | None = None,
     ) -> "CacheSpec":
         """The description that `PagedKVCache.create` asks for.
 
@@ -60,45 +65,78 @@ class CacheSpec:
         chosen = CacheLayout.of(layout)
         if num_layers is None and chosen.has_layer:
             raise ValueError(f"num_layers must be given for layout '{chosen}', got None")
+        if num_layers is not None:
+            chosen = chosen.with_layer()
+        if per_token_head and (kv_cache_dtype not in PER_TOKEN_HEAD or chosen.latent):
+            raise ValueError(
+                f"per_token_head needs kv_cache_dtype {either(map(repr, PER_TOKEN_HEAD))} and a layout with a place for K "
+                f"and for V, got {kv_cache_dtype!r} and '{chosen}'"
+            )
+        if scale_layout is not None and not per_token_head:
+            raise ValueError(f"scale_layout must be None without per_token_head, got {scale_layout!r}")
+        stored = KV_CACHE_DTYPES[kv_cache_dtype]
         spec = cls(
-            chosen if num_layers is None else chosen.with_layer(),
+            chosen,
             num_layers,
             num_blocks,
             block_size,
             num_heads,
             head_size,
             head_size if head_size_v is None else head_size_v,
-            dtype if KV_CACHE_DTYPES[kv_cache_dtype] is None else "uint8",
+            dtype if stored is None else "uint8",
             kv_cache_dtype,
+            scale_layout_of(scale_layout, chosen.has_layer) if per_token_head else None,
         )
-        _ = spec.shapes  # raises where an extent does not fit
+        arrays = [ArraySpec(shape, spec.dtype) for shape in spec.shapes]  # raises where an extent does not fit
+        names = ("key_cache", "value_cache") if len(arrays) == 2 else ("kv_cache",)
+        place_stored(chosen, arrays, stored, head_size, spec.head_size_v if chosen.latent else None, names)
         return spec
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """Shape of each array: key and value cache, or one for both."""
         packs = any("x" in axis for axes in self.layout.arrays for axis in axes)
+        stored = KV_CACHE_DTYPES[self.kv_cache_dtype]
+        size = stored_size(stored, self.head_size)
+        size_v = DS_MLA_LATENT if stored == FP8_DS_MLA else stored_size(stored, self.head_size_v)
         return self.layout.shapes(
             num_layers=self.num_layers,
             num_blocks=self.num_blocks,
             block_size=self.block_size,
             num_heads=self.num_heads,
-            head_size=self.head_size,
-            head_size_v=self.head_size_v,
+            head_size=size,
+            head_size_v=size_v,
             # 16 bytes, or as much of it as divides a head.
-            x=math.gcd(16 // self._itemsize, self.head_size) if packs else None,
+            x=math.gcd(16 // self._itemsize, size) if packs else None,
         )
+
+    @property
+    def scale_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of k's and v's scale cache, of float32; empty without scales for each token and head."""
+        if self.scale_layout is None:
+            return ()
+        shapes = self.scale_layout.shapes(
+            num_layers=self.num_layers,
+            num_blocks=self.num_blocks,
+            block_size=self.block_size,
+            num_heads=self.num_heads,
+            head_size=1,
+        )
+        return tuple(shape[:-1] for shape in shapes)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
-        return sum(map(math.prod, self.shapes)) * self._itemsize
+        return sum(map(math.prod, self.shapes)) * self._itemsize + 4 * sum(map(math.prod, self.scale_shapes))
 
     @property
     def reading(self) -> dict[str, Any]:
         """The arguments that say how to read the arrays."""
         head_size_v = self.head_size_v if self.layout.latent else None
-        return {"kv_cache_dtype": self.kv_cache_dtype, "layout": self.layout, "head_size_v": head_size_v}
+        return {
+            "kv_cache_dtype": self.kv_cache_dtype, "layout": self.layout, "head_size_v": head_size_v,
+            "scale_layout": self.scale_layout,
+        }  # fmt: skip
 
     @property
     def _itemsize(self) -> int:
@@ -108,6 +146,7 @@ class CacheSpec:
         layers = "" if self.num_layers is None else f"{self.num_layers} layers × "
         sizes = str(self.head_size) if self.head_size == self.head_size_v else f"{self.head_size}/{self.head_size_v}"
         holds = self.dtype if self.kv_cache_dtype == "auto" else f"{self.kv_cache_dtype} in {self.dtype}"
+        holds += "" if self.scale_layout is None else " with scales"
         return (
             f"{layers}{self.num_blocks} blocks × {self.block_size} slots, {self.num_heads} heads × {sizes}, {holds}, "
             f"'{self.layout}', {_readable(self.nbytes)}"

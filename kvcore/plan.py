@@ -4,6 +4,7 @@ Both frameworks launch what a plan says, so that they provably start the same ke
 depend on shapes, strides and dtypes only, never on data.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -86,27 +87,50 @@ class WritePlan(NamedTuple):
 
     Attributes:
         kernel: What to launch.
-        tokens: Tokens per program.
+        token_rows: Rows of a token: 1, or its heads.
+        rows: Rows per program.
         row_programs: Programs that share a row.
     """
 
     kernel: KernelPlan
-    tokens: int
+    token_rows: int
+    rows: int
     row_programs: int
 
     def grid(self, num_tokens: int) -> tuple[int, int, int]:
         """Programs along each axis for `num_tokens` entries of slot_mapping."""
-        return -(-num_tokens // self.tokens), self.row_programs, 1
+        return -(-num_tokens * self.token_rows // self.rows), self.row_programs, 1
 
 
 SCALARS = {"num_tokens": "i32", "num_slots": "i64", "num_layers": "i32"}
 """Run-time integers that follow the pointers, in the kernels' order, and their types."""
 
 
-def pointers(single_array: bool) -> tuple[str, ...]:
-    """Names of a kernel's pointer arguments, in order. Scales and layer may be None instead."""
-    caches = ("kv_cache_ptr",) if single_array else ("key_cache_ptr", "value_cache_ptr")
+def pointers(write: Write) -> tuple[str, ...]:
+    """Names of a kernel's pointer arguments, in order. All but the first three and slot_mapping_ptr may be None."""
+    caches = ("kv_cache_ptr",) if write.layout.single_array else ("key_cache_ptr", "value_cache_ptr")
+    if write.scales is not None:
+        caches = ("key_cache_ptr", "value_cache_ptr", "k_scale_cache_ptr", "v_scale_cache_ptr")
     return ("key_ptr", "value_ptr", *caches, "slot_mapping_ptr", "k_scale_ptr", "v_scale_ptr", "layer")
+
+
+def arguments(
+    write: Write,
+    key: Any,
+    value: Any,
+    caches: Sequence[Any],
+    scale_caches: Sequence[Any],
+    slot_mapping: Any,
+    k_scale: Any,
+    v_scale: Any,
+    layer: Any,
+) -> list[Any]:
+    """What the kernel gets for `pointers`: arrays, or whatever stands for them. None for scales without effect."""
+    memory = list(caches)
+    if write.scales is not None:
+        memory = [*caches, None][:2] + [*scale_caches, None, None][:2]
+    scales = (k_scale, v_scale) if write.scaled else (None, None)
+    return [key, value, *memory, slot_mapping, *scales, layer]
 
 
 def scalars(write: Write, num_tokens: int) -> tuple[int, int, int]:
@@ -147,7 +171,7 @@ def plan_write(write: Write, target: Target, layer_is_pointer: bool = False) -> 
         },
         options=EXACT,
     )
-    return WritePlan(kernel, tokens, row_programs(key, value))
+    return WritePlan(kernel, 1, tokens, row_programs(key, value))
 
 
 def plan_tile(placement: Placement, elements: int, target: Target) -> tuple[int, int]:

@@ -16,8 +16,18 @@ from kvcore.checks import (
     layout_of,
     shape_of,
 )
-from kvcore.layout import CacheLayout, Placement
-from kvcore.quantization import FLOATS, FP8, KV_CACHE_DTYPES, FloatFormat
+from kvcore.layout import Address, CacheLayout, Placement
+from kvcore.quantization import (
+    DS_MLA_ROPE,
+    FLOATS,
+    FP8,
+    KV_CACHE_DTYPES,
+    PER_TOKEN_HEAD,
+    FloatFormat,
+    check_head_size,
+    storage_of,
+)
+from kvcore.scales import Scales, place_scale_caches, place_stored, scale_layout_of
 
 
 class Cache(NamedTuple):
@@ -25,20 +35,39 @@ class Cache(NamedTuple):
 
     Attributes:
         layout: Never None.
-        placement: Extents and addresses of K and V.
+        placement: Extents and addresses of K and V, counted in stored units: elements, or bytes of two. Of fp8_ds_mla,
+            those of the part in fp8.
         dtype: dtype of the array or arrays.
         format: What they hold.
+        head_scales: Steps from one head's static scale to the next, of k_scale and v_scale; 0: one scale for all heads.
+        scales: The scales that were computed in writing; None: there are none. Unless they are inside the caches,
+            k_scale and v_scale are the arrays that hold them.
+        rope: The part of fp8_ds_mla in bfloat16, counted in elements of that.
     """
 
     layout: CacheLayout
     placement: Placement
     dtype: str
     format: FloatFormat
+    head_scales: tuple[int, int]
+    scales: Scales | None
+    rope: Address | None
 
     @property
     def scaled(self) -> bool:
-        """Whether scales mean anything."""
-        return self.format.name in FP8
+        """Whether k_scale and v_scale mean anything."""
+        return self.format.name not in FLOATS and self.rope is None
+
+    @property
+    def head_size(self) -> int:
+        """Elements of a key head."""
+        extents = self.placement.extents
+        return extents.head_size * self.format.per_byte + (0 if self.rope is None else DS_MLA_ROPE)
+
+    @property
+    def head_size_v(self) -> int:
+        """Elements of a value head."""
+        return self.placement.extents.head_size_v * self.format.per_byte
 
 
 class Options(NamedTuple):
@@ -75,7 +104,7 @@ class Attention(NamedTuple):
     def out_shape(self) -> tuple[int, int, int]:
         """Shape of the result: `(num_tokens, num_q_heads, head_size_v)`."""
         tokens, heads, _ = self.query.shape
-        return tokens, heads, self.cache.placement.extents.head_size_v
+        return tokens, heads, self.cache.head_size_v
 
 
 class Gather(NamedTuple):
@@ -98,9 +127,8 @@ class Gather(NamedTuple):
     @property
     def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of key and value: `(num_seqs, max_len, num_heads, head_size)`."""
-        extents = self.cache.placement.extents
-        front = (self.block_tables.shape[0], self.max_len, extents.num_heads)
-        return (*front, extents.head_size), (*front, extents.head_size_v)
+        front = (self.block_tables.shape[0], self.max_len, self.cache.placement.extents.num_heads)
+        return (*front, self.cache.head_size), (*front, self.cache.head_size_v)
 
 
 def check_attention_options(scale: Any, causal: Any, sliding_window: Any, soft_cap: Any) -> Options:
@@ -148,6 +176,7 @@ def check_attention(
     layout: str | CacheLayout | None,
     layer: int | ArraySpec | None,
     head_size_v: int | None,
+    scale_layout: str | CacheLayout | None = None,
 ) -> Attention:
     """Checks the arguments of `paged_attention`. `options` come from `check_attention_options`.
 
@@ -157,15 +186,12 @@ def check_attention(
     """
     check_rank("query", query, 3, "(num_tokens, num_q_heads, head_size)")
     tokens, q_heads, head_size = query.shape
-    cache = _cache(caches, kv_cache_dtype, k_scale, v_scale, layout, layer, head_size, head_size_v)
+    cache = _cache(caches, kv_cache_dtype, k_scale, v_scale, layout, layer, head_size, head_size_v, scale_layout)
     heads = cache.placement.extents.num_heads
     if query.dtype not in FLOATS:
         raise TypeError(f"query must have dtype {either(FLOATS)}, got {query.dtype}")
-    if head_size != cache.placement.extents.head_size:
-        raise ValueError(
-            f"query must have shape (num_tokens, num_q_heads, {cache.placement.extents.head_size}), "
-            f"got {shape_of(query)}"
-        )
+    if head_size != cache.head_size:
+        raise ValueError(f"query must have shape (num_tokens, num_q_heads, {cache.head_size}), got {shape_of(query)}")
     if heads == 0 or q_heads % heads:
         raise ValueError(f"query must have a multiple of {heads} heads, as the cache has, got {q_heads}")
     _tables(block_tables, seq_lens)
@@ -209,6 +235,7 @@ def check_gather(
     layer: int | ArraySpec | None,
     head_size: int | None,
     head_size_v: int | None,
+    scale_layout: str | CacheLayout | None = None,
 ) -> Gather:
     """Checks the arguments of `gather_kv`.
 
@@ -216,7 +243,7 @@ def check_gather(
         ValueError: a shape, an extent, a choice or a device does not fit.
         TypeError: a dtype or a type does not fit.
     """
-    cache = _cache(caches, kv_cache_dtype, k_scale, v_scale, layout, layer, head_size, head_size_v)
+    cache = _cache(caches, kv_cache_dtype, k_scale, v_scale, layout, layer, head_size, head_size_v, scale_layout)
     _tables(block_tables, seq_lens)
     if isinstance(max_len, bool) or not hasattr(max_len, "__index__"):
         raise TypeError(f"max_len must be an int, got {max_len!r}")
@@ -239,6 +266,7 @@ def _cache(
     layer: int | ArraySpec | None,
     head_size: int | None,
     head_size_v: int | None,
+    scale_layout: str | CacheLayout | None,
 ) -> Cache:
     if len(caches) not in (1, 2):
         raise ValueError(f"caches must be (key_cache, value_cache) or one array, got {len(caches)} arrays")
@@ -246,23 +274,44 @@ def _cache(
     if len(chosen.arrays) != len(caches):
         wanted = "one array" if chosen.single_array else "(key_cache, value_cache)"
         raise ValueError(f"caches must be {wanted} for layout '{chosen}', got {len(caches)} arrays")
-    placement = chosen.place(
-        [c.shape for c in caches],
-        [c.strides for c in caches],
-        head_size=head_size,
-        head_size_v=head_size_v,
-        names=_cache_names(caches),
-    )
-    extents = placement.extents
-    if head_size_v is not None and head_size_v != extents.head_size_v:
-        raise ValueError(f"head_size_v must be {extents.head_size_v}, as in the cache, got {head_size_v}")
+    quantised = KV_CACHE_DTYPES[kv_cache_dtype]
+    for name, size in (("head_size", head_size), ("head_size_v", head_size_v)):
+        if quantised is not None and size is not None and quantised.name != "fp8_ds_mla":
+            check_head_size(name, quantised, size)
+    where = place_stored(chosen, caches, quantised, head_size, head_size_v, _cache_names(caches))
+    extents = where.placement.extents
     if len(caches) == 2:
         check_same_dtype("value_cache", caches[1], "key_cache", caches[0])
-    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
-        if scale is not None:
-            check_scale(name, scale)
     check_layer(layer, chosen, extents.num_layers)
-    return Cache(chosen, placement, caches[0].dtype, _format(kv_cache_dtype, caches[0].dtype, _cache_names(caches)[0]))
+    stored = _format(kv_cache_dtype, caches[0].dtype, _cache_names(caches)[0])
+    scales, steps = where.scales, [0, 0]
+    if where.rope is not None:
+        for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+            if scale is not None:
+                raise ValueError(f"{name} must be None for kv_cache_dtype 'fp8_ds_mla', whose rows have their own")
+    elif any(s is not None and len(s.shape) > 2 for s in (k_scale, v_scale)):
+        if kv_cache_dtype not in PER_TOKEN_HEAD:
+            raise ValueError(
+                f"kv_cache_dtype must be {either(map(repr, PER_TOKEN_HEAD))} with scales for each token and head, "
+                f"got {kv_cache_dtype!r}"
+            )
+        if chosen.latent:  # its writer gives the two parts of a row a scale each
+            raise ValueError(f"layout must not be '{chosen}' with scales for each token and head")
+        for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+            if scale is None:
+                raise ValueError(f"{name} must be given where the other one has scales for each token and head")
+        scale_caches = [s for s in (k_scale, v_scale) if s is not None]
+        where_scales = scale_layout_of(scale_layout, chosen.has_layer)
+        scales = place_scale_caches(where_scales, scale_caches, extents, ("k_scale", "v_scale"))
+    else:
+        steps = [
+            0 if scale is None else check_scale(name, scale, extents.num_heads)
+            for name, scale in (("k_scale", k_scale), ("v_scale", v_scale))
+        ]
+    cache = Cache(chosen, where.placement, caches[0].dtype, stored, (steps[0], steps[1]), scales, where.rope)
+    if head_size_v is not None and head_size_v != cache.head_size_v:
+        raise ValueError(f"head_size_v must be {cache.head_size_v}, as in the cache, got {head_size_v}")
+    return cache
 
 
 def _cache_names(caches: Sequence[Any]) -> tuple[str, ...]:
@@ -273,9 +322,10 @@ def _cache_names(caches: Sequence[Any]) -> tuple[str, ...]:
 def _format(kv_cache_dtype: str, cache: str, name: str) -> FloatFormat:
     quantised = KV_CACHE_DTYPES[kv_cache_dtype]
     if quantised is not None:
-        if cache not in (quantised.name, "uint8"):
+        if cache not in storage_of(quantised):
             raise TypeError(
-                f"{name} must have dtype {quantised.name} or uint8 for kv_cache_dtype {kv_cache_dtype!r}, got {cache}"
+                f"{name} must have dtype {either(storage_of(quantised))} for kv_cache_dtype {kv_cache_dtype!r}, "
+                f"got {cache}"
             )
         return quantised
     allowed = FLOATS | FP8

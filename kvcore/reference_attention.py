@@ -5,8 +5,19 @@ from collections.abc import Sequence
 import numpy as np
 
 from kvcore.layout import CacheLayout
-from kvcore.quantization import FLOATS, FP8, KV_CACHE_DTYPES, FloatFormat
-from kvcore.reference import encode, logical_view
+from kvcore.quantization import (
+    DS_MLA_GROUP,
+    DS_MLA_LATENT,
+    DS_MLA_ROPE,
+    E4M3,
+    FLOATS,
+    FP8,
+    FP8_DS_MLA,
+    KV_CACHE_DTYPES,
+    NVFP4_GROUP,
+    FloatFormat,
+)
+from kvcore.reference import Scale, decode, encode, logical_view, scale_views, views
 
 
 def gather_kv(
@@ -19,42 +30,92 @@ def gather_kv(
     head_size: int,
     head_size_v: int | None = None,
     kv_cache_dtype: str = "auto",
-    k_scale: float | None = None,
-    v_scale: float | None = None,
+    k_scale: Scale = None,
+    v_scale: Scale = None,
     layout: str | CacheLayout = "NHD",
+    scale_layout: str | None = None,
     layer: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Keys and values `[num_seqs, max_len, num_heads, dim]`, and zeros where there are none."""
     stored = _stored(caches, kv_cache_dtype)
+    sides = _readers(caches, CacheLayout.of(layout), stored, head_size, head_size_v, (k_scale, v_scale), scale_layout)
     out = []
-    for view, scale in zip(_views(caches, layout, head_size, head_size_v), (k_scale, v_scale), strict=True):
-        _, _, block_size, num_heads, _, _ = view.shape
-        result = np.zeros((len(seq_lens), max_len, num_heads, view.shape[-1] * view.shape[-2]), dtype)
-        for seq, positions in enumerate(_positions(view, block_tables, seq_lens, layer)):
+    for read in sides:
+        result = np.zeros((len(seq_lens), max_len, read.num_heads, read.head_size), dtype)
+        for seq, positions in enumerate(_positions(read.units, block_tables, seq_lens, layer)):
             for n, block in positions:
                 if n < max_len:
-                    row = view[layer or 0, block, n % block_size].reshape(num_heads, -1)
-                    result[seq, n] = convert(row, stored, dtype, scale)
+                    at = (layer or 0, block, n % read.units.shape[2])
+                    if stored.name == dtype.name:
+                        result[seq, n] = read.units[at].reshape(read.num_heads, -1).view(dtype)
+                    else:
+                        result[seq, n] = encode(read(*at), FLOATS[dtype.name]).view(dtype)
         out.append(result)
     return out[0], out[1]
 
 
-def convert(row: np.ndarray, stored: FloatFormat, dtype: np.dtype, scale: float | None) -> np.ndarray:
-    """Elements of a cache in another dtype: the same bits where it is the stored one, else `round(float32 · scale)`."""
-    if stored.name == dtype.name:
-        return row.view(dtype)
-    with np.errstate(all="ignore"):
-        x = decode(row, stored)
-        if stored.name in FP8 and scale is not None:
-            x = x * np.float32(scale)
-        return encode(x, FLOATS[dtype.name]).view(dtype)
+class _Reader:
+    """Reads K, or V, as float32: `float32(element) * scale`, first by a block's scale, then by a static one."""
+
+    def __init__(
+        self, units: np.ndarray, stored: FloatFormat, blocks: np.ndarray | None, own: np.ndarray | None, scale: Scale
+    ) -> None:
+        self.units, self.stored, self.blocks, self.own, self.scale = units, stored, blocks, own, scale
+        self.num_heads = units.shape[3]
+        self.head_size = units.shape[4] * units.shape[5] * stored.per_byte
+
+    def __call__(self, layer: int, block: int | np.ndarray, place: int | np.ndarray) -> np.ndarray:
+        """Rows `[…, head, dim]`; block and place may be arrays."""
+        found = self.units[layer, block, place]
+        with np.errstate(all="ignore"):
+            x = decode(np.ascontiguousarray(found.reshape(*found.shape[:-2], -1)), self.stored)
+            if self.blocks is not None:
+                of_blocks = self.blocks[layer, block, place]
+                of_blocks = decode(np.ascontiguousarray(of_blocks.reshape(*of_blocks.shape[:-2], -1)), E4M3)
+                x = x * np.repeat(of_blocks, NVFP4_GROUP, -1)
+            if self.own is not None:
+                return x * self.own[layer, block, place][..., None]
+            if self.scale is None or self.stored.name in FLOATS:
+                return x
+            return x * np.asarray(self.scale, np.float32).reshape(-1, 1)
 
 
-def decode(row: np.ndarray, stored: FloatFormat) -> np.ndarray:
-    """Elements of a cache as float32, before any scale: exact."""
-    import ml_dtypes
+class _MlaReader(_Reader):
+    """Reads rows of fp8_ds_mla, or their first `head_size` elements."""
 
-    return row.view(getattr(ml_dtypes, stored.name, stored.name)).astype(np.float32)
+    def __init__(self, units: np.ndarray, head_size: int) -> None:
+        super().__init__(units, FP8_DS_MLA, None, None, None)
+        self.head_size = head_size
+
+    def __call__(self, layer: int, block: int | np.ndarray, place: int | np.ndarray) -> np.ndarray:
+        import ml_dtypes
+
+        row = np.ascontiguousarray(self.units[layer, block, place][..., 0])
+        with np.errstate(all="ignore"):
+            latent = decode(row[..., :DS_MLA_LATENT], FP8_DS_MLA)
+            scales = np.ascontiguousarray(row[..., DS_MLA_LATENT : -2 * DS_MLA_ROPE]).view(np.float32)
+            rope = np.ascontiguousarray(row[..., -2 * DS_MLA_ROPE :]).view(ml_dtypes.bfloat16).astype(np.float32)
+            whole = np.concatenate([latent * np.repeat(scales, DS_MLA_GROUP, -1), rope], -1)
+        return whole[..., : self.head_size]
+
+
+def _readers(
+    caches: Sequence[np.ndarray],
+    layout: CacheLayout,
+    stored: FloatFormat,
+    head_size: int,
+    head_size_v: int | None,
+    scales: tuple[Scale, Scale],
+    scale_layout: str | None,
+) -> list[_Reader]:
+    if stored == FP8_DS_MLA:
+        units = logical_view(caches[0], layout.arrays[0])[0]
+        return [_MlaReader(units, DS_MLA_LATENT + DS_MLA_ROPE), _MlaReader(units, DS_MLA_LATENT)]
+    own: list[np.ndarray | None] = [None, None]
+    if any(np.ndim(s) > 2 for s in scales):  # type: ignore[arg-type]
+        own = list(scale_views(scales, scale_layout, layout))  # type: ignore[arg-type]
+    sides = views(caches, layout, head_size, head_size_v, stored)
+    return [_Reader(u, stored, b, o, s) for (u, b), o, s in zip(sides, own, scales, strict=True)]
 
 
 def paged_attention(
@@ -70,36 +131,37 @@ def paged_attention(
     soft_cap: float | None = None,
     sinks: np.ndarray | None = None,
     kv_cache_dtype: str = "auto",
-    k_scale: float | None = None,
-    v_scale: float | None = None,
+    k_scale: Scale = None,
+    v_scale: Scale = None,
     layout: str | CacheLayout = "NHD",
+    scale_layout: str | None = None,
     layer: int | None = None,
     head_size_v: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The result and its log-sum-exp, both float64; zeros and -inf in rows that see nothing."""
     num_tokens, num_q_heads, head_size = query.shape
     stored = _stored(caches, kv_cache_dtype)
-    keys, values = _views(caches, layout, head_size, head_size_v)
-    scales = [1.0 if s is None or stored.name not in FP8 else float(np.float32(s)) for s in (k_scale, v_scale)]
+    keys, values = _readers(
+        caches, CacheLayout.of(layout), stored, head_size, head_size_v, (k_scale, v_scale), scale_layout
+    )
     scale = head_size**-0.5 if scale is None else scale
-    *_, block_size, num_heads, chunks, x = values.shape
+    block_size, num_heads = values.units.shape[2:4]
     group = num_q_heads // num_heads
-    out = np.zeros((num_tokens, num_q_heads, chunks * x))
+    out = np.zeros((num_tokens, num_q_heads, values.head_size))
     lse = np.full((num_tokens, num_q_heads), -np.inf)
     if sinks is not None:
         lse[:] = sinks
     starts = np.arange(len(seq_lens) + 1) if query_start_loc is None else query_start_loc
     with np.errstate(all="ignore"):
-        for seq, positions in enumerate(_positions(values, block_tables, seq_lens, layer)):
+        for seq, positions in enumerate(_positions(values.units, block_tables, seq_lens, layer)):
             read = {n: (block, n % block_size) for n, block in positions}
             n = np.array(list(read), np.int64)
             at = np.array(list(read.values()), np.int64).reshape(-1, 2)
             k, v = (
-                decode(np.ascontiguousarray(view[layer or 0, at[:, 0], at[:, 1]]), stored).astype(np.float64) * s
-                if len(n) else np.zeros((0, num_heads, 1, view.shape[-1] * view.shape[-2]))
-                for view, s in ((keys, scales[0]), (values, scales[1]))
+                read(layer or 0, at[:, 0], at[:, 1]).astype(np.float64)
+                if len(n) else np.zeros((0, num_heads, read.head_size))
+                for read in (keys, values)
             )  # fmt: skip
-            k, v = k.reshape(len(n), num_heads, head_size), v.reshape(len(n), num_heads, chunks * x)
             for token in range(starts[seq], starts[seq + 1]):
                 position = seq_lens[seq] - starts[seq + 1] + token
                 seen = n <= position if causal else n >= 0
@@ -135,17 +197,3 @@ def _positions(view: np.ndarray, block_tables: np.ndarray, seq_lens: np.ndarray,
 
 def _stored(caches: Sequence[np.ndarray], kv_cache_dtype: str) -> FloatFormat:
     return KV_CACHE_DTYPES[kv_cache_dtype] or (FLOATS | FP8)[caches[0].dtype.name]
-
-
-def _views(caches: Sequence[np.ndarray], layout: str | CacheLayout, head_size: int, head_size_v: int | None):
-    """K and V as `[layer, block, slot, head, dim // x, x]`."""
-    layout = CacheLayout.of(layout)
-    if not layout.single_array:
-        keys, values = (logical_view(c, axes)[0] for c, axes in zip(caches, layout.arrays, strict=True))
-        return keys, values
-    view = logical_view(caches[0], layout.arrays[0])
-    if layout.packed:
-        return view[0, ..., :head_size, :], view[0, ..., head_size:, :]
-    if layout.latent:
-        return view[0], view[0, ..., :head_size_v, :]
-    return view[0], view[1]

@@ -1,12 +1,14 @@
 """Arrays for tests: random bits, poison, and the same bits as NumPy, JAX and torch arrays; one way to call each op."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from kvcore import reference
 from kvcore.layout import _CONSTANTS, CacheLayout
+from kvcore.quantization import KV_CACHE_DTYPES, stored_size
 
 DTYPES = {
     "float32": np.dtype(np.float32),
@@ -14,6 +16,9 @@ DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
     "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
+    "float8_e4m3fnuz": np.dtype(ml_dtypes.float8_e4m3fnuz),
+    "float8_e5m2fnuz": np.dtype(ml_dtypes.float8_e5m2fnuz),
+    "int8": np.dtype(np.int8),
     "uint8": np.dtype(np.uint8),
 }
 
@@ -31,14 +36,31 @@ class Case:
     caches: list[np.ndarray]
     slot_mapping: np.ndarray
     kv_cache_dtype: str = "auto"
-    k_scale: float | None = None
-    v_scale: float | None = None
+    k_scale: Any = None
+    v_scale: Any = None
     layout: CacheLayout = CacheLayout.NHD
     layer: int | None = None
+    scale_caches: list[np.ndarray] = field(default_factory=list)
+    scale_layout: str | None = None
 
-    def op(self, module):
-        single = self.layout.single_array
-        return module.reshape_and_cache_flash_diffkv if single else module.reshape_and_cache_flash
+    @property
+    def memory(self) -> list[np.ndarray]:
+        """All arrays that are written to, in the order of the op's arguments."""
+        return [*self.caches, *self.scale_caches]
+
+    def call(self, module, convert, memory, **more):
+        """The op of a module, with arrays made by `convert`, on `memory`."""
+        name = "reshape_and_cache_flash" + ("_diffkv" if self.layout.single_array else "")
+        if self.scale_caches:
+            name += "_per_token_head_quant"
+            more["scale_layout"] = self.scale_layout
+            scales = ()
+        else:
+            scales = (convert(s) if isinstance(s, np.ndarray) else s for s in (self.k_scale, self.v_scale))
+        return getattr(module, name)(
+            convert(self.key), convert(self.value), *memory, convert(self.slot_mapping), self.kv_cache_dtype, *scales,
+            layout=self.layout, layer=self.layer, **more,
+        )  # fmt: skip
 
 
 def make_case(
@@ -59,10 +81,15 @@ def make_case(
     slots=None,
     bits=True,
     scales=(0.37, 1e-3),
+    per_token_head=False,
+    scale_layout=None,
 ) -> Case:
     """A case with random slots, drawn without replacement, and poisoned caches.
 
-    `bits`: whether inputs are random bit patterns (NaN, infinities and subnormal numbers among them) or normal draws.
+    Args:
+        bits: Whether inputs are random bit patterns (NaN, infinities and subnormal numbers among them) or normal draws.
+        scales: Numbers, or "head": an array with one a head.
+        per_token_head: Whether the op computes scales, into scale caches in `scale_layout`.
     """
     layout = CacheLayout.of(layout)
     if num_layers is not None:
@@ -74,15 +101,23 @@ def make_case(
         num_blocks=num_blocks,
         block_size=block_size,
         num_heads=num_heads,
-        head_size=head_size,
-        head_size_v=head_size_v,
+        head_size=stored_size(KV_CACHE_DTYPES[kv_cache_dtype], head_size),
+        head_size_v=stored_size(KV_CACHE_DTYPES[kv_cache_dtype], head_size_v),
         num_layers=num_layers,
-        x=8 if "dim/x" in layout.pattern else None,
+        x=(8 if head_size % 16 == 0 else 4) if "dim/x" in layout.pattern else None,
     )
+    if scales == "head":
+        scales = tuple(rng.uniform(1e-3, 2, num_heads).astype(np.float32) for _ in range(2))
+    scale_caches = []
+    if per_token_head:
+        sizes = {"layer": num_layers, "block": num_blocks, "slot": block_size, "head": num_heads}
+        patterns = (scale_layout or ("layer " if num_layers else "") + "block slot head").split(",")
+        for pattern in (patterns[0], patterns[-1]):
+            scale_caches.append(random_bits(rng, tuple(sizes[a] for a in pattern.split()), "float32"))
     draw = random_bits if bits else random_normal
     if slots is None:
         slots = rng.permutation(num_blocks * block_size)[:num_tokens]
-    quantised = kv_cache_dtype != "auto"
+    quantised = kv_cache_dtype != "auto" and not per_token_head
     return Case(
         key=draw(rng, (num_tokens, num_heads, head_size), dtype),
         value=draw(rng, (num_tokens, num_heads, head_size_v), dtype),
@@ -93,6 +128,8 @@ def make_case(
         v_scale=scales[1] if quantised else None,
         layout=layout,
         layer=layer,
+        scale_caches=scale_caches,
+        scale_layout=scale_layout,
     )
 
 
@@ -114,7 +151,7 @@ def bits(array):
 def to_torch(array, device="cpu"):
     import torch
 
-    if array.dtype.name in ("bfloat16", "float8_e4m3fn", "float8_e5m2"):
+    if array.dtype.name.startswith(("bfloat16", "float8")):
         as_int = torch.from_numpy(array.view(f"int{8 * array.itemsize}"))
         return as_int.to(device).view(getattr(torch, array.dtype.name))
     return torch.from_numpy(array).to(device)
@@ -124,34 +161,26 @@ def from_torch(tensor):
     import torch
 
     tensor = tensor.detach().cpu().contiguous()
-    if tensor.dtype in (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2):
-        size = tensor.element_size()
-        as_int = tensor.view(torch.int16 if size == 2 else torch.uint8)
-        return as_int.numpy().view(DTYPES[str(tensor.dtype).removeprefix("torch.")])
+    name = str(tensor.dtype).removeprefix("torch.")
+    if name.startswith(("bfloat16", "float8")):
+        as_int = tensor.view(torch.int16 if tensor.element_size() == 2 else torch.uint8)
+        return as_int.numpy().view(DTYPES[name])
     return tensor.numpy()
 
 
 def run_oracle(case: Case) -> list[np.ndarray]:
-    caches = [c.copy() for c in case.caches]
-    case.op(reference)(
-        case.key, case.value, *caches, case.slot_mapping, case.kv_cache_dtype, case.k_scale, case.v_scale,
-        layout=case.layout, layer=case.layer,
-    )  # fmt: skip
-    return caches
+    memory = [c.copy() for c in case.memory]
+    case.call(reference, lambda a: a, memory)
+    return memory
 
 
 def run_torch(case: Case, backend=None, device="cpu") -> list[np.ndarray]:
     import torchkv
 
-    key, value, slots, *caches = (
-        to_torch(a.copy(), device) for a in (case.key, case.value, case.slot_mapping, *case.caches)
-    )
-    none = case.op(torchkv)(
-        key, value, *caches, slots, case.kv_cache_dtype, case.k_scale, case.v_scale,
-        layout=case.layout, layer=case.layer, backend=backend,
-    )  # fmt: skip
+    memory = [to_torch(a.copy(), device) for a in case.memory]
+    none = case.call(torchkv, lambda a: to_torch(a.copy(), device), memory, backend=backend)
     assert none is None
-    return [from_torch(c) for c in caches]
+    return [from_torch(c) for c in memory]
 
 
 def run_jax(case: Case, backend=None) -> list[np.ndarray]:
@@ -159,10 +188,10 @@ def run_jax(case: Case, backend=None) -> list[np.ndarray]:
 
     import jaxkv
 
-    new = case.op(jaxkv)(
-        jnp.asarray(case.key), jnp.asarray(case.value), *map(jnp.asarray, case.caches), case.slot_mapping,
-        case.kv_cache_dtype, case.k_scale, case.v_scale, layout=case.layout, layer=case.layer, backend=backend,
-    )  # fmt: skip
+    def convert(array):  # int64 slots stay NumPy's: JAX would warn
+        return array if array.dtype == np.int64 else jnp.asarray(array)
+
+    new = case.call(jaxkv, convert, list(map(jnp.asarray, case.memory)), backend=backend)
     return [np.asarray(c) for c in (new if isinstance(new, tuple) else (new,))]
 
 
@@ -178,9 +207,11 @@ def assert_equals_oracle(case: Case, implementations=CPU_IMPLEMENTATIONS) -> Non
     """Every implementation leaves the oracle's bits in every byte of the caches, written or not."""
     want = run_oracle(case)
     for name, run in implementations.items():
-        for got, cache in zip(run(case), want, strict=True):
+        for i, (got, cache) in enumerate(zip(run(case), want, strict=True)):
             different = np.flatnonzero(bits(got) != bits(cache))
-            assert not different.size, f"{name}: {different.size} bytes differ from the oracle's, first {different[:4]}"
+            assert not different.size, (
+                f"{name}: {different.size} bytes of array {i} differ from the oracle's, first {different[:4]}"
+            )
 
 
 def with_case(case: Case, **changes) -> Case:

@@ -7,7 +7,8 @@ import numpy as np
 
 from kvcore import reference, reference_attention
 from kvcore.layout import CacheLayout
-from tests.arrays import DTYPES, from_torch, random_bits, random_normal, to_torch
+from kvcore.quantization import KV_CACHE_DTYPES, stored_size
+from tests.arrays import from_torch, random_bits, random_normal, to_torch
 
 
 @dataclass
@@ -30,8 +31,9 @@ class ReadCase:
         """`paged_attention` of a module, with its arrays made by `convert`."""
         options = {**self.options, **more}
         options["head_size_v"] = self.head_size_v if self.layout.latent else None
-        if options.get("sinks") is not None:
-            options["sinks"] = convert(options["sinks"])
+        for name, option in options.items():
+            if isinstance(option, np.ndarray):
+                options[name] = convert(option)
         caches = [convert(c) for c in self.caches]
         starts = None if self.query_start_loc is None else convert(self.query_start_loc)
         return module.paged_attention(
@@ -59,6 +61,8 @@ def make_read(
     num_layers=None,
     layer=None,
     scales=(0.5, 0.25),
+    granularity="tensor",
+    scale_layout=None,
     spare=3,
     **options,
 ) -> ReadCase:
@@ -66,6 +70,7 @@ def make_read(
 
     Args:
         rng: Source of randomness.
+        granularity: Of the scales of a quantised cache: "tensor", "head", or "token_head", which the oracle computes.
         query_lens: Query tokens of each sequence; None for one each, without query_start_loc.
         padding: Query rows after the last sequence's.
         spare: Blocks of the cache that no sequence has.
@@ -76,17 +81,29 @@ def make_read(
         layout = layout.with_layer()
     if layout.latent:
         num_heads = 1
-        head_size_v = head_size_v or head_size - 8
+        head_size_v = head_size_v or head_size - 16
     head_size_v = head_size_v or head_size
+    stored = KV_CACHE_DTYPES[kv_cache_dtype]
     needed = [-(-n // block_size) for n in seq_lens]
     num_blocks = sum(needed) + spare
     shapes = layout.shapes(
-        num_blocks=num_blocks, block_size=block_size, num_heads=num_heads, head_size=head_size,
-        head_size_v=head_size_v, num_layers=num_layers, x=8 if "dim/x" in layout.pattern else None,
+        num_blocks=num_blocks, block_size=block_size, num_heads=num_heads, head_size=stored_size(stored, head_size),
+        head_size_v=head_size_v if kv_cache_dtype == "fp8_ds_mla" else stored_size(stored, head_size_v), num_layers=num_layers,
+        x=8 if "dim/x" in layout.pattern else None,
     )  # fmt: skip
-    stored = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}.get(kv_cache_dtype)
-    name = stored or cache_dtype or dtype
+    name = storage or (cache_dtype or dtype if stored is None else "uint8")
     caches = [random_bits(rng, shape, name) for shape in shapes]
+    scale_caches = []
+    if granularity == "token_head":
+        sizes = {"layer": num_layers, "block": num_blocks, "slot": block_size, "head": num_heads}
+        pattern = scale_layout or ("layer " if num_layers else "") + "block slot head"
+        scale_caches = [random_bits(rng, tuple(sizes[a] for a in pattern.split()), "float32") for _ in range(2)]
+        scales = scale_caches
+        options["scale_layout"] = scale_layout
+    elif granularity == "head":
+        scales = [rng.uniform(0.01, 0.5, num_heads).astype(np.float32) for _ in range(2)]
+    elif layout.latent:
+        scales = (scales[0], scales[0])
     blocks = iter(rng.permutation(num_blocks).tolist())
     tables = rng.integers(-5, num_blocks + 5, (len(seq_lens), max(max(needed, default=0), 1) + 1)).astype(np.int32)
     slots = []
@@ -94,12 +111,24 @@ def make_read(
         for i in range(count):
             tables[seq, i] = next(blocks)
         slots += [int(tables[seq, n // block_size]) * block_size + n % block_size for n in range(length)]
-    _fill(rng, caches, layout, slots, num_heads, head_size, head_size_v, name, layer)
+    if stored is not None and kv_cache_dtype != "fp8_ds_mla":
+        options |= {"k_scale": scales[0], "v_scale": scales[1]}
+    _fill(
+        rng,
+        caches,
+        scale_caches,
+        layout,
+        slots,
+        num_heads,
+        head_size,
+        head_size_v,
+        dtype,
+        kv_cache_dtype,
+        layer,
+        options,
+    )
     tokens = len(seq_lens) if query_lens is None else sum(query_lens) + padding
     starts = None if query_lens is None else np.concatenate([[0], np.cumsum(query_lens)]).astype(np.int32)
-    if stored:
-        options |= {"k_scale": scales[0], "v_scale": scales[1]}
-        caches = [c.view(DTYPES[storage or stored]) for c in caches]
     return ReadCase(
         query=random_normal(rng, (tokens, num_heads * group, head_size), dtype),
         caches=caches,
@@ -111,18 +140,32 @@ def make_read(
     )
 
 
-def _fill(rng, caches, layout, slots, num_heads, head_size, head_size_v, dtype, layer):
+def _fill(
+    rng, caches, scale_caches, layout, slots, num_heads, head_size, head_size_v, dtype, kv_cache_dtype, layer, options
+):
     """Normal draws in the slots that are read, by the oracle's writer."""
     if not slots:
         return
-    writer, arrays = layout, caches
-    if layout.latent:  # the same memory, in two parts
-        writer = CacheLayout(layout.pattern.replace("latent", "head k+v"))
-        arrays = [caches[0][..., None, :]]
+    if dtype not in ("float32", "float16", "bfloat16"):
+        dtype = "float32"
+    if layout.latent:
         head_size, head_size_v = head_size_v, head_size - head_size_v
+    dtype = caches[0].dtype.name if kv_cache_dtype == "auto" else dtype
     key, value = (random_normal(rng, (len(slots), num_heads, size), dtype) for size in (head_size, head_size_v))
-    op = reference.reshape_and_cache_flash_diffkv if writer.single_array else reference.reshape_and_cache_flash
-    op(key, value, *arrays, np.array(slots), layout=writer, layer=layer)
+    at = np.array(slots)
+    if layout.latent:
+        reference.concat_and_cache_mla(
+            key[:, 0], value[:, 0], caches[0], at, kv_cache_dtype, options.get("k_scale"), layer=layer
+        )
+        return
+    name = "reshape_and_cache_flash" + ("_diffkv" if layout.single_array else "")
+    if scale_caches:
+        op = getattr(reference, name + "_per_token_head_quant")
+        more = {"scale_layout": options["scale_layout"]}
+        op(key, value, *caches, *scale_caches, at, kv_cache_dtype, layout=layout, layer=layer, **more)
+    else:
+        scales = (options.get("k_scale"), options.get("v_scale"))
+        getattr(reference, name)(key, value, *caches, at, kv_cache_dtype, *scales, layout=layout, layer=layer)
 
 
 def oracle(case: ReadCase) -> tuple[np.ndarray, np.ndarray]:
