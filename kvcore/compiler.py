@@ -9,6 +9,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kvcore.plan import KernelPlan, Target
+from kvcore.quantization import FP8
 
 _ELEMENTS = {
     "float32": "fp32",
@@ -17,9 +18,9 @@ _ELEMENTS = {
     "int32": "i32",
     "int64": "i64",
     "uint8": "u8",
-    # The kernels handle fp8 as bytes: not every target knows the types.
-    "float8_e4m3fn": "u8",
-    "float8_e5m2": "u8",
+    "int8": "u8",
+    # The kernels handle quantised elements as bytes: not every target knows the types.
+    **dict.fromkeys(FP8, "u8"),
 }
 
 

@@ -32,7 +32,7 @@ class Pointer:
 
     def __init__(self, address: int, dtype: str) -> None:
         self._address = address
-        self.dtype = "uint8" if dtype in FP8 else dtype  # the kernels handle fp8 as bytes
+        self.dtype = "uint8" if dtype in FP8 or dtype == "int8" else dtype  # the kernels handle these as bytes
 
     def data_ptr(self) -> int:
         return self._address

@@ -4,6 +4,7 @@ Both frameworks launch what a plan says, so that they provably start the same ke
 depend on shapes, strides and dtypes only, never on data.
 """
 
+import struct
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -11,7 +12,8 @@ from typing import Any, NamedTuple
 from kvcore.checks import ArraySpec
 from kvcore.contract import Write
 from kvcore.layout import Address, Placement
-from kvcore.quantization import FLOATS, FloatFormat
+from kvcore.quantization import E4M3, E5M2, FLOATS, SMALLEST_SCALE, FloatFormat
+from kvcore.scales import Scales
 
 
 class Target(NamedTuple):
@@ -32,14 +34,17 @@ INTERPRETER = Target("interpret", 0)
 
 
 class Rows(NamedTuple):
-    """The rows of K, or of V: how they lie in the input and in the cache. Strides count elements.
+    """The rows of K, or of V: how they lie in the input and in the cache. A constexpr of the kernels.
 
-    A row is one token's `num_heads * head_size` elements. Where heads follow each other without a gap on both
-    sides, they are described as one long head. A constexpr of the kernels.
+    A row is one token's `num_heads * head_size` stored units: elements, or `pack` of them in a byte. Where heads follow
+    each other without a gap on both sides, they are described as one long head. Strides count elements in the input
+    and units in the cache.
     """
 
     num_heads: int
     head_size: int
+    pack: int
+    scale_stride: int  # from one head's static scale to the next; 0: one for all
     # input: [num_tokens, num_heads, head_size]
     token_stride: int
     input_head_stride: int
@@ -54,8 +59,31 @@ class Rows(NamedTuple):
     x: int
     x_stride: int
     # tile
-    columns: int  # elements of a row that a program handles
+    columns: int  # units of a row that a program handles
     wide: bool  # whether offsets within a row need 64 bits
+
+
+class ScaleRows(NamedTuple):
+    """Where computed scales of K, or of V, are stored, and how they are computed. Strides count scales.
+
+    A constexpr of the kernels.
+    """
+
+    head_size: int  # scales of a head
+    group: int  # columns that share one
+    offset: int
+    layer_stride: int
+    block_stride: int
+    slot_stride: int
+    head_stride: int
+    dim_stride: int
+    x: int
+    x_stride: int
+    # what is computed
+    largest: float  # the magnitude that becomes the format's largest
+    least: int  # float32 bits of the magnitude below which the scale is 1
+    block_scaled: bool  # nvfp4: relative to a static scale, in a format of 8 bits
+    bits: int  # of a scale
 
 
 EXACT = {"enable_fp_fusion": False}
@@ -148,16 +176,19 @@ def plan_write(write: Write, target: Target, layer_is_pointer: bool = False) -> 
         target: What to compile for.
         layer_is_pointer: Whether the kernel loads the layer's index from memory.
     """
-    extents = write.placement.extents
+    if write.scales is not None:
+        return _plan_quantising(write, target, layer_is_pointer)
+    extents, pack = write.placement.extents, write.format.per_byte
     # Twice the tokens where stores are half as wide as loads.
     elements = 2048 if write.format.bits < 8 * _itemsize(write.key.dtype) else 1024
-    tokens, columns = plan_tile(write.placement, elements, target)
-    key = plan_rows(write.key, extents.num_heads, extents.head_size, write.placement.key, columns)
-    value = plan_rows(write.value, extents.num_heads, extents.head_size_v, write.placement.value, columns)
+    tokens, columns = plan_tile(write.placement, elements // pack, target)
+    at, (k_step, v_step) = write.placement, write.head_scales if write.scaled else (0, 0)
+    key = plan_rows(write.key, extents.num_heads, extents.head_size, at.key, columns, pack, k_step)
+    value = plan_rows(write.value, extents.num_heads, extents.head_size_v, at.value, columns, pack, v_step)
     kernel = KernelPlan(
         module="reshape_and_cache",
         name="reshape_and_cache_kernel_flash" + ("_diffkv" if write.layout.single_array else ""),
-        num_warps=plan_warps(tokens * columns * _itemsize(write.key.dtype), target),
+        num_warps=plan_warps(tokens * columns * pack * _itemsize(write.key.dtype), target),
         scalars=SCALARS,
         constexprs={
             "K": key,
@@ -172,6 +203,64 @@ def plan_write(write: Write, target: Target, layer_is_pointer: bool = False) -> 
         options=EXACT,
     )
     return WritePlan(kernel, 1, tokens, row_programs(key, value))
+
+
+def _plan_quantising(write: Write, target: Target, layer_is_pointer: bool) -> WritePlan:
+    """The plan for a write that computes scales: a program takes whole heads."""
+    extents, scales = write.placement.extents, write.scales
+    assert scales is not None
+    k_step, v_step = write.head_scales if write.scaled else (0, 0)
+    at, heads = write.placement, extents.num_heads
+    pack, pack_v = write.format.per_byte, write.format_v.per_byte
+    widths = [max(16, power_of_two(size * n)) for size, n in ((extents.head_size, pack), (extents.head_size_v, pack_v))]
+    rows = max(1, (65536 if target.backend == "interpret" else 2048) // max(widths))
+    key = plan_rows(write.key, heads, extents.head_size, at.key, widths[0] // pack, pack, k_step, merge=False)
+    value = plan_rows(
+        write.value, heads, extents.head_size_v, at.value, widths[1] // pack_v, pack_v, v_step, merge=False
+    )
+    of_value = scale_rows(scales.placement.extents.head_size_v, scales, scales.placement.value, widths[1], write.format)
+    kernel = KernelPlan(
+        module="quantize_and_cache",
+        name="quantize_and_cache_kernel",
+        num_warps=plan_warps(rows * max(widths) * _itemsize(write.key.dtype), target),
+        scalars=SCALARS,
+        constexprs={
+            "K": key,
+            "V": value,
+            "KS": scale_rows(scales.placement.extents.head_size, scales, scales.placement.key, widths[0], write.format),
+            "VS": of_value if write.format_v == write.format else None,
+            "BLOCK_SIZE": extents.block_size,
+            "SLOT_STRIDE": write.slot_mapping.steps[0],
+            "FORMAT": write.format,
+            "FORMAT_V": None if write.format_v.name == write.value.dtype else write.format_v,
+            "SCALE_FORMAT": scales.format,
+            "HARDWARE_FP8": _converts_exactly(write.format, target),
+            "LAYER_IS_POINTER": layer_is_pointer,
+            "ROWS": rows,
+        },
+        options=EXACT,
+    )
+    return WritePlan(kernel, heads, rows, 1)
+
+
+def scale_rows(head_size: int, scales: Scales, at: Address, width: int, stored: FloatFormat) -> ScaleRows:
+    """Rows of scales: `head_size` of them a head, whose elements cover `width` columns."""
+    return ScaleRows(
+        head_size=head_size,
+        group=width if scales.group is None else scales.group,
+        offset=at.offset,
+        layer_stride=at.layer,
+        block_stride=at.block,
+        slot_stride=at.slot,
+        head_stride=at.head,
+        dim_stride=at.dim,
+        x=at.x,
+        x_stride=at.x_stride,
+        largest=stored.largest,
+        least=struct.unpack("<I", struct.pack("<f", stored.largest * SMALLEST_SCALE))[0],
+        block_scaled=scales.format.bits == 8,
+        bits=scales.format.bits,
+    )
 
 
 def plan_tile(placement: Placement, elements: int, target: Target) -> tuple[int, int]:
@@ -200,15 +289,40 @@ def row_programs(*sides: Rows) -> int:
     return max(-(-r.num_heads * r.head_size // r.columns) for r in sides)
 
 
-def plan_rows(spec: ArraySpec, num_heads: int, head_size: int, at: Address, columns: int) -> Rows:
-    """Rows of tokens `(num_tokens, num_heads, head_size)`, as `spec` describes them, at an address of the cache."""
+def plan_rows(
+    spec: ArraySpec,
+    num_heads: int,
+    head_size: int,
+    at: Address,
+    columns: int,
+    pack: int = 1,
+    scale_stride: int = 0,
+    merge: bool = True,
+) -> Rows:
+    """Rows of tokens, as `spec` describes them, at an address of the cache.
+
+    Args:
+        spec: Of `(num_tokens, num_heads, …)`.
+        num_heads: Heads.
+        head_size: Stored units of a head.
+        at: Where the cache has them.
+        columns: Units of a row that a program handles.
+        pack: Elements of a unit.
+        scale_stride: Step from one head's static scale to the next.
+        merge: Whether heads without gaps may become one; never where each has a scale.
+    """
     token, head, dim = spec.steps
-    gapless = at.x == 1 and at.head == head_size * at.dim and head == head_size * dim
+    gapless = merge and not scale_stride and at.x == 1 and at.head == head_size * at.dim
+    gapless = gapless and head == head_size * pack * dim
     heads, size = (1, num_heads * head_size) if gapless else (num_heads, head_size)
-    reach = max((num_heads - 1) * at.head + head_size * max(at.dim, at.x_stride), num_heads * head + head_size * dim)
+    reach = max(
+        (num_heads - 1) * at.head + head_size * max(at.dim, at.x_stride), num_heads * head + head_size * pack * dim
+    )
     return Rows(
         num_heads=heads,
         head_size=size,
+        pack=pack,
+        scale_stride=scale_stride,
         token_stride=token,
         input_head_stride=head,
         input_dim_stride=dim,
@@ -241,7 +355,8 @@ def _converts_exactly(stored: FloatFormat, target: Target) -> bool:
     True from sm_90 on (checked over all 2³² patterns on an H100). sm_89 rounds twice before Triton 3.9, sm_80 has no
     instruction, and the interpreter truncates: there the kernels encode with integer arithmetic.
     """
-    return stored.name not in FLOATS and target.backend == "cuda" and isinstance(target.arch, int) and target.arch >= 90
+    converts = stored._replace(name="") in (E4M3._replace(name=""), E5M2._replace(name=""))
+    return converts and target.backend == "cuda" and isinstance(target.arch, int) and target.arch >= 90
 
 
 def _itemsize(dtype: str) -> int:

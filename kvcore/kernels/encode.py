@@ -1,9 +1,10 @@
-"""Exact rounding of floats to narrower ones, the same on every target and in the interpreter."""
+"""Exact rounding of floats to narrower numbers, the same on every target and in the interpreter."""
 
 import triton
 import triton.language as tl
 
-from .decode import widen
+from .decode import decode, widen
+from .reduce import maximum
 
 
 @triton.jit
@@ -17,6 +18,8 @@ def encode(x, scale, FORMAT: tl.constexpr, HARDWARE_FP8: tl.constexpr):
             bits = x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
         else:
             bits = x.to(tl.float8e5).to(tl.uint8, bitcast=True)
+    elif FORMAT.integer:
+        bits = _round_to_integer(x, FORMAT)
     elif FORMAT.bits == 32:
         b = x.to(tl.uint32, bitcast=True)
         bits = tl.where((b & 0x7FFFFFFF) > 0x7F800000, FORMAT.nan, b)
@@ -44,5 +47,72 @@ def _round(x, FORMAT: tl.constexpr):
         quanta = tl.full(x.shape, QUANTA, tl.uint32).to(tl.float32, bitcast=True)
         subnormal = (magnitude.to(tl.float32, bitcast=True) + quanta).to(tl.uint32, bitcast=True) - QUANTA
         bits = tl.where(magnitude < ((128 - FORMAT.bias) << 23), subnormal, bits)
+    if FORMAT.unsigned_zero:
+        sign = tl.where(bits == 0, 0, sign)
     bits = tl.where(nan, FORMAT.nan, bits | sign)
-    return bits.to(tl.uint8) if FORMAT.bits == 8 else bits.to(tl.uint16)
+    return bits.to(tl.uint16) if FORMAT.bits == 16 else bits.to(tl.uint8)
+
+
+@triton.jit
+def _round_to_integer(x, FORMAT: tl.constexpr):
+    """Round float32 to two's complement of FORMAT.bits: what is too large saturates, NaN becomes 0."""
+    b = x.to(tl.uint32, bitcast=True)
+    magnitude = b & 0x7FFFFFFF
+    nan = magnitude > 0x7F800000
+    magnitude = tl.minimum(magnitude, FORMAT.clamp).to(tl.float32, bitcast=True)
+    # Between 2^23 and 2^24 floats are the integers: the adder rounds.
+    whole = (magnitude + 8388608.0).to(tl.uint32, bitcast=True) & 0xFF
+    whole = tl.where(nan, 0, whole)
+    bits = tl.where((b >> 31) != 0, 256 - whole, whole) & ((1 << FORMAT.bits) - 1)
+    return bits.to(tl.uint8)
+
+
+@triton.jit
+def pack(bits, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FORMAT: tl.constexpr):
+    """Encoded elements `[ROWS, COLUMNS]` as stored: those of 4 bits two in a byte, the first in its low half."""
+    if FORMAT is not None:
+        if FORMAT.bits == 4:  # noqa: SIM102  # compiled, `and` would look at both sides
+            low, high = tl.split(tl.reshape(bits, [ROWS, COLUMNS // 2, 2]))
+            bits = low | (high << 4)
+    return bits
+
+
+@triton.jit
+def row_scales(x, inside, LARGEST: tl.constexpr, LEAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+               GROUP: tl.constexpr):  # fmt: skip
+    """Scales of groups of GROUP elements of float32 rows, `[ROWS, COLUMNS // GROUP]`: the largest magnitude / LARGEST.
+
+    1 where that magnitude's bits are below LEAST, NaN where the group has one. Columns not `inside` have no part in it.
+    """
+    top = _absmax(x, inside, ROWS, COLUMNS, GROUP)
+    scale = tl.div_rn(top.to(tl.float32, bitcast=True), tl.full(top.shape, LARGEST, tl.float32))
+    bits = tl.where(top < LEAST, 0x3F800000, scale.to(tl.int32, bitcast=True))
+    return tl.where(top > 0x7F800000, 0x7FC00000, bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def block_scales(x, inside, whole, FORMAT: tl.constexpr, BLOCK_FORMAT: tl.constexpr, LARGEST: tl.constexpr,
+                 ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
+    """Scales of nvfp4's blocks `[ROWS, COLUMNS // GROUP]`: bytes, and what elements are divided by.
+
+    `whole` is the scale of the rows, `[ROWS, 1]`.
+    """
+    top = _absmax(x, inside, ROWS, COLUMNS, GROUP).to(tl.float32, bitcast=True)
+    top = tl.div_rn(top, tl.full(top.shape, LARGEST, tl.float32))
+    bits = encode(top, tl.broadcast_to(whole, top.shape), BLOCK_FORMAT, False)
+    number = widen(decode(bits, BLOCK_FORMAT, False))
+    return bits, tl.where(number == 0, float("inf"), number * whole)
+
+
+@triton.jit
+def _absmax(x, inside, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
+    """Bits of the largest magnitudes of groups; as integers, so that NaN is the largest everywhere."""
+    magnitude = tl.where(inside, x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
+    return maximum(tl.reshape(magnitude, [ROWS, COLUMNS // GROUP, GROUP]), 2)
+
+
+@triton.jit
+def spread(scale, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
+    """Scales of groups `[ROWS, COLUMNS // GROUP]` for each column, `[ROWS, COLUMNS]`."""
+    scale = tl.broadcast_to(scale[:, :, None], [ROWS, COLUMNS // GROUP, GROUP])
+    return tl.reshape(scale, [ROWS, COLUMNS])

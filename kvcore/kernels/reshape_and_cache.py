@@ -11,14 +11,14 @@ A program takes TOKENS tokens (axis 0 of the grid) and one stretch of their rows
 import triton
 import triton.language as tl
 
-from .encode import encode
-from .rows import cache_offsets, columns, layer_index, token_offsets
+from .encode import encode, pack
+from .rows import cache_offsets, columns, elements, head_scale, layer_index, token_offsets
 
 
 @triton.jit
-def _load(input_ptr, token, column, mask, R: tl.constexpr):
+def _load(input_ptr, token, element, mask, R: tl.constexpr):
     # Lanes without an element get 1, not 0: dividing 0 takes the slow path of an exact division.
-    return tl.load(input_ptr + token_offsets(token, column, R), mask=mask, other=1)
+    return tl.load(input_ptr + token_offsets(token, element, R), mask=mask, other=1)
 
 
 @triton.jit
@@ -37,18 +37,15 @@ def _write(
     """What both kernels do; they differ in whether K and V have a cache each."""
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     given = token < num_tokens
-    k_column, k_inside = columns(K)
-    v_column, v_inside = columns(V)
+    k_element, k_given = elements(K)
+    v_element, v_given = elements(V)
 
     # No load waits for another: rows are read before it is known whether their slots are valid.
     slot = tl.load(slot_mapping_ptr + token * SLOT_STRIDE, mask=given, other=-1).to(tl.int64)
-    k = _load(key_ptr, token, k_column, given[:, None] & k_inside[None, :], K)
-    v = _load(value_ptr, token, v_column, given[:, None] & v_inside[None, :], V)
-    k_scale, v_scale = k_scale_ptr, v_scale_ptr
-    if k_scale_ptr is not None:
-        k_scale = tl.load(k_scale_ptr)
-    if v_scale_ptr is not None:
-        v_scale = tl.load(v_scale_ptr)
+    k = _load(key_ptr, token, k_element, given[:, None] & k_given[None, :], K)
+    v = _load(value_ptr, token, v_element, given[:, None] & v_given[None, :], V)
+    k_scale = head_scale(k_scale_ptr, k_element, k_given, K)
+    v_scale = head_scale(v_scale_ptr, v_element, v_given, V)
 
     written = (slot >= 0) & (slot < num_slots)
     at_layer = layer_index(layer, LAYER_IS_POINTER)
@@ -58,8 +55,10 @@ def _write(
     place = slot % BLOCK_SIZE
 
     if FORMAT is not None:
-        k = encode(k, k_scale, FORMAT, HARDWARE_FP8)
-        v = encode(v, v_scale, FORMAT, HARDWARE_FP8)
+        k = pack(encode(k, k_scale, FORMAT, HARDWARE_FP8), TOKENS, K.columns * K.pack, FORMAT)
+        v = pack(encode(v, v_scale, FORMAT, HARDWARE_FP8), TOKENS, V.columns * V.pack, FORMAT)
+    k_column, k_inside = columns(K)
+    v_column, v_inside = columns(V)
     _store(key_cache_ptr, at_layer, block, place, k_column, k, written[:, None] & k_inside[None, :], K)
     _store(value_cache_ptr, at_layer, block, place, v_column, v, written[:, None] & v_inside[None, :], V)
 
@@ -71,7 +70,7 @@ def reshape_and_cache_kernel_flash(
     key_cache_ptr,     # K's array
     value_cache_ptr,   # V's array
     slot_mapping_ptr,  # [num_tokens] int32 or int64
-    k_scale_ptr,       # one float32, or None for 1
+    k_scale_ptr,       # one float32, or one a head, or None for 1
     v_scale_ptr,
     layer,             # one integer in memory (LAYER_IS_POINTER), an integer, or None
     num_tokens,        # entries of slot_mapping
@@ -100,7 +99,7 @@ def reshape_and_cache_kernel_flash_diffkv(
     value_ptr,         # [num_tokens, num_heads, head_size_v]
     kv_cache_ptr,      # the array of both
     slot_mapping_ptr,  # [num_tokens] int32 or int64
-    k_scale_ptr,       # one float32, or None for 1
+    k_scale_ptr,       # one float32, or one a head, or None for 1
     v_scale_ptr,
     layer,             # one integer in memory (LAYER_IS_POINTER), an integer, or None
     num_tokens,        # entries of slot_mapping
