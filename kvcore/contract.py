@@ -27,6 +27,7 @@ from kvcore.quantization import (
     FP8,
     FP8_DS_MLA,
     KV_CACHE_DTYPES,
+    NVFP4,
     PER_TOKEN_HEAD,
     FloatFormat,
     check_head_size,
@@ -259,3 +260,26 @@ def _format(kv_cache_dtype: str, given: str, cache: str, cache_name: str) -> Flo
             f"got {cache}"
         )
     return allowed[cache]
+
+
+def check_kv_scales(key: ArraySpec, value: ArraySpec, kv_cache_dtype: str, granularity: str) -> None:
+    """Checks the arguments of `kv_scales`.
+
+    Raises:
+        ValueError: a shape or a choice does not fit.
+        TypeError: a dtype does not fit.
+    """
+    formats = (*PER_TOKEN_HEAD, NVFP4.name)
+    if kv_cache_dtype not in formats:
+        raise ValueError(f"kv_cache_dtype must be {either(map(repr, formats))}, got {kv_cache_dtype!r}")
+    if granularity not in ("tensor", "head"):
+        raise ValueError(f"granularity must be 'tensor' or 'head', got {granularity!r}")
+    check_rank("key", key, 3, "(num_tokens, num_heads, head_size)")
+    check_rank("value", value, 3, "(num_tokens, num_heads, head_size_v)")
+    if value.shape[1] != key.shape[1]:
+        raise ValueError(f"value must have shape (num_tokens, {key.shape[1]}, head_size_v), got {shape_of(value)}")
+    for name, spec in (("key", key), ("value", value)):
+        if 0 in spec.shape:
+            raise ValueError(f"{name} must have at least one element, got shape {shape_of(spec)}")
+        if spec.dtype not in FLOATS:
+            raise TypeError(f"{name} must have dtype {either(FLOATS)}, got {spec.dtype}")

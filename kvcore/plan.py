@@ -69,7 +69,6 @@ class ScaleRows(NamedTuple):
     A constexpr of the kernels.
     """
 
-    head_size: int  # scales of a head
     group: int  # columns that share one
     offset: int
     layer_stride: int
@@ -79,11 +78,15 @@ class ScaleRows(NamedTuple):
     dim_stride: int
     x: int
     x_stride: int
-    # what is computed
+    inside: bool  # whether they lie in the cache's memory
+    # how they are computed
     largest: float  # the magnitude that becomes the format's largest
     least: int  # float32 bits of the magnitude below which the scale is 1
-    block_scaled: bool  # nvfp4: relative to a static scale, in a format of 8 bits
-    bits: int  # of a scale
+    # the fields of a FloatFormat, e4m3 or float32, that decoding a scale looks at
+    bits: int
+    mantissa_bits: int
+    integer: bool
+    unsigned_zero: bool
 
 
 EXACT = {"enable_fp_fusion": False}
@@ -218,7 +221,7 @@ def _plan_quantising(write: Write, target: Target, layer_is_pointer: bool) -> Wr
     value = plan_rows(
         write.value, heads, extents.head_size_v, at.value, widths[1] // pack_v, pack_v, v_step, merge=False
     )
-    of_value = scale_rows(scales.placement.extents.head_size_v, scales, scales.placement.value, widths[1], write.format)
+    of_value = scale_rows(scales, scales.placement.value, widths[1], write.format)
     kernel = KernelPlan(
         module="quantize_and_cache",
         name="quantize_and_cache_kernel",
@@ -227,7 +230,7 @@ def _plan_quantising(write: Write, target: Target, layer_is_pointer: bool) -> Wr
         constexprs={
             "K": key,
             "V": value,
-            "KS": scale_rows(scales.placement.extents.head_size, scales, scales.placement.key, widths[0], write.format),
+            "KS": scale_rows(scales, scales.placement.key, widths[0], write.format),
             "VS": of_value if write.format_v == write.format else None,
             "BLOCK_SIZE": extents.block_size,
             "SLOT_STRIDE": write.slot_mapping.steps[0],
@@ -243,10 +246,9 @@ def _plan_quantising(write: Write, target: Target, layer_is_pointer: bool) -> Wr
     return WritePlan(kernel, heads, rows, 1)
 
 
-def scale_rows(head_size: int, scales: Scales, at: Address, width: int, stored: FloatFormat) -> ScaleRows:
-    """Rows of scales: `head_size` of them a head, whose elements cover `width` columns."""
+def scale_rows(scales: Scales, at: Address, width: int, stored: FloatFormat) -> ScaleRows:
+    """Rows of the scales of heads that cover `width` columns."""
     return ScaleRows(
-        head_size=head_size,
         group=width if scales.group is None else scales.group,
         offset=at.offset,
         layer_stride=at.layer,
@@ -256,10 +258,13 @@ def scale_rows(head_size: int, scales: Scales, at: Address, width: int, stored: 
         dim_stride=at.dim,
         x=at.x,
         x_stride=at.x_stride,
+        inside=scales.inside,
         largest=stored.largest,
         least=struct.unpack("<I", struct.pack("<f", stored.largest * SMALLEST_SCALE))[0],
-        block_scaled=scales.format.bits == 8,
         bits=scales.format.bits,
+        mantissa_bits=scales.format.mantissa_bits,
+        integer=False,
+        unsigned_zero=False,
     )
 
 

@@ -5,8 +5,17 @@ from typing import Any, NamedTuple
 
 from kvcore.checks import ArraySpec
 from kvcore.layout import Address, Extents
-from kvcore.plan import KernelPlan, Target, has_e4m3, power_of_two
-from kvcore.quantization import FLOAT16, FLOAT32, FLOATS, FP8, FloatFormat
+from kvcore.plan import KernelPlan, Target, has_e4m3, power_of_two, scale_rows
+from kvcore.quantization import (
+    BFLOAT16,
+    DS_MLA_ROPE,
+    FLOAT16,
+    FLOAT32,
+    FLOATS,
+    FP8_DS_MLA,
+    NVFP4,
+    FloatFormat,
+)
 from kvcore.read_contract import Attention
 
 
@@ -22,16 +31,19 @@ class QueryRows(NamedTuple):
     lens_stride: int
     start_stride: int
     sink_stride: int
+    k_scale_stride: int  # from one head's static scale to the next; 0: one for all
+    v_scale_stride: int
 
 
 class CacheRows(NamedTuple):
     """How the rows of K, or of V, lie in the cache, and how a tile covers them. A constexpr of the kernels.
 
-    All numbers count words: one element, or `pack` of them, side by side. A tile's columns are `low`, a power of two,
+    All numbers count words: one stored unit, or two bytes, side by side. A tile's columns are `low`, a power of two,
     and for K possibly `high` more, likewise: 576 is 512 and 64.
     """
 
-    pack: int
+    pack: int  # elements of a word
+    word: int  # stored units of a word
     head_size: int
     low: int
     high: int
@@ -106,7 +118,8 @@ def plan_attention(
         even_addresses: Whether the caches begin at even addresses.
     """
     extents, options = call.cache.placement.extents, call.options
-    tokens, q_heads, head_size = call.query.shape
+    tokens, q_heads, _ = call.query.shape
+    cache, per_byte = call.cache, call.cache.format.per_byte
     sequences = call.block_tables.shape[0]
     max_len = call.block_tables.shape[1] * extents.block_size
     group = q_heads // extents.num_heads
@@ -119,15 +132,23 @@ def plan_attention(
     programs = tiles * extents.num_heads
     min_tiles = max(1, 256 // tile)
     splits = _splits(programs, -(-max_len // tile), min_tiles, target)
-    key, value = call.cache.placement[1:]
-    sides = ((key, head_size), (value, extents.head_size_v))
-    packs = [_pack(call, at, size) if even_addresses else 1 for at, size in sides]
-    if call.cache.layout.latent:  # V is a part of K's tile
-        packs = [min(packs)] * 2
-    pack, pack_v = packs
-    low, high = _pieces(head_size // pack)
-    low_v = max(16, power_of_two(extents.head_size_v // pack_v))
-    v_in_k = call.cache.layout.latent and extents.head_size_v == low * pack
+    key, value = cache.placement[1:]
+    sides = ((key, extents.head_size), (value, extents.head_size_v))
+    words = [_word(call, at, size) if even_addresses else 1 for at, size in sides]
+    if cache.layout.latent:  # V is a part of K's tile
+        words = [min(words)] * 2
+    word, word_v = words
+    low, high = _pieces(extents.head_size // word)
+    rope = None
+    if cache.rope is not None:
+        low, high = extents.head_size // word, DS_MLA_ROPE
+        rope = _cache_rows(extents, cache.rope, DS_MLA_ROPE, 1, 1, high, 0)
+    low_v = max(16, power_of_two(extents.head_size_v // word_v))
+    v_in_k = cache.layout.latent and extents.head_size_v == low * word
+    key_scales = value_scales = None
+    if cache.scales is not None:
+        key_scales = scale_rows(cache.scales, cache.scales.placement.key, cache.head_size, cache.format)
+        value_scales = scale_rows(cache.scales, cache.scales.placement.value, cache.head_size_v, cache.format)
     out = FLOATS[call.query.dtype] if interpreted else None
     compiling: dict[str, Any] = dict(_FUSED)
     if rows == 128 and warps == 8 and compute.bits == 16 and target.backend == "cuda":
@@ -148,10 +169,16 @@ def plan_attention(
                 lens_stride=_stride(call.seq_lens),
                 start_stride=_stride(call.query_start_loc),
                 sink_stride=_stride(call.sinks),
+                k_scale_stride=cache.head_scales[0],
+                v_scale_stride=cache.head_scales[1],
             ),
-            "K": _cache_rows(extents, key, head_size, pack, low, high),
-            "V": _cache_rows(extents, value, extents.head_size_v, pack_v, low_v, 0),
-            "CACHE": call.cache.format,
+            "K": _cache_rows(extents, key, extents.head_size, word, per_byte, low, high),
+            "V": _cache_rows(extents, value, extents.head_size_v, word_v, per_byte, low_v, 0),
+            "HIGH": rope,
+            "KS": key_scales,
+            "VS": value_scales,
+            "CACHE": cache.format,
+            "HIGH_FORMAT": BFLOAT16,
             "COMPUTE": compute,
             "OUT": out,
             "BLOCK_SIZE": extents.block_size,
@@ -160,7 +187,7 @@ def plan_attention(
             "WINDOW": options.sliding_window,
             "SOFT_CAP": options.soft_cap,
             "V_IN_K": v_in_k,
-            "HARDWARE_FP8": has_e4m3(target),
+            "HARDWARE": _converts_in_hardware(cache.format, target),
             "LAYER_IS_POINTER": layer_is_pointer,
             "ROWS": rows,
             "TILE": tile,
@@ -178,11 +205,11 @@ def plan_attention(
         scalars={"splits": "i32"},
         constexprs={
             "NUM_HEADS": q_heads,
-            "HEAD_SIZE": extents.head_size_v,
+            "HEAD_SIZE": cache.head_size_v,
             "SINK_STRIDE": _stride(call.sinks),
             "OUT": out,
             "PARTS": 16,
-            "COLUMNS": power_of_two(extents.head_size_v),
+            "COLUMNS": power_of_two(cache.head_size_v),
         },
         options=_FUSED,
     )
@@ -192,10 +219,19 @@ def plan_attention(
 def _compute(call: Attention, interpreted: bool) -> FloatFormat:
     """What K, V and weights are multiplied in: query's dtype, unless the cache has numbers that it lacks."""
     query, cache = FLOATS[call.query.dtype], call.cache.format
-    if interpreted or (cache.name not in FP8 and cache != query):
+    if interpreted or (cache.name in FLOATS and cache != query):
         return FLOAT32
-    # The hardware turns fp8 into float16. Rows of query are brought into its range.
-    return FLOAT16 if cache.name in FP8 and query.bits == 16 else query
+    if cache == FP8_DS_MLA:  # scaled elements have float32's range
+        return BFLOAT16 if query == BFLOAT16 else FLOAT32
+    # The hardware turns quantised elements into float16. Rows of query are brought into its range.
+    return FLOAT16 if cache.name not in FLOATS and query.bits == 16 else query
+
+
+def _converts_in_hardware(stored: FloatFormat, target: Target) -> bool:
+    """Whether the target has the instructions with which `kvcore.kernels.decode` converts a format to float16."""
+    if stored.integer or stored == NVFP4:
+        return target.backend == "cuda"
+    return has_e4m3(target)
 
 
 def _tile(call: Attention, target: Target, compute: FloatFormat) -> tuple[int, int, int, int]:
@@ -203,7 +239,7 @@ def _tile(call: Attention, target: Target, compute: FloatFormat) -> tuple[int, i
     extents = call.cache.placement.extents
     tokens, q_heads, head_size = call.query.shape
     group = q_heads // extents.num_heads
-    widest = max(head_size, extents.head_size_v)
+    widest = max(head_size, call.cache.head_size_v)
     # A sequence's rows on average: few of them wait for memory, many of them for the tensor cores.
     average = group * -(-tokens // max(call.block_tables.shape[0], 1))
     most = 128 if widest <= 256 else 64
@@ -225,10 +261,13 @@ def _tile(call: Attention, target: Target, compute: FloatFormat) -> tuple[int, i
     budget = 1024 * (_SHARED_MEMORY.get(int(target.arch), 99) if cuda else 64)
     if not cuda or int(target.arch) < 90:
         budget -= budget // 8  # weights, too, go through it to the tensor cores
-    size = call.cache.format.bits // 8
-    columns = sum(_pieces(head_size)) + (0 if call.cache.layout.latent else power_of_two(extents.head_size_v))
+    columns = sum(_pieces(head_size)) + (0 if call.cache.layout.latent else power_of_two(call.cache.head_size_v))
     row = sum(_pieces(head_size)) * compute.bits // 8
-    while rows * row + stages * tile * columns * size > budget and (stages, tile, rows) != (1, 16, 16):
+    while rows * row + stages * tile * columns * call.cache.format.bits // 8 > budget and (stages, tile, rows) != (
+        1,
+        16,
+        16,
+    ):
         if stages > 2 or (stages == 2 and tile == 16):
             stages -= 1
         elif tile > 16:
@@ -254,34 +293,35 @@ def _pieces(head_size: int) -> tuple[int, int]:
     return (low, high) if low >= 16 and low + high < whole else (whole, 0)
 
 
-def _cache_rows(extents: Extents, at: Address, head_size: int, pack: int, low: int, high: int) -> CacheRows:
+def _cache_rows(extents: Extents, at: Address, units: int, word: int, per_byte: int, low: int, high: int) -> CacheRows:
+    """Rows of heads of `units` stored units, read in words of `word` of them."""
     last = at.of(
-        (extents.num_layers or 1) - 1, extents.num_blocks - 1, extents.block_size - 1, extents.num_heads - 1,
-        head_size - 1,
-    )  # fmt: skip
+        (extents.num_layers or 1) - 1, extents.num_blocks - 1, extents.block_size - 1, extents.num_heads - 1, units - 1
+    )
     return CacheRows(
-        pack=pack,
-        head_size=head_size // pack,
+        pack=word * per_byte,
+        word=word,
+        head_size=units // word,
         low=low,
         high=high,
-        offset=at.offset // pack,
-        layer_stride=at.layer // pack,
-        block_stride=at.block // pack,
-        slot_stride=at.slot // pack,
-        head_stride=at.head // pack,
-        dim_stride=at.dim // pack if at.x > 1 else at.dim,
-        x=at.x // pack if at.x > 1 else 1,
+        offset=at.offset // word,
+        layer_stride=at.layer // word,
+        block_stride=at.block // word,
+        slot_stride=at.slot // word,
+        head_stride=at.head // word,
+        dim_stride=at.dim // word if at.x > 1 else at.dim,
+        x=at.x // word if at.x > 1 else 1,
         x_stride=at.x_stride if at.x > 1 else 0,
         wide=last + 2**16 >= 2**31,
     )
 
 
-def _pack(call: Attention, at: Address, head_size: int) -> int:
-    """Elements of a word: two bytes that lie side by side, at an even address, are loaded as one."""
+def _word(call: Attention, at: Address, units: int) -> int:
+    """Stored units of a word: two bytes that lie side by side, at an even address, are loaded as one."""
     side_by_side = at.x_stride == 1 if at.x > 1 else at.dim == 1
     strides = (at.offset, at.layer, at.block, at.slot, at.head, *((at.dim, at.x) if at.x > 1 else ()))
-    even = head_size % 2 == 0 and all(stride % 2 == 0 for stride in strides)
-    return 2 if call.cache.format.bits == 8 and side_by_side and even and head_size >= 32 else 1
+    even = units % 2 == 0 and all(stride % 2 == 0 for stride in strides)
+    return 2 if call.cache.format.bits <= 8 and side_by_side and even and units >= 32 else 1
 
 
 def _stride(spec: ArraySpec | None) -> int:

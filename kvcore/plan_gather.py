@@ -12,8 +12,11 @@ from kvcore.plan import (
     plan_rows,
     plan_tile,
     plan_warps,
+    power_of_two,
     row_programs,
+    scale_rows,
 )
+from kvcore.quantization import DS_MLA_ROPE
 from kvcore.read_contract import Gather
 
 
@@ -53,25 +56,38 @@ def plan_gather(call: Gather, target: Target, layer_is_pointer: bool = False) ->
         target: What to compile for.
         layer_is_pointer: Whether the kernel loads the layer's index from memory.
     """
-    extents, at = call.cache.placement.extents, call.cache.placement
-    copies = call.cache.format == call.format
-    tokens, columns = plan_tile(at, 1024 if copies else 2048, target)
+    cache, at = call.cache, call.cache.placement
+    extents, pack, scales = at.extents, call.cache.format.per_byte, call.cache.scales
+    copies = cache.format == call.format
+    tokens, columns = plan_tile(at, (1024 if copies else 2048) // pack, target)
     key, value = (ArraySpec(shape[1:], call.format.name) for shape in call.shapes)
-    key_rows = plan_rows(key, extents.num_heads, extents.head_size, at.key, columns)
-    value_rows = plan_rows(value, extents.num_heads, extents.head_size_v, at.value, columns)
+    heads, (k_step, v_step) = extents.num_heads, cache.head_scales
+    merge = scales is None
+    key_rows = plan_rows(key, heads, extents.head_size, at.key, columns, pack, k_step, merge)
+    value_rows = plan_rows(value, heads, extents.head_size_v, at.value, columns, pack, v_step, merge)
+    rope = None
+    if cache.rope is not None:
+        rope = plan_rows(key, heads, DS_MLA_ROPE, cache.rope, power_of_two(DS_MLA_ROPE), merge=False)
+    key_scales = value_scales = None
+    if scales is not None:
+        key_scales = scale_rows(scales, scales.placement.key, extents.head_size * pack, cache.format)
+        value_scales = scale_rows(scales, scales.placement.value, extents.head_size_v * pack, cache.format)
     kernel = KernelPlan(
         module="gather",
         name="gather_kv_kernel",
-        num_warps=plan_warps(tokens * columns * call.format.bits // 8, target),
+        num_warps=plan_warps(tokens * columns * pack * call.format.bits // 8, target),
         scalars=SCALARS,
         constexprs={
             "K": key_rows,
             "V": value_rows,
+            "KS": key_scales,
+            "VS": value_scales,
+            "ROPE": rope,
             "BLOCK_SIZE": extents.block_size,
             "LENS_STRIDE": call.seq_lens.steps[0],
             "CACHE": call.cache.format,
             "OUT": None if copies else call.format,
-            "HARDWARE_FP8": has_e4m3(target),
+            "HARDWARE": has_e4m3(target),
             "LAYER_IS_POINTER": layer_is_pointer,
             "TOKENS": tokens,
         },

@@ -9,6 +9,12 @@ ROWS of them, one KV head, and one of the splits of the KV positions that they s
     block           block_tables[s, n // BLOCK_SIZE],   place = n % BLOCK_SIZE
     cache element   offset + layer·L + block·B + place·S + head·H + (dim // x)·D + (dim % x)·X
 
+The cache is read in words of one element, or of several that lie side by side: its *lanes*. Each lane has a product of
+its own with those elements of query, or a sum of its own of values.
+
+Scales of tensors and heads go into the logits and into the result; scales of positions into logits and weights; only
+scales of groups within a head are multiplied with elements.
+
 Softmax is online, to base 2, in float32. Where positions are split, each program leaves its part and the logarithm of
 its denominator, and `merge_attention_kernel` joins them.
 """
@@ -16,16 +22,18 @@ its denominator, and `merge_attention_kernel` joins them.
 import triton
 import triton.language as tl
 
-from .decode import decode_lane, narrow, widen
+from .decode import decode, decode_lane, narrow, widen
 from .encode import encode
 from .reduce import maximum, total
-from .rows import layer_index
+from .rows import dim_offset, layer_index, slot_offset
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 # Weights are up to 2^14, not 1: in float16 they then lose nothing that a sum over millions would notice.
 WEIGHT_BITS = tl.constexpr(14.0)
+
+LEAST_UNIT = tl.constexpr(2.0**-126)
 
 
 @triton.jit
@@ -48,7 +56,7 @@ def _find_sequence(query_start_loc_ptr, tile, num_seqs, START_STRIDE: tl.constex
 
 @triton.jit
 def _words(cache_ptr, C: tl.constexpr):
-    if C.pack > 1:
+    if C.word == 2:
         cache_ptr = cache_ptr.to(tl.pointer_type(tl.uint16))
     return cache_ptr
 
@@ -61,25 +69,16 @@ def _row_of_cache(block, place, head, layer, C: tl.constexpr):
     else:
         block = block.to(tl.int32)
         layer = layer.to(tl.int32)
-    return C.offset + layer * C.layer_stride + block * C.block_stride + place * C.slot_stride + head * C.head_stride
-
-
-@triton.jit
-def _within_row(dim, C: tl.constexpr):
-    if C.x > 1:
-        within = (dim // C.x) * C.dim_stride + (dim % C.x) * C.x_stride
-    else:
-        within = dim * C.dim_stride
-    return within
+    return slot_offset(layer, block, place, C) + head * C.head_stride
 
 
 @triton.jit
 def _load(cache_ptr, row, good, FIRST: tl.constexpr, SIZE: tl.constexpr, MASKED: tl.constexpr, C: tl.constexpr):
     """Words FIRST … FIRST + SIZE - 1 of rows of the cache, `[TILE, SIZE]`; zeros where there are none."""
-    dim = FIRST + tl.arange(0, SIZE)
-    at = cache_ptr + row[:, None] + _within_row(dim, C)[None, :]
+    word = FIRST + tl.arange(0, SIZE)
+    at = cache_ptr + row[:, None] + dim_offset(word, C)[None, :]
     if C.head_size < FIRST + SIZE:
-        x = tl.load(at, mask=good[:, None] & (dim < C.head_size)[None, :], other=0)
+        x = tl.load(at, mask=good[:, None] & (word < C.head_size)[None, :], other=0)
     elif MASKED:
         x = tl.load(at, mask=good[:, None], other=0)
     else:
@@ -88,14 +87,50 @@ def _load(cache_ptr, row, good, FIRST: tl.constexpr, SIZE: tl.constexpr, MASKED:
 
 
 @triton.jit
-def _load_query(query_ptr, row, inside, FIRST: tl.constexpr, SIZE: tl.constexpr, LANE: tl.constexpr,
-                Q: tl.constexpr, K: tl.constexpr, COMPUTE: tl.constexpr):  # fmt: skip
-    """The elements of query that meet one lane of the words FIRST … FIRST + SIZE - 1 of K."""
+def _scales_of_positions(scale_ptr, block, place, head, layer, good, S: tl.constexpr):
+    """Each position's own scale, `[TILE]`."""
+    at = slot_offset(layer, block.to(tl.int64), place, S) + head * S.head_stride
+    return tl.load(scale_ptr + at, mask=good, other=0)
+
+
+@triton.jit
+def _scales_of_words(cache_ptr, block, place, head, layer, good, SIZE: tl.constexpr, C: tl.constexpr, S: tl.constexpr,
+                     COMPUTE: tl.constexpr):  # fmt: skip
+    """The scales of the first SIZE words, `[TILE, SIZE]`, out of the cache's own memory: in COMPUTE, or float32."""
+    word = tl.arange(0, SIZE)
+    row = slot_offset(layer, block.to(tl.int64), place, S) + head * S.head_stride
+    at = row[:, None] + dim_offset(word // (S.group // C.pack), S)[None, :]
+    mask = good[:, None] & (word < C.head_size)[None, :]
+    if S.bits == 8:  # a product with elements of 4 bits is exact
+        scale = tl.load(cache_ptr.to(tl.pointer_type(tl.uint8)) + at, mask=mask, other=0)
+        scale = narrow(decode(scale, S, False), COMPUTE)
+    else:
+        scale = tl.load(cache_ptr.to(tl.pointer_type(tl.float32)) + at, mask=mask, other=0)
+    return scale
+
+
+@triton.jit
+def _lane(x, own, LANE: tl.constexpr, C: tl.constexpr, CACHE: tl.constexpr, COMPUTE: tl.constexpr,
+          HARDWARE: tl.constexpr):  # fmt: skip
+    """One lane of words, times their own scales if they have any, as floats of COMPUTE."""
+    if own is None:
+        x = decode_lane(x, LANE, C.pack, CACHE, COMPUTE, HARDWARE)
+    elif own.dtype == tl.float32:
+        x = narrow(widen(decode((x >> (LANE * CACHE.bits)).to(tl.uint8), CACHE, HARDWARE)) * own, COMPUTE)
+    else:
+        x = decode_lane(x, LANE, C.pack, CACHE, COMPUTE, HARDWARE) * own
+    return x
+
+
+@triton.jit
+def _load_query(query_ptr, row, inside, BASE: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.constexpr,
+                LANE: tl.constexpr, Q: tl.constexpr, C: tl.constexpr, COMPUTE: tl.constexpr):  # fmt: skip
+    """The elements of query that meet one lane of the words FIRST … FIRST + SIZE - 1, which begin at dim BASE."""
     word = FIRST + tl.arange(0, SIZE)
-    dim = word * K.pack + LANE
+    dim = BASE + word * C.pack + LANE
     q = tl.load(
         query_ptr + row[:, None] + dim[None, :] * Q.dim_stride,
-        mask=inside[:, None] & (word < K.head_size)[None, :],
+        mask=inside[:, None] & (word < C.head_size)[None, :],
         other=0,
     )
     if COMPUTE.mantissa_bits != 7:  # bfloat16 goes to the tensor cores as it is
@@ -104,24 +139,68 @@ def _load_query(query_ptr, row, inside, FIRST: tl.constexpr, SIZE: tl.constexpr,
 
 
 @triton.jit
-def _scores(s, q, x, LANE: tl.constexpr, CACHE: tl.constexpr, COMPUTE: tl.constexpr, HARDWARE_FP8: tl.constexpr,
-            PACK: tl.constexpr):  # fmt: skip
-    """Adds q times one lane of K's words x to s."""
-    k = decode_lane(x, LANE, PACK, CACHE, COMPUTE, HARDWARE_FP8)
-    return tl.dot(q, tl.trans(k), s, input_precision="ieee")
+def _load_query_lanes(query_ptr, row, inside, BASE: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.constexpr,
+                      Q: tl.constexpr, C: tl.constexpr, COMPUTE: tl.constexpr):  # fmt: skip
+    q = (_load_query(query_ptr, row, inside, BASE, FIRST, SIZE, 0, Q, C, COMPUTE),)
+    for lane in tl.static_range(1, C.pack):
+        q = q + (_load_query(query_ptr, row, inside, BASE, FIRST, SIZE, lane, Q, C, COMPUTE),)
+    return q
+
+
+@triton.jit
+def _largest(q, PACK: tl.constexpr):
+    """The largest magnitude of each row, in all lanes."""
+    largest = maximum(tl.abs(q[0]), 1)
+    for lane in tl.static_range(1, PACK):
+        largest = tl.maximum(largest, maximum(tl.abs(q[lane]), 1))
+    return largest
+
+
+@triton.jit
+def _scaled(q, factor, COMPUTE: tl.constexpr, PACK: tl.constexpr):
+    """Lanes times a factor for each row, as floats of COMPUTE."""
+    scaled = (narrow(q[0] * factor[:, None], COMPUTE),)
+    for lane in tl.static_range(1, PACK):
+        scaled = scaled + (narrow(q[lane] * factor[:, None], COMPUTE),)
+    return scaled
+
+
+@triton.jit
+def _scores(s, q, x, own, C: tl.constexpr, CACHE: tl.constexpr, COMPUTE: tl.constexpr, HARDWARE: tl.constexpr):
+    """Adds q times K's words x to s."""
+    for lane in tl.static_range(C.pack):
+        k = _lane(x, own, lane, C, CACHE, COMPUTE, HARDWARE)
+        s = tl.dot(q[lane], tl.trans(k), s, input_precision="ieee")
+    return s
+
+
+@triton.jit
+def _accumulate(acc, p, x, own, shrink, C: tl.constexpr, CACHE: tl.constexpr, COMPUTE: tl.constexpr,
+                HARDWARE: tl.constexpr):  # fmt: skip
+    """Each lane's sum of values, times shrink, plus weights p times V's words x."""
+    v = _lane(x, own, 0, C, CACHE, COMPUTE, HARDWARE)
+    p = p.to(v.dtype)
+    new = (tl.dot(p, v, acc[0] * shrink[:, None], input_precision="ieee"),)
+    for lane in tl.static_range(1, C.pack):
+        v = _lane(x, own, lane, C, CACHE, COMPUTE, HARDWARE)
+        new = new + (tl.dot(p, v, acc[lane] * shrink[:, None], input_precision="ieee"),)
+    return new
 
 
 @triton.jit
 def _tiles(
-    m, norm, acc, acc_odd, q_low, q_low_odd, q_high, q_high_odd, first_tile, end_tile, first, limit, row_position,
-    key_cache_ptr, value_cache_ptr, table_ptr, head, layer, num_blocks, qk_scale,
-    K: tl.constexpr, V: tl.constexpr, CACHE: tl.constexpr, COMPUTE: tl.constexpr, HARDWARE_FP8: tl.constexpr,
+    m, norm, acc, unit, q_low, q_high, first_tile, end_tile, first, limit, row_position,
+    key_cache_ptr, value_cache_ptr, k_scale_ptr, v_scale_ptr, table_ptr, head, layer, num_blocks, qk_scale,
+    K: tl.constexpr, V: tl.constexpr, HIGH: tl.constexpr, KS: tl.constexpr, VS: tl.constexpr,
+    CACHE: tl.constexpr, HIGH_FORMAT: tl.constexpr, COMPUTE: tl.constexpr, HARDWARE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
     BY_ROW: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, V_IN_K: tl.constexpr,
 ):  # fmt: skip
     """Folds tiles of positions into the running maximum m, denominator norm and sum acc.
 
-    Unless MASKED, every position of the tiles exists and is seen by every row. BY_ROW: rows differ in what they see.
+    Where positions have scales of their own, the sum is relative to `unit`, the largest of V's so far: weights stay
+    what float16 can hold. Unless MASKED, every position of the tiles exists and is seen by every row. BY_ROW: rows
+    differ in what they see.
     """
     for t in tl.range(first_tile, end_tile, num_stages=STAGES):
         n = t * TILE + tl.arange(0, TILE)
@@ -136,16 +215,25 @@ def _tiles(
             good = n >= 0
         place = n % BLOCK_SIZE
         k_row = _row_of_cache(block, place, head, layer, K)
-        k = _load(key_cache_ptr, k_row, good, 0, K.low, MASKED, K)
+        k = _load(_words(key_cache_ptr, K), k_row, good, 0, K.low, MASKED, K)
+        k_own = None
+        if KS is not None:
+            if KS.inside:
+                k_own = _scales_of_words(key_cache_ptr, block, place, head, layer, good, K.low, K, KS, COMPUTE)
         s = tl.full([ROWS, TILE], 0.0, tl.float32)
-        s = _scores(s, q_low, k, 0, CACHE, COMPUTE, HARDWARE_FP8, K.pack)
-        if K.pack > 1:
-            s = _scores(s, q_low_odd, k, 1, CACHE, COMPUTE, HARDWARE_FP8, K.pack)
+        s = _scores(s, q_low, k, k_own, K, CACHE, COMPUTE, HARDWARE)
         if K.high > 0:
-            k_high = _load(key_cache_ptr, k_row, good, K.low, K.high, MASKED, K)
-            s = _scores(s, q_high, k_high, 0, CACHE, COMPUTE, HARDWARE_FP8, K.pack)
-            if K.pack > 1:
-                s = _scores(s, q_high_odd, k_high, 1, CACHE, COMPUTE, HARDWARE_FP8, K.pack)
+            if HIGH is None:
+                k_high = _load(_words(key_cache_ptr, K), k_row, good, K.low, K.high, MASKED, K)
+                s = _scores(s, q_high, k_high, None, K, CACHE, COMPUTE, HARDWARE)
+            else:
+                rope_ptr = key_cache_ptr.to(tl.pointer_type(tl.bfloat16))
+                rope_row = _row_of_cache(block, place, head, layer, HIGH)
+                k_high = _load(rope_ptr, rope_row, good, 0, K.high, MASKED, HIGH)
+                s = _scores(s, q_high, k_high, None, HIGH, HIGH_FORMAT, COMPUTE, HARDWARE)
+        if KS is not None:
+            if not KS.inside:
+                s = s * _scales_of_positions(k_scale_ptr, block, place, head, layer, good, KS)[None, :]
 
         if SOFT_CAP is not None:  # tanh(x) = 1 - 2 / (1 + exp(2x))
             s = SOFT_CAP * LOG2E * (1 - 2 / (1 + tl.exp2(s * (qk_scale * (2 / SOFT_CAP))[:, None])))
@@ -171,17 +259,23 @@ def _tiles(
         norm = norm * shrink + total(p, 1)
         m = m_new
 
+        v_own = None
+        if VS is not None:
+            if VS.inside:
+                v_own = _scales_of_words(value_cache_ptr, block, place, head, layer, good, V.low, V, VS, COMPUTE)
+            else:
+                v_scale = _scales_of_positions(v_scale_ptr, block, place, head, layer, good, VS)
+                new_unit = tl.maximum(unit, maximum(tl.abs(v_scale), 0))
+                p = p * (v_scale / new_unit)[None, :]
+                shrink = shrink * (unit / new_unit)
+                unit = new_unit
         if V_IN_K:
             v = k
         else:
-            v = _load(value_cache_ptr, _row_of_cache(block, place, head, layer, V), good, 0, V.low, MASKED, V)
-        v_even = decode_lane(v, 0, V.pack, CACHE, COMPUTE, HARDWARE_FP8)
-        p = p.to(v_even.dtype)
-        acc = tl.dot(p, v_even, acc * shrink[:, None], input_precision="ieee")
-        if V.pack > 1:
-            v_odd = decode_lane(v, 1, V.pack, CACHE, COMPUTE, HARDWARE_FP8)
-            acc_odd = tl.dot(p, v_odd, acc_odd * shrink[:, None], input_precision="ieee")
-    return m, norm, acc, acc_odd
+            v_row = _row_of_cache(block, place, head, layer, V)
+            v = _load(_words(value_cache_ptr, V), v_row, good, 0, V.low, MASKED, V)
+        acc = _accumulate(acc, p, v, v_own, shrink, V, CACHE, COMPUTE, HARDWARE)
+    return m, norm, acc, unit
 
 
 @triton.jit
@@ -230,7 +324,7 @@ def paged_attention_kernel(
     seq_lens_ptr,         # [num_seqs] int32 or int64
     query_start_loc_ptr,  # [num_seqs + 1] int32 or int64, or None for one token a sequence
     sinks_ptr,            # [num_q_heads], or None
-    k_scale_ptr,          # one float32, or None for 1
+    k_scale_ptr,          # one float32, or one a head, or one a token and head (KS), or None for 1
     v_scale_ptr,
     layer,                # one integer in memory (LAYER_IS_POINTER), an integer, or None
     num_tokens,
@@ -244,7 +338,11 @@ def paged_attention_kernel(
     Q: tl.constexpr,              # kvcore.plan_attention.QueryRows
     K: tl.constexpr,              # kvcore.plan_attention.CacheRows
     V: tl.constexpr,
+    HIGH: tl.constexpr,           # … of the part of fp8_ds_mla in bfloat16, or None
+    KS: tl.constexpr,             # kvcore.plan.ScaleRows of computed scales, or None
+    VS: tl.constexpr,
     CACHE: tl.constexpr,          # kvcore.quantization.FloatFormat of the cache
+    HIGH_FORMAT: tl.constexpr,    # … of the part that HIGH describes
     COMPUTE: tl.constexpr,        # … in which K, V and the weights are multiplied
     OUT: tl.constexpr,            # … to round the result to with integers, or None for the target's cast
     BLOCK_SIZE: tl.constexpr,
@@ -253,7 +351,7 @@ def paged_attention_kernel(
     WINDOW: tl.constexpr,         # positions seen, or None
     SOFT_CAP: tl.constexpr,       # or None
     V_IN_K: tl.constexpr,         # whether V is the first K.low elements of K
-    HARDWARE_FP8: tl.constexpr,
+    HARDWARE: tl.constexpr,       # whether the target has the instructions that convert CACHE
     LAYER_IS_POINTER: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
@@ -289,32 +387,30 @@ def paged_attention_kernel(
         token = row // Q.group
         q_head = head * Q.group + row % Q.group
         q_row = (start + token) * Q.token_stride + q_head * Q.head_stride
-        q_low = _load_query(query_ptr, q_row, row_inside, 0, K.low, 0, Q, K, COMPUTE)
-        q_low_odd, q_high, q_high_odd = q_low, q_low, q_low
-        if K.pack > 1:
-            q_low_odd = _load_query(query_ptr, q_row, row_inside, 0, K.low, 1, Q, K, COMPUTE)
+        q_low = _load_query_lanes(query_ptr, q_row, row_inside, 0, 0, K.low, Q, K, COMPUTE)
+        q_high = q_low
+        HIGH_PACK: tl.constexpr = K.pack if HIGH is None else 1
         if K.high > 0:
-            q_high = _load_query(query_ptr, q_row, row_inside, K.low, K.high, 0, Q, K, COMPUTE)
-            q_high_odd = q_high
-            if K.pack > 1:
-                q_high_odd = _load_query(query_ptr, q_row, row_inside, K.low, K.high, 1, Q, K, COMPUTE)
+            if HIGH is None:
+                q_high = _load_query_lanes(query_ptr, q_row, row_inside, 0, K.low, K.high, Q, K, COMPUTE)
+            else:
+                BASE: tl.constexpr = K.head_size * K.pack
+                q_high = _load_query_lanes(query_ptr, q_row, row_inside, BASE, 0, K.high, Q, HIGH, COMPUTE)
         qk_scale = tl.full([ROWS], SCALE * LOG2E, tl.float32)
         if k_scale_ptr is not None:
-            qk_scale = qk_scale * tl.load(k_scale_ptr)
+            if KS is None or KS.inside:
+                qk_scale = qk_scale * tl.load(k_scale_ptr + head * Q.k_scale_stride)
         # The sign goes to query: the unmasked loop takes the maximum before it scales.
         factor = tl.where(qk_scale < 0, -1.0, 1.0)
         qk_scale = tl.abs(qk_scale)
         if COMPUTE.mantissa_bits == 10:
             # Rows in float16, divided by a power of two of their own: exact but for what is 2^-24 of the largest.
-            largest = tl.maximum(maximum(tl.abs(q_low), 1), maximum(tl.abs(q_low_odd), 1))
-            largest = tl.maximum(largest, tl.maximum(maximum(tl.abs(q_high), 1), maximum(tl.abs(q_high_odd), 1)))
+            largest = tl.maximum(_largest(q_low, K.pack), _largest(q_high, HIGH_PACK))
             exponent = tl.minimum(largest.to(tl.uint32, bitcast=True) & 0x7F800000, 253 << 23)
             factor = factor * ((254 << 23) - exponent).to(tl.float32, bitcast=True)
             qk_scale = qk_scale * exponent.to(tl.float32, bitcast=True)
-        q_low = narrow(q_low * factor[:, None], COMPUTE)
-        q_low_odd = narrow(q_low_odd * factor[:, None], COMPUTE)
-        q_high = narrow(q_high * factor[:, None], COMPUTE)
-        q_high_odd = narrow(q_high_odd * factor[:, None], COMPUTE)
+        q_low = _scaled(q_low, factor, COMPUTE, K.pack)
+        q_high = _scaled(q_high, factor, COMPUTE, HIGH_PACK)
 
         # ---- positions that they see
         last_token = tl.minimum((first_row + ROWS - 1) // Q.group, length.to(tl.int32) - 1)
@@ -344,10 +440,10 @@ def paged_attention_kernel(
         # ---- online softmax
         m = tl.full([ROWS], float("-inf"), tl.float32)
         norm = tl.full([ROWS], 0.0, tl.float32)
-        acc = tl.full([ROWS, V.low], 0.0, tl.float32)
-        acc_odd = acc
-        keys = _words(key_cache_ptr, K)
-        values = _words(value_cache_ptr, V)
+        acc = (tl.full([ROWS, V.low], 0.0, tl.float32),)
+        for _ in tl.static_range(1, V.pack):
+            acc = acc + (tl.full([ROWS, V.low], 0.0, tl.float32),)
+        unit = LEAST_UNIT
         table_ptr = block_tables_ptr + seq.to(tl.int64) * table_stride
         BY_ROW: tl.constexpr = query_start_loc_ptr is not None
         if UNMASKED:
@@ -355,27 +451,33 @@ def paged_attention_kernel(
             end_whole = tl.maximum(tl.minimum(whole // TILE, end_tile), first_tile)
             exist = _all_blocks_exist(table_ptr, _cdiv(tl.maximum(limit, 0), BLOCK_SIZE), num_blocks, 1024)
             end_whole = tl.where(exist, end_whole, first_tile)
-            m, norm, acc, acc_odd = _tiles(
-                m, norm, acc, acc_odd, q_low, q_low_odd, q_high, q_high_odd, first_tile, end_whole, first, limit,
-                row_position, keys, values, table_ptr, head, at_layer, num_blocks, qk_scale, K, V, CACHE, COMPUTE,
-                HARDWARE_FP8, BLOCK_SIZE, ROWS, TILE, STAGES, False, BY_ROW, CAUSAL, WINDOW, SOFT_CAP, V_IN_K,
+            m, norm, acc, unit = _tiles(
+                m, norm, acc, unit, q_low, q_high, first_tile, end_whole, first, limit, row_position,
+                key_cache_ptr, value_cache_ptr, k_scale_ptr, v_scale_ptr, table_ptr, head, at_layer, num_blocks,
+                qk_scale, K, V, HIGH, KS, VS, CACHE, HIGH_FORMAT, COMPUTE, HARDWARE, BLOCK_SIZE, ROWS, TILE, STAGES,
+                False, BY_ROW, CAUSAL, WINDOW, SOFT_CAP, V_IN_K,
             )  # fmt: skip
             first_tile = end_whole
-        m, norm, acc, acc_odd = _tiles(
-            m, norm, acc, acc_odd, q_low, q_low_odd, q_high, q_high_odd, first_tile, end_tile, first, limit,
-            row_position, keys, values, table_ptr, head, at_layer, num_blocks, qk_scale, K, V, CACHE, COMPUTE,
-            HARDWARE_FP8, BLOCK_SIZE, ROWS, TILE, STAGES, True, BY_ROW, CAUSAL, WINDOW, SOFT_CAP, V_IN_K,
+        m, norm, acc, unit = _tiles(
+            m, norm, acc, unit, q_low, q_high, first_tile, end_tile, first, limit, row_position,
+            key_cache_ptr, value_cache_ptr, k_scale_ptr, v_scale_ptr, table_ptr, head, at_layer, num_blocks,
+            qk_scale, K, V, HIGH, KS, VS, CACHE, HIGH_FORMAT, COMPUTE, HARDWARE, BLOCK_SIZE, ROWS, TILE, STAGES,
+            True, BY_ROW, CAUSAL, WINDOW, SOFT_CAP, V_IN_K,
         )  # fmt: skip
 
         # ---- result
         sink = None
         if sinks_ptr is not None and not SPLIT:
             sink = tl.load(sinks_ptr + q_head * Q.sink_stride, mask=row_inside, other=0)
-        unit: tl.constexpr = 2.0**-WEIGHT_BITS
-        factor, log = _finish(m, norm * unit, sink)
-        factor = factor * unit
+        WEIGHT: tl.constexpr = 2.0**-WEIGHT_BITS
+        factor, log = _finish(m, norm * WEIGHT, sink)
+        factor = factor * WEIGHT
+        if VS is not None:
+            if not VS.inside:
+                factor = factor * unit
         if v_scale_ptr is not None:
-            factor = factor * tl.load(v_scale_ptr)
+            if VS is None or VS.inside:
+                factor = factor * tl.load(v_scale_ptr + head * Q.v_scale_stride)
         result_row = (start + token) * Q.num_heads + q_head
         if SPLIT:
             result_row = result_row * tl.num_programs(1) + tl.program_id(1)
@@ -385,9 +487,8 @@ def paged_attention_kernel(
         word = tl.arange(0, V.low)
         out_mask = row_inside[:, None] & (word < V.head_size)[None, :]
         at = out_ptr + result_row[:, None] * (V.head_size * V.pack) + word[None, :] * V.pack
-        _store(at, acc * factor[:, None], out_mask, OUT, SPLIT)
-        if V.pack > 1:
-            _store(at + 1, acc_odd * factor[:, None], out_mask, OUT, SPLIT)
+        for lane in tl.static_range(V.pack):
+            _store(at + lane, acc[lane] * factor[:, None], out_mask, OUT, SPLIT)
 
 
 @triton.jit

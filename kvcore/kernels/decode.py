@@ -54,7 +54,7 @@ def decode(x, FORMAT: tl.constexpr, HARDWARE: tl.constexpr):
 
 
 @triton.jit
-def halves(x, FORMAT: tl.constexpr):
+def halves(x):
     """The two elements of bytes of a format of 4 bits, as `decode` takes them."""
     return x & 15, x >> 4
 

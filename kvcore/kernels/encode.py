@@ -71,7 +71,7 @@ def _round_to_integer(x, FORMAT: tl.constexpr):
 def pack(bits, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FORMAT: tl.constexpr):
     """Encoded elements `[ROWS, COLUMNS]` as stored: those of 4 bits two in a byte, the first in its low half."""
     if FORMAT is not None:
-        if FORMAT.bits == 4:  # noqa: SIM102  # compiled, `and` would look at both sides
+        if FORMAT.bits == 4:  # compiled, `and` would look at both sides
             low, high = tl.split(tl.reshape(bits, [ROWS, COLUMNS // 2, 2]))
             bits = low | (high << 4)
     return bits

@@ -10,18 +10,77 @@ A program takes TOKENS positions of a sequence (axis 0 of the grid) and one stre
 import triton
 import triton.language as tl
 
-from .decode import decode, widen
+from .decode import decode, halves, widen
 from .encode import encode
-from .rows import cache_offsets, columns, layer_index, token_offsets
+from .rows import (
+    cache_offsets,
+    columns,
+    dim_offset,
+    elements,
+    head_scale,
+    layer_index,
+    slot_offset,
+    token_offsets,
+)
 
 
 @triton.jit
-def _convert(x, scale_ptr, CACHE: tl.constexpr, OUT: tl.constexpr, HARDWARE_FP8: tl.constexpr):
-    """`round(float32(x) * scale)` as bits of OUT."""
-    x = widen(decode(x, CACHE, HARDWARE_FP8))
-    if scale_ptr is not None:
-        x = x * tl.load(scale_ptr)
-    return encode(x, None, OUT, False)
+def _own_scales(scales_ptr, layer, block, place, column, mask, R: tl.constexpr, S: tl.constexpr,
+                HARDWARE: tl.constexpr):  # fmt: skip
+    """The computed scales of units, `[TOKENS, columns]` float32."""
+    unit = column % R.head_size
+    within = (column // R.head_size) * S.head_stride + dim_offset(unit // (S.group // R.pack), S)
+    at = slot_offset(layer, block, place, S)[:, None] + within[None, :]
+    if S.bits == 8:
+        scale = decode(tl.load(scales_ptr.to(tl.pointer_type(tl.uint8)) + at, mask=mask, other=0), S, HARDWARE)
+    else:
+        scale = tl.load(scales_ptr.to(tl.pointer_type(tl.float32)) + at, mask=mask, other=0)
+    return widen(scale)
+
+
+@triton.jit
+def _dequantise(x, own, scale, FORMAT: tl.constexpr, HARDWARE: tl.constexpr):
+    x = widen(decode(x, FORMAT, HARDWARE))
+    if own is not None:
+        x = x * own
+    if scale is not None:
+        x = x * scale
+    return x
+
+
+@triton.jit
+def _read(
+    cache_ptr, scale_ptr, out_ptr, layer, block, place, token, there, asked,
+    R: tl.constexpr, S: tl.constexpr, FORMAT: tl.constexpr, OUT: tl.constexpr, HARDWARE: tl.constexpr,
+    TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Reads K, or V: copies, or `round(float32(x) * scale)`."""
+    column, inside = columns(R)
+    mask = there[:, None] & inside[None, :]
+    x = tl.load(cache_ptr + cache_offsets(layer, block, place, column, R), mask=mask, other=0)
+    element, given = elements(R)
+    if OUT is not None:
+        own = None
+        if S is not None:
+            if S.inside:
+                own = _own_scales(cache_ptr, layer, block, place, column, mask, R, S, HARDWARE)
+            else:
+                own = _own_scales(scale_ptr, layer, block, place, column, mask, R, S, HARDWARE)
+        scale = None
+        if S is None or S.inside:
+            scale = head_scale(scale_ptr, column * R.pack, inside, R)
+        if R.pack == 2:
+            low, high = halves(x)
+            low = _dequantise(low, own, scale, FORMAT, HARDWARE)
+            high = _dequantise(high, own, scale, FORMAT, HARDWARE)
+            x = tl.reshape(tl.join(low, high), [TOKENS, R.columns * 2])
+        else:
+            x = _dequantise(x, own, scale, FORMAT, HARDWARE)
+        x = encode(x, None, OUT, False)
+        # Not even a scale of NaN gets into what is not there.
+        x = tl.where(there[:, None], x, tl.full([1, 1], 0, x.dtype))
+    out = out_ptr.to(tl.pointer_type(x.dtype)) + token_offsets(token, element, R)
+    tl.store(out, x, mask=asked[:, None] & given[None, :])
 
 
 @triton.jit
@@ -30,7 +89,7 @@ def gather_kv_kernel(
     value_cache_ptr,   # V's array
     block_tables_ptr,  # [num_seqs, max_blocks] int32 or int64
     seq_lens_ptr,      # [num_seqs] int32 or int64
-    k_scale_ptr,       # one float32, or None for 1
+    k_scale_ptr,       # one float32, or one a head, or one a token and head (KS), or None for 1
     v_scale_ptr,
     layer,             # one integer in memory (LAYER_IS_POINTER), an integer, or None
     max_len,           # positions of a sequence in key and value
@@ -42,11 +101,14 @@ def gather_kv_kernel(
     value_ptr,         # [num_seqs, max_len, num_heads, head_size_v]
     K: tl.constexpr,             # kvcore.plan.Rows of key and key cache
     V: tl.constexpr,
+    KS: tl.constexpr,            # kvcore.plan.ScaleRows of computed scales, or None
+    VS: tl.constexpr,
+    ROPE: tl.constexpr,          # kvcore.plan.Rows of the part of fp8_ds_mla in bfloat16, or None
     BLOCK_SIZE: tl.constexpr,
     LENS_STRIDE: tl.constexpr,
     CACHE: tl.constexpr,         # kvcore.quantization.FloatFormat of the cache
     OUT: tl.constexpr,           # … of key and value, or None to copy bits
-    HARDWARE_FP8: tl.constexpr,
+    HARDWARE: tl.constexpr,      # whether the target converts e4m3
     LAYER_IS_POINTER: tl.constexpr,
     TOKENS: tl.constexpr,
 ):  # fmt: skip
@@ -63,20 +125,18 @@ def gather_kv_kernel(
     there = there & (block >= 0) & (block < num_blocks)
     place = n % BLOCK_SIZE
     token = seq * max_len + n
-    k_column, k_inside = columns(K)
-    v_column, v_inside = columns(V)
-    k_at = cache_offsets(at_layer, block, place, k_column, K)
-    v_at = cache_offsets(at_layer, block, place, v_column, V)
-    k = tl.load(key_cache_ptr + k_at, mask=there[:, None] & k_inside[None, :], other=0)
-    v = tl.load(value_cache_ptr + v_at, mask=there[:, None] & v_inside[None, :], other=0)
-    if OUT is not None:
-        k = _convert(k, k_scale_ptr, CACHE, OUT, HARDWARE_FP8)
-        v = _convert(v, v_scale_ptr, CACHE, OUT, HARDWARE_FP8)
-        # Not even a scale of NaN gets into what is not there.
-        k = tl.where(there[:, None], k, tl.full([1, 1], 0, k.dtype))
-        v = tl.where(there[:, None], v, tl.full([1, 1], 0, v.dtype))
-    keys = key_ptr.to(tl.pointer_type(k.dtype)) + token_offsets(token, k_column, K)
-    values = value_ptr.to(tl.pointer_type(v.dtype)) + token_offsets(token, v_column, V)
     asked = n < max_len
-    tl.store(keys, k, mask=asked[:, None] & k_inside[None, :])
-    tl.store(values, v, mask=asked[:, None] & v_inside[None, :])
+    _read(
+        key_cache_ptr, k_scale_ptr, key_ptr, at_layer, block, place, token, there, asked,
+        K, KS, CACHE, OUT, HARDWARE, TOKENS,
+    )  # fmt: skip
+    _read(
+        value_cache_ptr, v_scale_ptr, value_ptr, at_layer, block, place, token, there, asked,
+        V, VS, CACHE, OUT, HARDWARE, TOKENS,
+    )  # fmt: skip
+    if ROPE is not None:
+        rope_ptr = key_cache_ptr.to(tl.pointer_type(tl.bfloat16))
+        _read(
+            rope_ptr, None, key_ptr + K.head_size, at_layer, block, place, token, there, asked,
+            ROPE, None, OUT, OUT, HARDWARE, TOKENS,
+        )  # fmt: skip

@@ -41,7 +41,7 @@ def _write(
     if S is not None:
         x = widen(x)
         GROUPS: tl.constexpr = WIDTH // S.group
-        if S.block_scaled:
+        if S.bits == 8:  # nvfp4
             whole = tl.full([ROWS, 1], 1.0, tl.float32)
             if scale_ptr is not None:
                 whole = tl.load(scale_ptr + head[:, None] * R.scale_stride)
@@ -60,7 +60,7 @@ def _write(
         tl.store(
             scales_ptr + at[:, None] + dim_offset(group, S)[None, :],
             scale,
-            mask=written[:, None] & (group < S.head_size)[None, :],
+            mask=written[:, None] & (group * S.group < R.head_size * R.pack)[None, :],
         )
         x = encode(x, spread(divisor, ROWS, WIDTH, S.group), FORMAT, HARDWARE_FP8)
     elif FORMAT is not None:
