@@ -263,11 +263,10 @@ def _tile(call: Attention, target: Target, compute: FloatFormat) -> tuple[int, i
         budget -= budget // 8  # weights, too, go through it to the tensor cores
     columns = sum(_pieces(head_size)) + (0 if call.cache.layout.latent else power_of_two(call.cache.head_size_v))
     row = sum(_pieces(head_size)) * compute.bits // 8
-    while rows * row + stages * tile * columns * call.cache.format.bits // 8 > budget and (stages, tile, rows) != (
-        1,
-        16,
-        16,
-    ):
+    position = columns * call.cache.format.bits // 8
+    # Elements that are multiplied by their scales go back there, as COMPUTE, for K and for V.
+    scaled = 2 * row if call.cache.rope is not None else 0
+    while rows * row + tile * (stages * position + scaled) > budget and (stages, tile, rows) != (1, 16, 16):
         if stages > 2 or (stages == 2 and tile == 16):
             stages -= 1
         elif tile > 16:

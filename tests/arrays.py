@@ -48,16 +48,19 @@ class Case:
         """All arrays that are written to, in the order of the op's arguments."""
         return [*self.caches, *self.scale_caches]
 
+    def op(self, module):
+        """The op of a module."""
+        name = "reshape_and_cache_flash" + ("_diffkv" if self.layout.single_array else "")
+        return getattr(module, name + ("_per_token_head_quant" if self.scale_caches else ""))
+
     def call(self, module, convert, memory, **more):
         """The op of a module, with arrays made by `convert`, on `memory`."""
-        name = "reshape_and_cache_flash" + ("_diffkv" if self.layout.single_array else "")
         if self.scale_caches:
-            name += "_per_token_head_quant"
             more["scale_layout"] = self.scale_layout
             scales = ()
         else:
             scales = (convert(s) if isinstance(s, np.ndarray) else s for s in (self.k_scale, self.v_scale))
-        return getattr(module, name)(
+        return self.op(module)(
             convert(self.key), convert(self.value), *memory, convert(self.slot_mapping), self.kv_cache_dtype, *scales,
             layout=self.layout, layer=self.layer, **more,
         )  # fmt: skip

@@ -86,9 +86,10 @@ def make_read(
     stored = KV_CACHE_DTYPES[kv_cache_dtype]
     needed = [-(-n // block_size) for n in seq_lens]
     num_blocks = sum(needed) + spare
+    units_v = head_size_v if kv_cache_dtype == "fp8_ds_mla" else stored_size(stored, head_size_v)
     shapes = layout.shapes(
         num_blocks=num_blocks, block_size=block_size, num_heads=num_heads, head_size=stored_size(stored, head_size),
-        head_size_v=head_size_v if kv_cache_dtype == "fp8_ds_mla" else stored_size(stored, head_size_v), num_layers=num_layers,
+        head_size_v=units_v, num_layers=num_layers,
         x=8 if "dim/x" in layout.pattern else None,
     )  # fmt: skip
     name = storage or (cache_dtype or dtype if stored is None else "uint8")
@@ -96,8 +97,9 @@ def make_read(
     scale_caches = []
     if granularity == "token_head":
         sizes = {"layer": num_layers, "block": num_blocks, "slot": block_size, "head": num_heads}
-        pattern = scale_layout or ("layer " if num_layers else "") + "block slot head"
-        scale_caches = [random_bits(rng, tuple(sizes[a] for a in pattern.split()), "float32") for _ in range(2)]
+        patterns = (scale_layout or ("layer " if num_layers else "") + "block slot head").split(",")
+        for pattern in (patterns[0], patterns[-1]):
+            scale_caches.append(random_bits(rng, tuple(sizes[a] for a in pattern.split()), "float32"))
         scales = scale_caches
         options["scale_layout"] = scale_layout
     elif granularity == "head":

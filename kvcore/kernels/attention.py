@@ -142,7 +142,8 @@ def _load_query(query_ptr, row, inside, BASE: tl.constexpr, FIRST: tl.constexpr,
 def _load_query_lanes(query_ptr, row, inside, BASE: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.constexpr,
                       Q: tl.constexpr, C: tl.constexpr, COMPUTE: tl.constexpr):  # fmt: skip
     q = (_load_query(query_ptr, row, inside, BASE, FIRST, SIZE, 0, Q, C, COMPUTE),)
-    for lane in tl.static_range(1, C.pack):
+    PACK: tl.constexpr = C.pack
+    for lane in tl.static_range(1, PACK):
         q = q + (_load_query(query_ptr, row, inside, BASE, FIRST, SIZE, lane, Q, C, COMPUTE),)
     return q
 
@@ -168,7 +169,8 @@ def _scaled(q, factor, COMPUTE: tl.constexpr, PACK: tl.constexpr):
 @triton.jit
 def _scores(s, q, x, own, C: tl.constexpr, CACHE: tl.constexpr, COMPUTE: tl.constexpr, HARDWARE: tl.constexpr):
     """Adds q times K's words x to s."""
-    for lane in tl.static_range(C.pack):
+    PACK: tl.constexpr = C.pack
+    for lane in tl.static_range(PACK):
         k = _lane(x, own, lane, C, CACHE, COMPUTE, HARDWARE)
         s = tl.dot(q[lane], tl.trans(k), s, input_precision="ieee")
     return s
@@ -181,7 +183,8 @@ def _accumulate(acc, p, x, own, shrink, C: tl.constexpr, CACHE: tl.constexpr, CO
     v = _lane(x, own, 0, C, CACHE, COMPUTE, HARDWARE)
     p = p.to(v.dtype)
     new = (tl.dot(p, v, acc[0] * shrink[:, None], input_precision="ieee"),)
-    for lane in tl.static_range(1, C.pack):
+    PACK: tl.constexpr = C.pack
+    for lane in tl.static_range(1, PACK):
         v = _lane(x, own, lane, C, CACHE, COMPUTE, HARDWARE)
         new = new + (tl.dot(p, v, acc[lane] * shrink[:, None], input_precision="ieee"),)
     return new
@@ -441,7 +444,8 @@ def paged_attention_kernel(
         m = tl.full([ROWS], float("-inf"), tl.float32)
         norm = tl.full([ROWS], 0.0, tl.float32)
         acc = (tl.full([ROWS, V.low], 0.0, tl.float32),)
-        for _ in tl.static_range(1, V.pack):
+        LANES: tl.constexpr = V.pack
+        for _ in tl.static_range(1, LANES):
             acc = acc + (tl.full([ROWS, V.low], 0.0, tl.float32),)
         unit = LEAST_UNIT
         table_ptr = block_tables_ptr + seq.to(tl.int64) * table_stride
@@ -487,7 +491,7 @@ def paged_attention_kernel(
         word = tl.arange(0, V.low)
         out_mask = row_inside[:, None] & (word < V.head_size)[None, :]
         at = out_ptr + result_row[:, None] * (V.head_size * V.pack) + word[None, :] * V.pack
-        for lane in tl.static_range(V.pack):
+        for lane in tl.static_range(LANES):
             _store(at + lane, acc[lane] * factor[:, None], out_mask, OUT, SPLIT)
 
 
