@@ -5,6 +5,7 @@ import sys
 
 NAMES = {
     "write": "writes against a plain copy of the same bytes",
+    "gather": "gathers out of the cache against a plain copy of the same bytes",
     "attention": "attention over the cache against its limit, beside other implementations",
     "decode": "a model of Llama 3 8B's shape, decoding in JAX, against its limit",
     "plot": "a picture of attention's results",

@@ -17,6 +17,7 @@ import torchkv
 from benchmarks import peers, report
 from benchmarks.attention_inputs import BLOCK_SIZE, Case, Inputs
 from benchmarks.timing import jax_time, torch_time
+from kvcore.quantization import KV_CACHE_DTYPES
 
 COPY_BYTES = 2**28  # larger buffers copy slower on an H100
 TOLERANCE = 2**-7  # of the largest element of the result
@@ -34,8 +35,15 @@ def cases() -> Iterator[Case]:
     yield Case("mixed", 64, 4096, queries=2048, peers=("flashinfer",))
     for batch, context in SIZES:
         yield Case("fp8", batch, context, kv_cache_dtype="fp8")
+    for batch, context in SIZES[:2]:
+        for name in ("fp8", "int8", "int4"):
+            yield Case(f"{name} token-head", batch, context, kv_cache_dtype=name, per_token_head=True)
+        for name in ("int8", "int4", "nvfp4"):
+            yield Case(name, batch, context, kv_cache_dtype=name)
     mla = {"layout": "MLA", "q_heads": 128, "kv_heads": 1, "head_size": 576, "head_size_v": 512}
-    yield Case("MLA", 64, 8192, **mla)
+    for batch, context in SIZES[:2]:
+        yield Case("MLA", batch, context, **mla)
+        yield Case("MLA fp8_ds_mla", batch, context, kv_cache_dtype="fp8_ds_mla", **mla)
     yield Case("soft cap", 64, 8192, soft_cap=30.0)
     yield Case("window", 64, 8192, sliding_window=1024)
     for context in (1024, 2048, 4096, 8192, 16384):
@@ -149,7 +157,8 @@ def measure(case: Case, copied: float, peers_too: bool, jax_too: bool) -> dict[s
     inputs = Inputs(case)
     row: dict[str, Any] = {"case": case.name, "batch": case.batch, "context": case.context, "queries": case.queries}
     row |= {"layout": str(inputs.layout), "layout_name": case.layout, "series": case.series, "size": case.size}
-    row |= {"cache_dtype": "float8_e4m3fn" if case.kv_cache_dtype == "fp8" else "bfloat16"}
+    stored = KV_CACHE_DTYPES[case.kv_cache_dtype]
+    row |= {"cache_dtype": stored.name if stored else "bfloat16", "per_token_head": case.per_token_head}
     row |= {"heads": [case.q_heads, case.kv_heads], "head_sizes": [case.head_size, case.head_size_v]}
     row |= {"bytes": case.read, "limit_us": case.read / copied * 1e6, "flops": case.flops, "failed": {}}
 
@@ -191,10 +200,10 @@ def _free() -> None:
 
 
 def compare_with_bf16(row: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """Adds how many times as many tokens a second an fp8 cache gives, in the same run."""
-    bf16 = ("decode", row["size"], "NHD")
+    """Adds how many times as many tokens a second a quantised cache gives, in the same run."""
+    bf16 = ("MLA" if row["layout_name"] == "MLA" else "decode", row["size"], row["layout_name"])
     for other in rows:
-        if row["case"] == "fp8" and (other["case"], other["size"], other["layout_name"]) == bf16:
+        if row["cache_dtype"] != "bfloat16" and (other["case"], other["size"], other["layout_name"]) == bf16:
             for name in ("torchkv", "jaxkv"):
                 if f"{name}_us" in row and f"{name}_us" in other:
                     row[f"{name}_vs_bf16"] = other[f"{name}_us"] / row[f"{name}_us"]
@@ -202,7 +211,7 @@ def compare_with_bf16(row: dict[str, Any], rows: list[dict[str, Any]]) -> None:
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks attention", description=__doc__)
-    parser.add_argument("--cases", nargs="+", help="any of these, as 'fp8' or 'decode HND 64x8192'")
+    parser.add_argument("--cases", nargs="+", help="any of these, as 'decode HND 64x8192' or 'quantised'")
     parser.add_argument("--json", help="where to write the results")
     parser.add_argument("--no-peers", action="store_true", help="this package only")
     parser.add_argument("--no-jax", action="store_true", help="torch only")
@@ -217,7 +226,7 @@ def main(argv: list[str]) -> None:
     print(f"copy: {copied / 1e12:.3f} TB/s", flush=True)
     rows: list[dict[str, Any]] = []
     for case in cases():
-        words = {*case.name.split(), case.size, case.layout}
+        words = {*case.name.split(), case.size, case.layout, "" if case.kv_cache_dtype == "auto" else "quantised"}
         chosen = not args.cases or any(words.issuperset(each.split()) for each in args.cases)
         if not chosen or time.perf_counter() - started > args.seconds:
             continue

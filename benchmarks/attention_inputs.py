@@ -1,5 +1,6 @@
 """What the attention benchmark computes: cases, and their caches, queries, block tables and right answers."""
 
+import functools
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -7,10 +8,10 @@ from typing import Any
 
 import torch
 
-from kvcore.layout import Address, CacheLayout
+import torchkv
+from kvcore.paged_cache import CacheSpec
 
 BLOCK_SIZE = 16
-SCALES = (0.5, 0.25)  # of quantised keys and values
 L2_BYTES = 2**28  # what has to lie between two uses of a block, for it to come from memory and not from the L2 cache
 
 
@@ -28,6 +29,7 @@ class Case:
     head_size: int = 128
     head_size_v: int = 128
     kv_cache_dtype: str = "auto"
+    per_token_head: bool = False  # whether each token's head has a scale of its own
     sliding_window: int | None = None
     soft_cap: float | None = None
     peers: tuple[str, ...] = ()
@@ -42,11 +44,24 @@ class Case:
         return f"{self.batch}x{self.context}"
 
     @property
+    def cache(self) -> dict[str, Any]:
+        """What a cache for it is, but for its length."""
+        return {
+            "block_size": BLOCK_SIZE,
+            "num_heads": self.kv_heads,
+            "head_size": self.head_size,
+            "num_layers": None,
+            "head_size_v": self.head_size_v,
+            "layout": self.layout,
+            "kv_cache_dtype": self.kv_cache_dtype,
+            "per_token_head": self.per_token_head,
+        }
+
+    @property
     def read(self) -> int:
-        """Bytes of K and V that are seen, counted once."""
+        """Bytes of K and V that are seen, with their scales, counted once."""
         positions = self.batch * min(self.context, self.sliding_window or self.context)
-        values = 0 if self.layout == "MLA" else self.head_size_v
-        return positions * self.kv_heads * (self.head_size + values) * (2 if self.kv_cache_dtype == "auto" else 1)
+        return positions * CacheSpec.create(num_blocks=1, dtype="bfloat16", **self.cache).nbytes // BLOCK_SIZE
 
     @property
     def flops(self) -> int:
@@ -73,31 +88,19 @@ class Case:
 
 
 class Inputs:
-    """Caches of random numbers, and sets of queries and block tables that take turns, on the device that torch has."""
+    """A cache of random numbers, and sets of queries and block tables that take turns, on the device that torch has."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, sets: int | None = None) -> None:
         self.case = case
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.generator = torch.Generator(self.device).manual_seed(0)
-        self.layout = CacheLayout.of(case.layout)
-        blocks = case.batch * case.context // BLOCK_SIZE
-        sets = 1
-        if case.queries == 1 and self.device == "cuda":
-            sets = min(8, math.ceil(L2_BYTES / case.read))
-        self.num_blocks = sets * blocks
-        shapes = self.layout.shapes(
-            num_blocks=self.num_blocks,
-            block_size=BLOCK_SIZE,
-            num_heads=case.kv_heads,
-            head_size=case.head_size,
-            head_size_v=case.head_size_v,
-        )
-        self.scales: tuple[torch.Tensor | None, ...] = (None, None)
-        self.caches = [self._random(shape) for shape in shapes]
-        if case.kv_cache_dtype != "auto":
-            self.scales = tuple(torch.tensor([s], device=self.device) for s in SCALES)
-            halves = zip(self.caches, SCALES, strict=True)
-            self.caches = [(c / scale).to(torch.float8_e4m3fn).view(torch.uint8) for c, scale in halves]
+        if sets is None:
+            several = case.queries == 1 and self.device == "cuda"
+            sets = min(8, math.ceil(L2_BYTES / case.read)) if several else 1
+        self.num_blocks = sets * case.batch * case.context // BLOCK_SIZE
+        self.cache = self._cache()
+        self.layout, self.caches = self.cache.spec.layout, list(self.cache.caches)
+        self.scales = (self.cache.k_scale, self.cache.v_scale)
         order = torch.randperm(self.num_blocks, device=self.device, generator=self.generator)
         self.tables = list(order.int().view(sets, case.batch, -1))
         self.queries = [self._random((case.tokens, case.q_heads, case.head_size)) for _ in range(sets)]
@@ -116,9 +119,7 @@ class Inputs:
         return {
             "sliding_window": self.case.sliding_window,
             "soft_cap": self.case.soft_cap,
-            "kv_cache_dtype": self.case.kv_cache_dtype,
-            "layout": self.layout,
-            "head_size_v": self.case.head_size_v if self.layout.latent else None,
+            **self.cache.spec.reading,
         }
 
     @property
@@ -136,37 +137,47 @@ class Inputs:
         got = out[self.checked].to(self.expected)
         return ((got - self.expected).abs().max() / self.expected.abs().max()).item()
 
+    def gathered(self, sequence: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of a sequence in the first set, `[position, head, dim]`, by torch's own operations."""
+        tables, seq_lens = (x[sequence : sequence + 1] for x in (self.tables[0], self.seq_lens))
+        key, value = self.cache.gather(tables, seq_lens, self.case.context, dtype=dtype, backend="torch")
+        return key[0], value[0]
+
     def _attend(self, token: int) -> torch.Tensor:
         case = self.case
         long = token < case.queries
-        table = self.tables[0][0 if long else token - case.queries + 1].long()
+        sequence = 0 if long else token - case.queries + 1
+        key, value = self.gathered(sequence, torch.float32)
         last = case.context - case.queries + token if long else case.context - 1
         first = max(0, last + 1 - case.sliding_window) if case.sliding_window else 0
-        position = torch.arange(first, last + 1, device=self.device)
-        slots = table[position // BLOCK_SIZE], position % BLOCK_SIZE
-        key, value = (view[slots] for view in self._views())
-        if case.kv_cache_dtype != "auto":
-            key, value = (x.view(torch.float8_e4m3fn).float() * s for x, s in zip((key, value), SCALES, strict=True))
         query = self.queries[0][token].float().view(case.kv_heads, -1, case.head_size)
-        scores = torch.einsum("hgd,nhd->hgn", query, key.float()) * case.head_size**-0.5
+        scores = torch.einsum("hgd,nhd->hgn", query, key[first : last + 1]) * case.head_size**-0.5
         if case.soft_cap is not None:
             scores = torch.tanh(scores / case.soft_cap) * case.soft_cap
-        out = torch.einsum("hgn,nhd->hgd", scores.softmax(-1), value.float())
+        out = torch.einsum("hgn,nhd->hgd", scores.softmax(-1), value[first : last + 1])
         return out.reshape(case.q_heads, case.head_size_v)
 
-    def _views(self) -> list[torch.Tensor]:
-        """K and V as `[block, slot, head, dim]`, whatever the layout."""
+    def _cache(self) -> torchkv.PagedKVCache:
         case = self.case
-        place = self.layout.place(
-            [c.shape for c in self.caches], head_size=case.head_size, head_size_v=case.head_size_v
+        create = functools.partial(
+            torchkv.PagedKVCache.create, num_blocks=self.num_blocks, device=self.device, **case.cache
         )
-
-        def view(cache: torch.Tensor, at: Address, size: int) -> torch.Tensor:
-            shape = (self.num_blocks, BLOCK_SIZE, case.kv_heads, size)
-            return cache.as_strided(shape, (at.block, at.slot, at.head, at.dim), at.offset)
-
-        key = view(self.caches[0], place.key, case.head_size)
-        return [key, view(self.caches[-1], place.value, case.head_size_v)]
+        if case.kv_cache_dtype == "auto":
+            cache = create()
+            for array in cache.caches:
+                array.normal_(generator=self.generator)
+            return cache
+        tokens = self.num_blocks * BLOCK_SIZE
+        if case.layout == "MLA":
+            rows = [self._random((tokens, size)) for size in (case.head_size_v, case.head_size - case.head_size_v)]
+        else:
+            rows = [self._random((tokens, case.kv_heads, size)) for size in (case.head_size, case.head_size_v)]
+        scales = (None, None)
+        if not case.per_token_head and case.kv_cache_dtype != "fp8_ds_mla":
+            scales = torchkv.kv_scales(rows[0], rows[1], case.kv_cache_dtype)
+        cache = create(k_scale=scales[0], v_scale=scales[1])
+        cache.write(rows[0], rows[1], torch.arange(tokens, device=self.device))
+        return cache
 
     def _random(self, shape: tuple[int, ...]) -> torch.Tensor:
         return torch.randn(shape, dtype=torch.bfloat16, device=self.device, generator=self.generator)

@@ -8,18 +8,29 @@ README.md. Layouts: `jaxkv.CacheLayout`.
 """
 
 from jaxkv.cache import PagedKVCache
-from jaxkv.ops import reshape_and_cache_flash, reshape_and_cache_flash_diffkv
+from jaxkv.ops import (
+    concat_and_cache_mla,
+    reshape_and_cache_flash,
+    reshape_and_cache_flash_diffkv,
+    reshape_and_cache_flash_diffkv_per_token_head_quant,
+    reshape_and_cache_flash_per_token_head_quant,
+)
 from jaxkv.read_ops import gather_kv, merge_attention, paged_attention
+from jaxkv.scales import kv_scales
 from kvcore.layout import CacheLayout
 from kvcore.slots import find_duplicate_slots
 
 __all__ = [
     "CacheLayout",
     "PagedKVCache",
+    "concat_and_cache_mla",
     "find_duplicate_slots",
     "gather_kv",
+    "kv_scales",
     "merge_attention",
     "paged_attention",
     "reshape_and_cache_flash",
     "reshape_and_cache_flash_diffkv",
+    "reshape_and_cache_flash_diffkv_per_token_head_quant",
+    "reshape_and_cache_flash_per_token_head_quant",
 ]

@@ -10,7 +10,7 @@ import numpy as np
 
 from kvcore import plan_attention, plan_gather
 from kvcore.contract import Write
-from kvcore.plan import INTERPRETER, KernelPlan, plan_write, scalars
+from kvcore.plan import INTERPRETER, KernelPlan, arguments, plan_write, scalars
 from kvcore.read_contract import Attention, Gather
 
 if TYPE_CHECKING:
@@ -20,20 +20,21 @@ Run = Callable[[KernelPlan, tuple[int, int, int], Sequence[Any]], None]
 
 
 def write(call: Write, operands: "_primitive.Operands", layer: int | None) -> list[jax.Array]:
-    """The new caches."""
+    """The new caches and scale caches."""
     plan = plan_write(call, INTERPRETER, layer_is_pointer=operands.layer is not None)
+    count = len(call.layout.arrays)
 
     def on_host(run: Run, x: "_primitive.Operands") -> list[np.ndarray]:
-        caches = [c.copy() for c in x.caches]
+        memory = [a.copy() for a in x.memory]
         n = len(x.slot_mapping)
-        arguments = [
-            x.key, x.value, *caches, x.slot_mapping, x.k_scale, x.v_scale, layer if x.layer is None else x.layer,
-            *scalars(call, n),
-        ]  # fmt: skip
-        run(plan.kernel, plan.grid(n), arguments)
-        return caches
+        pointers = arguments(
+            call, x.key, x.value, memory[:count], memory[count:], x.slot_mapping, x.k_scale, x.v_scale,
+            layer if x.layer is None else x.layer,
+        )  # fmt: skip
+        run(plan.kernel, plan.grid(n), [*pointers, *scalars(call, n)])
+        return memory
 
-    return _call(on_host, [jax.ShapeDtypeStruct(c.shape, c.dtype) for c in operands.caches], operands)
+    return _call(on_host, [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in operands.memory], operands)
 
 
 def attention(call: Attention, operands: "_read_primitive.Operands", layer: int | None) -> list[jax.Array]:
@@ -47,12 +48,12 @@ def attention(call: Attention, operands: "_read_primitive.Operands", layer: int 
         parts = np.empty((*shape[:2], plan.splits, shape[2]), np.float32)
         part_lse = np.empty((*shape[:2], plan.splits), np.float32)
         scales = (x.k_scale, x.v_scale) if call.cache.scaled else (None, None)
-        arguments = [
+        given = [
             x.query, x.caches[0], x.caches[-1], x.block_tables, x.seq_lens, x.query_start_loc, x.sinks, *scales,
             layer if x.layer is None else x.layer, *plan_attention.scalars(call),
             *((out, lse) if plan.splits == 1 else (parts, part_lse)),
         ]  # fmt: skip
-        run(plan.attend, plan.grid, arguments)
+        run(plan.attend, plan.grid, given)
         if plan.splits > 1:
             run(plan.merge, plan.merge_grid, [parts, part_lse, x.sinks, plan.splits, out, lse])
         return [out, lse]
@@ -68,11 +69,11 @@ def gather(call: Gather, operands: "_read_primitive.Operands", layer: int | None
     def on_host(run: Run, x: "_read_primitive.Operands") -> list[np.ndarray]:
         out = [np.empty(r.shape, r.dtype) for r in results]
         scales = (x.k_scale, x.v_scale) if call.cache.scaled else (None, None)
-        arguments = [
+        given = [
             x.caches[0], x.caches[-1], x.block_tables, x.seq_lens, *scales, layer if x.layer is None else x.layer,
             *plan_gather.scalars(call), *out,
         ]  # fmt: skip
-        run(plan.kernel, plan.grid, arguments)
+        run(plan.kernel, plan.grid, given)
         return out
 
     return _call(on_host, results, operands)
@@ -81,12 +82,10 @@ def gather(call: Gather, operands: "_read_primitive.Operands", layer: int | None
 def _call(on_host: Callable[[Run, Any], list[np.ndarray]], results: Sequence[Any], operands: Any) -> list[jax.Array]:
     worker = _worker()
 
-    def run(kernel: KernelPlan, grid: tuple[int, int, int], arguments: Sequence[Any]) -> None:
+    def run(kernel: KernelPlan, grid: tuple[int, int, int], given: Sequence[Any]) -> None:
         from kvcore import interpreter
 
-        pointers = [
-            interpreter.Pointer(a.ctypes.data, a.dtype.name) if isinstance(a, np.ndarray) else a for a in arguments
-        ]
+        pointers = [interpreter.Pointer(a.ctypes.data, a.dtype.name) if isinstance(a, np.ndarray) else a for a in given]
         worker.submit(interpreter.run, kernel, grid, pointers).result()
 
     def callback(x: Any) -> list[np.ndarray]:

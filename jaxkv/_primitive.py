@@ -4,8 +4,7 @@ Two primitives. `write_p` is what users bind. Where several devices share the wo
 which gives each device a `local_p` for its own heads; without that, XLA would gather the caches. `local_p` lowers
 to the Triton kernel or to XLA, whichever the platform has.
 
-Operands: key, value, one or two caches, slot_mapping, then k_scale, v_scale and layer where `Options` says so, of
-shape (1,) each. Results: the new caches.
+Operands are those of `Operands`. Results: all arrays that are written, caches and scale caches, as they are then.
 """
 
 import functools
@@ -34,62 +33,57 @@ from kvcore.layout import Axis, CacheLayout
 class Options(NamedTuple):
     """The static half of a call, free of shapes: those change under sharding and batching."""
 
-    num_caches: int
     kv_cache_dtype: str
     layout: CacheLayout
-    k_scaled: bool
-    v_scaled: bool
-    layer_traced: bool
+    scale_layout: CacheLayout | None  # of scale caches, where there are any
     layer: int | None
     backend: str | None
     compute_capability: int | None = None
 
+    @property
+    def arrays(self) -> list[Sequence[Axis]]:
+        """Axes of each array that is written."""
+        return arrays_of(self.layout, self.scale_layout)
+
 
 class Operands(NamedTuple):
-    """The primitive's operands, by name."""
+    """Arrays of a call, by name: a pytree. layer has shape (1,), scales that or one element a head."""
 
     key: Any
     value: Any
-    caches: tuple[Any, ...]
+    memory: tuple[Any, ...]  # caches, then scale caches: what is written
     slot_mapping: Any
     k_scale: Any | None
     v_scale: Any | None
     layer: Any | None
 
-    @classmethod
-    def unflatten(cls, options: Options, flat: Sequence[Any]) -> "Operands":
-        """Names the flat operands."""
-        caches, rest = flat[2 : 2 + options.num_caches], list(flat[2 + options.num_caches :])
-        given = (True, options.k_scaled, options.v_scaled, options.layer_traced)
-        return cls(flat[0], flat[1], tuple(caches), *(rest.pop(0) if g else None for g in given))
 
-    def flatten(self) -> list[Any]:
-        """The inverse of `unflatten`."""
-        rest = (self.slot_mapping, self.k_scale, self.v_scale, self.layer)
-        return [self.key, self.value, *self.caches, *(x for x in rest if x is not None)]
+def arrays_of(layout: CacheLayout, scale_layout: CacheLayout | None) -> list[Sequence[Axis]]:
+    """Axes of caches, then of scale caches. The latter lack the last one of their layout."""
+    return [*layout.arrays, *(axes[:-1] for axes in (() if scale_layout is None else scale_layout.arrays))]
 
 
-def write(options: Options, *flat: Any) -> list[Any]:
+def write(options: Options, operands: Operands) -> list[Any]:
     """Binds the primitive. Inside shard_map, operands become varying where any of them is."""
-    mesh, explicit = explicit_axes(Operands.unflatten(options, flat).caches[0])
+    mesh, explicit = explicit_axes(operands.memory[0])
     if explicit:
-        return _write_explicit(options, mesh, explicit, flat)
-    varying = frozenset().union(*(varying_axes(x) for x in flat))
-    return write_p.bind(*(vary(x, varying) for x in flat), options=options)
+        return _write_explicit(options, mesh, explicit, operands)
+    flat, tree = jax.tree.flatten(operands)
+    varying = frozenset().union(*map(varying_axes, flat))
+    return write_p.bind(*(vary(x, varying) for x in flat), tree=tree, options=options)
 
 
-def _write_explicit(options: Options, mesh: Any, explicit: set[str], flat: Sequence[Any]) -> list[Any]:
+def _write_explicit(options: Options, mesh: Any, explicit: set[str], operands: Operands) -> list[Any]:
     """The write where shardings are part of types: they are known here, so each device gets its heads here."""
-    specs = [jax.typeof(c).sharding.spec for c in Operands.unflatten(options, flat).caches]
-    operand_specs, cache_specs = _specs(options, specs, len(flat))
+    specs = _specs(options, [jax.typeof(a).sharding.spec for a in operands.memory], operands)
     local = jax.shard_map(
-        lambda *shards: write(options, *shards),
+        lambda shards: tuple(write(options, shards)),
         mesh=mesh,
         axis_names=explicit,
-        in_specs=tuple(operand_specs),
-        out_specs=cache_specs,
+        in_specs=(specs,),
+        out_specs=specs.memory,
     )
-    return local(*(jax.sharding.reshard(x, NamedSharding(mesh, s)) for x, s in zip(flat, operand_specs, strict=True)))
+    return list(local(jax.tree.map(lambda x, s: jax.sharding.reshard(x, NamedSharding(mesh, s)), operands, specs)))
 
 
 def explicit_axes(cache: Any) -> tuple[Any, set[str]]:
@@ -112,17 +106,12 @@ def vary(x: Any, axes: frozenset[str]) -> Any:
 
 def describe(options: Options, operands: Operands) -> Write:
     """The contract's description of a call, for the shapes at hand."""
+    x: Any = jax.tree.map(spec_of, operands)
+    count = len(options.layout.arrays)
     return check_write(
-        spec_of(operands.key),
-        spec_of(operands.value),
-        [spec_of(c) for c in operands.caches],
-        spec_of(operands.slot_mapping),
-        options.kv_cache_dtype,
-        None if operands.k_scale is None else spec_of(operands.k_scale),
-        None if operands.v_scale is None else spec_of(operands.v_scale),
-        options.layout,
-        spec_of(operands.layer) if options.layer_traced else options.layer,
-    )
+        x.key, x.value, x.memory[:count], x.slot_mapping, options.kv_cache_dtype, x.k_scale, x.v_scale, options.layout,
+        options.layer if x.layer is None else x.layer, x.memory[count:], options.scale_layout,
+    )  # fmt: skip
 
 
 def spec_of(x: Any) -> ArraySpec:
@@ -139,8 +128,8 @@ def make_primitive(name: str, abstract: Any) -> Primitive:
     return primitive
 
 
-def _abstract(*avals: Any, options: Options) -> list[Any]:
-    return list(Operands.unflatten(options, avals).caches)
+def _abstract(*avals: Any, tree: Any, options: Options) -> list[Any]:
+    return list(jax.tree.unflatten(tree, avals).memory)
 
 
 local_p = make_primitive("reshape_and_cache_local", _abstract)
@@ -151,12 +140,12 @@ write_p = make_primitive("reshape_and_cache", _abstract)
 
 
 def _lower_local(platform: str) -> Any:
-    def implementation(*flat: Any, options: Options) -> list[Any]:
-        operands = Operands.unflatten(options, flat)
+    def implementation(*flat: Any, tree: Any, options: Options) -> list[Any]:
+        operands = jax.tree.unflatten(tree, flat)
         call = describe(options, operands)
         backend = backend_on(platform, options.backend)
         if backend == "xla":
-            return _xla.write(call, operands, options.layer)
+            return _xla.write(call, operands, options.layer, options.scale_layout)
         if backend == "interpret":
             return _interpret.write(call, operands, options.layer)
         from jaxkv import _triton  # imports Triton, which only GPUs need
@@ -184,9 +173,9 @@ for _platform in PLATFORMS:
 # ---- several devices
 
 
-def _lower_write(ctx: Any, *values: Any, options: Options) -> Any:
+def _lower_write(ctx: Any, *values: Any, tree: Any, options: Options) -> Any:
     options = options._replace(compute_capability=compute_capability(ctx.module_context.axis_context))
-    partitioned = _partitioned(options, len(ctx.avals_in))
+    partitioned = _partitioned(options, tree, ctx.avals_in)
     return mlir.lower_fun(lambda *flat: list(partitioned(*flat)), multiple_results=True)(ctx, *values)
 
 
@@ -205,44 +194,73 @@ def compute_capability(axis_context: Any) -> int | None:
     return None
 
 
-def _partitioned(options: Options, num_operands: int) -> Any:
+def _partitioned(options: Options, tree: Any, avals: Sequence[Any]) -> Any:
     """The write as a function that XLA's partitioner splits by heads."""
 
     def local(*flat: Any) -> tuple[Any, ...]:
-        return tuple(local_p.bind(*flat, options=options))
+        return tuple(local_p.bind(*flat, tree=tree, options=options))
 
     def partition(mesh: Any, args: Any, results: Any) -> Any:
         del results
-        given = Operands.unflatten(options, args)
-        if not all(isinstance(c.sharding, NamedSharding) for c in given.caches):  # within a partly manual shard_map
-            return mesh, local, tuple(c.sharding for c in given.caches), tuple(a.sharding for a in args)
-        operand_specs, cache_specs = _specs(options, [c.sharding.spec for c in given.caches], num_operands)
-        caches, operands = (tuple(NamedSharding(mesh, spec) for spec in s) for s in (cache_specs, operand_specs))
-        return mesh, local, caches, operands
+        given = jax.tree.unflatten(tree, args)
+        if not all(isinstance(a.sharding, NamedSharding) for a in given.memory):  # within a partly manual shard_map
+            return mesh, local, tuple(a.sharding for a in given.memory), tuple(a.sharding for a in args)
+        specs = _specs(options, [a.sharding.spec for a in given.memory], given)
+        operands, memory = (
+            tuple(NamedSharding(mesh, s) for s in jax.tree.leaves(part, is_leaf=lambda s: isinstance(s, P)))
+            for part in (specs, specs.memory)
+        )
+        return mesh, local, memory, operands
 
     partitioned = custom_partitioning(local)
-    partitioned.def_partition(partition, sharding_rule=_sharding_rule(options, num_operands))
+    rule = _sharding_rule(options, jax.tree.unflatten(tree, avals))
+    partitioned.def_partition(partition, sharding_rule=rule)
     return partitioned
 
 
-def _specs(options: Options, caches: Sequence[P], num_operands: int) -> tuple[list[P], list[P]]:
-    """Specs of all operands and of the results, given those of the caches."""
-    heads, results = split_caches(options.layout, caches)
-    rows = P(None, heads, None)
-    return [rows, rows, *results, *[P(None)] * (num_operands - 2 - len(results))], results
+def _specs(options: Options, memory: Sequence[P], operands: Operands) -> Operands:
+    """Specs of all operands, given those of the arrays that are written, whose results have the same ones."""
+    return _split(options, operands, heads_split(options.arrays, len(options.layout.arrays), memory))
 
 
-def split_caches(layout: CacheLayout, specs: Sequence[P]) -> tuple[Any, list[P]]:
-    """The mesh axes over which the heads of caches are split, and specs that split nothing else."""
-    splits = [_head_split(axes, spec) for axes, spec in zip(layout.arrays, specs, strict=True)]
+def _split(options: Options, operands: Operands, heads: Any) -> Operands:
+    """Specs of all operands with heads split over mesh axes, and nothing else."""
+    replicated: Any = jax.tree.map(lambda x: P(*(None,) * len(x.shape)), operands)
+    return replicated._replace(
+        key=P(None, heads, None),
+        value=P(None, heads, None),
+        memory=tuple(split_heads(axes, heads) for axes in options.arrays),
+        k_scale=split_scale(operands.k_scale, heads),
+        v_scale=split_scale(operands.v_scale, heads),
+    )
+
+
+def split_heads(axes: Sequence[Axis], heads: Any) -> P:
+    """The spec of an array with its heads split over mesh axes."""
+    return P(*(heads if "head" in axis else None for axis in axes))
+
+
+def split_scale(scale: Any | None, heads: Any) -> P | None:
+    """The spec of a static scale: where each head has one, they are split with the heads."""
+    return None if scale is None else P(heads if scale.shape[0] > 1 else None)
+
+
+def heads_split(arrays: Sequence[Sequence[Axis]], num_caches: int, specs: Sequence[P]) -> Any:
+    """The mesh axes over which the heads of caches are split; an error if anything else is.
+
+    Args:
+        arrays: Axes of caches, then of scale caches, which follow the caches.
+        num_caches: How many are caches.
+        specs: How the arrays are split.
+    """
+    splits = [_head_split(axes, spec) for axes, spec in zip(arrays, specs, strict=True)][:num_caches]
     if len({str(split) for split in splits}) > 1:
         raise ValueError(f"key_cache and value_cache must be split alike over heads, got {splits[0]} and {splits[1]}")
-    heads = splits[0]
-    return heads, [P(*(heads if "head" in axis else None for axis in axes)) for axes in layout.arrays]
+    return splits[0]
 
 
 def _head_split(axes: Sequence[Axis], spec: P) -> Any:
-    """The mesh axes over which heads are split; an error if anything else is."""
+    """The mesh axes over which the heads of an array are split; an error if anything else is."""
     split = None
     for axis, mesh_axes in zip(axes, (*spec, *(None,) * (len(axes) - len(spec))), strict=True):
         if mesh_axes is None:
@@ -256,31 +274,39 @@ def _head_split(axes: Sequence[Axis], spec: P) -> Any:
     return split
 
 
-def _sharding_rule(options: Options, num_operands: int) -> str:
+def _sharding_rule(options: Options, operands: Operands) -> str:
     """How shardings spread: heads are shared by all operands with that axis, every other axis is on its own."""
+    caches = options.layout.arrays
+    # A joined axis has twice as many entries as there are heads: nothing else can share it.
+    joined = any(len(axis) > 1 and "head" in axis for axes in caches for axis in axes)
+    specs = _split(options, operands, None if joined else "h")
+    memory = *(split_heads(axes, "h") for axes in caches), *specs.memory[len(caches) :]
+    spelled = spell(specs._replace(memory=memory))
+    return f"{', '.join(jax.tree.leaves(spelled))} -> {', '.join(spelled.memory)}"
+
+
+def spell(specs: Any) -> Any:
+    """Specs that name factors, as sharding rules spell them. Each None is a factor of its own."""
     fresh = (f"i{n}" for n in range(1000))
 
-    def spell(axes: Sequence[Axis]) -> str:
-        return " ".join("h" if "head" in axis else next(fresh) for axis in axes)
+    def one(spec: P) -> str:
+        return " ".join(factor or next(fresh) for factor in spec)
 
-    caches = [spell(axes) for axes in options.layout.arrays]
-    joined = any(len(axis) > 1 and "head" in axis for axes in options.layout.arrays for axis in axes)
-    rows = [f"{next(fresh)} {next(fresh) if joined else 'h'} {next(fresh)}" for _ in range(2)]
-    rest = [next(fresh) for _ in range(num_operands - 2 - len(caches))]
-    return f"{', '.join([*rows, *caches, *rest])} -> {', '.join(caches)}"
+    return jax.tree.map(one, specs, is_leaf=lambda x: isinstance(x, P))
 
 
 # ---- transformations
 
 
-def _batch(flat: Sequence[Any], dims: Sequence[Any], *, options: Options) -> tuple[list[Any], list[int]]:
+def _batch(flat: Sequence[Any], dims: Sequence[Any], *, tree: Any, options: Options) -> tuple[list[Any], list[int]]:
     """vmap: one write where the batch can be folded into blocks, else a loop over it; in place either way."""
     size = next(x.shape[d] for x, d in zip(flat, dims, strict=True) if isinstance(d, int))
-    batched = Operands.unflatten(options, dims)
-    x = Operands.unflatten(options, [batching.bdim_at_front(a, d, size) for a, d in zip(flat, dims, strict=True)])
-    first = {axes[0] for axes in options.layout.arrays}
-    extents = options.layout.place([c.shape[1:] for c in x.caches], head_size=x.key.shape[3]).extents
-    shared = not any(isinstance(d, int) for d in (batched.k_scale, batched.v_scale, batched.layer))
+    mapped: Any = jax.tree.unflatten(tree, [isinstance(d, int) for d in dims])
+    x: Any = jax.tree.unflatten(tree, [batching.bdim_at_front(a, d, size) for a, d in zip(flat, dims, strict=True)])
+    first = {axes[0] for axes in options.arrays}
+    item = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), x)
+    extents = describe(options, item).placement.extents
+    shared = not (mapped.k_scale or mapped.v_scale or mapped.layer)
     fits = size * extents.num_slots <= jnp.iinfo(x.slot_mapping.dtype).max
     if first == {("block",)} and shared and fits:
         slots = x.slot_mapping
@@ -290,16 +316,16 @@ def _batch(flat: Sequence[Any], dims: Sequence[Any], *, options: Options) -> tup
         merged = Operands(
             _merge(x.key[:, : slots.shape[1]]),
             _merge(x.value[:, : slots.shape[1]]),
-            tuple(map(_merge, x.caches)),
+            tuple(map(_merge, x.memory)),
             slots.reshape(-1),
             *one,
         )
-        new = write_p.bind(*merged.flatten(), options=options)
+        new = _bind(merged, options)
     elif first == {("layer",)} or not options.layout.has_layer:
         new = _loop_over_layers(x, size, extents.num_layers, options)
     else:  # layer, but not in front: the batch cannot be one axis with it
-        new = lax.map(lambda item: write_p.bind(*item, options=options), x.flatten())
-    return [a.reshape(c.shape) for a, c in zip(new, x.caches, strict=True)], [0] * len(new)
+        new = lax.map(lambda item: _bind(item, options), x)
+    return [a.reshape(c.shape) for a, c in zip(new, x.memory, strict=True)], [0] * len(new)
 
 
 def _loop_over_layers(x: Operands, size: int, num_layers: int | None, options: Options) -> list[Any]:
@@ -307,14 +333,19 @@ def _loop_over_layers(x: Operands, size: int, num_layers: int | None, options: O
     layers = num_layers or 1
     own = jnp.full(size, options.layer or 0) if x.layer is None else x.layer[:, 0]
     layer = jnp.where((own >= 0) & (own < layers), jnp.arange(size) * layers + own, -1).astype(jnp.int32)
-    options = options._replace(layout=options.layout.with_layer(), layer_traced=True, layer=None)
+    scale_layout = None if options.scale_layout is None else options.scale_layout.with_layer()
+    options = options._replace(layout=options.layout.with_layer(), scale_layout=scale_layout, layer=None)
 
-    def body(i: Any, caches: list[Any]) -> list[Any]:
-        k_scale, v_scale = (None if s is None else s[i] for s in (x.k_scale, x.v_scale))
-        item = Operands(x.key[i], x.value[i], tuple(caches), x.slot_mapping[i], k_scale, v_scale, layer[i][None])
-        return write_p.bind(*item.flatten(), options=options)
+    def body(i: Any, memory: list[Any]) -> list[Any]:
+        item = jax.tree.map(lambda a: a[i], x._replace(memory=(), layer=None))
+        return _bind(item._replace(memory=tuple(memory), layer=layer[i][None]), options)
 
-    return lax.fori_loop(0, size, body, [c if num_layers is None else _merge(c) for c in x.caches])
+    return lax.fori_loop(0, size, body, [a if num_layers is None else _merge(a) for a in x.memory])
+
+
+def _bind(operands: Operands, options: Options) -> list[Any]:
+    flat, tree = jax.tree.flatten(operands)
+    return write_p.bind(*flat, tree=tree, options=options)
 
 
 def _merge(x: Any) -> Any:

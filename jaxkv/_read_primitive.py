@@ -20,12 +20,16 @@ from jax.sharding import PartitionSpec as P
 from jaxkv import _interpret, _xla_read
 from jaxkv._primitive import (
     PLATFORMS,
+    arrays_of,
     backend_on,
     compute_capability,
     explicit_axes,
+    heads_split,
     make_primitive,
     spec_of,
-    split_caches,
+    spell,
+    split_heads,
+    split_scale,
     vary,
     varying_axes,
 )
@@ -35,7 +39,7 @@ from kvcore.read_contract import Attention, Gather, check_attention, check_gathe
 
 
 class Operands(NamedTuple):
-    """Arrays of a call, by name: a pytree. Scales and layer have shape (1,)."""
+    """Arrays of a call, by name: a pytree. layer has shape (1,); scales have that or `(num_heads,)`, or are caches."""
 
     query: Any | None  # None: a gather
     caches: tuple[Any, ...]
@@ -53,6 +57,7 @@ class Options(NamedTuple):
 
     kv_cache_dtype: str
     layout: CacheLayout
+    scale_layout: CacheLayout | None  # of scale caches, where k_scale and v_scale are such
     layer: int | None
     head_size: int | None
     head_size_v: int | None
@@ -61,6 +66,11 @@ class Options(NamedTuple):
     max_len: int = 0
     dtype: str | None = None
     compute_capability: int | None = None
+
+    @property
+    def arrays(self) -> list[Sequence[Axis]]:
+        """Axes of caches, then of scale caches."""
+        return arrays_of(self.layout, self.scale_layout)
 
     @property
     def op(self) -> str:
@@ -95,11 +105,11 @@ def describe(options: Options, operands: Operands) -> Any:
     if options.attention is None:
         return check_gather(
             x.caches, x.block_tables, x.seq_lens, options.max_len, options.dtype, *cache, layer, options.head_size,
-            options.head_size_v,
+            options.head_size_v, options.scale_layout,
         )  # fmt: skip
     return check_attention(
         x.query, x.caches, x.block_tables, x.seq_lens, x.query_start_loc, x.sinks, options.attention, *cache, layer,
-        options.head_size_v,
+        options.head_size_v, options.scale_layout,
     )  # fmt: skip
 
 
@@ -139,8 +149,9 @@ def _lower_local(platform: str) -> Any:
 
             target = platform, options.compute_capability
             return list(getattr(_triton_read, options.op)(call, operands, options.layer, *target))
-        module: Any = _xla_read if backend == "xla" else _interpret
-        return list(getattr(module, options.op)(call, operands, options.layer))
+        if backend == "interpret":
+            return list(getattr(_interpret, options.op)(call, operands, options.layer))
+        return list(getattr(_xla_read, options.op)(call, operands, options.layer, options.scale_layout))
 
     return mlir.lower_fun(implementation, multiple_results=True)
 
@@ -188,12 +199,14 @@ def _partitioned(options: Options, tree: Any, avals: Sequence[Any]) -> Any:
 
 def _specs(options: Options, specs: Operands, operands: Operands) -> tuple[Operands, list[P]]:
     """Specs of operands and results, given those that operands have."""
-    heads, caches = split_caches(options.layout, specs.caches)
+    scales: Any = () if options.scale_layout is None else (specs.k_scale, specs.v_scale)
+    heads = heads_split(options.arrays, len(specs.caches), (*specs.caches, *scales))
+    replicated: Any = jax.tree.map(lambda x: P(*(None,) * len(x.shape)), operands)
+    caches, k_scale, v_scale = _split(options, operands, heads)
+    ins = replicated._replace(caches=caches, k_scale=k_scale, v_scale=v_scale)
     if heads is None and specs.query is not None and _num_heads(options, operands) == 1:
         # One KV head for all query heads: every device has it, and takes query heads of its own.
         heads = (*specs.query, None, None)[1]
-    replicated: Any = jax.tree.map(lambda x: P(*(None,) * len(x.shape)), operands)
-    ins = replicated._replace(caches=tuple(caches))
     if options.attention is None:
         return ins, [P(None, None, heads, None)] * 2
     if operands.sinks is not None:
@@ -201,36 +214,44 @@ def _specs(options: Options, specs: Operands, operands: Operands) -> tuple[Opera
     return ins._replace(query=P(None, heads, None)), [P(None, heads, None), P(None, heads)]
 
 
+def _split(options: Options, operands: Operands, heads: Any) -> tuple[tuple[P, ...], P | None, P | None]:
+    """Specs of caches, k_scale and v_scale with heads split over mesh axes, and nothing else."""
+    count = len(operands.caches)
+    memory = [split_heads(axes, heads) for axes in options.arrays]
+    if options.scale_layout is not None:
+        return tuple(memory[:count]), memory[count], memory[count + 1]
+    return tuple(memory), split_scale(operands.k_scale, heads), split_scale(operands.v_scale, heads)
+
+
 def _num_heads(options: Options, operands: Operands) -> int:
     """KV heads of the caches."""
-    shapes = [c.shape for c in operands.caches]
-    head_size = options.head_size if operands.query is None else operands.query.shape[2]
-    return options.layout.place(shapes, head_size=head_size, head_size_v=options.head_size_v).extents.num_heads
+    return describe(options, operands).cache.placement.extents.num_heads
 
 
 def _sharding_rule(options: Options, operands: Operands) -> tuple[str, dict[str, int]]:
     """How shardings spread: by KV heads h, each with g query heads; every other axis is on its own."""
-    fresh = (f"i{n}" for n in range(1000))
-    specs: Any = jax.tree.map(lambda x: " ".join(next(fresh) for _ in x.shape), operands)
     heads = _num_heads(options, operands)
     # A factor that shares an axis with another may not have size 1, and is given its size if it is nowhere alone.
     names: dict[Axis, str] = {("head",): "h"}
     if heads > 1:
         names["head", "kv"] = "(h c)"
-    arrays = [[names.get(axis) or next(fresh) for axis in axes] for axes in options.layout.arrays]
-    specs = specs._replace(caches=tuple(map(" ".join, arrays)))
-    sizes = {"c": 2} if any("(h c)" in axes for axes in arrays) else {}
+    caches = tuple(P(*map(names.get, axes)) for axes in options.layout.arrays)
+    _, k_scale, v_scale = _split(options, operands, "h")
+    arrays = [spec for spec in (*caches, k_scale, v_scale) if spec is not None]
+    sizes = {"c": 2} if any("(h c)" in spec for spec in arrays) else {}
+    replicated: Any = jax.tree.map(lambda x: P(*(None,) * len(x.shape)), operands)
+    specs = replicated._replace(caches=caches, k_scale=k_scale, v_scale=v_scale)
     if options.attention is None:
-        outs = [f"{next(fresh)} {next(fresh)} h {next(fresh)}" for _ in range(2)]
+        outs = [P(None, None, "h", None)] * 2
     else:
         group = operands.query.shape[1] // heads  # type: ignore[union-attr]
         query = "h" if group == 1 else "q" if heads == 1 else "(h g)"
         if query == "(h g)":
-            sizes |= {"g": group} | ({} if any("h" in axes for axes in arrays) else {"h": heads})
-        outs = [f"{next(fresh)} {query} {next(fresh)}", f"{next(fresh)} {query}"]
-        sinks = None if operands.sinks is None else query
-        specs = specs._replace(query=f"{next(fresh)} {query} {next(fresh)}", sinks=sinks)
-    return f"{', '.join(jax.tree.leaves(specs))} -> {', '.join(outs)}", sizes
+            sizes |= {"g": group} | ({} if any("h" in spec for spec in arrays) else {"h": heads})
+        outs = [P(None, query, None), P(None, query)]
+        specs = specs._replace(query=outs[0], sinks=None if operands.sinks is None else P(query))
+    ins, results = spell((specs, outs))
+    return f"{', '.join(jax.tree.leaves(ins))} -> {', '.join(results)}", sizes
 
 
 # ---- transformations

@@ -14,7 +14,7 @@ jt = _compat.import_jax_triton()
 
 from kvcore.compiler import kernel_function  # noqa: E402
 from kvcore.contract import Write  # noqa: E402
-from kvcore.plan import KernelPlan, Target, plan_write, scalars  # noqa: E402
+from kvcore.plan import KernelPlan, Target, arguments, plan_write, scalars  # noqa: E402
 from kvcore.quantization import FP8  # noqa: E402
 
 if TYPE_CHECKING:
@@ -28,26 +28,21 @@ _PTX_VERSIONS = {80: 78, 86: 78, 87: 78, 89: 81, 90: 80, 100: 86, 101: 86, 103: 
 def write(
     call: Write, operands: "Operands", layer: int | None, platform: str, compute_capability: int | None
 ) -> list[jax.Array]:
-    """The new caches: the same buffers, updated in place."""
+    """The new arrays: the same buffers, updated in place."""
     n = operands.slot_mapping.shape[0]
     target = target_of(platform, compute_capability)
     plan = plan_write(call, target, layer_is_pointer=operands.layer is not None)
     if 0 in plan.grid(n):
-        return list(operands.caches)
-    refs = [jax.new_ref(as_bytes(cache)) for cache in operands.caches]
-    arguments = [
-        as_bytes(operands.key),
-        as_bytes(operands.value),
-        *refs,
-        operands.slot_mapping,
-        operands.k_scale,
-        operands.v_scale,
-        layer if operands.layer is None else operands.layer,
-        *scalars(call, n),
-    ]
-    launch(plan.kernel, plan.grid(n), arguments, target)
+        return list(operands.memory)
+    refs = [jax.new_ref(as_bytes(array)) for array in operands.memory]
+    count = len(call.layout.arrays)
+    pointers = arguments(
+        call, as_bytes(operands.key), as_bytes(operands.value), refs[:count], refs[count:], operands.slot_mapping,
+        operands.k_scale, operands.v_scale, layer if operands.layer is None else operands.layer,
+    )  # fmt: skip
+    launch(plan.kernel, plan.grid(n), [*pointers, *scalars(call, n)], target)
     new = [jax.freeze(ref) for ref in refs]
-    return [lax.bitcast_convert_type(n, c.dtype) for n, c in zip(new, operands.caches, strict=True)]
+    return [lax.bitcast_convert_type(n, a.dtype) for n, a in zip(new, operands.memory, strict=True)]
 
 
 def launch(
@@ -71,8 +66,8 @@ def launch(
 
 
 def as_bytes(x: jax.Array) -> jax.Array:
-    """fp8 as bytes, which is a view: Triton refuses the types where the target lacks them."""
-    return lax.bitcast_convert_type(x, jnp.uint8) if x.dtype.name in FP8 else x
+    """Quantised elements as bytes, which is a view. Triton refuses fp8 types where the target lacks them."""
+    return lax.bitcast_convert_type(x, jnp.uint8) if x.dtype.name in FP8 or x.dtype == jnp.int8 else x
 
 
 def target_of(platform: str, compute_capability: int | None) -> Target:

@@ -4,16 +4,28 @@ Attention takes tiles of queries, each of one sequence, all at once, and tiles o
 memory for what a tile of positions holds, however long the sequences are.
 """
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+import operator
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxkv._access import Part, parts_of, take
+from jaxkv._numbers import decode, encode, times
 from jaxkv._primitive import vary, varying_axes
-from jaxkv._xla import bits_of
-from kvcore.quantization import FP8, FloatFormat
+from kvcore.layout import CacheLayout
+from kvcore.quantization import (
+    BFLOAT16,
+    DS_MLA_GROUP,
+    DS_MLA_LATENT,
+    DS_MLA_ROPE,
+    E4M3,
+    FP8_DS_MLA,
+    NVFP4,
+    NVFP4_GROUP,
+)
 from kvcore.read_contract import Attention, Cache, Gather
 
 if TYPE_CHECKING:
@@ -48,7 +60,9 @@ class _Queries(NamedTuple):
     block_tables: jax.Array
 
 
-def attention(call: Attention, operands: "Operands", layer: int | None) -> tuple[jax.Array, jax.Array]:
+def attention(
+    call: Attention, operands: "Operands", layer: int | None, scale_layout: CacheLayout | None
+) -> tuple[jax.Array, jax.Array]:
     """The result, in query's dtype, and the log-sum-exp of each row: online softmax in float32."""
     x, extents = operands, call.cache.placement.extents
     num_tokens, q_heads, _ = call.query.shape
@@ -59,13 +73,13 @@ def attention(call: Attention, operands: "Operands", layer: int | None) -> tuple
     queries = _tile_queries(x)
     count, width = queries.position.shape
 
-    factor, factor_v = jnp.float32(call.options.scale), None
-    if call.cache.scaled:
-        factor = factor if x.k_scale is None else factor * x.k_scale[0]
-        factor_v = None if x.v_scale is None else x.v_scale[0]
-    query = queries.query.astype(jnp.float32) * factor
+    source = _Source.of(call.cache, x, scale_layout)
+    k_scale, v_scale = (None if s is None else s.reshape(-1, 1, 1) for s in source.static)  # of heads, or of all
+    query = queries.query.astype(jnp.float32)
     query = query.reshape(count, width, heads, group, -1).swapaxes(1, 2).reshape(count, heads, width * group, -1)
-    top, total, out = _online_softmax(call, x, layer, queries._replace(query=query))
+    factor = jnp.float32(call.options.scale)
+    query = query * (factor if k_scale is None else factor * k_scale)
+    top, total, out = _online_softmax(call, source, _layer(x, layer), queries._replace(query=query))
 
     if x.sinks is not None:
         sink = jnp.tile(sinks.reshape(heads, group), (1, width))
@@ -74,7 +88,7 @@ def attention(call: Attention, operands: "Operands", layer: int | None) -> tuple
         top, total, out = new_top, total * shrink + jnp.exp(sink - new_top), out * shrink[..., None]
     lse = jnp.where(total > 0, top + jnp.log(total), -jnp.inf)
     out = out / jnp.where(total > 0, total, 1)[..., None]
-    out = out if factor_v is None else out * factor_v
+    out = out if v_scale is None else out * v_scale
 
     def by_token(a: jax.Array) -> jax.Array:
         a = a.reshape(count, heads, width, group, -1).swapaxes(1, 2)
@@ -124,16 +138,15 @@ def _places(start: jax.Array, num_tokens: int, width: int) -> tuple[jax.Array, j
 # ---- tiles of positions
 
 
-def _online_softmax(call: Attention, x: "Operands", layer: int | None, queries: _Queries) -> _Softmax:
-    extents, options = call.cache.placement.extents, call.options
+def _online_softmax(call: Attention, source: "_Source", index: jax.Array, queries: _Queries) -> _Softmax:
+    cache, extents, options = call.cache, call.cache.placement.extents, call.options
     window = options.sliding_window
     position, table = queries.position, queries.block_tables
     (count, heads, rows, _), width = queries.query.shape, position.shape[1]
-    per_position = count * heads * (extents.head_size + extents.head_size_v + rows)
+    per_position = count * heads * (cache.head_size + cache.head_size_v + rows)
     blocks = min(table.shape[1], max(1, min(_TILE, _TILE_ELEMENTS // per_position) // extents.block_size))
     positions = blocks * extents.block_size
 
-    index = _layer(x, layer)
     there = (table >= 0) & (table < extents.num_blocks) & (index >= 0) & (index < (extents.num_layers or 1))
     limit = jnp.minimum(queries.length, table.shape[1] * extents.block_size)
     if options.causal:
@@ -157,7 +170,7 @@ def _online_softmax(call: Attention, x: "Operands", layer: int | None, queries: 
             seen = seen & (n <= position[..., None])
             if window is not None:
                 seen = seen & (n > position[..., None] - window)
-        key, value = _tile(call.cache, x, index, jnp.maximum(block, 0))
+        key, value = _tile(source, index, jnp.maximum(block, 0))
 
         logit = jnp.einsum("thrd,thnd->thrn", queries.query, key, precision=lax.Precision.HIGHEST)
         if options.soft_cap is not None:
@@ -174,101 +187,95 @@ def _online_softmax(call: Attention, x: "Operands", layer: int | None, queries: 
     front = (count, heads, rows)
     # The lowest number, not -inf: a row that has seen nothing yet has weights exp(-inf), not exp(-inf + inf).
     top = jnp.full(front, jnp.finfo(jnp.float32).min)
-    state = (top, jnp.zeros(front, jnp.float32), jnp.zeros((*front, extents.head_size_v), jnp.float32))
+    state = (top, jnp.zeros(front, jnp.float32), jnp.zeros((*front, cache.head_size_v), jnp.float32))
     state = jax.tree.map(lambda s: vary(s, varying_axes(queries.query)), state)  # within shard_map
     if table.shape[1] == blocks:  # without a loop, XLA makes one program of it: twice as fast for small models on a CPU
         return step(jnp.int32(0), state)
     return lax.fori_loop(jnp.int32(first), end.astype(jnp.int32), step, state)
 
 
-def _tile(cache: Cache, x: "Operands", layer: jax.Array, block: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Keys and values of blocks `[tiles, blocks]` as `[tiles, num_heads, positions, dim]` float32, without scales."""
-    extents = cache.placement.extents
+def _tile(source: "_Source", layer: jax.Array, block: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Keys and values of blocks `[tiles, blocks]` as `[tiles, num_heads, positions, dim]` float32."""
+    cache = source.cache
     # With heads among the indices, the gather leaves elements in the order in which the products want them.
-    head = jnp.arange(extents.num_heads, dtype=jnp.int32)
+    head = jnp.arange(cache.placement.extents.num_heads, dtype=jnp.int32)
     at = {"layer": layer, "block": block[:, None, :], "head": head[:, None]}
 
     def read(kv: int) -> jax.Array:
-        found = _take(cache, x, kv, at, "slot")
-        found = found.reshape(*found.shape[:2], -1, (extents.head_size, extents.head_size_v)[kv])
-        return _decode(found, cache.format)
+        found = source.read(kv, at, "slot")
+        return found.reshape(*found.shape[:2], -1, found.shape[-1])
 
     key = read(0)
-    return key, key[..., : extents.head_size_v] if cache.layout.latent else read(1)
+    return key, key[..., : cache.head_size_v] if cache.layout.latent else read(1)
 
 
 # ---- access to a cache
+
+
+class _Source(NamedTuple):
+    """A cache to read from.
+
+    Attributes:
+        cache: Its description.
+        arrays: Caches, then scale caches.
+        parts: Where K is in them, and V: elements, and scales if they were computed.
+        static: The other scales, of K and of V.
+    """
+
+    cache: Cache
+    arrays: tuple[jax.Array, ...]
+    parts: tuple[tuple[Part, Part | None], ...]
+    static: tuple[jax.Array | None, jax.Array | None]
+
+    @classmethod
+    def of(cls, cache: Cache, x: "Operands", scale_layout: CacheLayout | None) -> "_Source":
+        scales: Any = (x.k_scale, x.v_scale)
+        arrays = x.caches if scale_layout is None else (*x.caches, *scales)
+        parts = tuple(parts_of(cache, [a.shape for a in arrays], scale_layout, kv) for kv in (0, 1))
+        return cls(cache, arrays, parts, scales if scale_layout is None else (None, None))
+
+    def read(
+        self,
+        kv: int,
+        at: Mapping[str, jax.Array],
+        window: str,
+        multiply: Callable[[jax.Array, jax.Array], jax.Array] = operator.mul,
+    ) -> jax.Array:
+        """K (`kv` 0) or V (1) as float32, multiplied by computed scales, not by static ones. As `take`."""
+        part, scale_part = self.parts[kv]
+        stored, units = self.cache.format, take(self.arrays, part, at, window)
+        if stored == FP8_DS_MLA:
+            return _decode_mla(units, multiply)[..., : (self.cache.head_size, self.cache.head_size_v)[kv]]
+        rows = decode(units, stored)
+        if scale_part is None:
+            return rows
+        scales = take(self.arrays, scale_part, at, window)
+        if stored == NVFP4:  # an exact product, and a normal number
+            scales = decode(scales, E4M3)[..., None]
+            return (rows.reshape(*scales.shape[:-1], NVFP4_GROUP) * scales).reshape(rows.shape)
+        return multiply(rows, scales)
+
+
+def _decode_mla(row: jax.Array, multiply: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
+    """Rows of fp8_ds_mla as float32."""
+    front, rope_at = row.shape[:-1], row.shape[-1] - 2 * DS_MLA_ROPE
+    latent = decode(row[..., :DS_MLA_LATENT], FP8_DS_MLA).reshape(*front, -1, DS_MLA_GROUP)
+    scales = lax.bitcast_convert_type(row[..., DS_MLA_LATENT:rope_at].reshape(*front, -1, 4), jnp.float32)
+    rope = lax.bitcast_convert_type(row[..., rope_at:].reshape(*front, -1, 2), jnp.bfloat16)
+    return jnp.concatenate([multiply(latent, scales[..., None]).reshape(*front, -1), decode(rope, BFLOAT16)], axis=-1)
 
 
 def _layer(x: "Operands", layer: int | None) -> jax.Array:
     return jnp.int32(layer or 0) if x.layer is None else x.layer[0]
 
 
-def _take(cache: Cache, x: "Operands", kv: int, at: Mapping[str, jax.Array], window: str) -> jax.Array:
-    """Stored elements of K (`kv` 0) or V (1) for any order of the cache's axes; zeros where `at` points outside.
-
-    One gather from the whole array: a slice first, or a cast, would copy more than is asked for.
-
-    Args:
-        cache: Describes the arrays.
-        x: Has the arrays.
-        kv: Which.
-        at: Indices into layer and block, and into slot or head; they broadcast.
-        window: Of slot and head the other one, which is taken whole.
-
-    Returns:
-        Axes of the indices, then `window`, then dim, or dim // x and x.
-    """
-    i = kv if len(x.caches) == 2 else 0
-    array = x.caches[i]
-    if array.dtype.name in FP8:
-        # XLA's CPU code would gather from wider floats, and make them of the whole cache. The barrier ties the array to
-        # an index, else bytes of the whole cache would be made before the loop.
-        array, block = lax.optimization_barrier((array, at["block"]))
-        array, at = lax.bitcast_convert_type(array, jnp.uint8), {**at, "block": block}
-    sizes: dict[str, int] = {}
-    for axis, size in zip(cache.layout.arrays[i], array.shape, strict=True):
-        for name in axis:  # joined axes are taken apart: a bitcast
-            sizes[name] = size if len(axis) == 1 else 2 if name == "kv" else size // 2
-    array = array.reshape(tuple(sizes.values()))
-    names, extents = list(sizes), cache.placement.extents
-
-    first_dim = extents.head_size if cache.layout.packed and kv else 0
-    at = {**at, "kv": jnp.int32(kv), "k+v": jnp.int32(first_dim)}
-    indexed = [name for name in names if name in at]
-    index = jnp.stack(jnp.broadcast_arrays(*at.values()), axis=-1)
-    index = index[..., [list(at).index(name) for name in indexed]]
-    dim = (extents.head_size, extents.head_size_v)[kv]
-    dims = {"k+v": dim, "latent": dim}
-    taken = {window, "dim", "dim/x", "x", *dims}
-    order = [name for name in (window, "dim", "k+v", "latent", "dim/x", "x") if name in sizes]
-    kept = [name for name in names if name in taken]
-    batch = index.ndim - 1
-    numbers = lax.GatherDimensionNumbers(
-        offset_dims=tuple(range(batch, batch + len(kept))),
-        collapsed_slice_dims=tuple(n for n, name in enumerate(names) if name not in taken),
-        start_index_map=tuple(names.index(name) for name in indexed),
-    )
-    slices = tuple(dims.get(name, sizes[name]) if name in taken else 1 for name in names)
-    found = lax.gather(array, index, numbers, slices, mode=lax.GatherScatterMode.FILL_OR_DROP, fill_value=0)
-    return found.transpose(*range(batch), *(batch + kept.index(name) for name in order))
-
-
-def _decode(x: jax.Array, stored: FloatFormat) -> jax.Array:
-    """Stored elements as float32."""
-    if x.dtype.name != stored.name:
-        x = lax.bitcast_convert_type(x, jnp.dtype(stored.name))
-    return x.astype(jnp.float32)
-
-
 # ---- gather
 
 
-def gather(call: Gather, operands: "Operands", layer: int | None) -> tuple[jax.Array, jax.Array]:
-    """Keys and values, `[num_seqs, max_len, num_heads, dim]`. Bits as the oracle's.
-
-    One exception: XLA's CPU code reads a subnormal scale, and gives a subnormal product with a scale, as zero.
-    """
+def gather(
+    call: Gather, operands: "Operands", layer: int | None, scale_layout: CacheLayout | None
+) -> tuple[jax.Array, jax.Array]:
+    """Keys and values, `[num_seqs, max_len, num_heads, dim]`. Bits as the oracle's."""
     x, extents = operands, call.cache.placement.extents
     if 0 in (*call.shapes[0], extents.num_blocks, call.block_tables.shape[1]):
         key, value = (jnp.zeros(shape, call.format.name) for shape in call.shapes)
@@ -279,18 +286,17 @@ def gather(call: Gather, operands: "Operands", layer: int | None) -> tuple[jax.A
     there = there & (index >= 0) & (index < (extents.num_layers or 1))
     # A block that is not there becomes one outside, and gives zeros.
     at = {"layer": index, "block": jnp.where(there, block, extents.num_blocks), "slot": n % extents.block_size}
-    found = (_take(call.cache, x, kv, at, "head").reshape(shape) for kv, shape in enumerate(call.shapes))
-    both = (_convert(a, call, scale) for a, scale in zip(found, (x.k_scale, x.v_scale), strict=True))
-    key, value = (jnp.where(there[..., None, None], a, 0) for a in both)  # the scale may be negative, or NaN
-    return key, value
+    source = _Source.of(call.cache, x, scale_layout)
 
+    def one(kv: int) -> jax.Array:
+        if call.cache.format == call.format:
+            found = take(source.arrays, source.parts[kv][0], at, "head")
+        else:
+            found, scale = source.read(kv, at, "head", times), source.static[kv]
+            if scale is not None:
+                found = times(found, scale.reshape(-1, 1))  # of heads, or of all
+            found = lax.bitcast_convert_type(encode(found, call.format), jnp.dtype(call.format.name))
+        # A scale may be negative, or NaN.
+        return jnp.where(there[..., None, None], found.reshape(call.shapes[kv]), 0)
 
-def _convert(x: jax.Array, call: Gather, scale: jax.Array | None) -> jax.Array:
-    """Stored elements in the wanted format."""
-    wanted = call.format
-    if call.cache.format == wanted:
-        return x
-    x = _decode(x, call.cache.format)
-    if call.cache.scaled and scale is not None:
-        x = x * scale[0]
-    return lax.bitcast_convert_type(bits_of(x, wanted), jnp.dtype(wanted.name))
+    return one(0), one(1)

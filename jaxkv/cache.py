@@ -7,7 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxkv.ops import reshape_and_cache_flash, reshape_and_cache_flash_diffkv
+from jaxkv._primitive import heads_split, split_heads
+from jaxkv.ops import (
+    reshape_and_cache_flash,
+    reshape_and_cache_flash_diffkv,
+    reshape_and_cache_flash_diffkv_per_token_head_quant,
+    reshape_and_cache_flash_per_token_head_quant,
+    write_latent,
+)
 from jaxkv.read_ops import gather_kv, paged_attention
 from kvcore.layout import CacheLayout
 from kvcore.paged_cache import CacheSpec
@@ -21,8 +28,9 @@ class PagedKVCache:
     Attributes:
         caches: `(key_cache, value_cache)`, or `(kv_cache,)` for layouts that hold both.
         spec: Extents, layout and formats; static.
-        k_scale: By which fp8 keys were divided: float32 of one element, or None for 1.
-        v_scale: Likewise, for values.
+        k_scale: By which quantised keys were divided: float32 of one element or `[num_heads]`, or None for 1; with
+            per_token_head the scale cache, which `write` updates, too.
+        v_scale: Likewise, for values. None where they are a part of the keys.
     """
 
     caches: tuple[jax.Array, ...]
@@ -45,6 +53,8 @@ class PagedKVCache:
         kv_cache_dtype: str = "auto",
         k_scale: jax.Array | float | None = None,
         v_scale: jax.Array | float | None = None,
+        per_token_head: bool = False,
+        scale_layout: str | None = None,
         sharding: jax.sharding.Sharding | None = None,
     ) -> "PagedKVCache":
         """Allocates a cache of zeros.
@@ -58,10 +68,15 @@ class PagedKVCache:
             head_size_v: Elements of a value head; None means `head_size`.
             dtype: float16, bfloat16 or float32; a quantised cache is stored as uint8.
             layout: Pattern, constant's name or `CacheLayout`; an axis `layer` is put in front where it lacks one.
-            kv_cache_dtype: "auto", "fp8" (= "fp8_e4m3") or "fp8_e5m2".
-            k_scale: What fp8 keys are divided by: float32 of one element, or a number; None means 1.
-            v_scale: Likewise, for values.
-            sharding: Of each array; it may split heads only. None leaves the arrays where JAX puts them.
+            kv_cache_dtype: What is stored, as in `reshape_and_cache_flash`; with the layout `block slot latent` as in
+                `concat_and_cache_mla`.
+            k_scale: What quantised keys are divided by: float32 of one element or `[num_heads]`, or a number; None
+                means 1. `kv_scales` finds good ones.
+            v_scale: Likewise, for values; where they are a part of the keys (`block slot latent`), k_scale is for both.
+            per_token_head: Whether each token's head has a scale of its own, which `write` computes.
+            scale_layout: With these, as in `reshape_and_cache_flash_per_token_head_quant`.
+            sharding: Of each cache; it may split heads only, and scale caches have theirs split alike. None leaves
+                the arrays where JAX puts them.
 
         Raises:
             ValueError: an extent, layout or choice does not fit.
@@ -69,14 +84,32 @@ class PagedKVCache:
         """
         name = jnp.dtype(dtype).name
         spec = CacheSpec.create(
-            num_layers, num_blocks, block_size, num_heads, head_size, head_size_v, name, layout, kv_cache_dtype
-        )
+            num_layers, num_blocks, block_size, num_heads, head_size, head_size_v, name, layout, kv_cache_dtype,
+            per_token_head, scale_layout,
+        )  # fmt: skip
+        for given, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+            if per_token_head and scale is not None:
+                raise ValueError(f"{given} must be None with per_token_head, which computes scales, got {scale!r}")
+        if spec.layout.latent and v_scale is not None:
+            raise ValueError(
+                f"v_scale must be None for layout '{spec.layout}', where k_scale is for both, got {v_scale!r}"
+            )
         caches = tuple(jnp.zeros(shape, spec.dtype, device=sharding) for shape in spec.shapes)
 
         def array(scale: jax.Array | float | None) -> jax.Array | None:
             return None if scale is None else jnp.asarray(scale, jnp.float32)
 
-        return cls(caches, spec, array(k_scale), array(v_scale))
+        if spec.scale_layout is None:
+            return cls(caches, spec, array(k_scale), array(v_scale))
+        axes = [axes[:-1] for axes in spec.scale_layout.arrays]
+        shardings = [sharding] * 2
+        if isinstance(sharding, jax.sharding.NamedSharding):
+            heads = heads_split(spec.layout.arrays, len(caches), [sharding.spec] * len(caches))
+            shardings = [jax.sharding.NamedSharding(sharding.mesh, split_heads(a, heads)) for a in axes]
+        scale_caches = (
+            jnp.zeros(shape, jnp.float32, device=s) for shape, s in zip(spec.scale_shapes, shardings, strict=True)
+        )
+        return cls(caches, spec, *scale_caches)
 
     def write(
         self,
@@ -89,21 +122,32 @@ class PagedKVCache:
     ) -> "PagedKVCache":
         """Writes keys and values of new tokens; arguments as in `reshape_and_cache_flash`.
 
+        With the layout `block slot latent` as in `concat_and_cache_mla`: key is kv_c `[num_tokens, head_size_v]` and
+        value is k_pe `[num_tokens, head_size - head_size_v]`.
+
         Returns:
             The new cache: the same memory, where this one was donated or is not used again.
         """
-        layout = self.spec.layout
-        options = (slot_mapping, self.spec.kv_cache_dtype, self.k_scale, self.v_scale)
-        if layout.single_array:
-            kv_cache = reshape_and_cache_flash_diffkv(
-                key, value, self.caches[0], *options, layout=layout, layer=layer, backend=backend
+        spec, layout = self.spec, self.spec.layout
+        if layout.latent:
+            kv_cache = write_latent(
+                key, value, self.caches[0], slot_mapping, spec.kv_cache_dtype, self.k_scale, layout, layer, backend
             )
             return replace(self, caches=(kv_cache,))
-        key_cache, value_cache = self.caches
-        caches = reshape_and_cache_flash(
-            key, value, key_cache, value_cache, *options, layout=layout, layer=layer, backend=backend
-        )
-        return replace(self, caches=caches)
+        options: dict[str, Any] = {"layout": layout, "layer": layer, "backend": backend}
+        op: Any
+        if spec.scale_layout is not None:
+            op = reshape_and_cache_flash_per_token_head_quant
+            if layout.single_array:
+                op = reshape_and_cache_flash_diffkv_per_token_head_quant
+            memory = (*self.caches, self.k_scale, self.v_scale)
+            new = op(key, value, *memory, slot_mapping, spec.kv_cache_dtype, scale_layout=spec.scale_layout, **options)
+            *caches, k_scale, v_scale = new
+            return replace(self, caches=tuple(caches), k_scale=k_scale, v_scale=v_scale)
+        op = reshape_and_cache_flash_diffkv if layout.single_array else reshape_and_cache_flash
+        scales = (self.k_scale, self.v_scale)
+        new = op(key, value, *self.caches, slot_mapping, spec.kv_cache_dtype, *scales, **options)
+        return replace(self, caches=(new,) if layout.single_array else new)
 
     def attend(
         self,
@@ -137,7 +181,8 @@ class PagedKVCache:
 
     @property
     def _reading(self) -> dict[str, Any]:
-        return {**self.spec.reading, "k_scale": self.k_scale, "v_scale": self.v_scale}
+        v_scale = self.k_scale if self.spec.layout.latent else self.v_scale
+        return {**self.spec.reading, "k_scale": self.k_scale, "v_scale": v_scale}
 
     def __repr__(self) -> str:
         return f"PagedKVCache({self.spec})"

@@ -9,10 +9,11 @@ import numpy as np
 
 from jaxkv import _read_primitive
 from jaxkv._read_primitive import Operands, Options
-from jaxkv.ops import BACKENDS, indices
+from jaxkv.ops import BACKENDS, indices, static_scale
 from kvcore.checks import check_options
 from kvcore.layout import CacheLayout
 from kvcore.read_contract import Cache, check_attention_options
+from kvcore.scales import scale_layout_of
 
 
 def paged_attention(
@@ -31,6 +32,7 @@ def paged_attention(
     k_scale: jax.Array | float | None = None,
     v_scale: jax.Array | float | None = None,
     layout: str | CacheLayout | None = None,
+    scale_layout: str | CacheLayout | None = None,
     layer: int | jax.Array | None = None,
     head_size_v: int | None = None,
     return_lse: bool = False,
@@ -59,13 +61,17 @@ def paged_attention(
         sliding_window: With causal, how many of the last positions a query sees, its own among them; None means all.
         soft_cap: A logit x becomes `soft_cap * tanh(x / soft_cap)`; None means no cap.
         sinks: `[num_q_heads]`: one more logit of each head in the softmax's denominator.
-        kv_cache_dtype: "auto", or the fp8 format that a uint8 cache holds: "fp8" (= "fp8_e4m3") or "fp8_e5m2".
-        k_scale: float32 of one element, also traced, or a number, by which fp8 keys are multiplied; None means 1.
+        kv_cache_dtype: "auto", or the format of a quantised cache, as it was written.
+        k_scale: By what quantised keys are multiplied: float32 of one element, or one a head, `[num_heads]`, also
+            traced, or a number; None means 1. Or the scale cache (array or Ref) that a
+            `…_per_token_head_quant` wrote, with float32 scales of each token and head.
         v_scale: Likewise, for values.
         layout: As in `reshape_and_cache_flash`; for one array, None means `block slot head k+v`, or
             `block slot latent` where it has 3 axes (4 with `layer`).
+        scale_layout: Of scale caches, as in `reshape_and_cache_flash_per_token_head_quant`.
         layer: Index into the layout's `layer` axis. Out of range in a traced integer, nothing is read.
-        head_size_v: Elements of a value; needed where V is the first part of K (`block slot latent`).
+        head_size_v: Elements of a value; needed where V is the first part of K (`block slot latent`), but for
+            "fp8_ds_mla", where it is 512.
         return_lse: Whether the log-sum-exp is returned, too.
         backend: None runs "triton" on CUDA and ROCm, "xla" elsewhere. "interpret" runs the Triton kernel in its
             interpreter, through a host callback, for tests.
@@ -88,6 +94,7 @@ def paged_attention(
     options = Options(
         kv_cache_dtype=kv_cache_dtype,
         layout=layout,  # type: ignore[arg-type]  # resolved below
+        scale_layout=scale_layout,  # type: ignore[arg-type]  # likewise
         layer=static,
         head_size=None,
         head_size_v=head_size_v,
@@ -109,6 +116,7 @@ def gather_kv(
     k_scale: jax.Array | float | None = None,
     v_scale: jax.Array | float | None = None,
     layout: str | CacheLayout | None = None,
+    scale_layout: str | CacheLayout | None = None,
     layer: int | jax.Array | None = None,
     head_size: int | None = None,
     head_size_v: int | None = None,
@@ -121,20 +129,21 @@ def gather_kv(
         block_tables: `[num_seqs, max_blocks]` of int32 or int64: the blocks of each sequence, in order.
         seq_lens: `[num_seqs]` of int32 or int64: tokens of each sequence in the cache.
         max_len: Positions of a sequence in the result.
-        dtype: float16, bfloat16 or float32; None means the cache's own, or bfloat16 for fp8.
-        kv_cache_dtype: "auto", or the fp8 format that a uint8 cache holds.
-        k_scale: float32 of one element, also traced, or a number, by which fp8 keys are multiplied; None means 1.
-        v_scale: Likewise, for values.
+        dtype: float16, bfloat16 or float32; None means the cache's own, or bfloat16 where it is quantised.
+        kv_cache_dtype: As in `paged_attention`.
+        k_scale: As in `paged_attention`.
+        v_scale: As in `paged_attention`.
         layout: As in `paged_attention`.
+        scale_layout: As in `paged_attention`.
         layer: Index into the layout's `layer` axis. Out of range in a traced integer, nothing is read.
         head_size: Elements of a key; needed for layouts with an axis `k+v`.
-        head_size_v: Elements of a value; needed where V is the first part of K (`block slot latent`).
+        head_size_v: As in `paged_attention`.
         backend: None, "triton", "xla" or "interpret".
 
     Returns:
         Key `[num_seqs, max_len, num_heads, head_size]` and value `[num_seqs, max_len, num_heads, head_size_v]`: the
-        cache's bits, or `round(float32(x) * scale)`. Zeros past each length, and where block_tables has no block of the
-        cache.
+        cache's bits, or `round(float32(x) * scale)`, where nvfp4 has `float32(x) * block's scale` for x. Zeros past
+        each length, and where block_tables has no block of the cache.
 
     Raises:
         ValueError: a shape, layout or choice does not fit.
@@ -146,6 +155,7 @@ def gather_kv(
     options = Options(
         kv_cache_dtype=kv_cache_dtype,
         layout=layout,  # type: ignore[arg-type]  # resolved below
+        scale_layout=scale_layout,  # type: ignore[arg-type]  # likewise
         layer=static,
         head_size=head_size,
         head_size_v=head_size_v,
@@ -181,25 +191,29 @@ def _operands(
     traced = hasattr(layer, "shape") and not isinstance(layer, np.integer)
     return Operands(
         query=None,
-        caches=tuple(c[...] if isinstance(c, jax.Ref) else jnp.asarray(c) for c in arrays),
+        caches=tuple(map(_array, arrays)),
         block_tables=indices(block_tables),
         seq_lens=indices(seq_lens),
         query_start_loc=None,
         sinks=None,
-        k_scale=k_scale,
-        v_scale=v_scale,
+        k_scale=None if k_scale is None else _array(k_scale),
+        v_scale=None if v_scale is None else _array(v_scale),
         layer=indices(layer) if traced else None,
     ), None if traced or layer is None else int(layer)
 
 
+def _array(x: Any) -> jax.Array:
+    return x[...] if isinstance(x, jax.Ref) else jnp.asarray(x)
+
+
 def _read(options: Options, operands: Operands) -> list[jax.Array]:
     """Checks a call, gives scales and layer an axis, and drops scales without effect."""
-    call = _read_primitive.describe(options, operands)
-    cache: Cache = call.cache
-    one = {name: None if x is None else jnp.reshape(x, 1) for name, x in _scalars(operands, cache.scaled).items()}
-    return _read_primitive.read(options._replace(layout=cache.layout), operands._replace(**one))
-
-
-def _scalars(operands: Operands, scaled: bool) -> dict[str, Any]:
-    scales = (operands.k_scale, operands.v_scale) if scaled else (None, None)
-    return {"k_scale": scales[0], "v_scale": scales[1], "layer": operands.layer}
+    cache: Cache = _read_primitive.describe(options, operands).cache
+    own = cache.scales is not None and not cache.scales.inside
+    scale_layout = scale_layout_of(options.scale_layout, cache.layout.has_layer) if own else None
+    k_scale, v_scale = (static_scale(s, cache.scaled) for s in (operands.k_scale, operands.v_scale))
+    layer = None if operands.layer is None else jnp.reshape(operands.layer, 1)
+    return _read_primitive.read(
+        options._replace(layout=cache.layout, scale_layout=scale_layout),
+        operands._replace(k_scale=k_scale, v_scale=v_scale, layer=layer),
+    )

@@ -18,7 +18,7 @@ from tests.arrays import (
 )
 from tests.test_gather import assert_gathers, gather_jax, gather_torch
 from tests.test_gpu_read import assert_kernels
-from tests.test_quantised import KINDS, kinds, quantised_case, run_mla
+from tests.test_quantised import kinds, quantised_case, run_mla
 from tests.test_quantised_read import kinds as read_kinds
 from tests.test_quantised_read import read_case
 
@@ -36,7 +36,7 @@ GATHERERS = {
 }
 
 
-@KINDS
+@pytest.mark.parametrize(("name", "granularity", "layout"), list(kinds()))
 def test_writes(name, granularity, layout):
     assert_equals_oracle(quantised_case(name, granularity, layout), WRITERS | PORTABLE)
 

@@ -27,7 +27,16 @@ def kinds(layouts=LAYOUTS):
                 yield name, granularity, layout
 
 
-KINDS = pytest.mark.parametrize(("name", "granularity", "layout"), list(kinds()))
+TELLING = (("int8", "token and head"), ("int4", "head"), ("int4", "token and head"), ("nvfp4", "tensor"))
+"""Every kind of addressing: what the other formats do in a layout, one of these does."""
+
+
+@pytest.mark.parametrize(
+    ("name", "granularity", "layout"), [kind for kind in kinds() if kind[2] == "NHD" or kind[:2] in TELLING]
+)
+def test_layouts(name, granularity, layout):
+    """Inputs are random bits: most rows have a NaN, an infinity or neither."""
+    assert_equals_oracle(quantised_case(name, granularity, layout))
 
 
 def quantised_case(name, granularity, layout, layer=None, dtype="bfloat16", **more):
@@ -41,20 +50,18 @@ def quantised_case(name, granularity, layout, layer=None, dtype="bfloat16", **mo
     )  # fmt: skip
 
 
-@KINDS
-def test_layouts(name, granularity, layout):
-    """Inputs are random bits: most rows have a NaN, an infinity or neither."""
-    assert_equals_oracle(quantised_case(name, granularity, layout))
-
-
-@pytest.mark.parametrize(("name", "granularity", "layout"), list(kinds(["NHD", "PACKED_NHD", "BLOCK_KV_HND"])))
+@pytest.mark.parametrize(("name", "granularity"), TELLING)
+@pytest.mark.parametrize("layout", ["NHD", "PACKED_NHD", "BLOCK_KV_HND"])
 def test_layers_and_float32(name, granularity, layout):
     assert_equals_oracle(quantised_case(name, granularity, layout, layer=2, dtype="float32"))
 
 
-@pytest.mark.parametrize(("name", "granularity", "layout"), list(kinds(["NHD"])))
-def test_numbers_as_models_have_them(name, granularity, layout):
-    case = quantised_case(name, granularity, layout, dtype="float16", bits=False)
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("granularity", ["tensor", "token and head, heads first"])
+def test_numbers_as_models_have_them(name, granularity):
+    if name == "nvfp4" and granularity != "tensor":
+        pytest.skip("nvfp4 has a scale for each block of 16")
+    case = quantised_case(name, granularity, "NHD", dtype="float16", bits=False)
     assert_equals_oracle(case)
     if "token" in granularity:  # the largest magnitude of each row becomes the format's largest
         caches = run_oracle(case)
@@ -63,8 +70,8 @@ def test_numbers_as_models_have_them(name, granularity, layout):
         np.testing.assert_array_equal(caches[2][at], scale)
 
 
-@pytest.mark.parametrize("head_size", [2, 34, 80, 120, 256])
-@pytest.mark.parametrize("name", ["int4", "int8", "fp8_e4m3"])
+@pytest.mark.parametrize("head_size", [2, 34, 80, 256])
+@pytest.mark.parametrize("name", ["int4", "fp8_e4m3"])
 def test_head_sizes_that_are_no_power_of_two(name, head_size):
     """Lanes without an element hold 1, far above what these rows have: they stay out of the maximum."""
     case = make_case(
@@ -75,8 +82,8 @@ def test_head_sizes_that_are_no_power_of_two(name, head_size):
     assert_equals_oracle(case)
 
 
-@pytest.mark.parametrize("name", PER_TOKEN_HEAD)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("name", [n for n in PER_TOKEN_HEAD if n != "fp8"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_rows_that_are_special(name, dtype):
     """Zeros, an infinity, a NaN, the largest and the smallest numbers: each row for itself."""
     case = make_case(
@@ -101,22 +108,20 @@ def test_rows_that_are_special(name, dtype):
 
 
 @pytest.mark.parametrize("scales", [(None, None), (0.0, -0.25), (np.nan, np.inf), (1e-40, 1e38)])
-@pytest.mark.parametrize("name", [n for n in FORMATS if n != "nvfp4"])
+@pytest.mark.parametrize("name", ["int8", "int4", "fp8_e4m3fnuz", "fp8_e5m2fnuz"])
 def test_static_scales_of_every_kind(name, scales):
-    for dtype in ("float32", "bfloat16"):
-        case = make_case(
-            np.random.default_rng(5), dtype=dtype, kv_cache_dtype=name, num_tokens=16, head_size=64, scales=scales
-        )
-        assert_equals_oracle(case)
+    case = make_case(
+        np.random.default_rng(5), dtype="float32", kv_cache_dtype=name, num_tokens=16, head_size=64, scales=scales
+    )
+    assert_equals_oracle(case)
 
 
 @pytest.mark.parametrize("scales", [(None, None), (0.0, -0.25), (np.nan, np.inf), (1e-20, 1e30), (2.0, 1e-3)])
 def test_global_scales_of_nvfp4(scales):
-    for dtype in ("float32", "bfloat16"):
-        case = make_case(
-            np.random.default_rng(6), dtype=dtype, kv_cache_dtype="nvfp4", num_tokens=16, head_size=64, scales=scales
-        )
-        assert_equals_oracle(case)
+    case = make_case(
+        np.random.default_rng(6), dtype="float32", kv_cache_dtype="nvfp4", num_tokens=16, head_size=64, scales=scales
+    )
+    assert_equals_oracle(case)
 
 
 def test_nvfp4_by_hand():
@@ -170,8 +175,7 @@ def mla_implementations():
         )
 
 
-@pytest.mark.parametrize("layer", [None, 1])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize(("dtype", "layer"), [("bfloat16", None), ("float32", 1)])
 @pytest.mark.parametrize("name", ["auto", "fp8", "int8", "int4", "nvfp4", "fp8_ds_mla"])
 def test_mla_rows(name, dtype, layer):
     rng = np.random.default_rng(7)

@@ -9,16 +9,27 @@ Docs: README.md. Layouts: `torchkv.CacheLayout`.
 from kvcore.layout import CacheLayout
 from kvcore.slots import find_duplicate_slots
 from torchkv.cache import PagedKVCache
-from torchkv.ops import reshape_and_cache_flash, reshape_and_cache_flash_diffkv
+from torchkv.ops import (
+    concat_and_cache_mla,
+    kv_scales,
+    reshape_and_cache_flash,
+    reshape_and_cache_flash_diffkv,
+    reshape_and_cache_flash_diffkv_per_token_head_quant,
+    reshape_and_cache_flash_per_token_head_quant,
+)
 from torchkv.read_ops import gather_kv, merge_attention, paged_attention
 
 __all__ = [
     "CacheLayout",
     "PagedKVCache",
+    "concat_and_cache_mla",
     "find_duplicate_slots",
     "gather_kv",
+    "kv_scales",
     "merge_attention",
     "paged_attention",
     "reshape_and_cache_flash",
     "reshape_and_cache_flash_diffkv",
+    "reshape_and_cache_flash_diffkv_per_token_head_quant",
+    "reshape_and_cache_flash_per_token_head_quant",
 ]

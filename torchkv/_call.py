@@ -5,12 +5,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvcore.checks import ArraySpec
-from kvcore.contract import Write, check_write
+from kvcore.checks import ArraySpec, check_devices, check_scale
+from kvcore.contract import Write, check_mla, check_write
 
 
 class Call(NamedTuple):
-    """Arguments of either op, in the order of their schemas, but for the caches, which are one argument or two there.
+    """Arguments of an op that writes.
 
     `layer` is a static index, `layer_index` one in memory; at most one of them is given.
     """
@@ -26,6 +26,21 @@ class Call(NamedTuple):
     layer: int | None
     layer_index: Tensor | None
     backend: str | None
+    scale_caches: tuple[Tensor, ...] = ()
+    scale_layout: str | None = None
+    rows: bool = False
+    """Whether it is `concat_and_cache_mla`: rows of a single head, for which the tensors have no axis."""
+
+    @property
+    def memory(self) -> tuple[Tensor, ...]:
+        """All tensors that are written to."""
+        return self.caches + self.scale_caches
+
+
+def memory_names(num_caches: int, num_scale_caches: int) -> tuple[str, ...]:
+    """What schemas and errors call `Call.memory`."""
+    names = ("key_cache", "value_cache") if num_caches == 2 else ("kv_cache",)
+    return names + ("k_scale_cache", "v_scale_cache")[:num_scale_caches]
 
 
 def check(call: Call) -> Write:
@@ -35,16 +50,30 @@ def check(call: Call) -> Write:
         ValueError: a shape, layout, choice or device does not fit.
         TypeError: a dtype does not fit.
     """
+    key, value, slot_mapping = spec_of(call.key), spec_of(call.value), spec_of(call.slot_mapping)
+    caches, scale_caches = ([spec_of(t) for t in tensors] for tensors in (call.caches, call.scale_caches))
+    k_scale, v_scale = (None if t is None else spec_of(t) for t in (call.k_scale, call.v_scale))
+    layer = call.layer if call.layer_index is None else spec_of(call.layer_index)
+    if call.rows:
+        check_mla(key, value, caches[0], call.kv_cache_dtype, k_scale, layer)
+        if k_scale is not None:
+            check_scale("scale", k_scale, 1)
+        check_devices([("kv_c", key), ("k_pe", value), ("scale", k_scale)], "kv_cache", caches[0])
+        key, value = _with_head(key), _with_head(value)
+        if call.kv_cache_dtype != "fp8_ds_mla":  # which is a format of rows
+            caches = [_with_head(caches[0])]
     return check_write(
-        spec_of(call.key),
-        spec_of(call.value),
-        [spec_of(c) for c in call.caches],
-        spec_of(call.slot_mapping),
+        key,
+        value,
+        caches,
+        slot_mapping,
         call.kv_cache_dtype,
-        None if call.k_scale is None else spec_of(call.k_scale),
-        None if call.v_scale is None else spec_of(call.v_scale),
+        k_scale,
+        v_scale,
         call.layout,
-        call.layer if call.layer_index is None else spec_of(call.layer_index),
+        layer,
+        scale_caches,
+        call.scale_layout,
     )
 
 
@@ -61,3 +90,9 @@ def dtype_name(tensor: Tensor) -> str:
 def spec_of(tensor: Tensor) -> ArraySpec:
     """What the contract asks of a tensor."""
     return ArraySpec(tuple(tensor.shape), dtype_name(tensor), tensor.stride(), str(tensor.device))
+
+
+def _with_head(rows: ArraySpec) -> ArraySpec:
+    """As `unsqueeze(-2)`."""
+    shape, steps = rows.shape, rows.steps
+    return rows._replace(shape=(*shape[:-1], 1, shape[-1]), strides=(*steps[:-1], shape[-1] * steps[-1], steps[-1]))

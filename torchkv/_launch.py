@@ -72,8 +72,8 @@ def interpret(kernel: KernelPlan, grid: tuple[int, int, int], arguments: Sequenc
 
 
 def signature(tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    """All of tensors that a launch depends on, but for their addresses."""
+    """All of tensors that a launch depends on: of their addresses, what they are multiples of."""
     return tuple(
-        None if t is None else (t.dtype, t.shape, t.stride(), t.device, t.data_ptr() & 15 == 0, t.data_ptr() & 1 == 0)
+        None if t is None else (t.dtype, t.shape, t.stride(), t.device, t.data_ptr() & 15 == 0, t.data_ptr() & 3)
         for t in tensors
     )

@@ -12,31 +12,43 @@ from torch.library import Library
 
 from kvcore.checks import no_triton_error
 from torchkv import _torch, _triton
-from torchkv._call import Call, check, interpret_error
+from torchkv._call import Call, check, interpret_error, memory_names
+from torchkv._memory import check_address, check_apart
 
-_OPTIONS = (
-    "Tensor slot_mapping, str kv_cache_dtype, Tensor? k_scale, Tensor? v_scale, "
-    "str? layout, SymInt? layer, Tensor? layer_index, str? backend"
-)
 _library = Library("torchkv", "DEF")
 
 
 def _bump(call: Call) -> None:
     """Tells autograd that the caches changed, as torch's own in-place operations do."""
     if not call.caches[0].is_inference():
-        torch.autograd.graph.increment_version(call.caches)
+        torch.autograd.graph.increment_version(call.memory)
 
 
-def _define(name: str, num_caches: int) -> Any:
-    """Defines one op; its caches are the arguments after key and value."""
-    names = ("key_cache", "value_cache") if num_caches == 2 else ("kv_cache",)
-    mutated = ", ".join(f"Tensor({'ab'[i]}!) {cache}" for i, cache in enumerate(names))
+def _define(
+    name: str,
+    options: str,
+    call_of: Callable[[Sequence[Any]], Call],
+    num_caches: int,
+    num_scale_caches: int = 0,
+    rows: tuple[str, str] = ("key", "value"),
+) -> Any:
+    """Defines one op. Its arguments are the rows, the tensors that it writes to, slot_mapping, kv_cache_dtype, options.
+
+    Args:
+        name: The op's name.
+        options: The rest of its schema.
+        call_of: Makes a call of its arguments.
+        num_caches: Caches that it writes to.
+        num_scale_caches: Scale caches that it writes to.
+        rows: Names of the first two arguments.
+    """
+    names = memory_names(num_caches, num_scale_caches)
+    mutated = ", ".join(f"Tensor({alias}!) {tensor}" for alias, tensor in zip("abcd", names, strict=False))
     _library.define(
-        f"{name}(Tensor key, Tensor value, {mutated}, {_OPTIONS}) -> ()", tags=(torch.Tag.pt2_compliant_tag,)
+        f"{name}(Tensor {rows[0]}, Tensor {rows[1]}, {mutated}, Tensor slot_mapping, str kv_cache_dtype, {options}) "
+        "-> ()",
+        tags=(torch.Tag.pt2_compliant_tag,),
     )
-
-    def call_of(args: Sequence[Any]) -> Call:
-        return Call(args[0], args[1], tuple(args[2 : 2 + num_caches]), *args[2 + num_caches :])
 
     def fake(*args: Any) -> None:
         check(call_of(args))
@@ -47,6 +59,8 @@ def _define(name: str, num_caches: int) -> Any:
         write = check(call)
         if call.backend == "triton":
             raise no_triton_error(call.key.device.type)
+        check_apart(names, call.memory)
+        check_address(call.caches[0], write.format)
         if call.backend == "interpret":
             _triton.interpret_write(write, call)
             _bump(call)
@@ -62,6 +76,8 @@ def _define(name: str, num_caches: int) -> Any:
         write = check(call)
         if call.backend == "interpret":
             raise interpret_error(call.key.device)
+        check_apart(names, call.memory)
+        check_address(call.caches[0], write.format)
         with torch.no_grad():
             _torch.write(write, call)
 
@@ -69,14 +85,14 @@ def _define(name: str, num_caches: int) -> Any:
     _library.impl(name, on_gpu, "CUDA")  # ROCm builds of torch use the same key
     torch.library.register_fake(f"torchkv::{name}", fake, lib=_library)
     op = getattr(torch.ops.torchkv, name).default
-    torch.library.register_vmap(f"torchkv::{name}", _vmap(op, num_caches), lib=_library)
+    torch.library.register_vmap(f"torchkv::{name}", _vmap(op, len(names)), lib=_library)
     return op
 
 
-def _vmap(op: Any, num_caches: int) -> Callable[..., Any]:
+def _vmap(op: Any, num_written: int) -> Callable[..., Any]:
     def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[None, None]:
         """Batched caches: one call each. Shared caches: the batch is more tokens."""
-        slots = 2 + num_caches
+        slots = 2 + num_written
         caches_batched = [in_dims[i] is not None for i in range(2, slots)]
         if any(caches_batched):
             if not all(caches_batched):
@@ -100,5 +116,40 @@ def _vmap(op: Any, num_caches: int) -> Callable[..., Any]:
     return rule
 
 
-flash = _define("reshape_and_cache_flash", 2)
-diffkv = _define("reshape_and_cache_flash_diffkv", 1)
+_LAYER = "SymInt? layer, Tensor? layer_index, str? backend"
+_STATIC = f"Tensor? k_scale, Tensor? v_scale, str? layout, {_LAYER}"
+_COMPUTED = f"str? layout, str? scale_layout, {_LAYER}"
+
+
+def _static(num_caches: int) -> Callable[[Sequence[Any]], Call]:
+    slots = 2 + num_caches
+    return lambda args: Call(args[0], args[1], tuple(args[2:slots]), *args[slots:])
+
+
+def _computed(num_caches: int) -> Callable[[Sequence[Any]], Call]:
+    scales, slots = 2 + num_caches, 4 + num_caches
+
+    def call_of(args: Sequence[Any]) -> Call:
+        slot_mapping, kv_cache_dtype, layout, scale_layout, layer, layer_index, backend = args[slots:]
+        return Call(
+            args[0], args[1], tuple(args[2:scales]), slot_mapping, kv_cache_dtype, None, None, layout, layer,
+            layer_index, backend, tuple(args[scales:slots]), scale_layout,
+        )  # fmt: skip
+
+    return call_of
+
+
+def _mla(args: Sequence[Any]) -> Call:
+    kv_c, k_pe, kv_cache, slot_mapping, kv_cache_dtype, scale, layer, layer_index, backend = args
+    return Call(
+        kv_c, k_pe, (kv_cache,), slot_mapping, kv_cache_dtype, scale, scale, None, layer, layer_index, backend,
+        rows=True,
+    )  # fmt: skip
+
+
+_FLASH, _DIFFKV, _QUANT = "reshape_and_cache_flash", "reshape_and_cache_flash_diffkv", "_per_token_head_quant"
+flash = _define(_FLASH, _STATIC, _static(2), 2)
+diffkv = _define(_DIFFKV, _STATIC, _static(1), 1)
+flash_quant = _define(_FLASH + _QUANT, _COMPUTED, _computed(2), 2, 2)
+diffkv_quant = _define(_DIFFKV + _QUANT, _COMPUTED, _computed(1), 1, 2)
+mla = _define("concat_and_cache_mla", f"Tensor? scale, {_LAYER}", _mla, 1, rows=("kv_c", "k_pe"))

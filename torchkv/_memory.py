@@ -1,19 +1,42 @@
-"""Whether two strided tensors share an element."""
+"""Whether strided tensors share an element, and where they begin."""
 
 from collections.abc import Sequence
+from itertools import combinations
+from math import gcd
 
 from torch import Tensor
 
+from kvcore.quantization import FP8_DS_MLA, FloatFormat
+
+
+def check_apart(names: Sequence[str], tensors: Sequence[Tensor]) -> None:
+    """Raises a ValueError if two of the tensors share memory."""
+    for (first, a), (second, b) in combinations(zip(names, tensors, strict=True), 2):
+        if share_elements(a, b):
+            raise overlap_error(first, second)
+
+
+def overlap_error(first: str, second: str) -> ValueError:
+    """The error for tensors that share memory."""
+    return ValueError(f"{first} and {second} must not overlap in memory")
+
+
+def check_address(cache: Tensor, stored: FloatFormat) -> None:
+    """Raises a ValueError unless the scales in the cache lie where they can be read as float32."""
+    if stored == FP8_DS_MLA and cache.data_ptr() % 4:
+        raise ValueError(
+            "kv_cache must begin at a multiple of 4 bytes for kv_cache_dtype 'fp8_ds_mla', "
+            f"got address {cache.data_ptr():#x}"
+        )
+
 
 def share_elements(a: Tensor, b: Tensor) -> bool:
-    """Whether any element of `a` lies on one of `b`. Interleaved views of one buffer do not, for example."""
-    size = a.element_size()
+    """Whether any byte of an element of `a` is one of `b`. Interleaved views of one buffer have none, for example."""
     distance = b.data_ptr() - a.data_ptr()
-    if distance >= span(a) * size or -distance >= span(b) * size:
+    if distance >= span(a) * a.element_size() or -distance >= span(b) * b.element_size():
         return False
-    if distance % size:
-        return True
-    return _reachable(distance // size, _differences(a, b))
+    unit = gcd(a.element_size(), b.element_size(), distance)
+    return _reachable(distance // unit, _differences(a, b, unit))
 
 
 def span(tensor: Tensor) -> int:
@@ -23,11 +46,13 @@ def span(tensor: Tensor) -> int:
     return 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
 
 
-def _differences(a: Tensor, b: Tensor) -> list[tuple[int, int, int]]:
-    """Steps (stride, least, most) whose sums are all differences between places in `a` and in `b`."""
+def _differences(a: Tensor, b: Tensor, unit: int) -> list[tuple[int, int, int]]:
+    """Steps (stride, least, most), in units of bytes, whose sums are all differences between places in `a` and `b`."""
     ranges: dict[int, list[int]] = {}
     for tensor, sign in ((a, 1), (b, -1)):
-        for n, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        units = tensor.element_size() // unit
+        steps = [(n, s * units) for n, s in zip(tensor.shape, tensor.stride(), strict=True)]
+        for n, stride in [*steps, (units, 1)]:
             low_high = ranges.setdefault(stride, [0, 0])
             low_high[sign > 0] += sign * (n - 1)
     return [(stride, low, high) for stride, (low, high) in sorted(ranges.items(), reverse=True) if stride]

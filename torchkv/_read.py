@@ -33,6 +33,7 @@ class AttentionCall(NamedTuple):
     layer_index: Tensor | None
     head_size_v: int | None
     backend: str | None
+    scale_layout: str | None = None
 
 
 class GatherCall(NamedTuple):
@@ -52,6 +53,7 @@ class GatherCall(NamedTuple):
     head_size: int | None
     head_size_v: int | None
     backend: str | None
+    scale_layout: str | None = None
 
 
 def describe_attention(call: AttentionCall) -> Attention:
@@ -70,6 +72,7 @@ def describe_attention(call: AttentionCall) -> Attention:
         call.layout,
         call.layer if call.layer_index is None else spec_of(call.layer_index),
         call.head_size_v,
+        call.scale_layout,
     )
 
 
@@ -88,6 +91,7 @@ def describe_gather(call: GatherCall) -> Gather:
         call.layer if call.layer_index is None else spec_of(call.layer_index),
         call.head_size,
         call.head_size_v,
+        call.scale_layout,
     )
 
 

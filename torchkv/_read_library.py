@@ -8,8 +8,10 @@ from torch import Tensor
 from torch.library import Library
 
 from kvcore.checks import no_triton_error
+from kvcore.read_contract import Gather
 from torchkv import _read_triton, _torch_read
 from torchkv._call import interpret_error
+from torchkv._memory import check_address
 from torchkv._read import AttentionCall, GatherCall, describe_attention, describe_gather
 
 _library = Library("torchkv", "FRAGMENT")
@@ -18,11 +20,11 @@ _CACHE = "str kv_cache_dtype, Tensor? k_scale, Tensor? v_scale, str? layout, Sym
 _ATTENTION = (
     "paged_attention(Tensor query, Tensor[] caches, Tensor block_tables, Tensor seq_lens, Tensor? query_start_loc, "
     "float? scale, bool causal, int? sliding_window, float? soft_cap, Tensor? sinks, "
-    f"{_CACHE}, int? head_size_v, str? backend) -> (Tensor, Tensor)"
+    f"{_CACHE}, int? head_size_v, str? backend, str? scale_layout=None) -> (Tensor, Tensor)"
 )
 _GATHER = (
     "gather_kv(Tensor[] caches, Tensor block_tables, Tensor seq_lens, SymInt max_len, str? dtype, "
-    f"{_CACHE}, int? head_size, int? head_size_v, str? backend) -> (Tensor, Tensor)"
+    f"{_CACHE}, int? head_size, int? head_size_v, str? backend, str? scale_layout=None) -> (Tensor, Tensor)"
 )
 
 
@@ -32,7 +34,9 @@ def _attention_on_gpu(*args: Any) -> tuple[Tensor, Tensor]:
         return _read_triton.attention(call)
     if call.backend == "interpret":
         raise interpret_error(call.query.device)
-    return _torch_read.attention(describe_attention(call), _attention_tensors(call))
+    described = describe_attention(call)
+    check_address(call.caches[0], described.cache.format)
+    return _torch_read.attention(described, _attention_tensors(call))
 
 
 @torch.no_grad()
@@ -41,6 +45,7 @@ def _attention_on_host(*args: Any) -> tuple[Tensor, Tensor]:
     described = describe_attention(call)
     if call.backend == "triton":
         raise no_triton_error(call.query.device.type)
+    check_address(call.caches[0], described.cache.format)
     if call.backend == "interpret":
         return _read_triton.interpret_attention(described, call)
     return _torch_read.attention(described, _attention_tensors(call))
@@ -66,23 +71,27 @@ def _gather_on_gpu(*args: Any) -> tuple[Tensor, Tensor]:
         return _read_triton.gather(call)
     if call.backend == "interpret":
         raise interpret_error(call.caches[0].device)
-    return _gather_portably(call)
+    described = describe_gather(call)
+    check_address(call.caches[0], described.cache.format)
+    return _gather_portably(described, call)
 
 
 @torch.no_grad()
 def _gather_on_host(*args: Any) -> tuple[Tensor, Tensor]:
     call = GatherCall(*args)
+    described = describe_gather(call)
     if call.backend == "triton":
         raise no_triton_error(call.caches[0].device.type)
+    check_address(call.caches[0], described.cache.format)
     if call.backend == "interpret":
-        return _read_triton.interpret_gather(describe_gather(call), call)
-    return _gather_portably(call)
+        return _read_triton.interpret_gather(described, call)
+    return _gather_portably(described, call)
 
 
-def _gather_portably(call: GatherCall) -> tuple[Tensor, Tensor]:
+def _gather_portably(described: Gather, call: GatherCall) -> tuple[Tensor, Tensor]:
     layer = call.layer if call.layer_index is None else call.layer_index
     return _torch_read.gather(
-        describe_gather(call), tuple(call.caches), call.block_tables, call.seq_lens, call.k_scale, call.v_scale, layer
+        described, tuple(call.caches), call.block_tables, call.seq_lens, call.k_scale, call.v_scale, layer
     )
 
 

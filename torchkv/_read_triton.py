@@ -16,6 +16,7 @@ from kvcore.plan import INTERPRETER
 from kvcore.read_contract import Attention, Gather
 from torchkv._call import dtype_name
 from torchkv._launch import Kernel, interpret, load, signature, start, target
+from torchkv._memory import check_address
 from torchkv._read import AttentionCall, GatherCall, describe_attention, describe_gather
 
 _Start = Callable[[tuple[int, int, int], Sequence[Any]], None]
@@ -60,7 +61,7 @@ def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
     tensors = _attention_tensors(call)
     wanted = (
         "attention", *signature(tensors), call.scale, call.causal, call.sliding_window, call.soft_cap,
-        call.kv_cache_dtype, call.layout, call.layer is None, call.head_size_v,
+        call.kv_cache_dtype, call.layout, call.layer is None, call.head_size_v, call.scale_layout,
     )  # fmt: skip
     found = _find(wanted, call.layer, lambda: _prepare_attention(call, tensors))
     with _current(call.query.device):
@@ -84,6 +85,7 @@ def _attention_tensors(call: AttentionCall) -> list[Tensor | None]:
 
 def _prepare_attention(call: AttentionCall, tensors: Sequence[Tensor | None]) -> _AttentionLaunch:
     described = describe_attention(call)
+    check_address(call.caches[0], described.cache.format)
     with torch.cuda.device(call.query.device):
         even = all(c.data_ptr() % 2 == 0 for c in call.caches)
         plan = plan_attention.plan_attention(described, target(), call.layer_index is not None, even)
@@ -130,7 +132,7 @@ def gather(call: GatherCall) -> tuple[Tensor, Tensor]:
     tensors = _gather_tensors(call)
     wanted = (
         "gather", *signature(tensors), call.max_len, call.dtype, call.kv_cache_dtype, call.layout, call.layer is None,
-        call.head_size, call.head_size_v,
+        call.head_size, call.head_size_v, call.scale_layout,
     )  # fmt: skip
     found = _find(wanted, call.layer, lambda: _prepare_gather(call, tensors))
     with _current(call.caches[0].device):
@@ -152,6 +154,7 @@ def _gather_tensors(call: GatherCall) -> list[Tensor | None]:
 
 def _prepare_gather(call: GatherCall, tensors: Sequence[Tensor | None]) -> _GatherLaunch:
     described = describe_gather(call)
+    check_address(call.caches[0], described.cache.format)
     with torch.cuda.device(call.caches[0].device):
         plan = plan_gather.plan_gather(described, target(), call.layer_index is not None)
         pointers = _pointees(plan_gather.POINTERS, tensors, call.layer, described.cache.scaled)

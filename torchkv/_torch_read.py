@@ -4,15 +4,16 @@ Attention takes tiles of queries, each of one sequence, all at once, and tiles o
 memory for what a tile of positions holds, however long the sequences are.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
 
-from kvcore.layout import Address
-from kvcore.quantization import FloatFormat
+from kvcore.layout import Placement
+from kvcore.quantization import BFLOAT16, DS_MLA_ROPE, FloatFormat
 from kvcore.read_contract import Attention, Cache, Gather
-from torchkv._torch import BITS, encode, view_of
+from torchkv._torch import BITS, decode, encode, view_of
 
 _TILE = 1024
 """Positions of a tile, or a block where that is more."""
@@ -70,9 +71,9 @@ def attention(call: Attention, x: AttentionTensors) -> tuple[Tensor, Tensor]:
 
     assert call.options.scale is not None  # the contract has put the usual one
     query = queries.query.float() * call.options.scale
-    if call.cache.scaled and x.k_scale is not None:
-        query = query * x.k_scale.reshape(())
     query = query.unflatten(2, (heads, group)).transpose(1, 2).reshape(count, heads, width * group, -1)
+    if _is_static(x.k_scale, call.cache):
+        query = query * x.k_scale.reshape(-1, 1, 1)  # one, or one a head
     top, total, out = _online_softmax(call, x, queries._replace(query=query))
 
     if x.sinks is not None:
@@ -82,8 +83,8 @@ def attention(call: Attention, x: AttentionTensors) -> tuple[Tensor, Tensor]:
         top, total, out = new_top, total * shrink + (sink - new_top).exp_(), out * shrink.unsqueeze(-1)
     lse = top + total.log()  # -inf where total is 0, since top is finite
     out = out / total.masked_fill(total == 0, 1).unsqueeze(-1)
-    if call.cache.scaled and x.v_scale is not None:
-        out = out * x.v_scale.reshape(())
+    if _is_static(x.v_scale, call.cache):
+        out = out * x.v_scale.reshape(-1, 1, 1)
 
     def by_token(a: Tensor) -> Tensor:
         return a.reshape(count, heads, width, group, -1).transpose(1, 2).reshape(count * width, q_heads, -1)
@@ -139,7 +140,7 @@ def _online_softmax(call: Attention, x: AttentionTensors, queries: _Queries) -> 
     count, heads, rows, _ = query.shape
     window, width = options.sliding_window, position.shape[1]
     max_blocks, block_size = table.shape[1], extents.block_size
-    per_position = count * heads * (extents.head_size + extents.head_size_v + rows)
+    per_position = count * heads * (call.cache.head_size + call.cache.head_size_v + rows)
     blocks = max(1, min(_TILE, _TILE_ELEMENTS // per_position) // block_size)
 
     limit = length.clamp(max=max_blocks * block_size)
@@ -150,12 +151,14 @@ def _online_softmax(call: Attention, x: AttentionTensors, queries: _Queries) -> 
         lowest = (position[:, 0] - window + 1).where(limit > 0, end * block_size)
         first = max(int(lowest.min()), 0) // block_size
     layer = _layer(x.layer)
-    if not 0 <= layer < (extents.num_layers or 1):
-        end = 0
+    if 0 <= layer < (extents.num_layers or 1):
+        sides = _sides(call.cache, x.caches, (x.k_scale, x.v_scale), layer)
+    else:
+        sides, end = (), 0
 
     # The lowest number, not -inf: a row that has seen nothing yet has weights exp(-inf), not exp(-inf + inf).
     top = query.new_full((count, heads, rows), torch.finfo(torch.float32).min)
-    total, out = torch.zeros_like(top), query.new_zeros((count, heads, rows, extents.head_size_v))
+    total, out = torch.zeros_like(top), query.new_zeros((count, heads, rows, call.cache.head_size_v))
     for at in range(first, end, blocks):
         block = table[:, at : min(at + blocks, end)]
         there = (block >= 0) & (block < extents.num_blocks)
@@ -168,7 +171,7 @@ def _online_softmax(call: Attention, x: AttentionTensors, queries: _Queries) -> 
             seen = seen & (n <= position.unsqueeze(-1))
             if window is not None:
                 seen &= n > position.unsqueeze(-1) - window
-        key, value = _tile(call.cache, x.caches, layer, block.where(there, 0).long())
+        key, value = _tile(call.cache, sides, block.where(there, 0).long())
 
         logit = query @ key.mT
         if options.soft_cap is not None:
@@ -183,37 +186,83 @@ def _online_softmax(call: Attention, x: AttentionTensors, queries: _Queries) -> 
     return top, total, out
 
 
-def _tile(cache: Cache, arrays: tuple[Tensor, ...], layer: int, block: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values of blocks `[tiles, blocks]` as `[tiles, num_heads, positions, dim]` float32, without scales."""
-    extents, (at_key, at_value) = cache.placement.extents, cache.placement[1:]
+def _tile(cache: Cache, sides: Sequence["_Side"], block: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of blocks `[tiles, blocks]` as `[tiles, num_heads, positions, dim]`, but for static scales."""
     # With heads among the indices, elements come in the order in which the products want them.
-    index = (block.unsqueeze(1), torch.arange(extents.num_heads, device=block.device).unsqueeze(1))
+    head = torch.arange(cache.placement.extents.num_heads, device=block.device)
+    index = (block.unsqueeze(1), head.unsqueeze(1))
 
-    def read(array: Tensor, at: Address, head_size: int) -> Tensor:
-        found = _layer_of(cache, array, at, head_size, layer).transpose(1, 2)[index]
-        return _decode(found.reshape(*found.shape[:2], -1, head_size), cache.format)
+    def pick(x: Tensor) -> Tensor:
+        return x.transpose(1, 2)[index].flatten(2, 3)
 
-    key = read(arrays[0], at_key, extents.head_size)
+    key = _read(sides[0], pick)
     if cache.layout.latent:
-        return key, key[..., : extents.head_size_v]
-    return key, read(arrays[-1], at_value, extents.head_size_v)
+        return key, key[..., : cache.head_size_v]
+    return key, _read(sides[1], pick)
 
 
 # ---- access to a cache
 
 
+class _Side(NamedTuple):
+    """K or V of a layer: views `[block, slot, head, dim // x, x]` of integers, whatever their order in memory.
+
+    Attributes:
+        units: Stored elements, those of 4 bits two in a byte.
+        format: Of these.
+        scales: By which elements are multiplied, as many after each other for one; None: by none.
+        scale_format: Of these.
+        rope: More elements, of bfloat16 and without scales; None: none.
+    """
+
+    units: Tensor
+    format: FloatFormat
+    scales: Tensor | None
+    scale_format: FloatFormat
+    rope: Tensor | None
+
+
+def _sides(
+    cache: Cache, arrays: Sequence[Tensor], scale_arrays: Sequence[Tensor | None], layer: int
+) -> tuple[_Side, _Side]:
+    def view(array: Tensor | None, stored: FloatFormat, placement: Placement, kv: int) -> Tensor:
+        assert array is not None  # the contract has seen to it
+        extents, key, value = placement
+        at, size = (value, extents.head_size_v) if kv else (key, extents.head_size)
+        return view_of(array, BITS[stored.bits], at, extents, size)[layer]
+
+    def side(kv: int) -> _Side:
+        units, scales = view(arrays[-kv], cache.format, cache.placement, kv), cache.scales
+        rope = None
+        if cache.rope is not None and kv == 0:
+            extents = cache.placement.extents
+            rope = view_of(arrays[0], BITS[BFLOAT16.bits], cache.rope, extents, DS_MLA_ROPE)[layer]
+        if scales is None:
+            return _Side(units, cache.format, None, cache.format, rope)
+        array = arrays[-kv] if scales.inside else scale_arrays[kv]
+        return _Side(units, cache.format, view(array, scales.format, scales.placement, kv), scales.format, rope)
+
+    return side(0), side(1)
+
+
+def _read(side: _Side, pick: Callable[[Tensor], Tensor]) -> Tensor:
+    """Elements as float32 `[…, dim]`, but for static scales. `pick` gives `[…, dim // x, x]` of a side's views."""
+    x = decode(pick(side.units).flatten(-2), side.format)
+    if side.scales is not None:
+        scales = decode(pick(side.scales).flatten(-2), side.scale_format)
+        x.unflatten(-1, (scales.shape[-1], -1)).mul_(scales.unsqueeze(-1))
+    if side.rope is not None:
+        x = torch.cat([x, decode(pick(side.rope).flatten(-2), BFLOAT16)], dim=-1)
+    return x
+
+
+def _is_static(scale: Tensor | None, cache: Cache) -> TypeGuard[Tensor]:
+    """Whether elements are multiplied by a scale that is one for all, or one a head."""
+    return scale is not None and cache.scaled and (cache.scales is None or cache.scales.inside)
+
+
 def _layer(layer: int | Tensor | None) -> int:
     return 0 if layer is None else int(layer)
-
-
-def _layer_of(cache: Cache, array: Tensor, at: Address, head_size: int, layer: int) -> Tensor:
-    """A layer of K or V as `[block, slot, head, dim // x, x]` integers, whatever their order in memory."""
-    return view_of(array.view(BITS[cache.format.bits]), at, cache.placement.extents, head_size)[layer]
-
-
-def _decode(x: Tensor, stored: FloatFormat) -> Tensor:
-    """Stored elements as float32."""
-    return x.view(getattr(torch, stored.name)).float()
 
 
 # ---- gather
@@ -229,7 +278,7 @@ def gather(
     layer: int | Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Keys and values, `[num_seqs, max_len, num_heads, dim]`. Bits as the oracle's."""
-    extents, addresses = call.cache.placement.extents, call.cache.placement[1:]
+    extents = call.cache.placement.extents
     max_blocks, block_size, dtype = block_tables.shape[1], extents.block_size, getattr(torch, call.format.name)
     at_layer = _layer(layer)
     if 0 in (*call.shapes[0], max_blocks, extents.num_blocks) or not 0 <= at_layer < (extents.num_layers or 1):
@@ -240,20 +289,17 @@ def gather(
     there = (block >= 0) & (block < extents.num_blocks) & (n < seq_lens.clamp(max=max_blocks * block_size).unsqueeze(1))
     block = block.where(there, 0).long()
 
+    sides = _sides(call.cache, caches, (k_scale, v_scale), at_layer)
+
     def read(kv: int, scale: Tensor | None) -> Tensor:
-        view = _layer_of(call.cache, caches[-kv], addresses[kv], call.shapes[kv][-1], at_layer)
-        bits = _convert(view[block, n % block_size].reshape(call.shapes[kv]), call, scale)
-        return bits.masked_fill_(~there[..., None, None], 0).view(dtype)
+        def pick(x: Tensor) -> Tensor:
+            return x[block, n % block_size]
+
+        if call.cache.format == call.format:  # bits as they are
+            x = pick(sides[kv].units).flatten(-2)
+        else:
+            x = _read(sides[kv], pick)
+            x = encode(x * scale.reshape(-1, 1) if _is_static(scale, call.cache) else x, call.format)
+        return x.masked_fill_(~there[..., None, None], 0).view(dtype)
 
     return read(0, k_scale), read(1, v_scale)
-
-
-def _convert(x: Tensor, call: Gather, scale: Tensor | None) -> Tensor:
-    """Stored elements in the wanted format, as integers."""
-    wanted = call.format
-    if call.cache.format == wanted:
-        return x
-    decoded = _decode(x, call.cache.format)
-    if call.cache.scaled and scale is not None:
-        decoded = decoded * scale.reshape(())
-    return encode(decoded, wanted)

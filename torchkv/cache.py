@@ -1,5 +1,6 @@
 """PagedKVCache: a paged cache and how it is laid out, in one object, changed in place."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,7 +8,13 @@ from torch import Tensor
 
 from kvcore.layout import CacheLayout
 from kvcore.paged_cache import CacheSpec
-from torchkv.ops import reshape_and_cache_flash, reshape_and_cache_flash_diffkv
+from torchkv.ops import (
+    concat_and_cache_mla,
+    reshape_and_cache_flash,
+    reshape_and_cache_flash_diffkv,
+    reshape_and_cache_flash_diffkv_per_token_head_quant,
+    reshape_and_cache_flash_per_token_head_quant,
+)
 from torchkv.read_ops import gather_kv, paged_attention
 
 
@@ -17,8 +24,9 @@ class PagedKVCache:
     Attributes:
         caches: `(key_cache, value_cache)`, or `(kv_cache,)` for layouts that hold both.
         spec: Extents, layout and formats.
-        k_scale: By which fp8 keys were divided: float32 of one element, or None for 1.
-        v_scale: Likewise, for values.
+        k_scale: By which quantised keys were divided: float32 of one element or `[num_heads]`, or None for 1; with
+            per_token_head the scale cache, which `write` updates, too.
+        v_scale: Likewise, for values. None where they are a part of the keys.
     """
 
     def __init__(
@@ -41,6 +49,8 @@ class PagedKVCache:
         kv_cache_dtype: str = "auto",
         k_scale: Tensor | float | None = None,
         v_scale: Tensor | float | None = None,
+        per_token_head: bool = False,
+        scale_layout: str | None = None,
         device: torch.device | str | None = None,
     ) -> "PagedKVCache":
         """Allocates a cache of zeros.
@@ -54,9 +64,13 @@ class PagedKVCache:
             head_size_v: Elements of a value head; None means `head_size`.
             dtype: float16, bfloat16 or float32; a quantised cache is stored as uint8.
             layout: Pattern, constant's name or `CacheLayout`; an axis `layer` is put in front where it lacks one.
-            kv_cache_dtype: "auto", "fp8" (= "fp8_e4m3") or "fp8_e5m2".
-            k_scale: What fp8 keys are divided by: float32 of one element, or a number; None means 1.
-            v_scale: Likewise, for values.
+            kv_cache_dtype: What is stored, as in `reshape_and_cache_flash`; with the layout `block slot latent` as in
+                `concat_and_cache_mla`.
+            k_scale: What quantised keys are divided by: float32 of one element or `[num_heads]`, or a number; None
+                means 1. `kv_scales` finds good ones.
+            v_scale: Likewise, for values; where they are a part of the keys (`block slot latent`), k_scale is for both.
+            per_token_head: Whether each token's head has a scale of its own, which `write` computes.
+            scale_layout: With these, as in `reshape_and_cache_flash_per_token_head_quant`.
             device: Where; None means torch's default.
 
         Raises:
@@ -65,9 +79,20 @@ class PagedKVCache:
         """
         name = str(dtype).removeprefix("torch.")
         spec = CacheSpec.create(
-            num_layers, num_blocks, block_size, num_heads, head_size, head_size_v, name, layout, kv_cache_dtype
-        )
+            num_layers, num_blocks, block_size, num_heads, head_size, head_size_v, name, layout, kv_cache_dtype,
+            per_token_head, scale_layout,
+        )  # fmt: skip
+        for given, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+            if per_token_head and scale is not None:
+                raise ValueError(f"{given} must be None with per_token_head, which computes scales, got {scale!r}")
+        if spec.layout.latent and v_scale is not None:
+            raise ValueError(
+                f"v_scale must be None for layout '{spec.layout}', where k_scale is for both, got {v_scale!r}"
+            )
         caches = tuple(torch.zeros(shape, dtype=getattr(torch, spec.dtype), device=device) for shape in spec.shapes)
+        scale_caches = [torch.zeros(shape, dtype=torch.float32, device=device) for shape in spec.scale_shapes]
+        if scale_caches:
+            return cls(caches, spec, *scale_caches)
 
         def tensor(scale: Tensor | float | None) -> Tensor | None:
             return None if scale is None else torch.as_tensor(scale, dtype=torch.float32, device=caches[0].device)
@@ -83,18 +108,30 @@ class PagedKVCache:
         layer: int | Tensor | None = None,
         backend: str | None = None,
     ) -> None:
-        """Writes keys and values of new tokens; arguments as in `reshape_and_cache_flash`."""
-        layout = self.spec.layout
-        options = (slot_mapping, self.spec.kv_cache_dtype, self.k_scale, self.v_scale)
-        if layout.single_array:
-            reshape_and_cache_flash_diffkv(
-                key, value, self.caches[0], *options, layout=layout, layer=layer, backend=backend
-            )
+        """Writes keys and values of new tokens; arguments as in `reshape_and_cache_flash`.
+
+        With the layout `block slot latent` as in `concat_and_cache_mla`: key is kv_c `[num_tokens, head_size_v]` and
+        value is k_pe `[num_tokens, head_size - head_size_v]`.
+        """
+        layout, kv_cache_dtype = self.spec.layout, self.spec.kv_cache_dtype
+        op: Callable[..., None]
+        arrays: tuple[Any, ...]
+        options: dict[str, Any] = {"layer": layer, "backend": backend}
+        if layout.latent:
+            if key.shape[-1] != self.spec.head_size_v:  # only the sum of both shows in the cache
+                raise ValueError(f"key must have shape (num_tokens, {self.spec.head_size_v}), got {tuple(key.shape)}")
+            op, arrays = concat_and_cache_mla, (self._rows, slot_mapping, kv_cache_dtype, self.k_scale)
+        elif self.spec.scale_layout is None:
+            op = reshape_and_cache_flash_diffkv if layout.single_array else reshape_and_cache_flash
+            arrays = (*self.caches, slot_mapping, kv_cache_dtype, self.k_scale, self.v_scale)
+            options["layout"] = layout
         else:
-            key_cache, value_cache = self.caches
-            reshape_and_cache_flash(
-                key, value, key_cache, value_cache, *options, layout=layout, layer=layer, backend=backend
-            )
+            op = reshape_and_cache_flash_per_token_head_quant
+            if layout.single_array:
+                op = reshape_and_cache_flash_diffkv_per_token_head_quant
+            arrays = (*self.caches, self.k_scale, self.v_scale, slot_mapping, kv_cache_dtype)
+            options |= {"layout": layout, "scale_layout": self.spec.scale_layout}
+        op(key, value, *arrays, **options)
 
     def attend(
         self,
@@ -127,8 +164,16 @@ class PagedKVCache:
         return self.spec.nbytes
 
     @property
+    def _rows(self) -> Tensor:
+        """The cache of a latent layout as `concat_and_cache_mla` wants it, whatever the order of its axes."""
+        (axes,), (cache,) = self.spec.layout.arrays, self.caches
+        order = [axes.index((axis,)) for axis in ("layer", "block", "slot", "latent") if (axis,) in axes]
+        return cache if order == sorted(order) else cache.permute(order)
+
+    @property
     def _reading(self) -> dict[str, Any]:
-        return {**self.spec.reading, "k_scale": self.k_scale, "v_scale": self.v_scale}
+        v_scale = self.k_scale if self.spec.layout.latent else self.v_scale
+        return {**self.spec.reading, "k_scale": self.k_scale, "v_scale": v_scale}
 
     def __repr__(self) -> str:
         return f"PagedKVCache({self.spec}, {self.caches[0].device})"

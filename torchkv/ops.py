@@ -1,12 +1,18 @@
-"""The public functions: vLLM's cache writes, for any layout."""
+"""The public functions that write: vLLM's cache writes, for any layout and format."""
+
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from kvcore.checks import check_options
+from kvcore.contract import check_kv_scales
 from kvcore.layout import CacheLayout
+from kvcore.quantization import E4M3, KV_CACHE_DTYPES, NVFP4
 from torchkv import _library
+from torchkv._call import spec_of
+from torchkv._torch import scale_of
 
 BACKENDS = ("triton", "torch", "interpret")
 
@@ -40,13 +46,22 @@ def reshape_and_cache_flash(
     Args:
         key: `[num_tokens, num_heads, head_size]` of float16, bfloat16, float32, or the cache's fp8 dtype.
         value: `[num_tokens, num_heads, head_size_v]` of key's dtype.
-        key_cache: K's blocks, in the layout's order; NHD is `[num_blocks, block_size, num_heads, head_size]`.
+        key_cache: K's blocks, in the layout's order; NHD is `[num_blocks, block_size, num_heads, head_size]`. Where
+            elements are quantised, its last axis counts bytes: `head_size / 2` for int4, `head_size / 2 +
+            head_size / 16` for nvfp4.
         value_cache: V's blocks.
         slot_mapping: `[n]` of int32 or int64, n ≤ num_tokens: the first n tokens are written.
-        kv_cache_dtype: "auto" copies, or rounds to the cache's dtype, to nearest even; "fp8" (= "fp8_e4m3") and
-            "fp8_e5m2" store `saturate(round(float32(x) / scale))` in caches of the fp8 dtype or of uint8.
-        k_scale: float32 of one element, on the caches' device; None means 1. Unused with "auto". A number is made into
-            such a tensor on every call.
+        kv_cache_dtype: What is stored, always rounded to nearest even:
+
+            "auto" copies, or rounds to the cache's dtype.
+            "fp8" (= "fp8_e4m3"), "fp8_e5m2", "fp8_e4m3fnuz", "fp8_e5m2fnuz" store `saturate(round(float32(x) / scale))`
+            in caches of the fp8 dtype or of uint8.
+            "int8" likewise, from -127 to 127 and 0 for NaN, in caches of int8 or uint8.
+            "int4" likewise, from -7 to 7, two in a byte of uint8, the first in its low half.
+            "nvfp4" stores e2m1 likewise, its 16 elements divided also by a scale of their own, `absmax / 6 / scale` in
+            e4m3. In each block, the elements of all heads lie before these scales, both in the layout's order.
+        k_scale: float32 of one element, or `[num_heads]`, on the caches' device; None means 1. Unused with "auto". A
+            number is made into such a tensor on every call. `kv_scales` computes them.
         v_scale: Likewise, for value.
         layout: Pattern, constant's name or `CacheLayout`. None means NHD, or head-major where key_cache has an axis
             more (`[num_blocks, num_heads, head_size / x, block_size, x]`).
@@ -98,8 +113,8 @@ def reshape_and_cache_flash_diffkv(
         value: `[num_tokens, num_heads, head_size_v]`; head_size_v may differ where the layout has an axis `k+v`.
         kv_cache: K and V, in the layout's order.
         slot_mapping: `[n]` of int32 or int64, n ≤ num_tokens.
-        kv_cache_dtype: "auto", "fp8", "fp8_e4m3" or "fp8_e5m2".
-        k_scale: float32 of one element, a number, or None.
+        kv_cache_dtype: As in `reshape_and_cache_flash`.
+        k_scale: float32 of one element or `[num_heads]`, a number, or None.
         v_scale: Likewise.
         layout: A single-array layout; None means `block slot head k+v`:
             `[num_blocks, block_size, num_heads, head_size + head_size_v]`.
@@ -126,10 +141,214 @@ def reshape_and_cache_flash_diffkv(
     )
 
 
-def scale_tensor(scale: Tensor | float | None, cache: Tensor) -> Tensor | None:
+def reshape_and_cache_flash_per_token_head_quant(
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    k_scale_cache: Tensor,
+    v_scale_cache: Tensor,
+    slot_mapping: Tensor,
+    kv_cache_dtype: str,
+    *,
+    layout: str | CacheLayout | None = None,
+    scale_layout: str | CacheLayout | None = None,
+    layer: int | Tensor | None = None,
+    backend: str | None = None,
+) -> None:
+    """Quantises keys and values of new tokens, each token's head by a scale of its own, and writes both, in place.
+
+    The scale is `absmax / m` in float32, m being the format's largest number (448 for e4m3, 127 for int8, 7 for int4),
+    or 1 where it would be below 2^-126, as of zeros. Elements are `saturate(round(float32(x) / scale))`. With a NaN
+    among them, the scale is NaN; with an infinity, infinite: such a head reads as NaN.
+
+    As `reshape_and_cache_flash`, but for
+
+    Args:
+        key: `[num_tokens, num_heads, head_size]` of float16, bfloat16 or float32.
+        value: `[num_tokens, num_heads, head_size_v]` of key's dtype.
+        key_cache: K's blocks, in the layout's order.
+        value_cache: V's blocks.
+        k_scale_cache: Scales of keys, float32, `[num_blocks, block_size, num_heads]` or as scale_layout says. Give it
+            to `paged_attention` and `gather_kv` as k_scale.
+        v_scale_cache: Likewise, of values.
+        slot_mapping: `[n]` of int32 or int64, n ≤ num_tokens.
+        kv_cache_dtype: "fp8" (= "fp8_e4m3"), "fp8_e5m2", "fp8_e4m3fnuz", "fp8_e5m2fnuz", "int8" or "int4".
+        layout: As in `reshape_and_cache_flash`.
+        scale_layout: Pattern of the scale caches' axes: block, slot and head in any order, and layer where the caches
+            have it. One for both, or two separated by a comma. None means `block slot head`, or
+            `layer block slot head`.
+        layer: Index into the `layer` axis of caches and scale caches.
+        backend: None, "triton", "torch" or "interpret".
+
+    Raises:
+        ValueError: a shape, layout, choice or device does not fit, or caches or scale caches overlap.
+        TypeError: a dtype does not fit.
+
+    After `triton_reshape_and_cache_flash_per_token_head_quant` of vLLM.
+    """
+    check_options(kv_cache_dtype, None, None, layer, backend, BACKENDS)
+    layout, *layer_options = op_options(layout, layer)
+    _library.flash_quant(
+        key,
+        value,
+        key_cache,
+        value_cache,
+        k_scale_cache,
+        v_scale_cache,
+        slot_mapping,
+        kv_cache_dtype,
+        layout,
+        scale_pattern(scale_layout),
+        *layer_options,
+        backend,
+    )
+
+
+def reshape_and_cache_flash_diffkv_per_token_head_quant(
+    key: Tensor,
+    value: Tensor,
+    kv_cache: Tensor,
+    k_scale_cache: Tensor,
+    v_scale_cache: Tensor,
+    slot_mapping: Tensor,
+    kv_cache_dtype: str,
+    *,
+    layout: str | CacheLayout | None = None,
+    scale_layout: str | CacheLayout | None = None,
+    layer: int | Tensor | None = None,
+    backend: str | None = None,
+) -> None:
+    """As `reshape_and_cache_flash_per_token_head_quant`, into one array that holds both keys and values.
+
+    Args:
+        key: `[num_tokens, num_heads, head_size]` of float16, bfloat16 or float32.
+        value: `[num_tokens, num_heads, head_size_v]`; head_size_v may differ where the layout has an axis `k+v`.
+        kv_cache: K and V, in the layout's order.
+        k_scale_cache: Scales of keys, float32, `[num_blocks, block_size, num_heads]` or as scale_layout says.
+        v_scale_cache: Likewise, of values.
+        slot_mapping: `[n]` of int32 or int64, n ≤ num_tokens.
+        kv_cache_dtype: A format of fp8, "int8" or "int4".
+        layout: A single-array layout; None means `block slot head k+v`.
+        scale_layout: Pattern of the scale caches' axes; None means `block slot head`, or `layer block slot head`.
+        layer: Index into the `layer` axis of cache and scale caches.
+        backend: None, "triton", "torch" or "interpret".
+
+    Raises:
+        ValueError: a shape, layout, choice or device does not fit, or cache or scale caches overlap.
+        TypeError: a dtype does not fit.
+
+    After `triton_reshape_and_cache_flash_per_token_head_quant` and `triton_reshape_and_cache_flash_diffkv` of vLLM.
+    """
+    check_options(kv_cache_dtype, None, None, layer, backend, BACKENDS)
+    layout, *layer_options = op_options(layout, layer)
+    _library.diffkv_quant(
+        key,
+        value,
+        kv_cache,
+        k_scale_cache,
+        v_scale_cache,
+        slot_mapping,
+        kv_cache_dtype,
+        layout,
+        scale_pattern(scale_layout),
+        *layer_options,
+        backend,
+    )
+
+
+def concat_and_cache_mla(
+    kv_c: Tensor,
+    k_pe: Tensor,
+    kv_cache: Tensor,
+    slot_mapping: Tensor,
+    kv_cache_dtype: str = "auto",
+    scale: Tensor | float | None = None,
+    *,
+    layer: int | Tensor | None = None,
+    backend: str | None = None,
+) -> None:
+    """Writes rows of multi-head latent attention into a paged cache, kv_c and k_pe side by side, in place.
+
+    Slots, streams and strides are as in `reshape_and_cache_flash`. To be read with the layout `block slot latent` and
+    `head_size_v=kv_lora_rank`.
+
+    Args:
+        kv_c: `[num_tokens, kv_lora_rank]` of float16, bfloat16 or float32: the compressed keys and values.
+        k_pe: `[num_tokens, qk_rope_head_dim]` of kv_c's dtype: the keys' part with positions.
+        kv_cache: `[num_blocks, block_size, kv_lora_rank + qk_rope_head_dim]`, with num_layers in front where layer is
+            given. The last axis counts bytes where elements are quantised.
+        slot_mapping: `[n]` of int32 or int64, n ≤ num_tokens.
+        kv_cache_dtype: As in `reshape_and_cache_flash`, or "fp8_ds_mla", for 512 and 64 columns: rows of 656 bytes of
+            uint8 are 512 elements of e4m3, the float32 scales `absmax / 448` of each 128 of these, and 64 of bfloat16.
+            Such a cache begins at a multiple of 4 bytes.
+        scale: What elements are divided by: float32 of one element, or a number; None means 1.
+        layer: Index into kv_cache's first axis, or a Tensor of one integer.
+        backend: None, "triton", "torch" or "interpret".
+
+    Raises:
+        ValueError: a shape, choice, address or device does not fit.
+        TypeError: a dtype does not fit.
+
+    After `concat_and_cache_mla` of vLLM.
+    """
+    if scale is not None and not hasattr(scale, "shape") and not isinstance(scale, (int, float)):
+        raise TypeError(f"scale must be a number or an array of float32, got {scale!r}")
+    check_options(kv_cache_dtype, None, None, layer, backend, BACKENDS)
+    _library.mla(
+        kv_c,
+        k_pe,
+        kv_cache,
+        slot_mapping,
+        kv_cache_dtype,
+        scale_tensor(scale, kv_cache),
+        *op_options(None, layer)[1:],
+        backend,
+    )
+
+
+def kv_scales(key: Tensor, value: Tensor, kv_cache_dtype: str, granularity: str = "tensor") -> tuple[Tensor, Tensor]:
+    """Static scales for keys and values like these, so that none of them saturates: `absmax / m`.
+
+    m is the format's largest number, or 6 · 448 for nvfp4, whose scales of 16 elements reach 448 then. Read back, an
+    element x of the sample is off by at most
+
+        int8            half a scale: absmax / 254
+        int4            half a scale: absmax / 14
+        fp8 e4m3        |x| / 16 where it is normal, |x| ≥ 2^-6 scale (fnuz: 2^-7); else 2^-10 (2^-11) scale
+        fp8 e5m2        |x| / 8 where |x| ≥ 2^-14 scale (fnuz: 2^-15); else 2^-17 (2^-18) scale
+        nvfp4           17/96 of the absmax of its 16 elements, where that is ≥ 0.1 scale
+
+    and float32's rounding. Samples with a NaN have the scale NaN, of zeros 1.
+
+    Args:
+        key: `[num_tokens, num_heads, head_size]` of float16, bfloat16 or float32, at least one element.
+        value: Likewise, `[num_tokens, num_heads, head_size_v]`.
+        kv_cache_dtype: Any but "auto" and "fp8_ds_mla".
+        granularity: "tensor" for one scale, "head" for one a head.
+
+    Returns:
+        k_scale and v_scale: float32 of shape `()` or `[num_heads]`.
+
+    Raises:
+        ValueError: a shape or choice does not fit.
+        TypeError: a dtype does not fit.
+    """
+    check_kv_scales(spec_of(key), spec_of(value), kv_cache_dtype, granularity)
+    stored = KV_CACHE_DTYPES[kv_cache_dtype]
+    assert stored is not None  # the check has seen to it
+    largest = stored.largest * (E4M3.largest if stored == NVFP4 else 1)
+    axes = (0, 1, 2) if granularity == "tensor" else (0, 2)
+    k_scale, v_scale = (scale_of(x.detach().abs().amax(axes).float(), largest) for x in (key, value))
+    return k_scale, v_scale
+
+
+def scale_tensor(scale: Any, cache: Tensor) -> Tensor | None:
     """A scale as the op's schema can carry it."""
     if scale is None or isinstance(scale, Tensor):
         return scale
+    if getattr(scale, "shape", ()):  # an array of NumPy's
+        return torch.as_tensor(scale, device=cache.device)
     return torch.full((), scale, dtype=torch.float32, device=cache.device)
 
 
@@ -144,3 +363,12 @@ def op_options(
     if isinstance(layer, Tensor):
         return layout, None, layer
     return layout, int(layer) if isinstance(layer, np.integer) else layer, None
+
+
+def scale_pattern(scale_layout: str | CacheLayout | None) -> str | None:
+    """The scale caches' layout as the op's schema can carry it. A `CacheLayout` of theirs has an axis dim of size 1."""
+    if isinstance(scale_layout, CacheLayout):
+        return scale_layout.pattern.replace(" dim", "")
+    if scale_layout is not None and not isinstance(scale_layout, str):
+        raise TypeError(f"scale_layout must be a pattern string, got {scale_layout!r}")
+    return scale_layout

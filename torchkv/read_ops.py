@@ -9,7 +9,7 @@ from kvcore.checks import check_options
 from kvcore.layout import CacheLayout
 from kvcore.read_contract import check_attention_options
 from torchkv import _read_library
-from torchkv.ops import BACKENDS, op_options, scale_tensor
+from torchkv.ops import BACKENDS, op_options, scale_pattern, scale_tensor
 
 
 def paged_attention(
@@ -28,6 +28,7 @@ def paged_attention(
     k_scale: Tensor | float | None = None,
     v_scale: Tensor | float | None = None,
     layout: str | CacheLayout | None = None,
+    scale_layout: str | CacheLayout | None = None,
     layer: int | Tensor | None = None,
     head_size_v: int | None = None,
     return_lse: bool = False,
@@ -56,11 +57,15 @@ def paged_attention(
         sliding_window: With causal, how many of the last positions a query sees, its own among them; None means all.
         soft_cap: A logit x becomes `soft_cap * tanh(x / soft_cap)`; None means no cap.
         sinks: `[num_q_heads]`: one more logit of each head in the softmax's denominator.
-        kv_cache_dtype: "auto", or the fp8 format that a uint8 cache holds: "fp8" (= "fp8_e4m3") or "fp8_e5m2".
-        k_scale: float32 of one element, or a number, by which fp8 keys are multiplied; None means 1.
+        kv_cache_dtype: "auto", or the format that the cache was written in: see `reshape_and_cache_flash` and
+            `concat_and_cache_mla`.
+        k_scale: By which quantised keys are multiplied: float32 of one element, or `[num_heads]`, or a number; None
+            means 1. Or the scale cache of `reshape_and_cache_flash_per_token_head_quant`, then for both.
         v_scale: Likewise, for values.
         layout: As in `reshape_and_cache_flash`; for one tensor, None means `block slot head k+v`, or
             `block slot latent` where it has 3 axes (4 with `layer`).
+        scale_layout: Pattern of the scale caches' axes, as they were written; None means `block slot head`, or
+            `layer block slot head`.
         layer: Index into the layout's `layer` axis. Out of range in a Tensor, nothing is read.
         head_size_v: Elements of a value; needed where V is the first part of K (`block slot latent`).
         return_lse: Whether the log-sum-exp is returned, too.
@@ -93,6 +98,7 @@ def paged_attention(
         *op_options(layout, layer),
         head_size_v,
         backend,
+        scale_pattern(scale_layout),
     )
     return (out, lse) if return_lse else out
 
@@ -108,6 +114,7 @@ def gather_kv(
     k_scale: Tensor | float | None = None,
     v_scale: Tensor | float | None = None,
     layout: str | CacheLayout | None = None,
+    scale_layout: str | CacheLayout | None = None,
     layer: int | Tensor | None = None,
     head_size: int | None = None,
     head_size_v: int | None = None,
@@ -120,11 +127,12 @@ def gather_kv(
         block_tables: `[num_seqs, max_blocks]` of int32 or int64: the blocks of each sequence, in order.
         seq_lens: `[num_seqs]` of int32 or int64: tokens of each sequence in the cache.
         max_len: Positions of a sequence in the result.
-        dtype: float16, bfloat16 or float32; None means the cache's own, or bfloat16 for fp8.
-        kv_cache_dtype: "auto", or the fp8 format that a uint8 cache holds.
-        k_scale: float32 of one element, or a number, by which fp8 keys are multiplied; None means 1.
+        dtype: float16, bfloat16 or float32; None means the cache's own, or bfloat16 for quantised ones.
+        kv_cache_dtype: As in `paged_attention`, like the next ones.
+        k_scale: By which quantised keys are multiplied, or their scale cache.
         v_scale: Likewise, for values.
-        layout: As in `paged_attention`.
+        layout: Where keys and values are.
+        scale_layout: Where scales are in scale caches.
         layer: Index into the layout's `layer` axis. Out of range in a Tensor, nothing is read.
         head_size: Elements of a key; needed for layouts with an axis `k+v`.
         head_size_v: Elements of a value; needed where V is the first part of K (`block slot latent`).
@@ -132,8 +140,8 @@ def gather_kv(
 
     Returns:
         Key `[num_seqs, max_len, num_heads, head_size]` and value `[num_seqs, max_len, num_heads, head_size_v]`: the
-        cache's bits, or `round(float32(x) * scale)`. Zeros past each length, and where block_tables has no block of the
-        cache.
+        cache's bits, or `round(float32(x) * scale)`, by the cache's own scale before a static one. Zeros past each
+        length, and where block_tables has no block of the cache.
 
     Raises:
         ValueError: a shape, layout, choice or device does not fit.
@@ -154,6 +162,7 @@ def gather_kv(
         head_size,
         head_size_v,
         backend,
+        scale_pattern(scale_layout),
     )
     return key, value
 

@@ -1,0 +1,47 @@
+"""Static scales out of samples."""
+
+import jax
+import jax.numpy as jnp
+
+from jaxkv._numbers import largest_of, scale_of
+from jaxkv._primitive import spec_of
+from kvcore.contract import check_kv_scales
+from kvcore.quantization import E4M3, KV_CACHE_DTYPES, NVFP4
+
+
+def kv_scales(
+    key: jax.Array, value: jax.Array, kv_cache_dtype: str, granularity: str = "tensor"
+) -> tuple[jax.Array, jax.Array]:
+    """Static scales with which a quantised cache holds numbers like these without saturating.
+
+    A scale is `absmax / m` in float32, where m is the format's largest number; for nvfp4 that times 448, the largest
+    scale of a block. It is 1 where it would be below 2^-126, as of zeros, and NaN where there is a NaN. Read back, a
+    number x of the sample is off by at most, float32's rounding aside,
+
+        int8        half a scale: absmax / 254
+        int4        half a scale: absmax / 14
+        fp8_e4m3    |x| / 16 where |x| ≥ 2^-6 scale (fnuz: 2^-7), else 2^-10 scale (2^-11)
+        fp8_e5m2    |x| / 8 where |x| ≥ 2^-14 scale (fnuz: 2^-15), else 2^-17 scale (2^-18)
+        nvfp4       a sixth of the largest magnitude among its 16 elements, and a sixteenth of |x| for the rounding of
+                    their own scale, where that is at least 2^-6
+
+    Args:
+        key: `[num_tokens, num_heads, head_size]` of float16, bfloat16 or float32; a sample of at least one element.
+        value: `[num_tokens, num_heads, head_size_v]`, likewise.
+        kv_cache_dtype: Any but "auto", and "fp8_ds_mla", which computes its scales.
+        granularity: "tensor" for one scale, "head" for one a head.
+
+    Returns:
+        k_scale and v_scale: float32 of shape `()` or `[num_heads]`.
+
+    Raises:
+        ValueError: a shape or choice does not fit.
+        TypeError: a dtype does not fit.
+    """
+    check_kv_scales(spec_of(key), spec_of(value), kv_cache_dtype, granularity)
+    stored = KV_CACHE_DTYPES[kv_cache_dtype]
+    assert stored is not None  # checked
+    largest = stored.largest * (E4M3.largest if stored == NVFP4 else 1)
+    axes = (0, 1, 2) if granularity == "tensor" else (0, 2)
+    k_scale, v_scale = (scale_of(largest_of(jnp.asarray(x, jnp.float32), axes), largest) for x in (key, value))
+    return k_scale, v_scale
