@@ -9,6 +9,7 @@ NAMES = {
     "attention": "attention over the cache against its limit, beside other implementations",
     "decode": "a model of Llama 3 8B's shape, decoding in JAX, against its limit",
     "plot": "a picture of attention's results",
+    "accuracy": "SmolLM2's perplexity and greedy text over each format of the cache",
     "generate": "SmolLM2's decode loop on this host",
 }
 

@@ -116,11 +116,8 @@ class Inputs:
     @property
     def options(self) -> dict[str, Any]:
         """Arguments of `paged_attention` that are no arrays, alike in both frameworks."""
-        return {
-            "sliding_window": self.case.sliding_window,
-            "soft_cap": self.case.soft_cap,
-            **self.cache.spec.reading,
-        }
+        own = {"sliding_window": self.case.sliding_window, "soft_cap": self.case.soft_cap}
+        return own | self.cache.spec.reading
 
     @property
     def checked(self) -> list[int]:
@@ -146,15 +143,15 @@ class Inputs:
     def _attend(self, token: int) -> torch.Tensor:
         case = self.case
         long = token < case.queries
-        sequence = 0 if long else token - case.queries + 1
-        key, value = self.gathered(sequence, torch.float32)
         last = case.context - case.queries + token if long else case.context - 1
         first = max(0, last + 1 - case.sliding_window) if case.sliding_window else 0
+        sequence = self.gathered(0 if long else token - case.queries + 1, torch.float32)
+        key, value = (x[first : last + 1] for x in sequence)
         query = self.queries[0][token].float().view(case.kv_heads, -1, case.head_size)
-        scores = torch.einsum("hgd,nhd->hgn", query, key[first : last + 1]) * case.head_size**-0.5
+        scores = torch.einsum("hgd,nhd->hgn", query, key) * case.head_size**-0.5
         if case.soft_cap is not None:
             scores = torch.tanh(scores / case.soft_cap) * case.soft_cap
-        out = torch.einsum("hgn,nhd->hgd", scores.softmax(-1), value[first : last + 1])
+        out = torch.einsum("hgn,nhd->hgd", scores.softmax(-1), value)
         return out.reshape(case.q_heads, case.head_size_v)
 
     def _cache(self) -> torchkv.PagedKVCache:

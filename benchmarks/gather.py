@@ -1,11 +1,12 @@
 """Gathers of keys and values out of the cache against the limit: a plain copy of the same bytes, in the same run.
 
-`uv run python -m benchmarks gather [--json FILE]`. Columns: `ratio` is the copy's time over the op's, 1 being the limit.
-Results are bfloat16.
+`uv run python -m benchmarks gather [--json FILE]`. Columns: `ratio` is the copy's time over the op's, 1 being the
+limit. What is gathered is bfloat16.
 """
 
 import argparse
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ def check(inputs: Inputs, name: str, found: tuple[torch.Tensor, torch.Tensor]) -
 
 
 def torch_seconds(inputs: Inputs) -> float:
-    """torchkv."""
+    """Time of a call of torchkv."""
 
     def gather(tables: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return inputs.cache.gather(tables, inputs.seq_lens, inputs.case.context)
@@ -50,13 +51,13 @@ def torch_seconds(inputs: Inputs) -> float:
 
 
 def jax_seconds(inputs: Inputs, estimate: float) -> float:
-    """jaxkv; `estimate` is about what a call takes, in seconds."""
+    """Time of a call of jaxkv; `estimate` is about what it takes."""
     import jax
     import jax.numpy as jnp
 
     import jaxkv
 
-    gpu = inputs.device == "cuda"
+    again = 8 if inputs.device == "cuda" else 1
     arrays, options, context = JaxInputs(inputs), inputs.cache.spec.reading, inputs.case.context
 
     def gather(tables: Any, seq_lens: Any, cache: Any) -> Any:
@@ -65,18 +66,17 @@ def jax_seconds(inputs: Inputs, estimate: float) -> float:
 
     def step(seq_lens: Any, given: Any) -> Any:
         tables, cache = given
-        for _ in range(8 if gpu else 1):  # as for writes
+        for _ in range(again):  # 32 calls, as for writes
             keys = [gather(each, seq_lens, cache)[0] for each in tables]
             # Never true, but it makes the next calls depend on these. Once a round: it is a kernel, if a small one.
-            odd = sum(jnp.isnan(key[0, 0, 0, 0]).astype(seq_lens.dtype) for key in keys)
-            seq_lens = seq_lens + odd
+            seq_lens = seq_lens + sum(jnp.isnan(key[0, 0, 0, 0]).astype(seq_lens.dtype) for key in keys)
         return seq_lens
 
     cache = arrays.caches, {name: arrays.more[name] for name in ("k_scale", "v_scale")}
     key, value = jax.jit(gather)(arrays.tables[0], arrays.seq_lens, cache)
     check(inputs, "jaxkv", (torch.from_dlpack(key[:1]), torch.from_dlpack(value[:1])))
-    calls = len(arrays.tables) * (8 if gpu else 1)
-    return jax_time(step, jnp.copy(arrays.seq_lens), (arrays.tables, cache), calls, estimate)
+    carry, given = jnp.copy(arrays.seq_lens), (arrays.tables, cache)
+    return jax_time(step, carry, given, again * len(arrays.tables), estimate)
 
 
 def main(argv: list[str]) -> None:
@@ -97,9 +97,16 @@ def main(argv: list[str]) -> None:
         row |= {"layout": str(inputs.layout), "heads": case.kv_heads, "head_size": case.head_size}
         row |= {"head_size_v": case.head_size_v, "kv_cache_dtype": case.kv_cache_dtype}
         row |= {"per_token_head": case.per_token_head, "bytes": moved(case)}
-        times = {"copy": copy_time(row["bytes"]), "torch": torch_seconds(inputs)}
-        if not args.no_jax:
-            times["jax"] = jax_seconds(inputs, times["torch"] if inputs.device == "cuda" else 1e-3)
+        times = {"copy": copy_time(row["bytes"])}
+        estimate = times["copy"] if inputs.device == "cuda" else 1e-3
+        calls = {"torch": partial(torch_seconds, inputs), "jax": partial(jax_seconds, inputs, estimate)}
+        row["failed"] = {}
+        for name in ("torch",) if args.no_jax else ("torch", "jax"):
+            try:
+                times[name] = calls[name]()
+            except Exception as error:  # a failure is a result: the others go on
+                row["failed"][name] = f"{type(error).__name__}: {str(error)[:500]}"
+                print(f"        {name}: {row['failed'][name][:200]}", flush=True)
         row |= {f"{name}_us": seconds * 1e6 for name, seconds in times.items()}
         row |= {f"{name}_ratio": times["copy"] / s for name, s in times.items() if name != "copy"}
         row["copy_tb_s"] = row["bytes"] / times["copy"] / 1e12

@@ -87,7 +87,7 @@ CASES = (
     Case("NHD int4", "NHD", kv_cache_dtype="int4", cache_dtype="uint8"),
     Case("NHD int4, token head", "NHD", kv_cache_dtype="int4", cache_dtype="uint8", scales="token head"),
     Case("NHD nvfp4", "NHD", kv_cache_dtype="nvfp4", cache_dtype="uint8", decode=True),
-    Case("MLA", "MLA", heads=1, head_size=576, head_size_v=512),
+    Case("MLA", "MLA", 1, 576, 512),
     Case("MLA fp8_ds_mla", "MLA", 1, 576, 512, kv_cache_dtype="fp8_ds_mla", cache_dtype="uint8", decode=True),
     Case("NHD float16", "NHD", dtype="float16", cache_dtype="float16"),
     Case("NHD float32", "NHD", dtype="float32", cache_dtype="float32", rivals=True),
@@ -107,10 +107,9 @@ class Inputs:
         num_blocks = SETS * -(-tokens // BLOCK_SIZE)
         spec = case.spec(num_blocks)
         self.layout = spec.layout
+        dtype = getattr(torch, case.dtype)
         rows = [
-            torch.randn((SETS, tokens, case.heads, size), device=device, generator=generator).to(
-                getattr(torch, case.dtype)
-            )
+            torch.randn((SETS, tokens, case.heads, size), device=device, generator=generator).to(dtype)
             for size in case.sizes
         ]
         slots = torch.arange(num_blocks * BLOCK_SIZE, device=device)
@@ -118,17 +117,17 @@ class Inputs:
             slots = slots[torch.randperm(len(slots), device=device, generator=generator)]
         self.caches = [torch.zeros(s, dtype=getattr(torch, case.cache_dtype), device=device) for s in spec.shapes]
         self.caches += [torch.zeros(s, device=device) for s in spec.scale_shapes]
-        computed = case.scales == "token head" or case.kv_cache_dtype == "fp8_ds_mla"
         self.scales: list[torch.Tensor] = []
-        if case.quantised and not computed:
+        if case.quantised and case.scales != "token head" and case.kv_cache_dtype != "fp8_ds_mla":
             self.scales = list(torchkv.kv_scales(rows[0][0], rows[1][0], case.kv_cache_dtype, case.scales))
         if self.layout.latent:
             rows = [x.squeeze(2) for x in rows]
         self.sets = list(zip(rows[0], rows[1], slots[: SETS * tokens].view(SETS, tokens), strict=True))
 
     def call(self, module: Any, key: Any, value: Any, caches: Any, slots: Any, scales: Any) -> Any:
-        """The op, of torchkv or jaxkv. `caches`: and the caches of scales."""
-        name, options = "reshape_and_cache_flash", {"layer": 1 if self.case.layers else None}
+        """The op, of torchkv or jaxkv. `caches` include those of scales."""
+        name = "reshape_and_cache_flash"
+        options: dict[str, Any] = {"layer": 1 if self.case.layers else None}
         if self.layout.latent:
             name = "concat_and_cache_mla"
         else:

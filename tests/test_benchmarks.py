@@ -1,4 +1,4 @@
-"""The benchmarks of reading run, on sizes that a CPU can do; what they measure there means nothing."""
+"""The benchmarks run, on sizes that a CPU can do; what they measure there means nothing."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("jax")
 
-from benchmarks import attention, decode
+from benchmarks import attention, decode, gather, write
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +20,13 @@ def one_thread():
 
 
 @pytest.mark.parametrize(
-    "options", [["decode NHD 256x1024"], ["prefill", "mixed"], ["MLA", "window", "soft cap", "--no-peers"]]
+    "options",
+    [
+        ["decode NHD 256x1024"],
+        ["prefill", "mixed"],
+        ["MLA", "window", "soft cap", "PACKED_NHD 64x8192", "BLOCK_KV_HND 64x8192", "--no-peers"],
+        ["decode NHD 64x8192", "quantised NHD 64x8192", "--no-peers"],
+    ],
 )
 def test_attention(options, tmp_path, capsys):
     path = tmp_path / "attention.json"
@@ -36,17 +42,66 @@ def test_attention(options, tmp_path, capsys):
             assert row[f"{name}_us"] > 0
             assert row[f"{name}_ratio"] > 0
             assert row[f"{name}_error"] <= attention.TOLERANCE
-        if row["case"] in ("prefill", "decode") and row["layout_name"] == "NHD":
+            assert (f"{name}_vs_bf16" in row) == (row["cache_dtype"] != "bfloat16")
+        if row["case"] in ("prefill", "decode") and row["layout_name"] == "NHD" and "--no-peers" not in options:
             assert row["gather_sdpa_error"] <= attention.TOLERANCE
             assert row["failed"]["flashinfer"]  # it needs a GPU; the others went on
     assert "torchkv_" in capsys.readouterr().out.splitlines()[-len(found["rows"]) - 1]
 
 
-def test_fp8_is_compared_with_bf16():
-    bf16 = {"case": "decode", "size": "8x32", "layout_name": "NHD", "torchkv_us": 2.0}
-    fp8 = {"case": "fp8", "size": "8x32", "layout_name": "NHD", "torchkv_us": 1.0}
-    attention.compare_with_bf16(fp8, [bf16])
-    assert fp8["torchkv_vs_bf16"] == 2
+def test_quantised_caches_are_compared_with_bf16():
+    def row(case, layout, cache_dtype, us, size="8x32"):
+        return {"case": case, "size": size, "layout_name": layout, "cache_dtype": cache_dtype, "torchkv_us": us}
+
+    others = [
+        row("decode", "NHD", "bfloat16", 2.0),
+        row("window", "NHD", "bfloat16", 3.0),
+        row("decode", "NHD", "bfloat16", 4.0, "1x32"),
+        row("decode", "HND", "bfloat16", 5.0),
+        row("MLA", "MLA", "bfloat16", 6.0),
+    ]
+    rows = [row("int4 token-head", "NHD", "int4", 1.0), row("MLA fp8_ds_mla", "MLA", "fp8_ds_mla", 1.0)]
+    for each in (*rows, *others):
+        attention.compare_with_bf16(each, others)
+    assert [each["torchkv_vs_bf16"] for each in rows] == [2, 6]
+    assert not any("torchkv_vs_bf16" in each for each in others)
+
+
+def test_write(tmp_path, capsys):
+    path = tmp_path / "write.json"
+    options = ["quantised", "MLA", "layer", "head-major", "192/128"]
+    write.main(["--tokens", "16", "--json", str(path), "--cases", *options])
+    found = json.loads(path.read_text())
+    assert found["benchmark"] == "write"
+    assert {row["kv_cache_dtype"] for row in found["rows"]} > {"auto", "int8", "int4", "nvfp4", "fp8_ds_mla"}
+    for row in found["rows"]:
+        assert {"case", "layout", "dtype", "cache_dtype", "heads", "scales"} <= row.keys()
+        assert all(row[key] > 0 for key in ("bytes", "copy_us", "torch_ratio", "jax_ratio"))
+    assert "torch_ratio" in capsys.readouterr().out.splitlines()[-len(found["rows"]) - 1]
+
+
+def test_gather(tmp_path, capsys):
+    path = tmp_path / "gather.json"
+    gather.main(["--divide", "1024", "--json", str(path)])
+    found = json.loads(path.read_text())
+    assert found["benchmark"] == "gather"
+    assert len(found["rows"]) == len(gather.CASES)
+    for row in found["rows"]:
+        assert row["failed"] == {}
+        assert all(row[key] > 0 for key in ("bytes", "copy_us", "torch_ratio", "jax_ratio"))
+    assert "torch_ratio" in capsys.readouterr().out.splitlines()[-len(found["rows"]) - 1]
+
+
+def test_gathering_something_else_is_no_result(monkeypatch, tmp_path):
+    path = tmp_path / "gather.json"
+    gathered = gather.Inputs.gathered
+    monkeypatch.setattr(gather.Inputs, "gathered", lambda self, _, dtype: gathered(self, 1, dtype))
+    gather.main(["--divide", "1024", "--json", str(path), "--cases", "bf16", "int4"])
+    rows = json.loads(path.read_text())["rows"]
+    assert len(rows) == 3  # int4 has two
+    for row in rows:
+        assert row.keys().isdisjoint({"torch_us", "jax_us"})
+        assert all("gathers something else" in row["failed"][name] for name in ("torch", "jax"))
 
 
 def test_the_limit_counts_what_is_read():
@@ -55,7 +110,31 @@ def test_the_limit_counts_what_is_read():
     assert cases["fp8", "64x8192"].read * 2 == cases["decode", "64x8192"].read
     assert cases["window", "64x8192"].read * 8 == cases["decode", "64x8192"].read
     assert cases["MLA", "64x8192"].read == 64 * 8192 * 576 * 2
+    positions, bf16 = 64 * 8192 * 8, cases["decode", "64x8192"].read
+    assert cases["int8", "64x8192"].read * 2 == cases["int4", "64x8192"].read * 4 == bf16
+    for name, size in (("fp8", 128), ("int8", 128), ("int4", 64)):
+        assert cases[f"{name} token-head", "64x8192"].read == positions * 2 * (size + 4)
+    assert cases["nvfp4", "64x8192"].read == positions * 2 * (64 + 8)
+    assert cases["MLA fp8_ds_mla", "64x8192"].read == 64 * 8192 * 656
     assert cases["prefill", "1x8192"].flops == 4 * 32 * 128 * (4096 * 4096 + 4096 * 4097 // 2)
+
+
+def test_the_copies_move_what_writes_and_gathers_move():
+    cases = {case.name: case for case in write.CASES}
+    heads = 100 * 8 * 2  # of keys and values
+    written = {"NHD": 256, "NHD, layer": 256, "NHD e4m3": 128, "NHD e4m3, head": 128, "NHD int8": 128, "NHD int4": 64}
+    written |= {"NHD e4m3, token head": 132, "NHD int8, token head": 132, "NHD int4, token head": 68, "NHD nvfp4": 72}
+    for name, size in written.items():
+        assert cases[name].moved(100) == heads * (256 + size), name
+    assert cases["NHD float32 to bf16"].moved(100) == heads * (512 + 256)
+    assert cases["k+v NHD 192/128"].moved(100) == 100 * 8 * (192 + 128) * 4
+    assert cases["MLA"].moved(100) == 100 * 576 * 4
+    assert cases["MLA fp8_ds_mla"].moved(100) == 100 * (576 * 2 + 656)
+    moved = {case.name: gather.moved(case) for case in gather.CASES}
+    heads = 65536 * 8 * 2
+    read = {"bf16": 256, "fp8": 128, "int8": 128, "int4": 64, "nvfp4": 72}
+    read |= {"fp8, token head": 132, "int8, token head": 132, "int4, token head": 68}
+    assert moved == {name: heads * (size + 256) for name, size in read.items()}
 
 
 def test_decode(tmp_path):

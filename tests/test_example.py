@@ -1,6 +1,7 @@
 """The example: real text from a real model, in JAX and in torch, equal to transformers' on the same file."""
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks import accuracy
 from examples.llama.gguf_model import ArrayReader, InputError, find_model, load_model
 from examples.llama.jax_session import JaxLlama
 from examples.llama.paging import BLOCK_SIZE, BlockAllocator, plan_batch
@@ -52,10 +54,17 @@ def quick_reader():
         yield
 
 
-def generate(llama, prompts, new_tokens=NEW_TOKENS, *, layout="NHD", kv_cache_dtype="auto", chunk=None):
+def open_session(llama, batch, layout="NHD", kv_cache_dtype="auto", granularity=None):
+    """A session whose static scales are calibrated on its own prompts."""
+    static = granularity in ("tensor", "head")
+    scales = llama.calibrate(batch, kv_cache_dtype, granularity) if static else None
+    return llama.session(batch, layout, kv_cache_dtype, scales)
+
+
+def generate(llama, prompts, new_tokens=NEW_TOKENS, *, chunk=None, **cache):
     """New tokens of each prompt, and the session that made them."""
     batch = plan_batch(prompts, new_tokens, context_length=llama.model.config.context_length)
-    session, report = llama.session(batch, layout, kv_cache_dtype), Report()
+    session, report = open_session(llama, batch, **cache), Report()
     for _ in run(session, report, chunk):
         pass
     return report.answers, session
@@ -252,18 +261,45 @@ def test_every_layout_gives_the_same_tokens(framework, layout, small_twins):
 
 
 @pytest.mark.parametrize(
-    ("layout", "kv_cache_dtype"), [("NHD", "fp8"), ("HEAD_MAJOR", "fp8_e5m2"), ("PACKED_HND", "fp8_e4m3")]
+    ("layout", "kv_cache_dtype", "granularity"),
+    [
+        ("NHD", "fp8", "head"),
+        ("HEAD_MAJOR", "fp8_e5m2", "tensor"),
+        ("PACKED_HND", "fp8_e4m3fnuz", "token_head"),
+        ("HND", "int8", "token_head"),
+        ("INTERLEAVED", "int4", "head"),
+        ("KV_NHD", "nvfp4", "tensor"),
+    ],
 )
-def test_fp8_twins_store_the_same_bytes(layout, kv_cache_dtype, small_twins):
-    stored = []
+def test_quantised_twins_store_the_same_bytes(layout, kv_cache_dtype, granularity, small_twins):
+    cache = {"layout": layout, "kv_cache_dtype": kv_cache_dtype, "granularity": granularity}
+    stored, answers = [], []
     for llama in small_twins.values():
-        _, session = generate(llama, some_prompts(9), 1, layout=layout, kv_cache_dtype=kv_cache_dtype)
+        answer, session = generate(llama, some_prompts(9, 3), 4, **cache)
+        assert (session.spec.scale_layout is not None) == (granularity == "token_head")
+        answers.append(answer)
         stored.append(cache_arrays(session))
+    assert answers[0] == answers[1]
     for first, second in zip(*stored, strict=True):
         assert first.dtype == second.dtype == np.uint8
         assert first.any()
         # Keys and values come from different matrix products: now and then a neighbour is rounded to.
         assert np.mean(first != second) < 0.01
+
+
+@pytest.mark.parametrize("framework", TWINS)
+def test_calibration_sees_all_of_every_prompt_and_no_padding(framework, small_twins):
+    llama, prompts = small_twins[framework], some_prompts(21, 6)
+
+    def scales(prompts, granularity):
+        batch = plan_batch(prompts, 1, context_length=1024)
+        return np.array(llama.calibrate(batch, "int8", granularity), np.float32)
+
+    together = scales(prompts, "head")
+    assert together.shape == (2, 2, 2)  # layers, K and V, heads
+    alone = [scales([prompt], "head") for prompt in prompts]
+    np.testing.assert_allclose(together, np.maximum(*alone), rtol=1e-5)
+    np.testing.assert_allclose(scales(prompts, "tensor"), together.max(axis=2), rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -294,6 +330,23 @@ def test_steps_of_a_cuda_graph_equal_eager_ones(kv_cache_dtype, small_twins):
             pass
         answers.append(report.answers)
     assert answers[0] == answers[1]
+
+
+def test_table_of_accuracy(small_file, tmp_path):
+    path = tmp_path / "accuracy.json"
+    options = ["--tokens", "300", "--sample", "40", "--new-tokens", "4", "--formats", "auto", "int8", "nvfp4"]
+    accuracy.main([*options, "--model", str(small_file), "--json", str(path)])
+    exact, bfloat16, *quantised = json.loads(path.read_text())["rows"]
+    assert (exact["bits"], exact["agreement"], exact["prefix"], exact["Δ nll"]) == (32, 1, 4, 0)
+    assert bfloat16["bits"] == 16
+    assert [(row["kv_cache_dtype"], row["granularity"], row["bits"]) for row in quantised] == [
+        *(("int8", "token_head", 8 + 32 / 16), ("int8", "tensor", 8), ("int8", "head", 8)),
+        *(("nvfp4", "tensor", 4.5), ("nvfp4", "head", 4.5)),
+    ]
+    for row in (bfloat16, *quantised):
+        assert row["± se"] > 0
+        assert 0.3 < row["agreement"] <= 1  # of random weights, which are close to undecided
+        assert row["perplexity"] == pytest.approx(exact["perplexity"], rel=0.2)
 
 
 # --- Paging ---------------------------------------------------------------------------------------
@@ -347,17 +400,17 @@ def test_only_owned_slots_are_written(framework, small_twins):
 def test_decode_is_in_place_and_one_program(small):
     # Blocks for 200,000 tokens: no temporary that depends on the batch comes near the size of the cache.
     batch = replace(plan_batch(some_prompts(4), 30, context_length=1024), num_blocks=200_000 // BLOCK_SIZE)
-    for layout, kv_cache_dtype in (("NHD", "auto"), ("PACKED_HND", "auto"), ("NHD", "fp8")):
-        session = JaxLlama(small).session(batch, layout, kv_cache_dtype)
+    for cache in (("NHD",), ("PACKED_HND",), ("NHD", "fp8", "token_head"), ("NHD", "int8", "head")):
+        session = open_session(JaxLlama(small), batch, *cache)
         nbytes = session.spec.nbytes
         for program in (session.prefill_program, session.decode_program):
             memory = program.memory_analysis()
             assert memory.alias_size_in_bytes >= nbytes
             assert memory.temp_size_in_bytes < nbytes / 2
         session.prefill()
-        before = [cache.unsafe_buffer_pointer() for cache in session.state.cache.caches]
+        before = [array.unsafe_buffer_pointer() for array in jax.tree.leaves(session.state.cache)]
         session.decode(30)
-        assert [cache.unsafe_buffer_pointer() for cache in session.state.cache.caches] == before
+        assert [array.unsafe_buffer_pointer() for array in jax.tree.leaves(session.state.cache)] == before
 
 
 # --- Tokenizers of other Llamas -------------------------------------------------------------------
@@ -462,12 +515,14 @@ def test_command_streams_real_text(tmp_path):
 
 def test_command_runs_torch_on_a_batch_without_jax(small_file, tmp_path):
     options = ("--framework", "torch", "--batch", "3", "--max-new-tokens", "5", "--layout", "kv-nhd")
+    options += ("--kv-cache-dtype", "int4", "--granularity", "head")
     done = command("one", "another", *options, tmp_path=tmp_path, KV_MODEL=str(small_file))
     assert done.returncode == 0, done.stderr
     first, second, third = re.split(r"^\[\d\] ", done.stdout, flags=re.MULTILINE)[1:]
     assert first == third
     assert first.startswith("one")
     assert second.startswith("another")
+    assert "of 16 slots, int4, 'layer kv block slot head dim'" in done.stderr
     assert "IMPORTED torch\n" in done.stderr
 
 
@@ -479,6 +534,10 @@ def test_command_runs_torch_on_a_batch_without_jax(small_file, tmp_path):
         (
             ["x" * 1000],
             "prompt and max_new_tokens must fit the model's context of 1024 tokens, got 1000 + 128",
+        ),
+        (
+            ["x", "--kv-cache-dtype", "nvfp4", "--layout", "slot block dim head"],
+            "layout must end with axis dim for kv_cache_dtype 'nvfp4', got 'layer slot block dim head'",
         ),
         (["x", "--model", "nowhere.gguf"], "model must be a GGUF file, got 'nowhere.gguf', which is no file"),
     ],
@@ -496,13 +555,26 @@ def test_bad_requests_say_why(arguments, message, cli, small_file, monkeypatch, 
         (["x", "--layout", "block slot head"], "must name exactly one of the axes dim, dim/x and k+v"),
         (["x", "--layout", "nowhere"], "has an unknown axis"),
         (["x", "--layout", "mla"], "layout must have room for a Llama's values, got 'block slot latent'"),
-        (["x", "--kv-cache-dtype", "int8"], "invalid choice: 'int8'"),
+        (["x", "--kv-cache-dtype", "fp8_ds_mla"], "invalid choice: 'fp8_ds_mla'"),
+        (["x", "--granularity", "head"], "must be left out for --kv-cache-dtype auto, got head"),
+        (
+            ["x", "--kv-cache-dtype", "nvfp4", "--granularity", "token_head"],
+            "argument --granularity: must be tensor or head for --kv-cache-dtype nvfp4, got token_head",
+        ),
     ],
 )
 def test_bad_options_say_why(arguments, message, cli, capsys):
     with pytest.raises(SystemExit):
         cli.main(arguments)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kv_cache_dtype", "granularity"),
+    [("auto", None), ("int4", "token_head"), ("fp8", "token_head"), ("nvfp4", "tensor")],
+)
+def test_default_granularity(kv_cache_dtype, granularity, cli):
+    assert cli.parse(["x", "--kv-cache-dtype", kv_cache_dtype]).granularity == granularity
 
 
 def test_missing_framework_says_how(cli, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """Quantised caches in torch: registration, strides, memory, torch.compile, vmap, launches, PagedKVCache."""
 
+import itertools
 import re
 from contextlib import nullcontext
 
@@ -9,14 +10,17 @@ import torch
 
 import torchkv
 from kvcore import interpreter, reference, reference_attention
+from kvcore.compiler import kernel_function
 from kvcore.layout import CacheLayout
 from kvcore.plan import INTERPRETER
 from kvcore.quantization import KV_CACHE_DTYPES, stored_size
 from tests.arrays import DTYPES, from_torch, make_case, random_bits, random_normal, run_oracle, to_torch, with_case
 from tests.reads import make_read, oracle
 from tests.test_torch_library import assert_bits, assert_no_copies, compiled_code, compiler  # noqa: F401
-from torchkv import _library, _read_library, _triton
+from torchkv import _library, _read_library, _read_triton, _triton
 from torchkv._call import Call
+from torchkv._memory import share_elements
+from torchkv._read import AttentionCall, GatherCall
 
 BACKENDS = ["torch", "interpret"]
 flash_quant = torchkv.reshape_and_cache_flash_per_token_head_quant
@@ -287,6 +291,26 @@ def test_scales_between_the_elements_of_caches(backend, rng):
     assert_bits((*caches, *scales), run_oracle(with_case(case, caches=arrays[:2], scale_caches=arrays[2:])))
 
 
+def bytes_of(view):
+    size = view.element_size()
+    grids = np.indices(tuple(view.shape)).reshape(view.dim(), -1)
+    first = view.storage_offset() + np.array(view.stride()) @ grids
+    return set((size * first[:, None] + np.arange(size)).ravel().tolist())
+
+
+def test_tensors_of_different_dtypes_share_bytes(rng):
+    buffer, shared = torch.zeros(512, dtype=torch.uint8), 0
+    for _ in range(300):
+        a, b = (
+            buffer.view(dtype).as_strided(rng.integers(1, 4, 2).tolist(), rng.integers(0, 9, 2).tolist(), int(offset))
+            for dtype, offset in zip((torch.float32, torch.uint8), rng.integers(0, 40, 2), strict=True)
+        )
+        shares = bool(bytes_of(a) & bytes_of(b))
+        assert share_elements(a, b) == share_elements(b, a) == shares
+        shared += shares
+    assert 30 < shared < 270
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("offset", [1, 2, 3])
 def test_rows_with_float32_scales_at_odd_addresses(offset, backend, rng):
@@ -464,37 +488,37 @@ def test_vmap_of_rows(own, rng):
 
 @pytest.fixture
 def launched(monkeypatch):
-    """`_triton.launch` on CPU tensors: what would be compiled is interpreted. Gives what was compiled."""
+    """Launches on CPU tensors: what would be compiled is interpreted. Gives what was compiled."""
     compiled = []
 
     def load(kernel, pointees, aligned):
         compiled.append(kernel)
-        return kernel, list(pointees.values())
+        return kernel, pointees
 
-    def start(kernel, grid, device, arguments):
-        plan, dtypes = kernel
+    def start(loaded, grid, device, arguments):
+        kernel, pointees = loaded
+        names = kernel_function(kernel).arg_names[: len(arguments)]
         pointers = [
-            interpreter.Pointer(a, d) if a is not None and d not in (None, "scalar") else a
-            for a, d in zip(arguments, [*dtypes, None, None, None], strict=True)
+            interpreter.Pointer(a, pointees[name]) if pointees.get(name) not in (None, "scalar") else a
+            for name, a in zip(names, arguments, strict=True)
         ]
-        interpreter.run(plan, grid, pointers)
+        interpreter.run(kernel, grid, pointers)
 
-    monkeypatch.setattr(_triton, "load", load)
-    monkeypatch.setattr(_triton, "start", start)
-    monkeypatch.setattr(_triton, "target", lambda: INTERPRETER)
-    monkeypatch.setattr(_triton, "_launchers", {})
+    for module in (_triton, _read_triton):
+        monkeypatch.setattr(module, "load", load)
+        monkeypatch.setattr(module, "start", start)
+        monkeypatch.setattr(module, "target", lambda: INTERPRETER)
+        monkeypatch.setattr(module, "_launchers" if module is _triton else "_launches", {})
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     return compiled
 
 
-def call_of(case, memory, *scales):
+def call_of(case, memory, k_scale=None, v_scale=None):
     key, value, slots = inputs(case)
-    n = len(case.caches)
-    k_scale, v_scale = scales or (None, None)
     return Call(
-        key, value, tuple(memory[:n]), slots, case.kv_cache_dtype, k_scale, v_scale, case.layout.pattern, case.layer,
-        None, None, tuple(memory[n:]), case.scale_layout,
+        key, value, tuple(memory), slots, case.kv_cache_dtype, k_scale, v_scale, case.layout.pattern, case.layer,
+        None, None, case.scale_layout,
     )  # fmt: skip
 
 
@@ -577,6 +601,65 @@ def test_launches_see_addresses_every_time(launched, rng):
     assert_bits([memory[base + 4 :][: cache.size].view(cache.shape)], [want])
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kv_cache_dtype": "int8", "granularity": "head"},
+        {"kv_cache_dtype": "int4", "granularity": "token_head", "scale_layout": "slot head block"},
+        {"kv_cache_dtype": "nvfp4", "layout": "PACKED_NHD"},
+        {"kv_cache_dtype": "fp8_ds_mla", "layout": "MLA", "head_size": 576, "head_size_v": 512},
+    ],
+    ids=str,
+)
+def test_launches_that_read(options, launched, rng):
+    case = make_read(rng, **options)
+    caches = [to_torch(c) for c in case.caches]
+    arrays = [to_torch(a) for a in (case.block_tables, case.seq_lens)]
+    found = dict(case.options)
+    scales = [found.pop(n, None) for n in ("k_scale", "v_scale")]
+    scales = [None if s is None else torch.as_tensor(s, dtype=torch.float32) for s in scales]
+    layout, scale_layout = found["layout"].pattern, found.get("scale_layout")
+    head_size_v = case.head_size_v if case.layout.latent else None
+    tail = (found["kv_cache_dtype"], *scales, layout, None, None)
+    attend = (to_torch(case.query), caches, *arrays, None, None, True, None, None, None, *tail, head_size_v)
+    out, _ = _read_triton.attention(AttentionCall(*attend, None, scale_layout))
+    want, _ = oracle(case)
+    np.testing.assert_allclose(out, want, atol=3e-6 * np.abs(want).max())
+    gather = (caches, *arrays, 19, "float32", *tail, case.query.shape[2], head_size_v)
+    got = _read_triton.gather(GatherCall(*gather, None, scale_layout))
+    want = reference_attention.gather_kv(
+        case.caches, case.block_tables, case.seq_lens, 19, dtype=DTYPES["float32"], head_size=case.query.shape[2],
+        head_size_v=case.head_size_v, **case.options,
+    )  # fmt: skip
+    assert_bits(got, want)
+
+
+def test_launches_that_read_differ_by_the_layout_of_scales(launched, rng):
+    """As many blocks as slots: the layouts differ in nothing else."""
+    caches = [to_torch(random_bits(rng, (4, 4, 1, 16), "int8")) for _ in range(2)]
+    scales = [to_torch(random_normal(rng, (4, 4, 1), "float32")) for _ in range(2)]
+    tables, lens = torch.tensor([[2, 1, 3, 0]]), torch.tensor([16])
+    for scale_layout in ("block slot head", "slot block head", "block slot head"):
+        tail = ("int8", *scales, "NHD", None, None, None, None, None, scale_layout)
+        got = _read_triton.gather(GatherCall(caches, tables, lens, 16, "float32", *tail))
+        want = reference_attention.gather_kv(
+            [from_torch(c) for c in caches], from_torch(tables), from_torch(lens), 16, dtype=DTYPES["float32"],
+            head_size=16, kv_cache_dtype="int8", k_scale=from_torch(scales[0]), v_scale=from_torch(scales[1]),
+            scale_layout=scale_layout,
+        )  # fmt: skip
+        assert_bits(got, want)
+    assert len(launched) == 2
+
+
+def test_launches_that_write_differ_by_the_layout_of_scales(launched, rng):
+    for scale_layout in ("block slot head", "slot block head", "block slot head"):
+        case = quantising(rng, num_blocks=4, block_size=4, scale_layout=scale_layout)
+        memory = memory_of(case)
+        _triton.launch(call_of(case, memory))
+        assert_bits(memory, run_oracle(case))
+    assert len(launched) == 2
+
+
 # ---- PagedKVCache
 
 TABLES, LENS = np.array([[7, 2, 9], [4, 11, -1]], np.int32), np.array([6, 3], np.int32)
@@ -632,25 +715,29 @@ def test_cache_with_scale_caches(kv_cache_dtype, layout, scale_layout, backend, 
     assert not got.any()
 
 
-@pytest.mark.parametrize("layout", ["MLA", "slot block latent", "block layer slot latent"])
-@pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8", "nvfp4", "fp8_ds_mla"])
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("kv_cache_dtype", "layout"),
+    [
+        *itertools.product(["auto", "int8", "nvfp4", "fp8_ds_mla"], ["MLA", "block layer slot latent"]),
+        ("int4", "slot block latent"),  # whose regions nvfp4 could not have: slots lie inside blocks there
+        ("fp8_ds_mla", "slot block latent"),
+    ],
+)
 def test_cache_of_rows(kv_cache_dtype, layout, backend, rng):
     rank, rope = (512, 64) if kv_cache_dtype == "fp8_ds_mla" else (32, 16)
-    scale = 0.05 if kv_cache_dtype in ("int8", "nvfp4") else None
+    scale = {"int8": 0.05, "int4": 0.5, "nvfp4": 0.05}.get(kv_cache_dtype)
     layers = {"num_layers": 2} if "layer" in layout else {}
     sizes = {"num_heads": 1, "head_size": rank + rope, "head_size_v": rank}
     cache = create(layout=layout, kv_cache_dtype=kv_cache_dtype, k_scale=scale, **sizes, **layers)
     kv_c, k_pe = (random_normal(rng, (9, size), "float32") for size in (rank, rope))
     layer = 1 if layers else None
-    if kv_cache_dtype == "nvfp4" and layout != "MLA" and not layers:
-        pytest.skip("regions of nvfp4 need slots inside blocks")
     cache.write(to_torch(kv_c), to_torch(k_pe), to_torch(SLOTS), layer=layer, backend=backend)
     query = random_normal(rng, (2, 6, rank + rope), "float32")
     key, value = assert_reads(cache, query, TABLES, LENS, layer)
     assert key.shape[-1] == rank + rope
     assert value.shape[-1] == rank
-    tolerance = {"auto": 0, "int8": 0.026, "nvfp4": 0.8, "fp8_ds_mla": 0.3}[kv_cache_dtype]
+    tolerance = {"auto": 0, "int8": 0.026, "int4": 0.26, "nvfp4": 0.6, "fp8_ds_mla": 0.3}[kv_cache_dtype]
     np.testing.assert_allclose(key[0, :6, 0], np.concatenate([kv_c, k_pe], -1)[:6], rtol=0, atol=tolerance)
 
 

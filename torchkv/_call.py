@@ -12,12 +12,13 @@ from kvcore.contract import Write, check_mla, check_write
 class Call(NamedTuple):
     """Arguments of an op that writes.
 
-    `layer` is a static index, `layer_index` one in memory; at most one of them is given.
+    `memory` is all tensors that are written to: one cache or two, then scale caches, if there are any. `layer` is a
+    static index, `layer_index` one in memory; at most one of them is given.
     """
 
     key: Tensor
     value: Tensor
-    caches: tuple[Tensor, ...]
+    memory: tuple[Tensor, ...]
     slot_mapping: Tensor
     kv_cache_dtype: str
     k_scale: Tensor | None
@@ -26,21 +27,30 @@ class Call(NamedTuple):
     layer: int | None
     layer_index: Tensor | None
     backend: str | None
-    scale_caches: tuple[Tensor, ...] = ()
     scale_layout: str | None = None
     rows: bool = False
     """Whether it is `concat_and_cache_mla`: rows of a single head, for which the tensors have no axis."""
 
     @property
-    def memory(self) -> tuple[Tensor, ...]:
-        """All tensors that are written to."""
-        return self.caches + self.scale_caches
+    def num_caches(self) -> int:
+        """Tensors of `memory` that are caches."""
+        return 2 - len(self.memory) % 2
+
+    @property
+    def caches(self) -> tuple[Tensor, ...]:
+        """The key and the value cache, or the one with both."""
+        return self.memory[: self.num_caches]
+
+    @property
+    def scale_caches(self) -> tuple[Tensor, ...]:
+        """Those of key and value, or none."""
+        return self.memory[self.num_caches :]
 
 
-def memory_names(num_caches: int, num_scale_caches: int) -> tuple[str, ...]:
-    """What schemas and errors call `Call.memory`."""
-    names = ("key_cache", "value_cache") if num_caches == 2 else ("kv_cache",)
-    return names + ("k_scale_cache", "v_scale_cache")[:num_scale_caches]
+def memory_names(num_written: int) -> tuple[str, ...]:
+    """What schemas and errors call `Call.memory`, by its length."""
+    names = ("key_cache", "value_cache") if num_written % 2 == 0 else ("kv_cache",)
+    return names if num_written <= 2 else (*names, "k_scale_cache", "v_scale_cache")
 
 
 def check(call: Call) -> Write:

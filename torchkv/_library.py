@@ -20,7 +20,7 @@ _library = Library("torchkv", "DEF")
 
 def _bump(call: Call) -> None:
     """Tells autograd that the caches changed, as torch's own in-place operations do."""
-    if not call.caches[0].is_inference():
+    if not call.memory[0].is_inference():
         torch.autograd.graph.increment_version(call.memory)
 
 
@@ -28,8 +28,7 @@ def _define(
     name: str,
     options: str,
     call_of: Callable[[Sequence[Any]], Call],
-    num_caches: int,
-    num_scale_caches: int = 0,
+    num_written: int,
     rows: tuple[str, str] = ("key", "value"),
 ) -> Any:
     """Defines one op. Its arguments are the rows, the tensors that it writes to, slot_mapping, kv_cache_dtype, options.
@@ -38,11 +37,10 @@ def _define(
         name: The op's name.
         options: The rest of its schema.
         call_of: Makes a call of its arguments.
-        num_caches: Caches that it writes to.
-        num_scale_caches: Scale caches that it writes to.
+        num_written: Tensors that it writes to.
         rows: Names of the first two arguments.
     """
-    names = memory_names(num_caches, num_scale_caches)
+    names = memory_names(num_written)
     mutated = ", ".join(f"Tensor({alias}!) {tensor}" for alias, tensor in zip("abcd", names, strict=False))
     _library.define(
         f"{name}(Tensor {rows[0]}, Tensor {rows[1]}, {mutated}, Tensor slot_mapping, str kv_cache_dtype, {options}) "
@@ -60,7 +58,7 @@ def _define(
         if call.backend == "triton":
             raise no_triton_error(call.key.device.type)
         check_apart(names, call.memory)
-        check_address(call.caches[0], write.format)
+        check_address(call.memory[0], write.format)
         if call.backend == "interpret":
             _triton.interpret_write(write, call)
             _bump(call)
@@ -77,7 +75,7 @@ def _define(
         if call.backend == "interpret":
             raise interpret_error(call.key.device)
         check_apart(names, call.memory)
-        check_address(call.caches[0], write.format)
+        check_address(call.memory[0], write.format)
         with torch.no_grad():
             _torch.write(write, call)
 
@@ -85,7 +83,7 @@ def _define(
     _library.impl(name, on_gpu, "CUDA")  # ROCm builds of torch use the same key
     torch.library.register_fake(f"torchkv::{name}", fake, lib=_library)
     op = getattr(torch.ops.torchkv, name).default
-    torch.library.register_vmap(f"torchkv::{name}", _vmap(op, len(names)), lib=_library)
+    torch.library.register_vmap(f"torchkv::{name}", _vmap(op, num_written), lib=_library)
     return op
 
 
@@ -127,13 +125,13 @@ def _static(num_caches: int) -> Callable[[Sequence[Any]], Call]:
 
 
 def _computed(num_caches: int) -> Callable[[Sequence[Any]], Call]:
-    scales, slots = 2 + num_caches, 4 + num_caches
+    slots = 2 + num_caches + 2
 
     def call_of(args: Sequence[Any]) -> Call:
         slot_mapping, kv_cache_dtype, layout, scale_layout, layer, layer_index, backend = args[slots:]
         return Call(
-            args[0], args[1], tuple(args[2:scales]), slot_mapping, kv_cache_dtype, None, None, layout, layer,
-            layer_index, backend, tuple(args[scales:slots]), scale_layout,
+            args[0], args[1], tuple(args[2:slots]), slot_mapping, kv_cache_dtype, None, None, layout, layer,
+            layer_index, backend, scale_layout,
         )  # fmt: skip
 
     return call_of
@@ -150,6 +148,6 @@ def _mla(args: Sequence[Any]) -> Call:
 _FLASH, _DIFFKV, _QUANT = "reshape_and_cache_flash", "reshape_and_cache_flash_diffkv", "_per_token_head_quant"
 flash = _define(_FLASH, _STATIC, _static(2), 2)
 diffkv = _define(_DIFFKV, _STATIC, _static(1), 1)
-flash_quant = _define(_FLASH + _QUANT, _COMPUTED, _computed(2), 2, 2)
-diffkv_quant = _define(_DIFFKV + _QUANT, _COMPUTED, _computed(1), 1, 2)
+flash_quant = _define(_FLASH + _QUANT, _COMPUTED, _computed(2), 4)
+diffkv_quant = _define(_DIFFKV + _QUANT, _COMPUTED, _computed(1), 3)
 mla = _define("concat_and_cache_mla", f"Tensor? scale, {_LAYER}", _mla, 1, rows=("kv_c", "k_pe"))

@@ -4,9 +4,7 @@ A launch is a dictionary look-up and a call of the compiled kernel with integer 
 plan depend on is in the dictionary's key, but for the number of tokens, so both run once a configuration.
 """
 
-from collections.abc import Callable
 from itertools import combinations
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -28,11 +26,11 @@ class _Launcher(NamedTuple):
     row_programs: int
     num_slots: int
     num_layers: int
-    # What the kernel gets, out of the addresses of key, value, memory and slots, of both scales, layer, and None.
-    pick: Callable[[tuple[Any, ...]], tuple[Any, ...]]
-    # Any two of the memory, and the bytes from the first to past the last element of each
+    scaled: bool
+    gaps: tuple[int, ...]  # where the kernel gets None among the tensors
+    # Any two that are written to, and the bytes from the first to past the last element of each.
     pairs: tuple[tuple[int, int, int, int], ...]
-    apart: set[tuple[int, int, int]]  # two of the memory, and the bytes between them at which they were seen to be so
+    apart: set[tuple[int, int, int]]  # such two, and bytes between them at which they were seen to share nothing
 
 
 _launchers: dict[tuple[Any, ...], _Launcher] = {}
@@ -41,47 +39,44 @@ _launchers: dict[tuple[Any, ...], _Launcher] = {}
 def launch(call: Call) -> None:
     """Launches on the current stream of the caches' device."""
     (
-        key, value, caches, slot_mapping, kv_cache_dtype, k_scale, v_scale, layout, layer, layer_index, _, scale_caches,
-        scale_layout, rows,
+        key, value, memory, slot_mapping, kv_cache_dtype, k_scale, v_scale, layout, layer, layer_index, _, scale_layout,
+        rows,
     ) = call  # fmt: skip
-    key_cache, value_cache = caches[0], caches[-1]
-    memory = call.memory
-    device = key_cache.device.index
+    first, last = memory[0], memory[-1]
+    home = first.device
     n = slot_mapping.shape[0]
-    addresses = [key.data_ptr(), value.data_ptr(), *(m.data_ptr() for m in memory), slot_mapping.data_ptr()]
-    alignment = 0
-    for address in addresses:
-        alignment = alignment << 1 | (address & 15 == 0)
-
+    addresses: list[Any] = [key.data_ptr(), value.data_ptr(), *[m.data_ptr() for m in memory], slot_mapping.data_ptr()]
     signature = (
         key.dtype, key.shape[1:], key.stride(), key.device,
         value.dtype, value.shape[1:], value.stride(), value.device,
-        key_cache.dtype, key_cache.shape, key_cache.stride(), key_cache.device,
-        value_cache.dtype, value_cache.shape, value_cache.stride(), value_cache.device,
+        first.dtype, first.shape, first.stride(), home,
+        last is first or (last.dtype, last.shape, last.stride(), last.device),
         slot_mapping.dtype, slot_mapping.dim(), slot_mapping.stride(), slot_mapping.device,
-        len(caches), kv_cache_dtype, layout, layer is None, alignment, addresses[2] & 3, rows,
-        k_scale is None or (k_scale.dtype, k_scale.shape, k_scale.stride(), k_scale.device),
-        v_scale is None or (v_scale.dtype, v_scale.shape, v_scale.stride(), v_scale.device),
+        len(memory), kv_cache_dtype, layout, layer is None, scale_layout, rows,
+        *[address & 15 == 0 for address in addresses], addresses[2] & 3,
+        k_scale is None or (k_scale.dtype, shape := k_scale.shape, shape and k_scale.stride(), k_scale.device),
+        v_scale is None or (v_scale.dtype, shape := v_scale.shape, shape and v_scale.stride(), v_scale.device),
         layer_index is None or (layer_index.dtype, layer_index.shape, layer_index.device),
-        scale_caches and (scale_layout, *((s.dtype, s.shape, s.stride(), s.device) for s in scale_caches)),
+        len(memory) > 2 and tuple((m.dtype, m.shape, m.stride(), m.device) for m in memory[1:-1]),
     )  # fmt: skip
     found = _launchers.get(signature)
     # What the signature leaves out, the contract has to see again.
     if found is None or not n <= key.shape[0] == value.shape[0] or not (layer is None or 0 <= layer < found.num_layers):
         write = check(call)
-        with torch.cuda.device(device):
+        with torch.cuda.device(home):
             found = _launchers[signature] = _compile(write, call)
     for i, j, span_i, span_j in found.pairs:
         distance = addresses[2 + j] - addresses[2 + i]
         if -span_j < distance < span_i and (i, j, distance) not in found.apart:
             if share_elements(memory[i], memory[j]):
-                names = memory_names(len(caches), len(scale_caches))
+                names = memory_names(len(memory))
                 raise overlap_error(names[i], names[j])
             found.apart.add((i, j, distance))
     if n == 0:
         return
 
     # One more device guard costs more than the look-up: only where another device is current.
+    device = home.index
     if device != torch.cuda.current_device():
         with torch.cuda.device(device):
             _run(found, call, device, n, addresses)
@@ -89,26 +84,29 @@ def launch(call: Call) -> None:
         _run(found, call, device, n, addresses)
 
 
-def _run(found: _Launcher, call: Call, device: int, n: int, addresses: list[int]) -> None:
+def _run(found: _Launcher, call: Call, device: int, n: int, addresses: list[Any]) -> None:
     grid = (-(-n * found.token_rows // found.rows), found.row_programs, 1)
-    picked = found.pick(
-        (
-            *addresses,
-            None if call.k_scale is None else call.k_scale.data_ptr(),
-            None if call.v_scale is None else call.v_scale.data_ptr(),
-            call.layer if call.layer_index is None else call.layer_index.data_ptr(),
-            None,
-        )
+    for place in found.gaps:
+        addresses.insert(place, None)
+    arguments = (
+        *addresses,
+        call.k_scale.data_ptr() if found.scaled and call.k_scale is not None else None,
+        call.v_scale.data_ptr() if found.scaled and call.v_scale is not None else None,
+        call.layer if call.layer_index is None else call.layer_index.data_ptr(),
+        n,
+        found.num_slots,
+        found.num_layers,
     )
-    start(found.kernel, grid, device, (*picked, n, found.num_slots, found.num_layers))
+    start(found.kernel, grid, device, arguments)
 
 
 def _compile(write: Write, call: Call) -> _Launcher:
-    check_address(call.caches[0], write.format)
+    check_address(call.memory[0], write.format)
     plan = plan_write(write, target(), layer_is_pointer=call.layer_index is not None)
     pointees: dict[str, str | None] = {}
     aligned = []
-    for name, argument in zip(pointers(write), _arguments(write, call), strict=True):
+    given = _arguments(write, call)
+    for name, argument in zip(pointers(write), given, strict=True):
         pointees[name] = None if argument is None else "scalar"
         if isinstance(argument, Tensor):
             pointees[name] = dtype_name(argument)
@@ -124,18 +122,11 @@ def _compile(write: Write, call: Call) -> _Launcher:
         row_programs=plan.row_programs,
         num_slots=num_slots,
         num_layers=num_layers,
-        pick=_picker(write, len(call.caches), len(call.memory)),
+        scaled=write.scaled,
+        gaps=tuple(i for i, argument in enumerate(given[:-3]) if argument is None),
         pairs=tuple((i, j, spans[i], spans[j]) for i, j in combinations(range(len(spans)), 2)),
         apart=set(),
     )
-
-
-def _picker(write: Write, num_caches: int, num_written: int) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
-    """Puts what a launch has into the kernel's order, without asking the plan for it every time."""
-    slots = 2 + num_written
-    caches, scale_caches = range(2, 2 + num_caches), range(2 + num_caches, slots)
-    order = arguments(write, 0, 1, caches, scale_caches, slots, slots + 1, slots + 2, slots + 3)
-    return itemgetter(*(slots + 4 if place is None else place for place in order))
 
 
 def _arguments(write: Write, call: Call) -> list[Tensor | int | None]:

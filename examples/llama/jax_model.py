@@ -1,5 +1,6 @@
 """Llama in JAX: prefill, and a decode loop that is one program."""
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -93,7 +94,10 @@ def forward(
     starts = None if count == 1 else jnp.arange(batch + 1) * count
     cosine, sine = (jnp.asarray(table)[positions] for table in weights["rotations"])
     x = weights["embedding"][tokens]
+    scales = weights["scales"]
     for index, layer in enumerate(weights["layers"]):
+        if scales is not None:
+            cache = replace(cache, k_scale=scales[index][0], v_scale=scales[index][1])
         normed = rms_norm(x, layer["attention_norm"], config.norm_epsilon)
         turning, value = jnp.split(normed @ layer["qkv"], [cut], axis=-1)
         turned = rotate(turning.reshape(batch, count, heads + kv_heads, -1), cosine, sine)
@@ -104,6 +108,8 @@ def forward(
         normed = rms_norm(x, layer["mlp_norm"], config.norm_epsilon)
         gate, up = jnp.split(normed @ layer["gate_up"], 2, axis=-1)
         x = x + (jax.nn.silu(gate) * up) @ layer["down"]
+    if scales is not None:  # a loop's carry ends as it began
+        cache = replace(cache, k_scale=None, v_scale=None)
     return x, cache
 
 

@@ -1,6 +1,7 @@
 """One batch generated with JAX: compiles the two programs, holds the state, runs them."""
 
 import time
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -9,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.stages import Compiled
 
-from jaxkv import CacheLayout, PagedKVCache
+from jaxkv import CacheLayout, PagedKVCache, kv_scales
 
 from . import jax_model
 from .gguf_model import LlamaModel
 from .paging import Batch
-from .session import Progress, cache_extents, piece_length
+from .session import Progress, Scales, cache_arguments, piece_length
 
 
 class JaxLlama:
@@ -33,9 +34,41 @@ class JaxLlama:
         self.device = str(jax.devices()[0].device_kind)
         self._programs: dict[tuple[Any, ...], Compiled] = {}
 
-    def session(self, batch: Batch, layout: str | CacheLayout = "NHD", kv_cache_dtype: str = "auto") -> "JaxSession":
-        """Allocates a cache for a batch and compiles what is not compiled yet for such shapes."""
-        return JaxSession(self, batch, layout, kv_cache_dtype)
+    def session(
+        self,
+        batch: Batch,
+        layout: str | CacheLayout = "NHD",
+        kv_cache_dtype: str = "auto",
+        scales: Scales | None = None,
+    ) -> "JaxSession":
+        """Allocates a cache for a batch and compiles what is not compiled yet for such shapes.
+
+        Args:
+            batch: Prompts and blocks.
+            layout: Of the cache.
+            kv_cache_dtype: What the cache holds.
+            scales: Static scales of each layer's keys and values, from `calibrate`. None: each token's head has a scale
+                of its own, where the cache is quantised.
+
+        Raises:
+            InputError: the format does not fit the layout or the model's heads.
+        """
+        return JaxSession(self, batch, layout, kv_cache_dtype, scales)
+
+    def calibrate(self, batch: Batch, kv_cache_dtype: str, granularity: str) -> Scales:
+        """Static scales for keys and values like those of a batch's prompts, one or one a head for each layer.
+
+        The prompts run over a cache that is not quantised, and what that holds is the sample.
+        """
+        session = self.session(replace(batch, max_new_tokens=1))
+        session.prefill()
+        cache, longest = session.state.cache, int(batch.lengths.max())
+        scales = []
+        for layer in range(self.model.config.num_layers):
+            key, value = cache.gather(session.tables, session.prompts, longest, layer=jnp.int32(layer))
+            key, value = (x.reshape(-1, *x.shape[2:]) for x in (key, value))  # with zeros past each prompt
+            scales.append(kv_scales(key, value, kv_cache_dtype, granularity))
+        return scales
 
     def program(self, function: Any, *arguments: Any) -> Compiled:
         """The program of `function(config, *arguments)`, in which the argument `state` is donated."""
@@ -52,12 +85,19 @@ class JaxLlama:
 class JaxSession:
     """Implements `session.Session`."""
 
-    def __init__(self, llama: JaxLlama, batch: Batch, layout: str | CacheLayout, kv_cache_dtype: str):
-        cache = PagedKVCache.create(
-            **cache_extents(llama.model.config, batch), dtype=llama.dtype, layout=layout, kv_cache_dtype=kv_cache_dtype
-        )
+    def __init__(
+        self,
+        llama: JaxLlama,
+        batch: Batch,
+        layout: str | CacheLayout,
+        kv_cache_dtype: str,
+        scales: Scales | None,
+    ):
+        arguments = cache_arguments(llama.model.config, batch, llama.dtype, layout, kv_cache_dtype, scales)
+        cache = PagedKVCache.create(**arguments)
         self.batch, self.spec = batch, cache.spec
-        self.weights = llama.weights | {"rotations": jax.device_put(llama.model.rotations(batch.context))}
+        rotations = jax.device_put(llama.model.rotations(batch.context))
+        self.weights = llama.weights | {"rotations": rotations, "scales": scales}
         self.tables = jnp.asarray(batch.block_tables)
         self.prompts = jnp.asarray(batch.lengths)
         self.state = jax_model.State(
@@ -70,7 +110,8 @@ class JaxSession:
         self.piece = piece_length(batch)
         started = time.perf_counter()
         self.prefill_program = llama.program(jax_model.prefill, *self._prefill_arguments(0))
-        self.decode_program = llama.program(jax_model.decode, *self._decode_arguments(1))
+        if batch.max_new_tokens > 1:  # prefill makes the first
+            self.decode_program = llama.program(jax_model.decode, *self._decode_arguments(1))
         self._warm_up()
         self.compile_seconds = time.perf_counter() - started
 
@@ -88,7 +129,8 @@ class JaxSession:
         prompts, self.prompts = self.prompts, jnp.zeros_like(self.prompts)
         self.state = self.prefill_program(*self._prefill_arguments(0))
         self.prompts = prompts
-        self.decode(0)
+        if self.batch.max_new_tokens > 1:
+            self.decode(0)
 
     def _prefill_arguments(self, start: int) -> tuple[Any, ...]:
         piece = np.zeros((len(self.batch.lengths), self.piece), np.int32)

@@ -1,19 +1,27 @@
 """What both twins offer to generate a batch, and the loop that drives either."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from kvcore.layout import CacheLayout
 from kvcore.paged_cache import CacheSpec
+from kvcore.quantization import KV_CACHE_DTYPES, PER_TOKEN_HEAD
 
-from .gguf_model import LlamaConfig
+from .gguf_model import InputError, LlamaConfig
 from .paging import BLOCK_SIZE, Batch
+
+FORMATS = tuple(name for name in KV_CACHE_DTYPES if name != "fp8_ds_mla")
+"""What the cache may hold. That one is for latent attention, which no Llama has."""
 
 _PIECE = 512
 """Most tokens of each prompt that one prefill call takes, which bounds the activations it holds."""
+
+Scales = Sequence[tuple[Any, Any]]
+"""Static k_scale and v_scale of each layer: arrays of float32, [] or [num_kv_heads], of the twin's framework."""
 
 
 class Progress(NamedTuple):
@@ -52,16 +60,38 @@ class Report:
     answers: list[list[int]] = field(default_factory=list)  # new tokens of each sequence
 
 
-def cache_extents(config: LlamaConfig, batch: Batch) -> dict[str, Any]:
-    """Extents of the cache for a batch, as either `PagedKVCache.create` takes them."""
-    return {
+def cache_arguments(
+    config: LlamaConfig, batch: Batch, dtype: str, layout: str | CacheLayout, kv_cache_dtype: str, scales: Scales | None
+) -> dict[str, Any]:
+    """The cache for a batch, as either `PagedKVCache.create` takes it.
+
+    Raises:
+        InputError: the format does not fit the layout or the model's heads.
+    """
+    arguments = {
         "num_blocks": batch.num_blocks,
         "block_size": BLOCK_SIZE,
         "num_heads": config.num_kv_heads,
         "head_size": config.head_size,
         "num_layers": config.num_layers,
         "head_size_v": config.head_size_v,
+        "dtype": dtype,
+        "layout": layout,
+        "kv_cache_dtype": kv_cache_dtype,
+        "per_token_head": kv_cache_dtype != "auto" and scales is None,
     }
+    try:
+        CacheSpec.create(**arguments)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    return arguments
+
+
+def granularities(kv_cache_dtype: str) -> tuple[str, ...]:
+    """What may have a scale of its own, a default first: each token's head, a layer's K and its V, a head of them."""
+    if kv_cache_dtype == "auto":
+        return ()
+    return ("token_head", "tensor", "head") if kv_cache_dtype in PER_TOKEN_HEAD else ("tensor", "head")
 
 
 def piece_length(batch: Batch) -> int:

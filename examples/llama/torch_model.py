@@ -10,6 +10,7 @@ from torch import Tensor
 from torchkv import PagedKVCache
 
 from .gguf_model import LlamaConfig, LlamaModel
+from .session import Scales
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ def forward(
     weights: Weights,
     rotations: tuple[Tensor, Tensor],
     cache: PagedKVCache,
+    scales: Scales | None,
     tokens: Tensor,  # int32 [B, T]
     positions: Tensor,  # int64 [B, T]: T in a row
     written: Tensor,  # bool [B, T]: the tokens to be written to the cache
@@ -99,6 +101,8 @@ def forward(
     x = F.embedding(tokens, weights.embedding)
     shape = (config.hidden_size,)
     for index, layer in enumerate(weights.layers):
+        if scales is not None:
+            cache.k_scale, cache.v_scale = scales[index]
         normed = F.rms_norm(x, shape, layer.attention_norm, config.norm_epsilon)
         turning, value = project(normed, layer.qkv).split(sizes, dim=-1)
         turned = rotate(turning.view(batch, count, heads + kv_heads, -1), cosine, sine)
@@ -113,7 +117,12 @@ def forward(
     return x
 
 
+def logits(config: LlamaConfig, weights: Weights, x: Tensor) -> Tensor:
+    """Logits of the token after each hidden state [B, hidden]: [B, vocabulary]."""
+    x = F.rms_norm(x, (config.hidden_size,), weights.final_norm, config.norm_epsilon)
+    return project(x, weights.head)
+
+
 def next_tokens(config: LlamaConfig, weights: Weights, x: Tensor) -> Tensor:
     """The likeliest token after each hidden state [B, hidden]: int64 [B]."""
-    x = F.rms_norm(x, (config.hidden_size,), weights.final_norm, config.norm_epsilon)
-    return project(x, weights.head).argmax(dim=-1)
+    return logits(config, weights, x).argmax(dim=-1)

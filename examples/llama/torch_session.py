@@ -2,17 +2,18 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from torchkv import CacheLayout, PagedKVCache
+from torchkv import CacheLayout, PagedKVCache, kv_scales
 
 from . import torch_model
 from .gguf_model import LlamaModel
 from .paging import Batch
-from .session import Progress, cache_extents, piece_length
+from .session import Progress, Scales, cache_arguments, piece_length
 
 
 class TorchLlama:
@@ -31,24 +32,59 @@ class TorchLlama:
         self.device = torch.cuda.get_device_name() if self.torch_device.type == "cuda" else "cpu"
         self.weights = torch_model.load_weights(model, getattr(torch, dtype), self.torch_device)
 
-    def session(self, batch: Batch, layout: str | CacheLayout = "NHD", kv_cache_dtype: str = "auto") -> "TorchSession":
-        """Allocates a cache for a batch, lets Triton compile what it needs, and captures the decode step."""
-        return TorchSession(self, batch, layout, kv_cache_dtype)
+    def session(
+        self,
+        batch: Batch,
+        layout: str | CacheLayout = "NHD",
+        kv_cache_dtype: str = "auto",
+        scales: Scales | None = None,
+    ) -> "TorchSession":
+        """Allocates a cache for a batch, lets Triton compile what it needs, and captures the decode step.
+
+        Args:
+            batch: Prompts and blocks.
+            layout: Of the cache.
+            kv_cache_dtype: What the cache holds.
+            scales: Static scales of each layer's keys and values, from `calibrate`. None: each token's head has a scale
+                of its own, where the cache is quantised.
+
+        Raises:
+            InputError: the format does not fit the layout or the model's heads.
+        """
+        return TorchSession(self, batch, layout, kv_cache_dtype, scales)
+
+    @torch.inference_mode()
+    def calibrate(self, batch: Batch, kv_cache_dtype: str, granularity: str) -> Scales:
+        """Static scales for keys and values like those of a batch's prompts, one or one a head for each layer.
+
+        The prompts run over a cache that is not quantised, and what that holds is the sample.
+        """
+        session = self.session(replace(batch, max_new_tokens=1))
+        session.prefill()
+        longest = int(batch.lengths.max())
+        scales = []
+        for layer in range(self.model.config.num_layers):
+            key, value = session.cache.gather(session.tables, session.prompts, longest, layer=layer)
+            key, value = (x.flatten(0, 1) for x in (key, value))  # with zeros past each prompt
+            scales.append(kv_scales(key, value, kv_cache_dtype, granularity))
+        return scales
 
 
 class TorchSession:
     """Implements `session.Session`."""
 
     @torch.inference_mode()
-    def __init__(self, llama: TorchLlama, batch: Batch, layout: str | CacheLayout, kv_cache_dtype: str):
-        self.config, self.weights = llama.model.config, llama.weights
-        self.cache = PagedKVCache.create(
-            **cache_extents(self.config, batch),
-            dtype=llama.dtype,
-            layout=layout,
-            kv_cache_dtype=kv_cache_dtype,
-            device=llama.torch_device,
-        )
+    def __init__(
+        self,
+        llama: TorchLlama,
+        batch: Batch,
+        layout: str | CacheLayout,
+        kv_cache_dtype: str,
+        scales: Scales | None,
+    ):
+        self.config, self.weights, self.scales = llama.model.config, llama.weights, scales
+        arguments = cache_arguments(self.config, batch, llama.dtype, layout, kv_cache_dtype, scales)
+        self.cache = PagedKVCache.create(**arguments, device=llama.torch_device)
         self.batch, self.spec = batch, self.cache.spec
 
         def put(array: np.ndarray) -> Tensor:
@@ -108,7 +144,7 @@ class TorchSession:
 
     def _forward(self, tokens: Tensor, positions: Tensor, written: Tensor) -> Tensor:
         return torch_model.forward(
-            self.config, self.weights, self.rotations, self.cache, tokens, positions, written, self.tables
+            self.config, self.weights, self.rotations, self.cache, self.scales, tokens, positions, written, self.tables
         )
 
     def _append(self, x: Tensor, active: Tensor) -> None:
