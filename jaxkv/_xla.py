@@ -28,6 +28,8 @@ def write(call: Write, operands: "Operands", layer: int | None, scale_layout: Ca
         "layer": jnp.int32(layer or 0) if operands.layer is None else operands.layer[0].astype(jnp.int32),
     }
     memory = list(operands.memory)
+    if 0 in (slots.size, memory[0].size):
+        return memory
     shapes = [a.shape for a in memory]
     key, value = (x[: slots.shape[0]] for x in (operands.key, operands.value))
     if call.format == FP8_DS_MLA:

@@ -70,6 +70,11 @@ class Write(NamedTuple):
         return BFLOAT16 if self.format == FP8_DS_MLA else self.format
 
     @property
+    def by_head(self) -> bool:
+        """Whether each head has a scale of its own, computed or static."""
+        return self.scales is not None or (self.scaled and any(self.head_scales))
+
+    @property
     def copies(self) -> bool:
         """Whether inputs are stored as they are, bit for bit."""
         return self.format.name == self.key.dtype

@@ -69,8 +69,8 @@ class CacheSpec:
             chosen = chosen.with_layer()
         if per_token_head and (kv_cache_dtype not in PER_TOKEN_HEAD or chosen.latent):
             raise ValueError(
-                f"per_token_head needs kv_cache_dtype {either(map(repr, PER_TOKEN_HEAD))} and a layout with a place for "
-                f"K and for V, got {kv_cache_dtype!r} and '{chosen}'"
+                f"per_token_head needs kv_cache_dtype {either(map(repr, PER_TOKEN_HEAD))} and a layout with a place "
+                f"for K and for V, got {kv_cache_dtype!r} and '{chosen}'"
             )
         if scale_layout is not None and not per_token_head:
             raise ValueError(f"scale_layout must be None without per_token_head, got {scale_layout!r}")

@@ -140,7 +140,7 @@ SCALARS = {"num_tokens": "i32", "num_slots": "i64", "num_layers": "i32"}
 def pointers(write: Write) -> tuple[str, ...]:
     """Names of a kernel's pointer arguments, in order. All but the first three and slot_mapping_ptr may be None."""
     caches = ("kv_cache_ptr",) if write.layout.single_array else ("key_cache_ptr", "value_cache_ptr")
-    if write.scales is not None:
+    if write.by_head:
         caches = ("key_cache_ptr", "value_cache_ptr", "k_scale_cache_ptr", "v_scale_cache_ptr")
     return ("key_ptr", "value_ptr", *caches, "slot_mapping_ptr", "k_scale_ptr", "v_scale_ptr", "layer")
 
@@ -158,7 +158,7 @@ def arguments(
 ) -> list[Any]:
     """What the kernel gets for `pointers`: arrays, or whatever stands for them. None for scales without effect."""
     memory = list(caches)
-    if write.scales is not None:
+    if write.by_head:
         memory = [*caches, None][:2] + [*scale_caches, None, None][:2]
     scales = (k_scale, v_scale) if write.scaled else (None, None)
     return [key, value, *memory, slot_mapping, *scales, layer]
@@ -179,15 +179,14 @@ def plan_write(write: Write, target: Target, layer_is_pointer: bool = False) -> 
         target: What to compile for.
         layer_is_pointer: Whether the kernel loads the layer's index from memory.
     """
-    if write.scales is not None:
-        return _plan_quantising(write, target, layer_is_pointer)
+    if write.by_head:
+        return _plan_by_head(write, target, layer_is_pointer)
     extents, pack = write.placement.extents, write.format.per_byte
     # Twice the tokens where stores are half as wide as loads.
     elements = 2048 if write.format.bits < 8 * _itemsize(write.key.dtype) else 1024
     tokens, columns = plan_tile(write.placement, elements // pack, target)
-    at, (k_step, v_step) = write.placement, write.head_scales if write.scaled else (0, 0)
-    key = plan_rows(write.key, extents.num_heads, extents.head_size, at.key, columns, pack, k_step)
-    value = plan_rows(write.value, extents.num_heads, extents.head_size_v, at.value, columns, pack, v_step)
+    key = plan_rows(write.key, extents.num_heads, extents.head_size, write.placement.key, columns, pack)
+    value = plan_rows(write.value, extents.num_heads, extents.head_size_v, write.placement.value, columns, pack)
     kernel = KernelPlan(
         module="reshape_and_cache",
         name="reshape_and_cache_kernel_flash" + ("_diffkv" if write.layout.single_array else ""),
@@ -208,10 +207,9 @@ def plan_write(write: Write, target: Target, layer_is_pointer: bool = False) -> 
     return WritePlan(kernel, 1, tokens, row_programs(key, value))
 
 
-def _plan_quantising(write: Write, target: Target, layer_is_pointer: bool) -> WritePlan:
-    """The plan for a write that computes scales: a program takes whole heads."""
+def _plan_by_head(write: Write, target: Target, layer_is_pointer: bool) -> WritePlan:
+    """The plan for a write whose heads have a scale each: a program takes whole heads."""
     extents, scales = write.placement.extents, write.scales
-    assert scales is not None
     k_step, v_step = write.head_scales if write.scaled else (0, 0)
     at, heads = write.placement, extents.num_heads
     pack, pack_v = write.format.per_byte, write.format_v.per_byte
@@ -221,7 +219,11 @@ def _plan_quantising(write: Write, target: Target, layer_is_pointer: bool) -> Wr
     value = plan_rows(
         write.value, heads, extents.head_size_v, at.value, widths[1] // pack_v, pack_v, v_step, merge=False
     )
-    of_value = scale_rows(scales, scales.placement.value, widths[1], write.format)
+    key_scales = value_scales = None
+    if scales is not None:
+        key_scales = scale_rows(scales, scales.placement.key, widths[0], write.format)
+        if write.format_v == write.format:
+            value_scales = scale_rows(scales, scales.placement.value, widths[1], write.format)
     kernel = KernelPlan(
         module="quantize_and_cache",
         name="quantize_and_cache_kernel",
@@ -230,13 +232,13 @@ def _plan_quantising(write: Write, target: Target, layer_is_pointer: bool) -> Wr
         constexprs={
             "K": key,
             "V": value,
-            "KS": scale_rows(scales, scales.placement.key, widths[0], write.format),
-            "VS": of_value if write.format_v == write.format else None,
+            "KS": key_scales,
+            "VS": value_scales,
             "BLOCK_SIZE": extents.block_size,
             "SLOT_STRIDE": write.slot_mapping.steps[0],
             "FORMAT": write.format,
             "FORMAT_V": None if write.format_v.name == write.value.dtype else write.format_v,
-            "SCALE_FORMAT": scales.format,
+            "SCALE_FORMAT": None if scales is None else scales.format,
             "HARDWARE_FP8": _converts_exactly(write.format, target),
             "LAYER_IS_POINTER": layer_is_pointer,
             "ROWS": rows,

@@ -80,6 +80,12 @@ def test_jit_with_donation_updates_the_same_buffers(kind, layout):
     assert_same(new, run_oracle(case))
 
 
+@pytest.mark.parametrize("kind", ["int4", "nvfp4", "scale caches"])
+def test_no_tokens(kind):
+    case = case_of(kind, num_tokens=0)
+    assert_same(jax.jit(functools.partial(write, case))(*inputs_of(case)), case.memory)
+
+
 @pytest.mark.parametrize("per_token_head", [False, True])
 @pytest.mark.parametrize("cache_dtype", ["float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"])
 def test_arrays_of_fp8(cache_dtype, per_token_head):

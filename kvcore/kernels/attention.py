@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from .decode import decode, decode_lane, narrow, widen
-from .encode import encode
+from .encode import encode, spread
 from .reduce import maximum, total
 from .rows import dim_offset, layer_index, slot_offset
 
@@ -94,19 +94,25 @@ def _scales_of_positions(scale_ptr, block, place, head, layer, good, S: tl.const
 
 
 @triton.jit
-def _scales_of_words(cache_ptr, block, place, head, layer, good, SIZE: tl.constexpr, C: tl.constexpr, S: tl.constexpr,
-                     COMPUTE: tl.constexpr):  # fmt: skip
-    """The scales of the first SIZE words, `[TILE, SIZE]`, out of the cache's own memory: in COMPUTE, or float32."""
-    word = tl.arange(0, SIZE)
+def _scales_of_words(
+    cache_ptr, block, place, head, layer, good, FIRST: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr,
+    C: tl.constexpr, S: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """The scales of words FIRST … FIRST + SIZE - 1, `[TILE, SIZE]`, out of the cache's own memory.
+
+    In COMPUTE where products with elements are exact, else in float32.
+    """
+    GROUP: tl.constexpr = S.group // C.pack  # words that share one
+    group = FIRST // GROUP + tl.arange(0, SIZE // GROUP)
     row = slot_offset(layer, block.to(tl.int64), place, S) + head * S.head_stride
-    at = row[:, None] + dim_offset(word // (S.group // C.pack), S)[None, :]
-    mask = good[:, None] & (word < C.head_size)[None, :]
-    if S.bits == 8:  # a product with elements of 4 bits is exact
+    at = row[:, None] + dim_offset(group, S)[None, :]
+    mask = good[:, None] & (group * GROUP < C.head_size)[None, :]
+    if S.bits == 8:
         scale = tl.load(cache_ptr.to(tl.pointer_type(tl.uint8)) + at, mask=mask, other=0)
         scale = narrow(decode(scale, S, False), COMPUTE)
     else:
         scale = tl.load(cache_ptr.to(tl.pointer_type(tl.float32)) + at, mask=mask, other=0)
-    return scale
+    return spread(scale, TILE, SIZE, GROUP)
 
 
 @triton.jit
@@ -222,13 +228,18 @@ def _tiles(
         k_own = None
         if KS is not None:
             if KS.inside:
-                k_own = _scales_of_words(key_cache_ptr, block, place, head, layer, good, K.low, K, KS, COMPUTE)
+                k_own = _scales_of_words(key_cache_ptr, block, place, head, layer, good, 0, K.low, TILE, K, KS, COMPUTE)
         s = tl.full([ROWS, TILE], 0.0, tl.float32)
         s = _scores(s, q_low, k, k_own, K, CACHE, COMPUTE, HARDWARE)
         if K.high > 0:
             if HIGH is None:
                 k_high = _load(_words(key_cache_ptr, K), k_row, good, K.low, K.high, MASKED, K)
-                s = _scores(s, q_high, k_high, None, K, CACHE, COMPUTE, HARDWARE)
+                if KS is not None:
+                    if KS.inside:
+                        k_own = _scales_of_words(
+                            key_cache_ptr, block, place, head, layer, good, K.low, K.high, TILE, K, KS, COMPUTE
+                        )
+                s = _scores(s, q_high, k_high, k_own, K, CACHE, COMPUTE, HARDWARE)
             else:
                 rope_ptr = key_cache_ptr.to(tl.pointer_type(tl.bfloat16))
                 rope_row = _row_of_cache(block, place, head, layer, HIGH)
@@ -265,7 +276,9 @@ def _tiles(
         v_own = None
         if VS is not None:
             if VS.inside:
-                v_own = _scales_of_words(value_cache_ptr, block, place, head, layer, good, V.low, V, VS, COMPUTE)
+                v_own = _scales_of_words(
+                    value_cache_ptr, block, place, head, layer, good, 0, V.low, TILE, V, VS, COMPUTE
+                )
             else:
                 v_scale = _scales_of_positions(v_scale_ptr, block, place, head, layer, good, VS)
                 new_unit = tl.maximum(unit, maximum(tl.abs(v_scale), 0))

@@ -108,11 +108,17 @@ def block_scales(x, inside, whole, FORMAT: tl.constexpr, BLOCK_FORMAT: tl.conste
 def _absmax(x, inside, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
     """Bits of the largest magnitudes of groups; as integers, so that NaN is the largest everywhere."""
     magnitude = tl.where(inside, x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
-    return maximum(tl.reshape(magnitude, [ROWS, COLUMNS // GROUP, GROUP]), 2)
+    if GROUP == COLUMNS:
+        top = maximum(magnitude, 1)[:, None]
+    else:
+        top = maximum(tl.reshape(magnitude, [ROWS, COLUMNS // GROUP, GROUP]), 2)
+    return top
 
 
 @triton.jit
 def spread(scale, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
-    """Scales of groups `[ROWS, COLUMNS // GROUP]` for each column, `[ROWS, COLUMNS]`."""
-    scale = tl.broadcast_to(scale[:, :, None], [ROWS, COLUMNS // GROUP, GROUP])
-    return tl.reshape(scale, [ROWS, COLUMNS])
+    """Scales of groups `[ROWS, COLUMNS // GROUP]` for each column: `[ROWS, COLUMNS]`, or `[ROWS, 1]` of one group."""
+    if GROUP != COLUMNS:
+        scale = tl.broadcast_to(scale[:, :, None], [ROWS, COLUMNS // GROUP, GROUP])
+        scale = tl.reshape(scale, [ROWS, COLUMNS])
+    return scale

@@ -1,4 +1,4 @@
-"""Write keys and values of new tokens with scales of their own into a paged KV cache, in one pass.
+"""Write keys and values of new tokens into a paged KV cache, head by head: with scales of their own, in one pass.
 
 A program takes ROWS heads of tokens (axis 0 of the grid), of K and of V:
 
@@ -7,7 +7,7 @@ A program takes ROWS heads of tokens (axis 0 of the grid), of K and of V:
     block = slot // BLOCK_SIZE,   place = slot % BLOCK_SIZE
 
 `encode.py` computes scales, `rows.py` says where the elements are. Scales lie in arrays of their own, or in the cache's
-memory.
+memory. Static scales, one a head, belong here, too.
 """
 
 import triton
@@ -64,7 +64,10 @@ def _write(
         )
         x = encode(x, spread(divisor, ROWS, WIDTH, S.group), FORMAT, HARDWARE_FP8)
     elif FORMAT is not None:
-        x = encode(x, None, FORMAT, False)
+        scale = scale_ptr
+        if scale_ptr is not None:
+            scale = tl.load(scale_ptr + head[:, None] * R.scale_stride)
+        x = encode(x, scale, FORMAT, HARDWARE_FP8 and FORMAT.bits == 8)
     x = pack(x, ROWS, WIDTH, FORMAT)
     column = tl.arange(0, R.columns)
     at = slot_offset(layer, block, place, R) + head * R.head_stride
@@ -84,7 +87,7 @@ def quantize_and_cache_kernel(
     k_scale_cache_ptr,  # float32; None: the scales lie in the cache
     v_scale_cache_ptr,
     slot_mapping_ptr,   # [num_tokens] int32 or int64
-    k_scale_ptr,        # one float32, or one a head, or None for 1: of nvfp4, beside the scales of blocks
+    k_scale_ptr,        # one float32, or one a head, or None for 1: static; nvfp4 has it beside the scales of blocks
     v_scale_ptr,
     layer,              # one integer in memory (LAYER_IS_POINTER), an integer, or None
     num_tokens,         # entries of slot_mapping
@@ -92,8 +95,8 @@ def quantize_and_cache_kernel(
     num_layers,
     K: tl.constexpr,             # kvcore.plan.Rows of key and key cache; columns cover a head
     V: tl.constexpr,
-    KS: tl.constexpr,            # kvcore.plan.ScaleRows of k's scales
-    VS: tl.constexpr,            # … of v's; None: value is stored without
+    KS: tl.constexpr,            # kvcore.plan.ScaleRows of k's computed scales, or None
+    VS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     SLOT_STRIDE: tl.constexpr,   # elements from one entry of slot_mapping to the next
     FORMAT: tl.constexpr,        # kvcore.quantization.FloatFormat of the elements
@@ -103,7 +106,7 @@ def quantize_and_cache_kernel(
     LAYER_IS_POINTER: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Quantise each row by a scale of its own, and write both."""
+    """Quantise each row, and write it and its scale."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     token = row // K.num_heads
     given = token < num_tokens

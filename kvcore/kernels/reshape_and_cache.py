@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .encode import encode, pack
-from .rows import cache_offsets, columns, elements, head_scale, layer_index, token_offsets
+from .rows import cache_offsets, columns, elements, layer_index, token_offsets
 
 
 @triton.jit
@@ -44,8 +44,11 @@ def _write(
     slot = tl.load(slot_mapping_ptr + token * SLOT_STRIDE, mask=given, other=-1).to(tl.int64)
     k = _load(key_ptr, token, k_element, given[:, None] & k_given[None, :], K)
     v = _load(value_ptr, token, v_element, given[:, None] & v_given[None, :], V)
-    k_scale = head_scale(k_scale_ptr, k_element, k_given, K)
-    v_scale = head_scale(v_scale_ptr, v_element, v_given, V)
+    k_scale, v_scale = k_scale_ptr, v_scale_ptr
+    if k_scale_ptr is not None:
+        k_scale = tl.load(k_scale_ptr)
+    if v_scale_ptr is not None:
+        v_scale = tl.load(v_scale_ptr)
 
     written = (slot >= 0) & (slot < num_slots)
     at_layer = layer_index(layer, LAYER_IS_POINTER)
@@ -70,7 +73,7 @@ def reshape_and_cache_kernel_flash(
     key_cache_ptr,     # K's array
     value_cache_ptr,   # V's array
     slot_mapping_ptr,  # [num_tokens] int32 or int64
-    k_scale_ptr,       # one float32, or one a head, or None for 1
+    k_scale_ptr,       # one float32, or None for 1
     v_scale_ptr,
     layer,             # one integer in memory (LAYER_IS_POINTER), an integer, or None
     num_tokens,        # entries of slot_mapping
@@ -99,7 +102,7 @@ def reshape_and_cache_kernel_flash_diffkv(
     value_ptr,         # [num_tokens, num_heads, head_size_v]
     kv_cache_ptr,      # the array of both
     slot_mapping_ptr,  # [num_tokens] int32 or int64
-    k_scale_ptr,       # one float32, or one a head, or None for 1
+    k_scale_ptr,       # one float32, or None for 1
     v_scale_ptr,
     layer,             # one integer in memory (LAYER_IS_POINTER), an integer, or None
     num_tokens,        # entries of slot_mapping
