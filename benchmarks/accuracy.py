@@ -36,7 +36,7 @@ TEXT, SAMPLE = "specialnames", "compound"
 """Topics: the one that is judged, and the one on which static scales are calibrated."""
 
 CHUNK = 256
-PROMPTS, PROMPT_LENGTH = 8, 32
+PROMPTS, PROMPT_LENGTH = 16, 32
 COLUMNS = {
     "kv_cache_dtype": "s",
     "granularity": "s",
