@@ -253,7 +253,7 @@ def _tile(call: Attention, target: Target, compute: FloatFormat) -> tuple[int, i
     elif rows >= 64:
         rows, tile, stages, warps = (128, 64, 3, 8) if widest <= 128 else (64, 32, 3, 4)
     elif widest <= 128 and rows == 16:
-        tile, stages, warps = (64, 4, 2) if call.cache.format.bits == 16 else (128, 4, 4)
+        tile, stages, warps = {16: (64, 4, 2), 8: (128, 4, 4), 4: (128, 2, 4)}[call.cache.format.bits]
     else:
         tile, stages, warps = 64 if widest <= 128 else 32, 4, 4
     # What does not fit in shared memory has fewer stages, then smaller tiles, then fewer rows.

@@ -20,6 +20,8 @@ def encode(x, scale, FORMAT: tl.constexpr, HARDWARE_FP8: tl.constexpr):
             bits = x.to(tl.float8e5).to(tl.uint8, bitcast=True)
     elif FORMAT.integer:
         bits = _round_to_integer(x, FORMAT)
+    elif FORMAT.bits == 4:
+        bits = _round_to_e2m1(x, FORMAT)
     elif FORMAT.bits == 32:
         b = x.to(tl.uint32, bitcast=True)
         bits = tl.where((b & 0x7FFFFFFF) > 0x7F800000, FORMAT.nan, b)
@@ -56,15 +58,26 @@ def _round(x, FORMAT: tl.constexpr):
 @triton.jit
 def _round_to_integer(x, FORMAT: tl.constexpr):
     """Round float32 to two's complement of FORMAT.bits: what is too large saturates, NaN becomes 0."""
+    LARGEST: tl.constexpr = 2 ** (FORMAT.bits - 1) - 1
+    x = tl.where(x == x, x, 0.0)
+    x = tl.minimum(tl.maximum(x, -1.0 * LARGEST), 1.0 * LARGEST)
+    # Between 2^23 and 2^24 floats are the integers: the adder rounds. The low bits of 1.5 * 2^23 are zeros.
+    bits = (x + 12582912.0).to(tl.uint32, bitcast=True) & ((1 << FORMAT.bits) - 1)
+    return bits.to(tl.uint8)
+
+
+@triton.jit
+def _round_to_e2m1(x, FORMAT: tl.constexpr):
+    """Round float32 to 0, 0.5, 1, 1.5, 2, 3, 4 or 6 and a sign: codes 0 to 7, and 8."""
     b = x.to(tl.uint32, bitcast=True)
     magnitude = b & 0x7FFFFFFF
     nan = magnitude > 0x7F800000
-    magnitude = tl.minimum(magnitude, FORMAT.clamp).to(tl.float32, bitcast=True)
-    # Between 2^23 and 2^24 floats are the integers: the adder rounds.
-    whole = (magnitude + 8388608.0).to(tl.uint32, bitcast=True) & 0xFF
-    whole = tl.where(nan, 0, whole)
-    bits = tl.where((b >> 31) != 0, 256 - whole, whole) & ((1 << FORMAT.bits) - 1)
-    return bits.to(tl.uint8)
+    m = tl.minimum(magnitude, FORMAT.clamp).to(tl.float32, bitcast=True)
+    # The code is 2m up to 2, m + 2 up to 4, m/2 + 4 up to 6: the least of the three. Added to 2^23, each is rounded to
+    # an integer, to an even one of two as near, which are the even codes.
+    code = tl.minimum(tl.minimum(tl.fma(m, 2.0, 8388608.0), m + 8388610.0), tl.fma(m, 0.5, 8388612.0))
+    code = (code.to(tl.uint32, bitcast=True) & 7) | ((b >> 28) & 8)
+    return tl.where(nan, FORMAT.nan, code).to(tl.uint8)
 
 
 @triton.jit
@@ -91,16 +104,16 @@ def row_scales(x, inside, LARGEST: tl.constexpr, LEAST: tl.constexpr, ROWS: tl.c
 
 
 @triton.jit
-def block_scales(x, inside, whole, FORMAT: tl.constexpr, BLOCK_FORMAT: tl.constexpr, LARGEST: tl.constexpr,
+def block_scales(x, inside, whole, FORMAT: tl.constexpr, HARDWARE: tl.constexpr, LARGEST: tl.constexpr,
                  ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
-    """Scales of nvfp4's blocks `[ROWS, COLUMNS // GROUP]`: bytes, and what elements are divided by.
+    """Scales of nvfp4's blocks `[ROWS, COLUMNS // GROUP]`: bytes of FORMAT, and what elements are divided by.
 
     `whole` is the scale of the rows, `[ROWS, 1]`.
     """
     top = _absmax(x, inside, ROWS, COLUMNS, GROUP).to(tl.float32, bitcast=True)
     top = tl.div_rn(top, tl.full(top.shape, LARGEST, tl.float32))
-    bits = encode(top, tl.broadcast_to(whole, top.shape), BLOCK_FORMAT, False)
-    number = widen(decode(bits, BLOCK_FORMAT, False))
+    bits = encode(top, tl.broadcast_to(whole, top.shape), FORMAT, HARDWARE)
+    number = widen(decode(bits, FORMAT, HARDWARE))
     return bits, tl.where(number == 0, float("inf"), number * whole)
 
 

@@ -22,7 +22,7 @@ from .rows import dim_offset, layer_index, slot_offset
 def _write(
     input_ptr, cache_ptr, scale_cache_ptr, scale_ptr, row, slot, layer, given, written,
     R: tl.constexpr, S: tl.constexpr, FORMAT: tl.constexpr, SCALE_FORMAT: tl.constexpr, HARDWARE_FP8: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr,
+    HARDWARE_SCALES: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     WIDTH: tl.constexpr = R.columns * R.pack
     token = row // R.num_heads
@@ -46,7 +46,7 @@ def _write(
             if scale_ptr is not None:
                 whole = tl.load(scale_ptr + head[:, None] * R.scale_stride)
             scale, divisor = block_scales(
-                x, inside[None, :], whole, FORMAT, SCALE_FORMAT, S.largest, ROWS, WIDTH, S.group
+                x, inside[None, :], whole, SCALE_FORMAT, HARDWARE_SCALES, S.largest, ROWS, WIDTH, S.group
             )
         else:
             scale = row_scales(x, inside[None, :], S.largest, S.least, ROWS, WIDTH, S.group)
@@ -103,6 +103,7 @@ def quantize_and_cache_kernel(
     FORMAT_V: tl.constexpr,      # … of value's; None: copied
     SCALE_FORMAT: tl.constexpr,  # … of nvfp4's scales
     HARDWARE_FP8: tl.constexpr,  # whether the compiler's cast to fp8 is exact on the target
+    HARDWARE_SCALES: tl.constexpr,
     LAYER_IS_POINTER: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -117,9 +118,10 @@ def quantize_and_cache_kernel(
         written = written & (at_layer >= 0) & (at_layer < num_layers)
     _write(
         key_ptr, key_cache_ptr, k_scale_cache_ptr, k_scale_ptr, row, slot, at_layer, given, written,
-        K, KS, FORMAT, SCALE_FORMAT, HARDWARE_FP8, BLOCK_SIZE, ROWS,
+        K, KS, FORMAT, SCALE_FORMAT, HARDWARE_FP8, HARDWARE_SCALES, BLOCK_SIZE, ROWS,
     )  # fmt: skip
     _write(
         value_ptr, key_cache_ptr if value_cache_ptr is None else value_cache_ptr, v_scale_cache_ptr, v_scale_ptr,
-        row, slot, at_layer, given, written, V, VS, FORMAT_V, SCALE_FORMAT, HARDWARE_FP8, BLOCK_SIZE, ROWS,
+        row, slot, at_layer, given, written,
+        V, VS, FORMAT_V, SCALE_FORMAT, HARDWARE_FP8, HARDWARE_SCALES, BLOCK_SIZE, ROWS,
     )  # fmt: skip
