@@ -59,11 +59,6 @@ def no_triton_error(platform: str) -> ValueError:
     return ValueError(f"backend 'triton' needs a CUDA or ROCm device, got {platform}")
 
 
-def overlap_error() -> ValueError:
-    """The error for caches that share memory."""
-    return ValueError("key_cache and value_cache must not overlap in memory")
-
-
 def layout_of(
     layout: str | CacheLayout | None, caches: Sequence[ArraySpec], layer: int | ArraySpec | None
 ) -> CacheLayout:
@@ -84,8 +79,9 @@ def layout_of(
 
 def check_scale(name: str, scale: ArraySpec, num_heads: int) -> int:
     """One float32 element, or one a head. Returns the step from one head's scale to the next, or 0."""
-    if tuple(scale.shape) not in ((), (1,), (num_heads,)):
-        raise ValueError(f"{name} must have shape (), (1,) or ({num_heads},), got {shape_of(scale)}")
+    shapes = [(), (1,)] if num_heads == 1 else [(), (1,), (num_heads,)]
+    if tuple(scale.shape) not in shapes:
+        raise ValueError(f"{name} must have shape {either(map(str, shapes))}, got {shape_of(scale)}")
     if scale.dtype != "float32":
         raise TypeError(f"{name} must have dtype float32, got {scale.dtype}")
     return scale.steps[0] if num_heads > 1 and tuple(scale.shape) == (num_heads,) else 0

@@ -145,7 +145,7 @@ def place_scale_caches(
 
 def region_start(axes: Sequence[Axis]) -> int:
     """The first axis of an nvfp4 region: the one after the last of layer, block and kv."""
-    return 1 + max(i for i, axis in enumerate(axes) if axis in (("layer",), ("block",), ("kv",)))
+    return 1 + max(i for i, axis in enumerate(axes) if {"layer", "block", "kv"}.issuperset(axis))
 
 
 def _place_nvfp4(

@@ -46,6 +46,9 @@ def caches(shape=(6, 4, 3, 16), dtype="bfloat16"):
 
 STACKED = "layer block slot head dim"
 FLOATS = "float32, bfloat16 or float16"
+FORMATS = (
+    "'auto', 'fp8', 'fp8_e4m3', 'fp8_e5m2', 'fp8_e4m3fnuz', 'fp8_e5m2fnuz', 'int8', 'int4', 'nvfp4' or 'fp8_ds_mla'"
+)
 fp8 = {"kv_cache_dtype": "fp8"} | caches(dtype="uint8")
 stacked = {"layout": STACKED} | caches((2, 6, 4, 3, 16))
 
@@ -136,24 +139,26 @@ BAD = {
     ),
     "float64": (
         "flash", both("float64"), TypeError,
-        "key must have dtype float32, bfloat16, float16, float8_e4m3fn or float8_e5m2, got float64",
+        "key must have dtype float32, bfloat16, float16, float8_e4m3fn, float8_e5m2, float8_e4m3fnuz or "
+        "float8_e5m2fnuz, got float64",
     ),
     "integers": (
         "flash", both("int32"), TypeError,
-        "key must have dtype float32, bfloat16, float16, float8_e4m3fn or float8_e5m2, got int32",
+        "key must have dtype float32, bfloat16, float16, float8_e4m3fn, float8_e5m2, float8_e4m3fnuz or "
+        "float8_e5m2fnuz, got int32",
     ),
     "bytes": (
         "flash", both("uint8"), TypeError,
-        "key must have dtype float32, bfloat16, float16, float8_e4m3fn or float8_e5m2, got uint8",
+        "key must have dtype float32, bfloat16, float16, float8_e4m3fn, float8_e5m2, float8_e4m3fnuz or "
+        "float8_e5m2fnuz, got uint8",
     ),
     # kv_cache_dtype
     "kv_cache_dtype": (
-        "flash", {"kv_cache_dtype": "int8"}, ValueError,
-        "kv_cache_dtype must be 'auto', 'fp8', 'fp8_e4m3' or 'fp8_e5m2', got 'int8'",
+        "flash", {"kv_cache_dtype": "int3"}, ValueError, f"kv_cache_dtype must be {FORMATS}, got 'int3'",
     ),
     "empty kv_cache_dtype": (
         "diffkv", {"kv_cache_dtype": ""}, ValueError,
-        "kv_cache_dtype must be 'auto', 'fp8', 'fp8_e4m3' or 'fp8_e5m2', got ''",
+        f"kv_cache_dtype must be {FORMATS}, got ''",
     ),
     "fp8 in a cache of bfloat16": (
         "flash", {"kv_cache_dtype": "fp8"}, TypeError,
@@ -191,17 +196,17 @@ BAD = {
         "got bfloat16",
     ),
     # scales
-    "a scale per head": (
-        "flash", fp8 | {"k_scale": array((3,), "float32")}, ValueError,
-        "k_scale must have shape () or (1,), got (3,)",
+    "a scale for another number of heads": (
+        "flash", fp8 | {"k_scale": array((4,), "float32")}, ValueError,
+        "k_scale must have shape (), (1,) or (3,), got (4,)",
     ),
     "v_scale of rank 2": (
         "flash", fp8 | {"v_scale": array((1, 1), "float32")}, ValueError,
-        "v_scale must have shape () or (1,), got (1, 1)",
+        "v_scale must have shape (), (1,) or (3,), got (1, 1)",
     ),
     "empty scale": (
         "diffkv", {"k_scale": array((0,), "float32")}, ValueError,
-        "k_scale must have shape () or (1,), got (0,)",
+        "k_scale must have shape (), (1,) or (3,), got (0,)",
     ),
     "k_scale of float64": (
         "flash", fp8 | {"k_scale": array((), "float64")}, TypeError,
@@ -732,11 +737,11 @@ def test_elements_that_lie_half_over_each_other():
     ("options", "kind", "message"),
     [
         ({"kv_cache_dtype": None}, ValueError,
-         "kv_cache_dtype must be 'auto', 'fp8', 'fp8_e4m3' or 'fp8_e5m2', got None"),
+         f"kv_cache_dtype must be {FORMATS}, got None"),
         ({"kv_cache_dtype": ["fp8"]}, ValueError,
-         "kv_cache_dtype must be 'auto', 'fp8', 'fp8_e4m3' or 'fp8_e5m2', got ['fp8']"),
-        ({"k_scale": "1"}, TypeError, "k_scale must be a number or an array of one float32, got '1'"),
-        ({"v_scale": [1.0]}, TypeError, "v_scale must be a number or an array of one float32, got [1.0]"),
+         f"kv_cache_dtype must be {FORMATS}, got ['fp8']"),
+        ({"k_scale": "1"}, TypeError, "k_scale must be a number or an array of float32, got '1'"),
+        ({"v_scale": [1.0]}, TypeError, "v_scale must be a number or an array of float32, got [1.0]"),
         ({"layer": 1.5}, TypeError, "layer must be an int or an integer scalar, got 1.5"),
         ({"layer": True}, TypeError, "layer must be an int or an integer scalar, got True"),
         ({"layout": 3}, TypeError, "layout must be a pattern string or a CacheLayout, got 3"),

@@ -17,7 +17,8 @@ def test_every_element_has_one_lane(layout, num_tokens):
     plan = plan_write(write, H100)
     tokens, rows, one = plan.grid(num_tokens)
     assert one == 1
-    assert tokens * plan.tokens >= num_tokens > (tokens - 1) * plan.tokens
+    assert plan.token_rows == 1
+    assert tokens * plan.rows >= num_tokens > (tokens - 1) * plan.rows
     for side in (plan.kernel.constexprs["K"], plan.kernel.constexprs["V"]):
         assert side.columns & (side.columns - 1) == 0
         assert rows * side.columns >= side.num_heads * side.head_size
@@ -86,7 +87,7 @@ def test_both_frameworks_compile_the_same_launch(monkeypatch, layout):
     args, named = calls["jax"]
 
     monkeypatch.setattr(triton, "compile", lambda source, target, options: (source, target, options))
-    pointees = dict.fromkeys(pointers(write.layout.single_array)) | {"layer": "scalar"}
+    pointees = dict.fromkeys(pointers(write)) | {"layer": "scalar"}
     for name, dtype in zip(pointees, ["bfloat16"] * (2 + num_caches) + ["int32"], strict=False):
         pointees[name] = dtype
     source, target, options = compiler.compile_kernel(plan.kernel, H100, pointees, frozenset())

@@ -32,7 +32,7 @@ ROW_LAYOUTS = (
 
 def compile_for(target, layout, *, aligned=True, **options):
     write = describe(layout, **options)
-    names = pointers(write.layout.single_array)
+    names = pointers(write)
     pointees = dict.fromkeys(names)
     for name in names[:-4]:
         pointees[name] = write.cache_dtype if "cache" in name else write.key.dtype

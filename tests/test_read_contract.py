@@ -12,6 +12,7 @@ import torchkv
 from jaxkv import _read_primitive
 from kvcore import interpreter
 from tests.arrays import DTYPES, random_normal, to_torch
+from tests.test_contract import FORMATS
 
 
 def array(*shape, dtype="bfloat16"):
@@ -24,7 +25,7 @@ def integers(*shape, dtype="int32"):
 
 CACHE = (6, 4, 2, 16)
 FLOATS = "float32, bfloat16 or float16"
-CACHES = "float32, bfloat16, float16, float8_e4m3fn or float8_e5m2"
+CACHES = "float32, bfloat16, float16, float8_e4m3fn, float8_e5m2, float8_e4m3fnuz or float8_e5m2fnuz"
 ATTEND = {
     "query": array(3, 6, 16),
     "caches": (array(*CACHE), array(*CACHE)),
@@ -129,10 +130,11 @@ BAD = {
     ),
     "format": (
         "attend", {"kv_cache_dtype": "int3"}, ValueError,
-        "kv_cache_dtype must be 'auto', 'fp8', 'fp8_e4m3' or 'fp8_e5m2', got 'int3'",
+        f"kv_cache_dtype must be {FORMATS}, got 'int3'",
     ),
     "shape of a scale": (
-        "attend", {"k_scale": np.ones(2, np.float32)}, ValueError, "k_scale must have shape () or (1,), got (2,)",
+        "attend", {"k_scale": np.ones(3, np.float32)}, ValueError,
+        "k_scale must have shape (), (1,) or (2,), got (3,)",
     ),
     "dtype of a scale": (
         "gather", {"v_scale": np.ones(1, np.int32)}, TypeError, "v_scale must have dtype float32, got int32",
@@ -264,7 +266,7 @@ BAD_CACHES = {
     "dtype": ({"dtype": "int8"}, TypeError, f"dtype must be {FLOATS}, got int8"),
     "format": (
         {"kv_cache_dtype": "int3"}, ValueError,
-        "kv_cache_dtype must be 'auto', 'fp8', 'fp8_e4m3' or 'fp8_e5m2', got 'int3'",
+        f"kv_cache_dtype must be {FORMATS}, got 'int3'",
     ),
     "layers": (
         {"layout": "layer block slot head dim", "num_layers": None}, ValueError,
