@@ -349,6 +349,12 @@ def test_table_of_accuracy(small_file, tmp_path):
         assert row["perplexity"] == pytest.approx(exact["perplexity"], rel=0.2)
 
 
+def test_documented_calibration():
+    (block,) = re.findall(r"```python\n(.*?)```", (EXAMPLES.parent / "docs" / "accuracy.md").read_text(), re.DOTALL)
+    exec(compile(block, "accuracy.md", "exec"), names := {})
+    assert [(k.shape, v.shape) for k, v in names["scales"]] == [((8,), (8,))] * 4
+
+
 # --- Paging ---------------------------------------------------------------------------------------
 
 
