@@ -91,8 +91,10 @@ def quantise_nvfp4(x: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array
     blocks = encode(divide(_sixth(largest_of(x, (-1,)))[..., None], scale), E4M3)
     numbers = decode(blocks, E4M3)
     # Of a block whose scale is zero, elements become zero.
-    divisor = jnp.where(numbers == 0, jnp.float32(jnp.inf), times(numbers, scale))
-    codes = encode(divide(x, divisor), NVFP4)
+    product = times(numbers, scale)
+    factor = jnp.where(numbers == 0, jnp.float32(0), divide(jnp.ones_like(product), product))
+    x, x_factor = _normal(x)
+    codes = encode(x * (factor * x_factor), NVFP4)
     return pack(codes.reshape(*x.shape[:-2], -1), NVFP4), blocks[..., 0]
 
 

@@ -198,15 +198,16 @@ def quantise(rows: np.ndarray, stored: FloatFormat) -> tuple[np.ndarray, np.ndar
 def quantise_nvfp4(row: np.ndarray, scale: Scale) -> tuple[np.ndarray, np.ndarray]:
     """A row of nvfp4: bytes of two elements, and the e4m3 scales of its blocks, `absmax / 6 / scale`.
 
-    Elements are divided by the product of both scales; of a block whose scale is zero, by infinity.
+    Elements are multiplied by the reciprocal of the product of both scales, as NVIDIA's writers do; where a block's
+    scale is zero, by zero.
     """
     with np.errstate(all="ignore"):
         x = row.astype(np.float32).reshape(-1, NVFP4_GROUP)
         whole = np.float32(1 if scale is None else scale)
         blocks = encode(np.abs(x).max(-1) / np.float32(NVFP4.largest) / whole, E4M3)
         numbers = decode(blocks, E4M3)
-        divisor = np.where(numbers == 0, np.float32(np.inf), numbers * whole)
-        return pack(encode(x / divisor[:, None], NVFP4).reshape(-1), NVFP4), blocks
+        factor = np.where(numbers == 0, np.float32(0), np.float32(1) / (numbers * whole))
+        return pack(encode(x * factor[:, None], NVFP4).reshape(-1), NVFP4), blocks
 
 
 def _scale_of(absmax: np.ndarray, largest: float) -> np.ndarray:

@@ -86,11 +86,13 @@ def quantise(
         whole = x.new_ones(()) if static is None else static
         bits = encode(absmax / x.new_full((), NVFP4.largest) / whole, E4M3)
         scale = decode(bits, E4M3)
-        scale = (scale * whole).masked_fill(scale == 0, torch.inf)
+        factor = (torch.ones_like(scale) / (scale * whole)).masked_fill(scale == 0, 0)
+        rows = rows * factor.unsqueeze(-1)
     else:
         scale = scale_of(absmax, stored.largest)
         bits = encode(scale, FLOAT32)
-    return pack(encode(rows / scale.unsqueeze(-1), stored).flatten(-2), stored), bits
+        rows = rows / scale.unsqueeze(-1)
+    return pack(encode(rows, stored).flatten(-2), stored), bits
 
 
 def scale_of(absmax: Tensor, largest: float) -> Tensor:

@@ -69,15 +69,13 @@ def _round_to_integer(x, FORMAT: tl.constexpr):
 @triton.jit
 def _round_to_e2m1(x, FORMAT: tl.constexpr):
     """Round float32 to 0, 0.5, 1, 1.5, 2, 3, 4 or 6 and a sign: codes 0 to 7, and 8."""
-    b = x.to(tl.uint32, bitcast=True)
-    magnitude = b & 0x7FFFFFFF
-    nan = magnitude > 0x7F800000
-    m = tl.minimum(magnitude, FORMAT.clamp).to(tl.float32, bitcast=True)
+    m = tl.minimum(tl.abs(x), 6.0)
     # The code is 2m up to 2, m + 2 up to 4, m/2 + 4 up to 6: the least of the three. Added to 2^23, each is rounded to
     # an integer, to an even one of two as near, which are the even codes.
     code = tl.minimum(tl.minimum(tl.fma(m, 2.0, 8388608.0), m + 8388610.0), tl.fma(m, 0.5, 8388612.0))
-    code = (code.to(tl.uint32, bitcast=True) & 7) | ((b >> 28) & 8)
-    return tl.where(nan, FORMAT.nan, code).to(tl.uint8)
+    sign = (x.to(tl.uint32, bitcast=True) >> 28) & 8
+    code = (code.to(tl.uint32, bitcast=True) & 7) | sign
+    return tl.where(x == x, code, FORMAT.nan).to(tl.uint8)
 
 
 @triton.jit
@@ -106,7 +104,7 @@ def row_scales(x, inside, LARGEST: tl.constexpr, LEAST: tl.constexpr, ROWS: tl.c
 @triton.jit
 def block_scales(x, inside, whole, FORMAT: tl.constexpr, HARDWARE: tl.constexpr, LARGEST: tl.constexpr,
                  ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
-    """Scales of nvfp4's blocks `[ROWS, COLUMNS // GROUP]`: bytes of FORMAT, and what elements are divided by.
+    """Scales of nvfp4's blocks `[ROWS, COLUMNS // GROUP]`: bytes of FORMAT, and what elements are multiplied by.
 
     `whole` is the scale of the rows, `[ROWS, 1]`.
     """
@@ -114,7 +112,8 @@ def block_scales(x, inside, whole, FORMAT: tl.constexpr, HARDWARE: tl.constexpr,
     top = tl.div_rn(top, tl.full(top.shape, LARGEST, tl.float32))
     bits = encode(top, tl.broadcast_to(whole, top.shape), FORMAT, HARDWARE)
     number = widen(decode(bits, FORMAT, HARDWARE))
-    return bits, tl.where(number == 0, float("inf"), number * whole)
+    reciprocal = tl.div_rn(tl.full(number.shape, 1.0, tl.float32), number * whole)
+    return bits, tl.where(number == 0, 0.0, reciprocal)
 
 
 @triton.jit

@@ -45,12 +45,13 @@ def _write(
             whole = tl.full([ROWS, 1], 1.0, tl.float32)
             if scale_ptr is not None:
                 whole = tl.load(scale_ptr + head[:, None] * R.scale_stride)
-            scale, divisor = block_scales(
+            scale, factor = block_scales(
                 x, inside[None, :], whole, SCALE_FORMAT, HARDWARE_SCALES, S.largest, ROWS, WIDTH, S.group
             )
+            bits = encode(x * spread(factor, ROWS, WIDTH, S.group), None, FORMAT, HARDWARE_FP8)
         else:
             scale = row_scales(x, inside[None, :], S.largest, S.least, ROWS, WIDTH, S.group)
-            divisor = scale
+            bits = encode(x, spread(scale, ROWS, WIDTH, S.group), FORMAT, HARDWARE_FP8)
         scales_ptr = cache_ptr
         if scale_cache_ptr is not None:
             scales_ptr = scale_cache_ptr
@@ -62,7 +63,7 @@ def _write(
             scale,
             mask=written[:, None] & (group * S.group < R.head_size * R.pack)[None, :],
         )
-        x = encode(x, spread(divisor, ROWS, WIDTH, S.group), FORMAT, HARDWARE_FP8)
+        x = bits
     elif FORMAT is not None:
         scale = scale_ptr
         if scale_ptr is not None:
