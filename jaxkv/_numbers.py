@@ -1,6 +1,9 @@
 """Stored formats and scales in XLA: bits as the oracle's, though XLA's CPU code reads subnormal numbers as zero.
 
 Rounding is integer arithmetic throughout. XLA has casts for some of the formats, on some platforms.
+
+On GPUs XLA's divisions are approximate: a computed scale may be off in its last bit. Caches are written by the Triton
+kernels there, whose divisions are exact.
 """
 
 import jax

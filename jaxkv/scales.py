@@ -15,8 +15,9 @@ def kv_scales(
     """Static scales with which a quantised cache holds numbers like these without saturating.
 
     A scale is `absmax / m` in float32, where m is the format's largest number; for nvfp4 that times 448, the largest
-    scale of a block. It is 1 where it would be below 2^-126, as of zeros, and NaN where there is a NaN. Read back, a
-    number x of the sample is off by at most, float32's rounding aside,
+    scale of a block. It is 1 where it would be below 2^-126, as of zeros, and NaN where there is a NaN. (On a GPU XLA's
+    division is approximate: the last bit may differ.) Read back, a number x of the sample is off by at most, float32's
+    rounding aside,
 
         int8        half a scale: absmax / 254
         int4        half a scale: absmax / 14
