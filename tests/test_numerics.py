@@ -5,11 +5,24 @@ import numpy as np
 import pytest
 
 from kvcore import reference
-from kvcore.quantization import BFLOAT16, E4M3, E5M2, FLOAT16, FLOAT32
+from kvcore.quantization import (
+    BFLOAT16,
+    E4M3,
+    E4M3FNUZ,
+    E5M2,
+    E5M2FNUZ,
+    FLOAT16,
+    FLOAT32,
+    INT4,
+    INT8,
+    KV_CACHE_DTYPES,
+    NVFP4,
+    stored_size,
+)
 from tests.arrays import DTYPES, Case, assert_equals_oracle, random_bits
 
-FORMATS = {f.name: f for f in (FLOAT16, BFLOAT16, E4M3, E5M2)}
-LARGEST = {"float8_e4m3fn": 448, "float8_e5m2": 57344}
+FORMATS = {f.name: f for f in (FLOAT16, BFLOAT16, E4M3, E5M2, E4M3FNUZ, E5M2FNUZ)}
+LARGEST = {f.name: f.largest for f in (E4M3, E5M2, E4M3FNUZ, E5M2FNUZ)}
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -31,6 +44,9 @@ def test_oracle_rounds_as_ml_dtypes_does(name):
         (BFLOAT16, 0x7FC0, 0x7F80),
         (E4M3, 0x7F, 0x7E),
         (E5M2, 0x7F, 0x7B),
+        (E4M3FNUZ, 0x80, 0x7F),
+        (E5M2FNUZ, 0x80, 0x7F),
+        (NVFP4, 7, 7),
     ],
 )
 def test_nan_and_infinity(stored, nan, infinity):
@@ -54,25 +70,36 @@ def test_e4m3_by_hand(x, code):
     assert reference.encode(np.float32([x]), E4M3)[0] == code
 
 
-@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8_e4m3", "fp8_e5m2"])
+@pytest.mark.parametrize(
+    "kv_cache_dtype", ["auto", "fp8_e4m3", "fp8_e5m2", "fp8_e4m3fnuz", "fp8_e5m2fnuz", "int8", "int4", "nvfp4"]
+)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_every_16_bit_value_everywhere(dtype, kv_cache_dtype):
     x = np.arange(2**16, dtype=np.uint16).view(DTYPES[dtype]).reshape(64, 4, 256)
     other = "float16" if dtype == "bfloat16" else "bfloat16"
     cache_dtype = other if kv_cache_dtype == "auto" else "uint8"
     scales = (None, None) if kv_cache_dtype == "auto" else (0.37, None)
-    caches = [random_bits(np.random.default_rng(0), (4, 16, 4, 256), cache_dtype) for _ in range(2)]
+    units = stored_size(KV_CACHE_DTYPES[kv_cache_dtype], 256)
+    caches = [random_bits(np.random.default_rng(0), (4, 16, 4, units), cache_dtype) for _ in range(2)]
     slots = np.random.default_rng(1).permutation(64)
     assert_equals_oracle(Case(x, x[::-1].copy(), caches, slots, kv_cache_dtype, *scales))
 
 
 @pytest.mark.parametrize(
     ("cache_dtype", "kv_cache_dtype"),
-    [("uint8", "fp8_e4m3"), ("uint8", "fp8_e5m2"), ("float16", "auto"), ("bfloat16", "auto")],
+    [
+        ("uint8", "fp8_e4m3"),
+        ("uint8", "fp8_e5m2"),
+        ("uint8", "fp8_e4m3fnuz"),
+        ("uint8", "fp8_e5m2fnuz"),
+        ("float16", "auto"),
+        ("bfloat16", "auto"),
+    ],
 )
 def test_float32_at_every_boundary_everywhere(cache_dtype, kv_cache_dtype):
     """Every number of the format, every midpoint between two, and their neighbours in float32."""
-    name = {"fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}.get(kv_cache_dtype, cache_dtype)
+    quantised = KV_CACHE_DTYPES[kv_cache_dtype]
+    name = cache_dtype if quantised is None else quantised.name
     numbers = reference._numbers(FORMATS[name])
     if len(numbers) > 1000:
         numbers = numbers[np.random.default_rng(0).integers(0, len(numbers) - 1, 2000)]
@@ -91,3 +118,20 @@ def test_ml_dtypes_knows_the_formats_constants():
         info = ml_dtypes.finfo(DTYPES[stored.name])
         assert (info.nmant, info.bits) == (stored.mantissa_bits, stored.bits)
         assert info.smallest_normal == 2.0 ** (1 - stored.bias)
+
+
+def test_integers_are_the_nearest_even_one_of_two():
+    x = np.float32([0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 126.5, 127.5, 1e9, -1e9, np.inf, -np.inf, np.nan])
+    want = [0, 2, 2, 0, -2, -2, 126, 127, 127, -127, 127, -127, 0]
+    assert reference.encode(x, INT8).view(np.int8).tolist() == want
+    assert reference.encode(x, INT4).tolist() == [int(np.clip(w, -7, 7)) & 15 for w in want]
+
+
+def test_e2m1_is_the_nearest_number():
+    """Against ml_dtypes, over midpoints and their neighbours; where it saturates and for NaN the contract decides."""
+    numbers = np.float32([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    points = np.append(numbers, (numbers[1:] + numbers[:-1]) / 2)
+    x = np.concatenate([np.nextafter(points, np.float32(9)), points, np.nextafter(points, np.float32(-9))])
+    x = np.clip(np.concatenate([x, -x]), -6, 6).astype(np.float32)
+    want = x.astype(ml_dtypes.float4_e2m1fn).view(np.uint8) & 15
+    np.testing.assert_array_equal(reference.encode(x, NVFP4), want)
