@@ -56,7 +56,7 @@ def reshape_and_cache_flash(
             its low half. nvfp4 has beside them an e4m3 scale for each 16 elements: a head has `head_size * 9 / 16`
             bytes along the last axis, and each block (or its part of K or V) holds elements first, then all scales.
         k_scale: float32 of one element, or one a head, `[num_heads]`, also traced; or a number. None means 1. Unused
-            with "auto". `kv_scales` finds good ones.
+            with "auto". `kv_scales` finds good ones. Zero, negative numbers and NaN divide as IEEE 754 has it.
         v_scale: Likewise, for value.
         layout: Pattern, constant's name or `CacheLayout`. None means NHD, or head-major where key_cache has an axis
             more (`[num_blocks, num_heads, head_size / x, block_size, x]`).

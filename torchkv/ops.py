@@ -61,7 +61,8 @@ def reshape_and_cache_flash(
             "nvfp4" stores e2m1 likewise, its 16 elements divided also by a scale of their own, `absmax / 6 / scale` in
             e4m3. In each block, the elements of all heads lie before these scales, both in the layout's order.
         k_scale: float32 of one element, or `[num_heads]`, on the caches' device; None means 1. Unused with "auto". A
-            number is made into such a tensor on every call. `kv_scales` computes them.
+            number is made into such a tensor on every call. `kv_scales` computes them. Zero, negative numbers and NaN
+            divide as IEEE 754 has it.
         v_scale: Likewise, for value.
         layout: Pattern, constant's name or `CacheLayout`. None means NHD, or head-major where key_cache has an axis
             more (`[num_blocks, num_heads, head_size / x, block_size, x]`).
