@@ -6,7 +6,6 @@ import jax.numpy as jnp
 from jaxkv._numbers import largest_of, scale_of
 from jaxkv._primitive import spec_of
 from kvcore.contract import check_kv_scales
-from kvcore.quantization import E4M3, KV_CACHE_DTYPES, NVFP4
 
 
 def kv_scales(
@@ -39,10 +38,7 @@ def kv_scales(
         ValueError: a shape or choice does not fit.
         TypeError: a dtype does not fit.
     """
-    check_kv_scales(spec_of(key), spec_of(value), kv_cache_dtype, granularity)
-    stored = KV_CACHE_DTYPES[kv_cache_dtype]
-    assert stored is not None  # checked
-    largest = stored.largest * (E4M3.largest if stored == NVFP4 else 1)
+    largest = check_kv_scales(spec_of(key), spec_of(value), kv_cache_dtype, granularity)
     axes = (0, 1, 2) if granularity == "tensor" else (0, 2)
     k_scale, v_scale = (scale_of(largest_of(jnp.asarray(x, jnp.float32), axes), largest) for x in (key, value))
     return k_scale, v_scale

@@ -23,6 +23,7 @@ from kvcore.quantization import (
     BFLOAT16,
     DS_MLA_LATENT,
     DS_MLA_ROPE,
+    E4M3,
     FLOATS,
     FP8,
     FP8_DS_MLA,
@@ -267,8 +268,12 @@ def _format(kv_cache_dtype: str, given: str, cache: str, cache_name: str) -> Flo
     return allowed[cache]
 
 
-def check_kv_scales(key: ArraySpec, value: ArraySpec, kv_cache_dtype: str, granularity: str) -> None:
+def check_kv_scales(key: ArraySpec, value: ArraySpec, kv_cache_dtype: str, granularity: str) -> float:
     """Checks the arguments of `kv_scales`.
+
+    Returns:
+        The largest magnitude that a scale of 1 holds: the format's largest number, for nvfp4 times that of its blocks'
+        scales.
 
     Raises:
         ValueError: a shape or a choice does not fit.
@@ -288,3 +293,6 @@ def check_kv_scales(key: ArraySpec, value: ArraySpec, kv_cache_dtype: str, granu
             raise ValueError(f"{name} must have at least one element, got shape {shape_of(spec)}")
         if spec.dtype not in FLOATS:
             raise TypeError(f"{name} must have dtype {either(FLOATS)}, got {spec.dtype}")
+    stored = KV_CACHE_DTYPES[kv_cache_dtype]
+    assert stored is not None  # as the names in formats have it
+    return stored.largest * (E4M3.largest if stored == NVFP4 else 1)

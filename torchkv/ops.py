@@ -9,7 +9,6 @@ from torch import Tensor
 from kvcore.checks import check_options
 from kvcore.contract import check_kv_scales
 from kvcore.layout import CacheLayout
-from kvcore.quantization import E4M3, KV_CACHE_DTYPES, NVFP4
 from torchkv import _library
 from torchkv._call import spec_of
 from torchkv._torch import scale_of
@@ -58,8 +57,9 @@ def reshape_and_cache_flash(
             in caches of the fp8 dtype or of uint8.
             "int8" likewise, from -127 to 127 and 0 for NaN, in caches of int8 or uint8.
             "int4" likewise, from -7 to 7, two in a byte of uint8, the first in its low half.
-            "nvfp4" stores e2m1 likewise, its 16 elements divided also by a scale of their own, `absmax / 6 / scale` in
-            e4m3. In each block, the elements of all heads lie before these scales, both in the layout's order.
+            "nvfp4" stores e2m1; each 16 elements have a scale b of their own, `absmax / 6 / scale` in e4m3, and are
+            multiplied by `1 / (b * scale)`. In each block, the elements of all heads lie before these scales, both in
+            the layout's order.
         k_scale: float32 of one element, or `[num_heads]`, on the caches' device; None means 1. Unused with "auto". A
             number is made into such a tensor on every call. `kv_scales` computes them. Zero, negative numbers and NaN
             divide as IEEE 754 has it.
@@ -335,10 +335,7 @@ def kv_scales(key: Tensor, value: Tensor, kv_cache_dtype: str, granularity: str 
         ValueError: a shape or choice does not fit.
         TypeError: a dtype does not fit.
     """
-    check_kv_scales(spec_of(key), spec_of(value), kv_cache_dtype, granularity)
-    stored = KV_CACHE_DTYPES[kv_cache_dtype]
-    assert stored is not None  # the check has seen to it
-    largest = stored.largest * (E4M3.largest if stored == NVFP4 else 1)
+    largest = check_kv_scales(spec_of(key), spec_of(value), kv_cache_dtype, granularity)
     axes = (0, 1, 2) if granularity == "tensor" else (0, 2)
     k_scale, v_scale = (scale_of(x.detach().abs().amax(axes).float(), largest) for x in (key, value))
     return k_scale, v_scale

@@ -30,7 +30,7 @@ def narrow(x, COMPUTE: tl.constexpr):
 def decode(x, FORMAT: tl.constexpr, HARDWARE: tl.constexpr):
     """Elements of FORMAT, a kvcore.quantization.FloatFormat, as floats of a type that has them all.
 
-    Quantised ones are bytes; those of 4 bits are in their lower halves. HARDWARE: whether the target converts e4m3.
+    Quantised ones are bytes; of those of 4 bits the lower halves count. HARDWARE: whether the target converts e4m3.
     """
     if FORMAT.integer:
         if FORMAT.bits == 4:
@@ -53,56 +53,49 @@ def decode(x, FORMAT: tl.constexpr, HARDWARE: tl.constexpr):
     return x
 
 
-@triton.jit
-def halves(x):
-    """The two elements of bytes of a format of 4 bits, as `decode` takes them."""
-    return x & 15, x >> 4
-
-
 # Words of 16 bits hold two bytes or four elements of 4 bits. Two words at a time, in one register, become two float16:
 # their lanes are picked and converted together.
 _TEMPLATE = "{{ .reg .b32 r, s; .reg .b16 t; {} }}"
-_PTX_E4M3 = [
-    tl.constexpr(_TEMPLATE.format(f"prmt.b32 r, $1, 0, {pick}; cvt.u16.u32 t, r; cvt.rn.f16x2.e4m3x2 $0, t;"))
-    for pick in ("0x4420", "0x4431")
-]
+_PTX_E4M3 = tl.constexpr(
+    [
+        _TEMPLATE.format(f"prmt.b32 r, $1, 0, {pick}; cvt.u16.u32 t, r; cvt.rn.f16x2.e4m3x2 $0, t;")
+        for pick in ("0x4420", "0x4431")
+    ]
+)
 # 1024 + n is 0x6400 + n in float16, for n below 1024: a byte with its sign flipped is n = 128 + element.
-_PTX_INT8 = [
-    tl.constexpr(
+_PTX_INT8 = tl.constexpr(
+    [
         _TEMPLATE.format(
             f"xor.b32 r, $1, 0x80808080; mov.b32 s, 0x64646464; prmt.b32 r, r, s, {pick}; "
             "mov.b32 s, 0x64806480; sub.f16x2 $0, r, s;"
         )
-    )
-    for pick in ("0x4240", "0x4341")
-]
+        for pick in ("0x4240", "0x4341")
+    ]
+)
 # Likewise n = 8 + element; the third operation is (r & mask) ^ 0x6408.
-_PTX_INT4 = [
-    tl.constexpr(
+_PTX_INT4 = tl.constexpr(
+    [
         _TEMPLATE.format(
             f"shr.u32 r, $1, {4 * lane}; lop3.b32 r, r, 0x000F000F, 0x64086408, 0x6A; "
             "mov.b32 s, 0x64086408; sub.f16x2 $0, r, s;"
         )
-    )
-    for lane in range(4)
-]
-_PTX_E2M1 = [
-    tl.constexpr(
+        for lane in range(4)
+    ]
+)
+_PTX_E2M1 = tl.constexpr(
+    [
         _TEMPLATE.format(
             f"shr.u32 r, $1, {4 * lane}; and.b32 s, r, 0x00080008; and.b32 r, r, 0x00070007; shl.b32 r, r, 9; "
             "shl.b32 s, s, 12; or.b32 r, r, s; mov.b32 s, 0x74007400; mul.f16x2 $0, r, s;"
         )
-    )
-    for lane in range(4)
-]
-_E4M3_0, _E4M3_1 = _PTX_E4M3
-_INT8_0, _INT8_1 = _PTX_INT8
-_INT4_0, _INT4_1, _INT4_2, _INT4_3 = _PTX_INT4
-_E2M1_0, _E2M1_1, _E2M1_2, _E2M1_3 = _PTX_E2M1
+        for lane in range(4)
+    ]
+)
 
 
 @triton.jit
-def _convert_pairs(x, PTX: tl.constexpr):
+def _convert_pairs(x, LANES: tl.constexpr, LANE: tl.constexpr):
+    PTX: tl.constexpr = LANES[LANE]
     return tl.inline_asm_elementwise(PTX, "=r,r", [x], dtype=tl.float16, is_pure=True, pack=2)
 
 
@@ -125,33 +118,13 @@ def decode_lane(
             x = x & 0xFF00
         x = narrow(x.to(tl.float16, bitcast=True), COMPUTE)
     elif PAIRS and FORMAT.bits == 8 and FORMAT.integer:
-        if LANE == 0:
-            x = _convert_pairs(x, _INT8_0)
-        else:
-            x = _convert_pairs(x, _INT8_1)
+        x = _convert_pairs(x, _PTX_INT8, LANE)
     elif PAIRS and FORMAT.bits == 8 and not FORMAT.unsigned_zero:
-        if LANE == 0:
-            x = _convert_pairs(x, _E4M3_0)
-        else:
-            x = _convert_pairs(x, _E4M3_1)
+        x = _convert_pairs(x, _PTX_E4M3, LANE)
     elif PAIRS and FORMAT.integer:
-        if LANE == 0:
-            x = _convert_pairs(x, _INT4_0)
-        elif LANE == 1:
-            x = _convert_pairs(x, _INT4_1)
-        elif LANE == 2:
-            x = _convert_pairs(x, _INT4_2)
-        else:
-            x = _convert_pairs(x, _INT4_3)
+        x = _convert_pairs(x, _PTX_INT4, LANE)
     elif PAIRS and FORMAT.bits == 4:
-        if LANE == 0:
-            x = _convert_pairs(x, _E2M1_0)
-        elif LANE == 1:
-            x = _convert_pairs(x, _E2M1_1)
-        elif LANE == 2:
-            x = _convert_pairs(x, _E2M1_2)
-        else:
-            x = _convert_pairs(x, _E2M1_3)
+        x = _convert_pairs(x, _PTX_E2M1, LANE)
     else:
         if LANE > 0:
             x = x >> (LANE * FORMAT.bits)

@@ -10,7 +10,7 @@ A program takes TOKENS positions of a sequence (axis 0 of the grid) and one stre
 import triton
 import triton.language as tl
 
-from .decode import decode, halves, widen
+from .decode import decode, widen
 from .encode import encode
 from .rows import (
     cache_offsets,
@@ -70,9 +70,8 @@ def _read(
         if S is None or S.inside:
             scale = head_scale(scale_ptr, column * R.pack, inside, R)
         if R.pack == 2:
-            low, high = halves(x)
-            low = _dequantise(low, own, scale, FORMAT, HARDWARE)
-            high = _dequantise(high, own, scale, FORMAT, HARDWARE)
+            low = _dequantise(x, own, scale, FORMAT, HARDWARE)
+            high = _dequantise(x >> 4, own, scale, FORMAT, HARDWARE)
             x = tl.reshape(tl.join(low, high), [TOKENS, R.columns * 2])
         else:
             x = _dequantise(x, own, scale, FORMAT, HARDWARE)
