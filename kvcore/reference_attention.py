@@ -138,7 +138,11 @@ def paged_attention(
     layer: int | None = None,
     head_size_v: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The result and its log-sum-exp, both float64; zeros and -inf in rows that see nothing."""
+    """The result and its log-sum-exp, both float64; zeros and -inf in rows that see nothing.
+
+    Sequence s has the query tokens from the largest of `query_start_loc[: s + 1]` to below `query_start_loc[s + 1]`, as
+    far as they exist, and token t of them stands at position `seq_lens[s] - query_start_loc[s + 1] + t`.
+    """
     num_tokens, num_q_heads, head_size = query.shape
     stored = _stored(caches, kv_cache_dtype)
     keys, values = _readers(
@@ -162,7 +166,8 @@ def paged_attention(
                 if len(n) else np.zeros((0, num_heads, read.head_size))
                 for read in (keys, values)
             )  # fmt: skip
-            for token in range(starts[seq], starts[seq + 1]):
+            begin = max(0, *starts[: seq + 1])  # not before any earlier start
+            for token in range(begin, min(starts[seq + 1], num_tokens)):
                 position = seq_lens[seq] - starts[seq + 1] + token
                 seen = n <= position if causal else n >= 0
                 if sliding_window is not None:

@@ -3,9 +3,9 @@
 The queries of a sequence that share a KV head are its *rows*: `row = token * GROUP + q_head_in_group`. A program takes
 ROWS of them, one KV head, and one of the splits of the KV positions that they see, in tiles of TILE positions:
 
-    tile  of rows   first_row = (tile - first tile of the sequence) * ROWS       first tile of sequence s:
-                                                                                 start[s] * GROUP // ROWS + s
-    position        n = 0 … seq_len - 1, query i of q stands at seq_len - q + i
+    tile  of rows   first_row = (tile - first tile of the sequence) * ROWS
+                    first tile of sequence s: begin[s] * GROUP // ROWS + s + 1,   begin[s] = max(start[0], …, start[s])
+    position        n = 0 … seq_len - 1, token t of query stands at seq_len - start[s + 1] + t
     block           block_tables[s, n // BLOCK_SIZE],   place = n % BLOCK_SIZE
     cache element   offset + layer·L + block·B + place·S + head·H + (dim // x)·D + (dim % x)·X
 
@@ -24,14 +24,14 @@ import triton.language as tl
 
 from .decode import decode, decode_lane, narrow, widen
 from .encode import encode, spread
-from .reduce import maximum, total
+from .reduce import maximum, minimum, total
 from .rows import dim_offset, layer_index, slot_offset
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
-# Weights are up to 2^14, not 1: in float16 they then lose nothing that a sum over millions would notice.
-WEIGHT_BITS = tl.constexpr(14.0)
+# Weights in float16 are up to 2^14, not 1: they then lose nothing that a sum over millions would notice.
+FLOAT16_WEIGHT_BITS = tl.constexpr(14.0)
 
 LEAST_UNIT = tl.constexpr(2.0**-126)
 
@@ -42,16 +42,32 @@ def _cdiv(a, b):  # tl.cdiv, which the interpreter cannot call
 
 
 @triton.jit
-def _find_sequence(query_start_loc_ptr, tile, num_seqs, START_STRIDE: tl.constexpr, GROUP: tl.constexpr,
+def _begins(query_start_loc_ptr, s, num_seqs, num_tokens, START_STRIDE: tl.constexpr):
+    """Where sequences s begin in query, or where they would if it had such tokens."""
+    start = tl.load(query_start_loc_ptr + s * START_STRIDE, mask=s <= num_seqs, other=0)
+    return tl.minimum(tl.maximum(start, 0), num_tokens).to(tl.int32)
+
+
+@triton.jit
+def _find_sequence(query_start_loc_ptr, tile, num_seqs, num_tokens, START_STRIDE: tl.constexpr, GROUP: tl.constexpr,
                    ROWS: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
-    """The sequence that a tile of rows belongs to; num_seqs stands for the padding after the last one."""
-    count = 0
+    """The sequence that a tile of rows belongs to, and where in query that begins: not before any earlier start.
+
+    -1 and num_seqs stand for the tokens before and after all sequences.
+    """
+    # Sequence s begins past the tile if for any j ≤ s  begin[j] * GROUP // ROWS + s + 1 > tile. The first that does:
+    after = num_seqs + 1
     for first in range(0, num_seqs + 1, CHUNK):
-        s = first + tl.arange(0, CHUNK)
-        start = tl.load(query_start_loc_ptr + s * START_STRIDE, mask=s <= num_seqs, other=0).to(tl.int64)
-        begun = (s <= num_seqs) & (start * GROUP // ROWS + s <= tile)
-        count += total(begun.to(tl.int32), 0)
-    return tl.maximum(count, 1) - 1
+        j = first + tl.arange(0, CHUNK)
+        begin = _begins(query_start_loc_ptr, j, num_seqs, num_tokens, START_STRIDE)
+        past = tl.maximum(j, tile - begin * GROUP // ROWS)
+        after = tl.minimum(after, minimum(tl.where(j <= num_seqs, past, after), 0))
+    start = 0
+    for first in range(0, after, CHUNK):
+        j = first + tl.arange(0, CHUNK)
+        begin = _begins(query_start_loc_ptr, j, num_seqs, num_tokens, START_STRIDE)
+        start = tl.maximum(start, maximum(tl.where(j < after, begin, 0), 0))
+    return after - 1, start
 
 
 @triton.jit
@@ -197,19 +213,55 @@ def _accumulate(acc, p, x, own, shrink, C: tl.constexpr, CACHE: tl.constexpr, CO
 
 
 @triton.jit
+def _accumulate_seen(acc, p, seen, x, own, v_scale, shrink, C: tl.constexpr, CACHE: tl.constexpr,
+                     COMPUTE: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
+    """As `_accumulate`, for values that may be infinite or NaN, which rows must not notice unless they see them."""
+    infinity = float("inf")
+    saw = narrow(tl.where(seen, 1.0, 0.0), COMPUTE)
+    new = ()
+    PACK: tl.constexpr = C.pack
+    for lane in tl.static_range(PACK):
+        v = widen(_lane(x, own, lane, C, CACHE, COMPUTE, HARDWARE))
+        scaled = v
+        if v_scale is not None:
+            scaled = v * v_scale[:, None]
+        finite = tl.abs(scaled) < infinity
+        v = narrow(tl.where(finite, v, 0.0), COMPUTE)
+        rest = tl.where(tl.abs(acc[lane]) < infinity, acc[lane] * shrink[:, None], acc[lane])
+        rest = tl.dot(p.to(v.dtype), v, rest, input_precision="ieee")
+        # How many infinities of each sign a row sees; NaN counts as both.
+        nan = scaled != scaled
+        above = tl.dot(saw, narrow(tl.where(nan | (scaled == infinity), 1.0, 0.0), COMPUTE), input_precision="ieee")
+        below = tl.dot(saw, narrow(tl.where(nan | (scaled == -infinity), 1.0, 0.0), COMPUTE), input_precision="ieee")
+        rest = tl.where(above > 0, rest + infinity, rest)
+        new = new + (tl.where(below > 0, rest - infinity, rest),)
+    return new
+
+
+@triton.jit
+def _tanh(x):
+    """The hyperbolic tangent. Near 0, where the usual form cancels, its series."""
+    square = x * x
+    near = x + x * square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835))))
+    return tl.where(tl.abs(x) < 0.25, near, 1 - 2 / (1 + tl.exp2(x * (2 * LOG2E))))
+
+
+@triton.jit
 def _tiles(
     m, norm, acc, unit, q_low, q_high, first_tile, end_tile, first, limit, row_position,
     key_cache_ptr, value_cache_ptr, k_scale_ptr, v_scale_ptr, table_ptr, head, layer, num_blocks, qk_scale,
     K: tl.constexpr, V: tl.constexpr, HIGH: tl.constexpr, KS: tl.constexpr, VS: tl.constexpr,
     CACHE: tl.constexpr, HIGH_FORMAT: tl.constexpr, COMPUTE: tl.constexpr, HARDWARE: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, TABLE_STEP: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
     BY_ROW: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, V_IN_K: tl.constexpr,
+    WEIGHT_BITS: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """Folds tiles of positions into the running maximum m, denominator norm and sum acc.
 
     Where positions have scales of their own, the sum is relative to `unit`, the largest of V's so far: weights stay
     what float16 can hold. Unless MASKED, every position of the tiles exists and is seen by every row. BY_ROW: rows
-    differ in what they see.
+    differ in what they see. CAREFUL: even where hidden values are infinite or NaN; else these spoil the sum, as zero
+    times NaN is NaN.
     """
     for t in tl.range(first_tile, end_tile, num_stages=STAGES):
         n = t * TILE + tl.arange(0, TILE)
@@ -217,10 +269,10 @@ def _tiles(
             good = n < limit
             if WINDOW is not None:  # what all rows have passed may have been freed, and hold anything
                 good = good & (n >= first)
-            block = tl.load(table_ptr + n // BLOCK_SIZE, mask=good, other=-1)
+            block = tl.load(table_ptr + n // BLOCK_SIZE * TABLE_STEP, mask=good, other=-1)
             good = good & (block >= 0) & (block < num_blocks)
         else:
-            block = tl.load(table_ptr + n // BLOCK_SIZE)
+            block = tl.load(table_ptr + n // BLOCK_SIZE * TABLE_STEP)
             good = n >= 0
         place = n % BLOCK_SIZE
         k_row = _row_of_cache(block, place, head, layer, K)
@@ -249,14 +301,15 @@ def _tiles(
             if not KS.inside:
                 s = s * _scales_of_positions(k_scale_ptr, block, place, head, layer, good, KS)[None, :]
 
-        if SOFT_CAP is not None:  # tanh(x) = 1 - 2 / (1 + exp(2x))
-            s = SOFT_CAP * LOG2E * (1 - 2 / (1 + tl.exp2(s * (qk_scale * (2 / SOFT_CAP))[:, None])))
+        if SOFT_CAP is not None:
+            CAP: tl.constexpr = SOFT_CAP * LOG2E
+            s = CAP * _tanh(s * (qk_scale * (1 / CAP))[:, None])
         if MASKED:
             seen = good[None, :]
             if BY_ROW and CAUSAL:
                 seen = seen & (n[None, :] <= row_position[:, None])
                 if WINDOW is not None:
-                    seen = seen & (n[None, :] > row_position[:, None] - WINDOW)
+                    seen = seen & (row_position[:, None] - n[None, :] < WINDOW)
             if SOFT_CAP is None:
                 s = s * qk_scale[:, None]
             s = tl.where(seen, s, float("-inf"))
@@ -274,6 +327,7 @@ def _tiles(
         m = m_new
 
         v_own = None
+        v_scale = None
         if VS is not None:
             if VS.inside:
                 v_own = _scales_of_words(
@@ -281,8 +335,16 @@ def _tiles(
                 )
             else:
                 v_scale = _scales_of_positions(v_scale_ptr, block, place, head, layer, good, VS)
-                new_unit = tl.maximum(unit, maximum(tl.abs(v_scale), 0))
-                p = p * (v_scale / new_unit)[None, :]
+                size = tl.where(tl.abs(v_scale) < float("inf"), tl.abs(v_scale), 0.0)
+                if MASKED and BY_ROW and CAUSAL:  # of each row, by what it sees
+                    new_unit = tl.maximum(unit, maximum(tl.where(seen, size[None, :], 0.0), 1))
+                    factor = v_scale[None, :] * (1 / new_unit)[:, None]
+                    if CAREFUL:
+                        factor = tl.where(seen & (tl.abs(v_scale) < float("inf"))[None, :], factor, 0.0)
+                else:
+                    new_unit = tl.maximum(unit, maximum(size, 0))
+                    factor = (v_scale / new_unit)[None, :]
+                p = p * factor
                 shrink = shrink * (unit / new_unit)
                 unit = new_unit
         if V_IN_K:
@@ -290,16 +352,19 @@ def _tiles(
         else:
             v_row = _row_of_cache(block, place, head, layer, V)
             v = _load(_words(value_cache_ptr, V), v_row, good, 0, V.low, MASKED, V)
-        acc = _accumulate(acc, p, v, v_own, shrink, V, CACHE, COMPUTE, HARDWARE)
+        if CAREFUL:
+            acc = _accumulate_seen(acc, p, seen, v, v_own, v_scale, shrink, V, CACHE, COMPUTE, HARDWARE)
+        else:
+            acc = _accumulate(acc, p, v, v_own, shrink, V, CACHE, COMPUTE, HARDWARE)
     return m, norm, acc, unit
 
 
 @triton.jit
-def _all_blocks_exist(table_ptr, num_entries, num_blocks, CHUNK: tl.constexpr):
+def _all_blocks_exist(table_ptr, num_entries, num_blocks, TABLE_STEP: tl.constexpr, CHUNK: tl.constexpr):
     missing = 0
     for first in range(0, num_entries, CHUNK):
         i = first + tl.arange(0, CHUNK)
-        block = tl.load(table_ptr + i, mask=i < num_entries, other=0)
+        block = tl.load(table_ptr + i * TABLE_STEP, mask=i < num_entries, other=0)
         missing += total(((block < 0) | (block >= num_blocks)).to(tl.int32), 0)
     return missing == 0
 
@@ -384,25 +449,23 @@ def paged_attention_kernel(
         TILES_PER_SEQ: tl.constexpr = (Q.group + ROWS - 1) // ROWS
         seq = tile // TILES_PER_SEQ
         first_row = (tile % TILES_PER_SEQ) * ROWS
-        start = seq.to(tl.int64)
+        start = seq
+        end = start + 1
         length = start * 0 + 1
-        seq_len = tl.load(seq_lens_ptr + seq * Q.lens_stride).to(tl.int32)
+        seq_len = tl.load(seq_lens_ptr + seq * Q.lens_stride)
     else:
-        seq = _find_sequence(query_start_loc_ptr, tile, num_seqs, Q.start_stride, Q.group, ROWS, 1024)
-        is_seq = seq < num_seqs
-        start = tl.load(query_start_loc_ptr + seq * Q.start_stride).to(tl.int64)
-        end = tl.load(query_start_loc_ptr + (seq + 1) * Q.start_stride, mask=is_seq, other=num_tokens).to(tl.int64)
-        first_row = (tile - (start * Q.group // ROWS + seq).to(tl.int32)) * ROWS
-        start = tl.maximum(start, 0)
-        length = tl.minimum(end, num_tokens) - start
-        seq_len = tl.load(seq_lens_ptr + seq * Q.lens_stride, mask=is_seq, other=0).to(tl.int32)
+        seq, start = _find_sequence(query_start_loc_ptr, tile, num_seqs, num_tokens, Q.start_stride, Q.group, ROWS, 1024)
+        first_row = (tile - (start * Q.group // ROWS + seq + 1)) * ROWS
+        end = tl.load(query_start_loc_ptr + (seq + 1) * Q.start_stride, mask=seq < num_seqs, other=num_tokens)
+        length = tl.maximum(tl.minimum(end, num_tokens), 0).to(tl.int32) - start
+        seq_len = tl.load(seq_lens_ptr + seq * Q.lens_stride, mask=(seq >= 0) & (seq < num_seqs), other=0)
     if first_row < length * Q.group:
         # ---- rows
         row = first_row + tl.arange(0, ROWS)
         row_inside = row < length * Q.group
         token = row // Q.group
         q_head = head * Q.group + row % Q.group
-        q_row = (start + token) * Q.token_stride + q_head * Q.head_stride
+        q_row = (start + token).to(tl.int64) * Q.token_stride + q_head * Q.head_stride
         q_low = _load_query_lanes(query_ptr, q_row, row_inside, 0, 0, K.low, Q, K, COMPUTE)
         q_high = q_low
         HIGH_PACK: tl.constexpr = K.pack if HIGH is None else 1
@@ -429,15 +492,17 @@ def paged_attention_kernel(
         q_high = _scaled(q_high, factor, COMPUTE, HIGH_PACK)
 
         # ---- positions that they see
-        last_token = tl.minimum((first_row + ROWS - 1) // Q.group, length.to(tl.int32) - 1)
+        last_token = tl.minimum((first_row + ROWS - 1) // Q.group, length - 1)
         first_token = first_row // Q.group
-        offset = seq_len - length.to(tl.int32)  # position of the first query
+        seq_len = tl.minimum(tl.maximum(seq_len, 0), 2**31 - 1).to(tl.int32)
+        # Position of the first token. All far below 0 see as little.
+        offset = tl.maximum(seq_len.to(tl.int64) - end + start, -(2**30)).to(tl.int32)
         limit = tl.minimum(seq_len, max_blocks * BLOCK_SIZE)
         first = 0
         if CAUSAL:
             limit = tl.minimum(limit, offset + last_token + 1)
             if WINDOW is not None:
-                first = tl.maximum(offset + first_token - WINDOW + 1, 0)
+                first = tl.maximum(tl.maximum(offset + first_token, -1) - (WINDOW - 1), 0)
         at_layer = layer_index(layer, LAYER_IS_POINTER)
         if layer is not None:
             there = total(((at_layer >= 0) & (at_layer < num_layers)).to(tl.int32), 0)
@@ -463,24 +528,45 @@ def paged_attention_kernel(
         unit = LEAST_UNIT
         table_ptr = block_tables_ptr + seq.to(tl.int64) * table_stride
         BY_ROW: tl.constexpr = query_start_loc_ptr is not None
+        WEIGHT_BITS: tl.constexpr = FLOAT16_WEIGHT_BITS if COMPUTE.mantissa_bits == 10 else 0.0
+        whole_tile = first_tile
         if UNMASKED:
             whole = tl.minimum(limit, offset + first_token + 1) if CAUSAL else limit
+            exist = _all_blocks_exist(
+                table_ptr, _cdiv(tl.maximum(limit, 0), BLOCK_SIZE), num_blocks, Q.table_step, 1024
+            )
             end_whole = tl.maximum(tl.minimum(whole // TILE, end_tile), first_tile)
-            exist = _all_blocks_exist(table_ptr, _cdiv(tl.maximum(limit, 0), BLOCK_SIZE), num_blocks, 1024)
-            end_whole = tl.where(exist, end_whole, first_tile)
+            whole_tile = tl.where(exist, end_whole, first_tile)
             m, norm, acc, unit = _tiles(
-                m, norm, acc, unit, q_low, q_high, first_tile, end_whole, first, limit, row_position,
+                m, norm, acc, unit, q_low, q_high, first_tile, whole_tile, first, limit, row_position,
                 key_cache_ptr, value_cache_ptr, k_scale_ptr, v_scale_ptr, table_ptr, head, at_layer, num_blocks,
-                qk_scale, K, V, HIGH, KS, VS, CACHE, HIGH_FORMAT, COMPUTE, HARDWARE, BLOCK_SIZE, ROWS, TILE, STAGES,
-                False, BY_ROW, CAUSAL, WINDOW, SOFT_CAP, V_IN_K,
+                qk_scale, K, V, HIGH, KS, VS, CACHE, HIGH_FORMAT, COMPUTE, HARDWARE, BLOCK_SIZE, Q.table_step, ROWS,
+                TILE, STAGES, False, BY_ROW, CAUSAL, WINDOW, SOFT_CAP, V_IN_K, WEIGHT_BITS, False,
             )  # fmt: skip
-            first_tile = end_whole
+        if BY_ROW and CAUSAL:
+            unit = tl.full([ROWS], 0.0, tl.float32) + unit
         m, norm, acc, unit = _tiles(
-            m, norm, acc, unit, q_low, q_high, first_tile, end_tile, first, limit, row_position,
+            m, norm, acc, unit, q_low, q_high, whole_tile, end_tile, first, limit, row_position,
             key_cache_ptr, value_cache_ptr, k_scale_ptr, v_scale_ptr, table_ptr, head, at_layer, num_blocks,
-            qk_scale, K, V, HIGH, KS, VS, CACHE, HIGH_FORMAT, COMPUTE, HARDWARE, BLOCK_SIZE, ROWS, TILE, STAGES,
-            True, BY_ROW, CAUSAL, WINDOW, SOFT_CAP, V_IN_K,
+            qk_scale, K, V, HIGH, KS, VS, CACHE, HIGH_FORMAT, COMPUTE, HARDWARE, BLOCK_SIZE, Q.table_step, ROWS,
+            TILE, STAGES, True, BY_ROW, CAUSAL, WINDOW, SOFT_CAP, V_IN_K, WEIGHT_BITS, False,
         )  # fmt: skip
+        if BY_ROW and CAUSAL:
+            # Once more with care where the sum is not finite: a value that only some rows see may have spoilt others.
+            spoilt = 0.0
+            for lane in tl.static_range(LANES):
+                spoilt += total(total(acc[lane] * 0.0, 1), 0)
+            if spoilt != 0.0:
+                zeros = (tl.full([ROWS, V.low], 0.0, tl.float32),)
+                for _ in tl.static_range(1, LANES):
+                    zeros = zeros + (tl.full([ROWS, V.low], 0.0, tl.float32),)
+                m, norm, acc, unit = _tiles(
+                    tl.full([ROWS], float("-inf"), tl.float32), tl.full([ROWS], 0.0, tl.float32), zeros,
+                    tl.full([ROWS], LEAST_UNIT, tl.float32), q_low, q_high, first_tile, end_tile, first, limit,
+                    row_position, key_cache_ptr, value_cache_ptr, k_scale_ptr, v_scale_ptr, table_ptr, head, at_layer,
+                    num_blocks, qk_scale, K, V, HIGH, KS, VS, CACHE, HIGH_FORMAT, COMPUTE, HARDWARE, BLOCK_SIZE,
+                    Q.table_step, ROWS, TILE, 1, True, BY_ROW, CAUSAL, WINDOW, SOFT_CAP, V_IN_K, WEIGHT_BITS, True,
+                )  # fmt: skip
 
         # ---- result
         sink = None
@@ -489,13 +575,15 @@ def paged_attention_kernel(
         WEIGHT: tl.constexpr = 2.0**-WEIGHT_BITS
         factor, log = _finish(m, norm * WEIGHT, sink)
         factor = factor * WEIGHT
+        saw_nothing = norm == 0
         if VS is not None:
             if not VS.inside:
                 factor = factor * unit
         if v_scale_ptr is not None:
             if VS is None or VS.inside:
                 factor = factor * tl.load(v_scale_ptr + head * Q.v_scale_stride)
-        result_row = (start + token) * Q.num_heads + q_head
+        factor = tl.where(saw_nothing, 0.0, factor)  # even where a scale is NaN
+        result_row = (start + token).to(tl.int64) * Q.num_heads + q_head
         if SPLIT:
             result_row = result_row * tl.num_programs(1) + tl.program_id(1)
         else:
