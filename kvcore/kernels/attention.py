@@ -252,9 +252,9 @@ def _tiles(
     key_cache_ptr, value_cache_ptr, k_scale_ptr, v_scale_ptr, table_ptr, head, layer, num_blocks, qk_scale,
     K: tl.constexpr, V: tl.constexpr, HIGH: tl.constexpr, KS: tl.constexpr, VS: tl.constexpr,
     CACHE: tl.constexpr, HIGH_FORMAT: tl.constexpr, COMPUTE: tl.constexpr, HARDWARE: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, TABLE_STEP: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
-    BY_ROW: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, V_IN_K: tl.constexpr,
-    WEIGHT_BITS: tl.constexpr, CAREFUL: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, TABLE_STEP: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+    MASKED: tl.constexpr, BY_ROW: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr,
+    V_IN_K: tl.constexpr, WEIGHT_BITS: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """Folds tiles of positions into the running maximum m, denominator norm and sum acc.
 
@@ -397,6 +397,142 @@ def _finish(m, norm, sink):
 
 
 @triton.jit
+def _attend(
+    query_ptr, key_cache_ptr, value_cache_ptr, block_tables_ptr, sinks_ptr, k_scale_ptr, v_scale_ptr, layer,
+    table_stride, num_blocks, out_ptr, lse_ptr, head, seq, start, length, first_row, offset, first, limit,
+    first_position, end_position,
+    Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr, HIGH: tl.constexpr, KS: tl.constexpr, VS: tl.constexpr,
+    CACHE: tl.constexpr, HIGH_FORMAT: tl.constexpr, COMPUTE: tl.constexpr, OUT: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, SCALE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr,
+    V_IN_K: tl.constexpr, HARDWARE: tl.constexpr, LAYER_IS_POINTER: tl.constexpr, SPLIT: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, UNMASKED: tl.constexpr, BY_ROW: tl.constexpr,
+    CAREFUL: tl.constexpr,
+):  # fmt: skip
+    """Attention of one tile of rows over positions from first_position to below end_position. Stores its results.
+
+    Returns 0, or NaN if a sum is not finite.
+    """
+    # ---- rows
+    row = first_row + tl.arange(0, ROWS)
+    row_inside = row < length * Q.group
+    token = row // Q.group
+    q_head = head * Q.group + row % Q.group
+    q_row = (start + token).to(tl.int64) * Q.token_stride + q_head * Q.head_stride
+    q_low = _load_query_lanes(query_ptr, q_row, row_inside, 0, 0, K.low, Q, K, COMPUTE)
+    q_high = q_low
+    HIGH_PACK: tl.constexpr = K.pack if HIGH is None else 1
+    if K.high > 0:
+        if HIGH is None:
+            q_high = _load_query_lanes(query_ptr, q_row, row_inside, 0, K.low, K.high, Q, K, COMPUTE)
+        else:
+            BASE: tl.constexpr = K.head_size * K.pack
+            q_high = _load_query_lanes(query_ptr, q_row, row_inside, BASE, 0, K.high, Q, HIGH, COMPUTE)
+    qk_scale = tl.full([ROWS], SCALE * LOG2E, tl.float32)
+    if k_scale_ptr is not None:
+        if KS is None or KS.inside:
+            qk_scale = qk_scale * tl.load(k_scale_ptr + head * Q.k_scale_stride)
+    # The sign goes to query: the unmasked loop takes the maximum before it scales.
+    factor = tl.where(qk_scale < 0, -1.0, 1.0)
+    qk_scale = tl.abs(qk_scale)
+    if COMPUTE.mantissa_bits == 10:
+        # Rows in float16, divided by a power of two of their own: exact but for what is 2^-24 of the largest.
+        largest = tl.maximum(_largest(q_low, K.pack), _largest(q_high, HIGH_PACK))
+        exponent = tl.minimum(largest.to(tl.uint32, bitcast=True) & 0x7F800000, 253 << 23)
+        factor = factor * ((254 << 23) - exponent).to(tl.float32, bitcast=True)
+        qk_scale = qk_scale * exponent.to(tl.float32, bitcast=True)
+    q_low = _scaled(q_low, factor, COMPUTE, K.pack)
+    q_high = _scaled(q_high, factor, COMPUTE, HIGH_PACK)
+
+    # ---- online softmax
+    at_layer = layer_index(layer, LAYER_IS_POINTER)
+    row_position = offset
+    if BY_ROW:
+        row_position = offset + token
+    first_tile = first_position // TILE
+    end_tile = _cdiv(end_position, TILE)
+    m = tl.full([ROWS], float("-inf"), tl.float32)
+    norm = tl.full([ROWS], 0.0, tl.float32)
+    acc = (tl.full([ROWS, V.low], 0.0, tl.float32),)
+    LANES: tl.constexpr = V.pack
+    for _ in tl.static_range(1, LANES):
+        acc = acc + (tl.full([ROWS, V.low], 0.0, tl.float32),)
+    unit = LEAST_UNIT
+    table_ptr = block_tables_ptr + seq.to(tl.int64) * table_stride
+    WEIGHT_BITS: tl.constexpr = FLOAT16_WEIGHT_BITS if COMPUTE.mantissa_bits == 10 else 0.0
+    whole_tile = first_tile
+    if UNMASKED:
+        whole = tl.minimum(limit, offset + first_row // Q.group + 1) if CAUSAL else limit
+        exist = _all_blocks_exist(table_ptr, _cdiv(tl.maximum(limit, 0), BLOCK_SIZE), num_blocks, Q.table_step, 1024)
+        end_whole = tl.maximum(tl.minimum(whole // TILE, end_tile), first_tile)
+        whole_tile = tl.where(exist, end_whole, first_tile)
+        m, norm, acc, unit = _tiles(
+            m, norm, acc, unit, q_low, q_high, first_tile, whole_tile, first, limit, row_position,
+            key_cache_ptr, value_cache_ptr, k_scale_ptr, v_scale_ptr, table_ptr, head, at_layer, num_blocks,
+            qk_scale, K, V, HIGH, KS, VS, CACHE, HIGH_FORMAT, COMPUTE, HARDWARE, BLOCK_SIZE, Q.table_step, ROWS,
+            TILE, STAGES, False, BY_ROW, CAUSAL, WINDOW, SOFT_CAP, V_IN_K, WEIGHT_BITS, False,
+        )  # fmt: skip
+    if BY_ROW and CAUSAL:
+        unit = tl.full([ROWS], 0.0, tl.float32) + unit
+    m, norm, acc, unit = _tiles(
+        m, norm, acc, unit, q_low, q_high, whole_tile, end_tile, first, limit, row_position,
+        key_cache_ptr, value_cache_ptr, k_scale_ptr, v_scale_ptr, table_ptr, head, at_layer, num_blocks,
+        qk_scale, K, V, HIGH, KS, VS, CACHE, HIGH_FORMAT, COMPUTE, HARDWARE, BLOCK_SIZE, Q.table_step, ROWS,
+        TILE, STAGES, True, BY_ROW, CAUSAL, WINDOW, SOFT_CAP, V_IN_K, WEIGHT_BITS, CAREFUL,
+    )  # fmt: skip
+    # ---- result
+    sink = None
+    if sinks_ptr is not None and not SPLIT:
+        sink = tl.load(sinks_ptr + q_head * Q.sink_stride, mask=row_inside, other=0)
+    WEIGHT: tl.constexpr = 2.0**-WEIGHT_BITS
+    factor, log = _finish(m, norm * WEIGHT, sink)
+    factor = factor * WEIGHT
+    saw_nothing = norm == 0
+    if VS is not None:
+        if not VS.inside:
+            factor = factor * unit
+    if v_scale_ptr is not None:
+        if VS is None or VS.inside:
+            factor = factor * tl.load(v_scale_ptr + head * Q.v_scale_stride)
+    factor = tl.where(saw_nothing, 0.0, factor)  # even where a scale is NaN
+    result_row = (start + token).to(tl.int64) * Q.num_heads + q_head
+    if SPLIT:
+        result_row = result_row * tl.num_programs(1) + tl.program_id(1)
+    else:
+        log = log * LN2
+    tl.store(lse_ptr + result_row, log, mask=row_inside)
+    word = tl.arange(0, V.low)
+    out_mask = row_inside[:, None] & (word < V.head_size)[None, :]
+    at = out_ptr + result_row[:, None] * (V.head_size * V.pack) + word[None, :] * V.pack
+    for lane in tl.static_range(LANES):
+        _store(at + lane, acc[lane] * factor[:, None], out_mask, OUT, SPLIT)
+    sums = 0.0
+    for lane in tl.static_range(LANES):
+        sums += total(total(acc[lane] * 0.0, 1), 0)
+    return sums
+
+
+@triton.jit(noinline=True)
+def _attend_with_care(
+    query_ptr, key_cache_ptr, value_cache_ptr, block_tables_ptr, sinks_ptr, k_scale_ptr, v_scale_ptr, layer,
+    table_stride, num_blocks, out_ptr, lse_ptr, head, seq, start, length, first_row, offset, first, limit,
+    first_position, end_position,
+    Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr, HIGH: tl.constexpr, KS: tl.constexpr, VS: tl.constexpr,
+    CACHE: tl.constexpr, HIGH_FORMAT: tl.constexpr, COMPUTE: tl.constexpr, OUT: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, SCALE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr,
+    V_IN_K: tl.constexpr, HARDWARE: tl.constexpr, LAYER_IS_POINTER: tl.constexpr, SPLIT: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """As `_attend`, but CAREFUL. It stays a function when compiled, so that the usual way keeps its registers."""
+    _attend(
+        query_ptr, key_cache_ptr, value_cache_ptr, block_tables_ptr, sinks_ptr, k_scale_ptr, v_scale_ptr, layer,
+        table_stride, num_blocks, out_ptr, lse_ptr, head, seq, start, length, first_row, offset, first, limit,
+        first_position, end_position,
+        Q, K, V, HIGH, KS, VS, CACHE, HIGH_FORMAT, COMPUTE, OUT, BLOCK_SIZE, SCALE, CAUSAL, WINDOW, SOFT_CAP,
+        V_IN_K, HARDWARE, LAYER_IS_POINTER, SPLIT, ROWS, TILE, 1, False, True, True,
+    )  # fmt: skip
+
+
+@triton.jit
 def paged_attention_kernel(
     query_ptr,            # [num_tokens, num_q_heads, head_size]
     key_cache_ptr,        # K's array
@@ -454,57 +590,28 @@ def paged_attention_kernel(
         length = start * 0 + 1
         seq_len = tl.load(seq_lens_ptr + seq * Q.lens_stride)
     else:
-        seq, start = _find_sequence(query_start_loc_ptr, tile, num_seqs, num_tokens, Q.start_stride, Q.group, ROWS, 1024)
+        seq, start = _find_sequence(
+            query_start_loc_ptr, tile, num_seqs, num_tokens, Q.start_stride, Q.group, ROWS, 1024
+        )
         first_row = (tile - (start * Q.group // ROWS + seq + 1)) * ROWS
         end = tl.load(query_start_loc_ptr + (seq + 1) * Q.start_stride, mask=seq < num_seqs, other=num_tokens)
         length = tl.maximum(tl.minimum(end, num_tokens), 0).to(tl.int32) - start
         seq_len = tl.load(seq_lens_ptr + seq * Q.lens_stride, mask=(seq >= 0) & (seq < num_seqs), other=0)
     if first_row < length * Q.group:
-        # ---- rows
-        row = first_row + tl.arange(0, ROWS)
-        row_inside = row < length * Q.group
-        token = row // Q.group
-        q_head = head * Q.group + row % Q.group
-        q_row = (start + token).to(tl.int64) * Q.token_stride + q_head * Q.head_stride
-        q_low = _load_query_lanes(query_ptr, q_row, row_inside, 0, 0, K.low, Q, K, COMPUTE)
-        q_high = q_low
-        HIGH_PACK: tl.constexpr = K.pack if HIGH is None else 1
-        if K.high > 0:
-            if HIGH is None:
-                q_high = _load_query_lanes(query_ptr, q_row, row_inside, 0, K.low, K.high, Q, K, COMPUTE)
-            else:
-                BASE: tl.constexpr = K.head_size * K.pack
-                q_high = _load_query_lanes(query_ptr, q_row, row_inside, BASE, 0, K.high, Q, HIGH, COMPUTE)
-        qk_scale = tl.full([ROWS], SCALE * LOG2E, tl.float32)
-        if k_scale_ptr is not None:
-            if KS is None or KS.inside:
-                qk_scale = qk_scale * tl.load(k_scale_ptr + head * Q.k_scale_stride)
-        # The sign goes to query: the unmasked loop takes the maximum before it scales.
-        factor = tl.where(qk_scale < 0, -1.0, 1.0)
-        qk_scale = tl.abs(qk_scale)
-        if COMPUTE.mantissa_bits == 10:
-            # Rows in float16, divided by a power of two of their own: exact but for what is 2^-24 of the largest.
-            largest = tl.maximum(_largest(q_low, K.pack), _largest(q_high, HIGH_PACK))
-            exponent = tl.minimum(largest.to(tl.uint32, bitcast=True) & 0x7F800000, 253 << 23)
-            factor = factor * ((254 << 23) - exponent).to(tl.float32, bitcast=True)
-            qk_scale = qk_scale * exponent.to(tl.float32, bitcast=True)
-        q_low = _scaled(q_low, factor, COMPUTE, K.pack)
-        q_high = _scaled(q_high, factor, COMPUTE, HIGH_PACK)
-
-        # ---- positions that they see
-        last_token = tl.minimum((first_row + ROWS - 1) // Q.group, length - 1)
-        first_token = first_row // Q.group
+        BY_ROW: tl.constexpr = query_start_loc_ptr is not None
+        # ---- positions that its rows see
         seq_len = tl.minimum(tl.maximum(seq_len, 0), 2**31 - 1).to(tl.int32)
         # Position of the first token. All far below 0 see as little.
         offset = tl.maximum(seq_len.to(tl.int64) - end + start, -(2**30)).to(tl.int32)
         limit = tl.minimum(seq_len, max_blocks * BLOCK_SIZE)
         first = 0
         if CAUSAL:
+            last_token = tl.minimum((first_row + ROWS - 1) // Q.group, length - 1)
             limit = tl.minimum(limit, offset + last_token + 1)
             if WINDOW is not None:
-                first = tl.maximum(tl.maximum(offset + first_token, -1) - (WINDOW - 1), 0)
-        at_layer = layer_index(layer, LAYER_IS_POINTER)
+                first = tl.maximum(tl.maximum(offset + first_row // Q.group, -1) - (WINDOW - 1), 0)
         if layer is not None:
+            at_layer = layer_index(layer, LAYER_IS_POINTER)
             there = total(((at_layer >= 0) & (at_layer < num_layers)).to(tl.int32), 0)
             limit = tl.where(there > 0, limit, 0)
         end_tile = _cdiv(tl.maximum(limit, 0), TILE)
@@ -513,87 +620,31 @@ def paged_attention_kernel(
             share = tl.maximum(_cdiv(end_tile - first_tile, tl.num_programs(1)), MIN_TILES)
             first_tile = tl.minimum(first_tile + tl.program_id(1) * share, end_tile)
             end_tile = tl.minimum(first_tile + share, end_tile)
-        if query_start_loc_ptr is None:
-            row_position = offset
-        else:
-            row_position = offset + token
+        first_position = first_tile * TILE
+        end_position = end_tile * TILE
 
-        # ---- online softmax
-        m = tl.full([ROWS], float("-inf"), tl.float32)
-        norm = tl.full([ROWS], 0.0, tl.float32)
-        acc = (tl.full([ROWS, V.low], 0.0, tl.float32),)
-        LANES: tl.constexpr = V.pack
-        for _ in tl.static_range(1, LANES):
-            acc = acc + (tl.full([ROWS, V.low], 0.0, tl.float32),)
-        unit = LEAST_UNIT
-        table_ptr = block_tables_ptr + seq.to(tl.int64) * table_stride
-        BY_ROW: tl.constexpr = query_start_loc_ptr is not None
-        WEIGHT_BITS: tl.constexpr = FLOAT16_WEIGHT_BITS if COMPUTE.mantissa_bits == 10 else 0.0
-        whole_tile = first_tile
-        if UNMASKED:
-            whole = tl.minimum(limit, offset + first_token + 1) if CAUSAL else limit
-            exist = _all_blocks_exist(
-                table_ptr, _cdiv(tl.maximum(limit, 0), BLOCK_SIZE), num_blocks, Q.table_step, 1024
-            )
-            end_whole = tl.maximum(tl.minimum(whole // TILE, end_tile), first_tile)
-            whole_tile = tl.where(exist, end_whole, first_tile)
-            m, norm, acc, unit = _tiles(
-                m, norm, acc, unit, q_low, q_high, first_tile, whole_tile, first, limit, row_position,
-                key_cache_ptr, value_cache_ptr, k_scale_ptr, v_scale_ptr, table_ptr, head, at_layer, num_blocks,
-                qk_scale, K, V, HIGH, KS, VS, CACHE, HIGH_FORMAT, COMPUTE, HARDWARE, BLOCK_SIZE, Q.table_step, ROWS,
-                TILE, STAGES, False, BY_ROW, CAUSAL, WINDOW, SOFT_CAP, V_IN_K, WEIGHT_BITS, False,
-            )  # fmt: skip
-        if BY_ROW and CAUSAL:
-            unit = tl.full([ROWS], 0.0, tl.float32) + unit
-        m, norm, acc, unit = _tiles(
-            m, norm, acc, unit, q_low, q_high, whole_tile, end_tile, first, limit, row_position,
-            key_cache_ptr, value_cache_ptr, k_scale_ptr, v_scale_ptr, table_ptr, head, at_layer, num_blocks,
-            qk_scale, K, V, HIGH, KS, VS, CACHE, HIGH_FORMAT, COMPUTE, HARDWARE, BLOCK_SIZE, Q.table_step, ROWS,
-            TILE, STAGES, True, BY_ROW, CAUSAL, WINDOW, SOFT_CAP, V_IN_K, WEIGHT_BITS, False,
+        sums = _attend(
+            query_ptr, key_cache_ptr, value_cache_ptr, block_tables_ptr, sinks_ptr, k_scale_ptr, v_scale_ptr, layer,
+            table_stride, num_blocks, out_ptr, lse_ptr, head, seq, start, length, first_row, offset, first, limit,
+            first_position, end_position,
+            Q, K, V, HIGH, KS, VS, CACHE, HIGH_FORMAT, COMPUTE, OUT, BLOCK_SIZE, SCALE, CAUSAL, WINDOW, SOFT_CAP,
+            V_IN_K, HARDWARE, LAYER_IS_POINTER, SPLIT, ROWS, TILE, STAGES, UNMASKED, BY_ROW, False,
         )  # fmt: skip
         if BY_ROW and CAUSAL:
-            # Once more with care where the sum is not finite: a value that only some rows see may have spoilt others.
-            spoilt = 0.0
-            for lane in tl.static_range(LANES):
-                spoilt += total(total(acc[lane] * 0.0, 1), 0)
-            if spoilt != 0.0:
-                zeros = (tl.full([ROWS, V.low], 0.0, tl.float32),)
-                for _ in tl.static_range(1, LANES):
-                    zeros = zeros + (tl.full([ROWS, V.low], 0.0, tl.float32),)
-                m, norm, acc, unit = _tiles(
-                    tl.full([ROWS], float("-inf"), tl.float32), tl.full([ROWS], 0.0, tl.float32), zeros,
-                    tl.full([ROWS], LEAST_UNIT, tl.float32), q_low, q_high, first_tile, end_tile, first, limit,
-                    row_position, key_cache_ptr, value_cache_ptr, k_scale_ptr, v_scale_ptr, table_ptr, head, at_layer,
-                    num_blocks, qk_scale, K, V, HIGH, KS, VS, CACHE, HIGH_FORMAT, COMPUTE, HARDWARE, BLOCK_SIZE,
-                    Q.table_step, ROWS, TILE, 1, True, BY_ROW, CAUSAL, WINDOW, SOFT_CAP, V_IN_K, WEIGHT_BITS, True,
-                )  # fmt: skip
-
-        # ---- result
-        sink = None
-        if sinks_ptr is not None and not SPLIT:
-            sink = tl.load(sinks_ptr + q_head * Q.sink_stride, mask=row_inside, other=0)
-        WEIGHT: tl.constexpr = 2.0**-WEIGHT_BITS
-        factor, log = _finish(m, norm * WEIGHT, sink)
-        factor = factor * WEIGHT
-        saw_nothing = norm == 0
-        if VS is not None:
-            if not VS.inside:
-                factor = factor * unit
-        if v_scale_ptr is not None:
-            if VS is None or VS.inside:
-                factor = factor * tl.load(v_scale_ptr + head * Q.v_scale_stride)
-        factor = tl.where(saw_nothing, 0.0, factor)  # even where a scale is NaN
-        result_row = (start + token).to(tl.int64) * Q.num_heads + q_head
-        if SPLIT:
-            result_row = result_row * tl.num_programs(1) + tl.program_id(1)
-        else:
-            log = log * LN2
-        tl.store(lse_ptr + result_row, log, mask=row_inside)
-        word = tl.arange(0, V.low)
-        out_mask = row_inside[:, None] & (word < V.head_size)[None, :]
-        at = out_ptr + result_row[:, None] * (V.head_size * V.pack) + word[None, :] * V.pack
-        for lane in tl.static_range(LANES):
-            _store(at + lane, acc[lane] * factor[:, None], out_mask, OUT, SPLIT)
+            # A value that only some rows see spoils others if it is not finite: 0 · NaN. Then once more, with care: a few
+            # rows at a time, which is slow, but small.
+            if sums != 0.0:
+                tl.debug_barrier()  # other threads of the program may write the same elements
+                PART: tl.constexpr = 16
+                for part in range(ROWS // PART):
+                    part_row = first_row + part * PART
+                    _attend_with_care(
+                        query_ptr, key_cache_ptr, value_cache_ptr, block_tables_ptr, sinks_ptr, k_scale_ptr,
+                        v_scale_ptr, layer, table_stride, num_blocks, out_ptr, lse_ptr, head, seq, start, length,
+                        part_row, offset, first, limit, first_position, end_position,
+                        Q, K, V, HIGH, KS, VS, CACHE, HIGH_FORMAT, COMPUTE, OUT, BLOCK_SIZE, SCALE, CAUSAL, WINDOW,
+                        SOFT_CAP, V_IN_K, HARDWARE, LAYER_IS_POINTER, SPLIT, PART, min(TILE, 32),
+                    )  # fmt: skip
 
 
 @triton.jit
