@@ -150,6 +150,7 @@ def _index(part: Part, at: Mapping[str, jax.Array], window: str) -> tuple[jax.Ar
     if "region" in part.sizes:  # heads, or slots, are not side by side there: each has an index of its own
         size = {"slot": part.extents.block_size, "head": part.extents.num_heads}[window]
         at = {name: x[..., None] for name, x in at.items()} | {window: jnp.arange(size, dtype=jnp.int32)}
+        at = dict(zip(at, jnp.broadcast_arrays(*at.values()), strict=True))
         at["region"] = sum((at[name] * step for name, step in part.steps.items()), jnp.int32(part.start["region"]))
         order = ["region"]
     at |= {name: jnp.int32(start) for name, start in part.start.items() if name != "region"}

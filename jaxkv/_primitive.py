@@ -346,8 +346,9 @@ def _batch(flat: Sequence[Any], dims: Sequence[Any], *, tree: Any, options: Opti
 def _loop_over_layers(x: Operands, size: int, num_layers: int | None, options: Options) -> list[Any]:
     """Makes the batch an axis of layers, or one axis with the layers that there are, and writes item by item."""
     layers = num_layers or 1
-    own = jnp.full(size, options.layer or 0) if x.layer is None else x.layer[:, 0]
-    layer = jnp.where((own >= 0) & (own < layers), jnp.arange(size) * layers + own, -1).astype(jnp.int32)
+    own = jnp.full(size, options.layer or 0, jnp.int32) if x.layer is None else x.layer[:, 0]
+    layer = jnp.where((own >= 0) & (own < layers), jnp.arange(size, dtype=own.dtype) * layers + own, -1)
+    layer = layer.astype(jnp.int32)
     scale_layout = None if options.scale_layout is None else options.scale_layout.with_layer()
     options = options._replace(layout=options.layout.with_layer(), scale_layout=scale_layout, layer=None)
 

@@ -50,7 +50,7 @@ def _encode(x: jax.Array, call: Write, scale: jax.Array | None) -> tuple[jax.Arr
     x = x.astype(jnp.float32)
     scale = None if scale is None else scale.reshape(-1, 1)  # of heads, or of all
     if stored == NVFP4:
-        return quantise_nvfp4(x, jnp.ones((1, 1)) if scale is None else scale)
+        return quantise_nvfp4(x, jnp.ones((1, 1), jnp.float32) if scale is None else scale)
     if call.scales is not None:
         return quantise(x, stored)
     return pack(encode(x if scale is None else divide(x, scale), stored), stored), None

@@ -64,9 +64,9 @@ def attention(
     call: Attention, operands: "Operands", layer: int | None, scale_layout: CacheLayout | None
 ) -> tuple[jax.Array, jax.Array]:
     """The result, in query's dtype, and the log-sum-exp of each row: online softmax in float32."""
-    x, extents = operands, call.cache.placement.extents
+    x, extents = _narrow(operands), call.cache.placement.extents
     num_tokens, q_heads, _ = call.query.shape
-    sinks = jnp.full(q_heads, -jnp.inf) if x.sinks is None else x.sinks.astype(jnp.float32)
+    sinks = jnp.full(q_heads, -jnp.inf, jnp.float32) if x.sinks is None else x.sinks.astype(jnp.float32)
     if 0 in (num_tokens, q_heads, extents.num_blocks, *call.block_tables.shape):
         return jnp.zeros(call.out_shape, call.query.dtype), jnp.broadcast_to(sinks, call.out_shape[:2])
     heads, group = extents.num_heads, q_heads // extents.num_heads
@@ -74,7 +74,7 @@ def attention(
     count, width = queries.position.shape
 
     source = _Source.of(call.cache, x, scale_layout)
-    k_scale, v_scale = (None if s is None else s.reshape(-1, 1, 1) for s in source.static)  # of heads, or of all
+    k_scale, v_scale = (None if s is None else s.reshape(1, -1, 1, 1) for s in source.static)  # of heads, or of all
     query = queries.query.astype(jnp.float32)
     query = query.reshape(count, width, heads, group, -1).swapaxes(1, 2).reshape(count, heads, width * group, -1)
     factor = jnp.float32(call.options.scale)
@@ -82,7 +82,7 @@ def attention(
     top, total, out = _online_softmax(call, source, _layer(x, layer), queries._replace(query=query))
 
     if x.sinks is not None:
-        sink = jnp.tile(sinks.reshape(heads, group), (1, width))
+        sink = jnp.tile(sinks.reshape(1, heads, group), (1, 1, width))
         new_top = jnp.maximum(top, sink)
         shrink = jnp.exp(top - new_top)
         top, total, out = new_top, total * shrink + jnp.exp(sink - new_top), out * shrink[..., None]
@@ -98,7 +98,7 @@ def attention(
     if x.query_start_loc is not None:
         inside, place = _places(x.query_start_loc, num_tokens, width)
         out = jnp.where(inside[:, None, None], out[place], 0)
-        lse = jnp.where(inside[:, None], lse[place], sinks)
+        lse = jnp.where(inside[:, None], lse[place], sinks[None])
     return out.astype(call.query.dtype), lse
 
 
@@ -114,8 +114,8 @@ def _tile_queries(x: "Operands") -> _Queries:
     width = min(1 << (average - 1).bit_length(), _MOST_QUERIES)
     first_tile = _first_tiles(start, width)
     tile = jnp.arange(num_tokens // width + num_seqs, dtype=start.dtype)
-    seq = jnp.maximum(jnp.sum(first_tile <= tile[:, None], axis=1) - 1, 0)
-    token = (start[seq] + (tile - first_tile[seq]) * width)[:, None] + jnp.arange(width, dtype=start.dtype)
+    seq = jnp.maximum(jnp.sum(first_tile[None] <= tile[:, None], axis=1) - 1, 0)
+    token = (start[seq] + (tile - first_tile[seq]) * width)[:, None] + jnp.arange(width, dtype=start.dtype)[None]
     length = x.seq_lens[seq]
     position = (length - start[seq + 1])[:, None] + token
     return _Queries(query.at[token].get(mode="clip"), position, length, x.block_tables[seq])
@@ -129,7 +129,7 @@ def _first_tiles(start: jax.Array, width: int) -> jax.Array:
 def _places(start: jax.Array, num_tokens: int, width: int) -> tuple[jax.Array, jax.Array]:
     """Whether each token is one of a sequence, and its place among those of the tiles."""
     token = jnp.arange(num_tokens, dtype=start.dtype)
-    begun = jnp.sum(start <= token[:, None], axis=1)
+    begun = jnp.sum(start[None] <= token[:, None], axis=1)
     inside = (begun > 0) & (begun < start.shape[0])
     seq = jnp.where(inside, begun - 1, 0)
     return inside, jnp.where(inside, _first_tiles(start, width)[seq] * width + token - start[seq], 0)
@@ -160,16 +160,16 @@ def _online_softmax(call: Attention, source: "_Source", index: jax.Array, querie
 
     def step(t: jax.Array, state: _Softmax) -> _Softmax:
         top, total, out = state
-        n = t * positions + jnp.arange(positions, dtype=jnp.int32)
+        n = t * positions + jnp.arange(positions, dtype=jnp.int32)[None]
         block = lax.dynamic_slice_in_dim(table, t * blocks, blocks, axis=1)
         exists = jnp.repeat(block >= 0, extents.block_size, axis=1) & (n < limit[:, None])
         if window is not None:  # what no query of the tile sees may have been freed, and hold anything
             exists = exists & (n > position[:, :1] - window)
         seen = exists[:, None]
         if width > 1 and options.causal:
-            seen = seen & (n <= position[..., None])
+            seen = seen & (n[None] <= position[..., None])
             if window is not None:
-                seen = seen & (n > position[..., None] - window)
+                seen = seen & (n[None] > position[..., None] - window)
         key, value = _tile(source, index, jnp.maximum(block, 0))
 
         logit = jnp.einsum("thrd,thnd->thrn", queries.query, key, precision=lax.Precision.HIGHEST)
@@ -265,6 +265,16 @@ def _decode_mla(row: jax.Array, multiply: Callable[[jax.Array, jax.Array], jax.A
     return jnp.concatenate([multiply(latent, scales[..., None]).reshape(*front, -1), decode(rope, BFLOAT16)], axis=-1)
 
 
+def _narrow(x: "Operands") -> "Operands":
+    """Indices and lengths as int32. What does not fit is far outside, and stays so."""
+
+    def narrow(a: jax.Array | None) -> jax.Array | None:
+        return a if a is None or a.dtype == jnp.int32 else jnp.clip(a, -(2**31), 2**31 - 1).astype(jnp.int32)
+
+    fields = ("block_tables", "seq_lens", "query_start_loc", "layer")
+    return x._replace(**{name: narrow(getattr(x, name)) for name in fields})
+
+
 def _layer(x: "Operands", layer: int | None) -> jax.Array:
     return jnp.int32(layer or 0) if x.layer is None else x.layer[0]
 
@@ -276,13 +286,13 @@ def gather(
     call: Gather, operands: "Operands", layer: int | None, scale_layout: CacheLayout | None
 ) -> tuple[jax.Array, jax.Array]:
     """Keys and values, `[num_seqs, max_len, num_heads, dim]`. Bits as the oracle's."""
-    x, extents = operands, call.cache.placement.extents
+    x, extents = _narrow(operands), call.cache.placement.extents
     if 0 in (*call.shapes[0], extents.num_blocks, call.block_tables.shape[1]):
         key, value = (jnp.zeros(shape, call.format.name) for shape in call.shapes)
         return key, value
     index, n = _layer(x, layer), jnp.arange(call.max_len, dtype=jnp.int32)
     block = x.block_tables.at[:, n // extents.block_size].get(mode="fill", fill_value=-1)
-    there = (block >= 0) & (block < extents.num_blocks) & (n < x.seq_lens[:, None])
+    there = (block >= 0) & (block < extents.num_blocks) & (n[None] < x.seq_lens[:, None])
     there = there & (index >= 0) & (index < (extents.num_layers or 1))
     # A block that is not there becomes one outside, and gives zeros.
     at = {"layer": index, "block": jnp.where(there, block, extents.num_blocks), "slot": n % extents.block_size}

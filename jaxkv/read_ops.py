@@ -178,7 +178,7 @@ def merge_attention(outs: jax.Array, lses: jax.Array) -> tuple[jax.Array, jax.Ar
         What one call over all the positions gives: result of outs' dtype, and log-sum-exp.
     """
     lse = jax.nn.logsumexp(lses, axis=0)
-    weights = jnp.exp(lses - jnp.where(lse == -jnp.inf, 0.0, lse))
+    weights = jnp.exp(lses - jnp.where(lse == -jnp.inf, 0.0, lse)[None])
     return jnp.sum(outs.astype(jnp.float32) * weights[..., None], axis=0).astype(outs.dtype), lse
 
 
