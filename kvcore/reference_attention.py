@@ -155,7 +155,7 @@ def paged_attention(
     lse = np.full((num_tokens, num_q_heads), -np.inf)
     if sinks is not None:
         lse[:] = sinks
-    starts = np.arange(len(seq_lens) + 1) if query_start_loc is None else query_start_loc
+    starts = list(range(len(seq_lens) + 1)) if query_start_loc is None else query_start_loc.tolist()
     with np.errstate(all="ignore"):
         for seq, positions in enumerate(_positions(values.units, block_tables, seq_lens, layer)):
             read = {n: (block, n % block_size) for n, block in positions}
@@ -168,7 +168,7 @@ def paged_attention(
             )  # fmt: skip
             begin = max(0, *starts[: seq + 1])  # not before any earlier start
             for token in range(begin, min(starts[seq + 1], num_tokens)):
-                position = seq_lens[seq] - starts[seq + 1] + token
+                position = int(seq_lens[seq]) - starts[seq + 1] + token
                 seen = n <= position if causal else n >= 0
                 if sliding_window is not None:
                     seen = seen & (n > position - sliding_window)
