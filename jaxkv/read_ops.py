@@ -10,7 +10,7 @@ import numpy as np
 from jaxkv import _read_primitive
 from jaxkv._read_primitive import Operands, Options
 from jaxkv.ops import BACKENDS, indices, static_scale
-from kvcore.checks import check_options
+from kvcore.checks import check_options, is_number
 from kvcore.layout import CacheLayout
 from kvcore.read_contract import Cache, check_attention_options
 from kvcore.scales import scale_layout_of
@@ -58,8 +58,9 @@ def paged_attention(
             to below `query_start_loc[s + 1]`. None: one token each.
         scale: What logits are multiplied by; None means `head_size ** -0.5`.
         causal: Whether a query sees positions up to its own only.
-        sliding_window: With causal, how many of the last positions a query sees, its own among them; None means all.
-        soft_cap: A logit x becomes `soft_cap * tanh(x / soft_cap)`; None means no cap.
+        sliding_window: With causal, how many of the last positions a query sees, its own among them; None means all,
+            like 2³¹ - 1 or more.
+        soft_cap: A logit x becomes `soft_cap * tanh(x / soft_cap)`; None or 0 means no cap.
         sinks: `[num_q_heads]`: one more logit of each head in the softmax's denominator.
         kv_cache_dtype: "auto", or the format of a quantised cache, as it was written.
         k_scale: By what quantised keys are multiplied: float32 of one element, or one a head, `[num_heads]`, also
@@ -187,7 +188,7 @@ def _operands(
 ) -> tuple[Operands, int | None]:
     """The arrays of a call as JAX arrays, and a static layer."""
     arrays = caches if isinstance(caches, Sequence) else (caches,)
-    k_scale, v_scale = (jnp.float32(s) if isinstance(s, (int, float)) else s for s in (k_scale, v_scale))
+    k_scale, v_scale = (jnp.float32(s) if is_number(s) else s for s in (k_scale, v_scale))
     traced = hasattr(layer, "shape") and not isinstance(layer, np.integer)
     return Operands(
         query=None,

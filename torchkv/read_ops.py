@@ -54,8 +54,9 @@ def paged_attention(
             to below `query_start_loc[s + 1]`. None: one token each.
         scale: What logits are multiplied by; None means `head_size ** -0.5`.
         causal: Whether a query sees positions up to its own only.
-        sliding_window: With causal, how many of the last positions a query sees, its own among them; None means all.
-        soft_cap: A logit x becomes `soft_cap * tanh(x / soft_cap)`; None means no cap.
+        sliding_window: With causal, how many of the last positions a query sees, its own among them; None means all,
+            like 2³¹ - 1 or more.
+        soft_cap: A logit x becomes `soft_cap * tanh(x / soft_cap)`; None or 0 means no cap.
         sinks: `[num_q_heads]`: one more logit of each head in the softmax's denominator.
         kv_cache_dtype: "auto", or the format that the cache was written in: see `reshape_and_cache_flash` and
             `concat_and_cache_mla`.
