@@ -9,6 +9,7 @@ from kvcore.checks import check_options
 from kvcore.layout import CacheLayout
 from kvcore.read_contract import check_attention_options
 from torchkv import _read_library
+from torchkv._read import refuse_gradients
 from torchkv.ops import BACKENDS, op_options, scale_pattern, scale_tensor
 
 
@@ -83,10 +84,13 @@ def paged_attention(
     Raises:
         ValueError: a shape, layout, choice or device does not fit.
         TypeError: a dtype does not fit.
+        NotImplementedError: grad mode is on, and an argument requires gradients.
     """
     check_options(kv_cache_dtype, k_scale, v_scale, layer, backend, BACKENDS)
     options = check_attention_options(scale, causal, sliding_window, soft_cap)
     caches = as_list(caches)
+    k_scale, v_scale = scale_tensor(k_scale, caches[0]), scale_tensor(v_scale, caches[0])
+    refuse_gradients("paged_attention", query, *caches, sinks, k_scale, v_scale)
     out, lse = _read_library.attention(
         query,
         caches,
@@ -96,8 +100,8 @@ def paged_attention(
         *options,
         sinks,
         kv_cache_dtype,
-        scale_tensor(k_scale, caches[0]),
-        scale_tensor(v_scale, caches[0]),
+        k_scale,
+        v_scale,
         *op_options(layout, layer),
         head_size_v,
         backend,
@@ -149,9 +153,12 @@ def gather_kv(
     Raises:
         ValueError: a shape, layout, choice or device does not fit.
         TypeError: a dtype does not fit.
+        NotImplementedError: grad mode is on, and an argument requires gradients.
     """
     check_options(kv_cache_dtype, k_scale, v_scale, layer, backend, BACKENDS)
     caches = as_list(caches)
+    k_scale, v_scale = scale_tensor(k_scale, caches[0]), scale_tensor(v_scale, caches[0])
+    refuse_gradients("gather_kv", *caches, k_scale, v_scale)
     key, value = _read_library.gather(
         caches,
         block_tables,
@@ -159,8 +166,8 @@ def gather_kv(
         max_len,
         str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype,
         kv_cache_dtype,
-        scale_tensor(k_scale, caches[0]),
-        scale_tensor(v_scale, caches[0]),
+        k_scale,
+        v_scale,
         *op_options(layout, layer),
         head_size,
         head_size_v,
