@@ -180,16 +180,29 @@ def gather_kv(
 def merge_attention(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     """Joins attention over parts of the positions, as devices compute that share a context between them.
 
+    A row of a part that saw nothing counts for nothing, whatever its result holds, NaN too. Differentiable: such rows
+    have gradients of zero.
+
     Args:
         outs: `[parts, num_tokens, num_q_heads, head_size_v]`, from `paged_attention` over each part.
-        lses: `[parts, num_tokens, num_q_heads]` float32, from the same calls. Sinks belong to one part only.
+        lses: `[parts, num_tokens, num_q_heads]` float32, from the same calls: -inf in rows that saw nothing, or inf, as
+            other kernels have it. Sinks belong to one part only.
 
     Returns:
-        What one call over all the positions gives: result of outs' dtype, and log-sum-exp.
+        What one call over all the positions gives: result of outs' dtype, and log-sum-exp. Rows that no part saw
+        anything for are zeros with -inf; a row with a log-sum-exp of NaN is NaN.
     """
-    lse = torch.logsumexp(lses, dim=0)
-    weights = torch.exp(lses - torch.where(lse == -torch.inf, 0.0, lse))
-    return torch.sum(outs.float() * weights[..., None], dim=0).to(outs.dtype), lse
+    empty = torch.isinf(lses)
+    lses = lses.masked_fill(empty, -torch.inf)
+    top = lses.detach().amax(0)
+    top = top.masked_fill(top == -torch.inf, 0)
+    weights = torch.exp(lses - top)
+    total = weights.sum(0)
+    nothing = total == 0
+    total = total.masked_fill(nothing, 1)
+    # Masked before the product: 0 times NaN is NaN, and so is its gradient.
+    out = torch.sum(outs.masked_fill(empty[..., None], 0).float() * (weights / total)[..., None], dim=0)
+    return out.to(outs.dtype), (top + total.log()).masked_fill(nothing, -torch.inf)
 
 
 def as_list(caches: Tensor | Sequence[Tensor]) -> list[Tensor]:
