@@ -129,6 +129,7 @@ class PagedKVCache:
             The new cache: the same memory, where this one was donated or is not used again.
         """
         spec, layout = self.spec, self.spec.layout
+        spec.check_rows(jnp.shape(key), jnp.shape(value))
         if layout.latent:
             kv_cache = write_latent(
                 key, value, self.caches[0], slot_mapping, spec.kv_cache_dtype, self.k_scale, layout, layer, backend
@@ -159,6 +160,7 @@ class PagedKVCache:
         **options: Any,
     ) -> Any:
         """Attention over the cache; arguments and results as in `paged_attention`, which names `options`."""
+        self.spec.check_query(jnp.shape(query))
         return paged_attention(query, self.caches, block_tables, seq_lens, layer=layer, **self._reading, **options)
 
     def gather(

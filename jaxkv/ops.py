@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxkv import _primitive
 from jaxkv._primitive import Operands, Options, spec_of
-from kvcore.checks import check_options, check_scale
+from kvcore.checks import check_options, check_scale, is_bool, is_number
 from kvcore.contract import check_mla, check_write
 from kvcore.layout import CacheLayout
 from kvcore.scales import scale_layout_of
@@ -281,9 +281,9 @@ def write_latent(
 ) -> jax.Array | None:
     """`concat_and_cache_mla`, into a cache with its axes in the order of a latent layout."""
     check_options(kv_cache_dtype, None, None, layer, backend, BACKENDS)
-    if isinstance(scale, (int, float)):
+    if is_number(scale):
         scale = jnp.float32(scale)
-    elif scale is not None and not hasattr(scale, "shape"):
+    elif scale is not None and (is_bool(scale) or not hasattr(scale, "shape")):
         raise TypeError(f"scale must be a number or an array of float32, got {scale!r}")
     axes, spec = layout.arrays[0], spec_of(kv_cache)
     order = [axes.index((name,)) for name in ("layer", "block", "slot", "latent") if (name,) in axes]
@@ -330,7 +330,7 @@ def _write(
     for (name, a), (other, b) in combinations(zip(names, memory, strict=True), 2):
         if a is b:
             raise ValueError(f"{name} and {other} must not overlap in memory")
-    k_scale, v_scale = (jnp.float32(s) if isinstance(s, (int, float)) else s for s in (k_scale, v_scale))
+    k_scale, v_scale = (jnp.float32(s) if is_number(s) else s for s in (k_scale, v_scale))
     if isinstance(layer, np.integer):
         layer = int(layer)
     index: Any = layer if hasattr(layer, "shape") else None  # a traced layer

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from kvcore.layout import CacheLayout, contiguous_strides
 from kvcore.quantization import KV_CACHE_DTYPES
 
@@ -39,13 +41,28 @@ def check_options(
     """
     check_kv_cache_dtype(kv_cache_dtype)
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
-        if scale is not None and not hasattr(scale, "shape") and not isinstance(scale, (int, float)):
+        if scale is not None and not is_number(scale) and (is_bool(scale) or not hasattr(scale, "shape")):
             raise TypeError(f"{name} must be a number or an array of float32, got {scale!r}")
     number = isinstance(layer, int) or hasattr(layer, "__index__")  # in this order for torch.compile's integers
-    if isinstance(layer, bool) or not (layer is None or number or hasattr(layer, "shape")):
+    if is_bool(layer) or not (layer is None or number or hasattr(layer, "shape")):
         raise TypeError(f"layer must be an int or an integer scalar, got {layer!r}")
     if backend is not None and backend not in backends:
         raise ValueError(f"backend must be None, {either(map(repr, backends))}, got {backend!r}")
+
+
+def is_number(x: Any) -> bool:
+    """Whether it is a real number of Python or NumPy; truth values are none."""
+    return isinstance(x, (int, float, np.integer, np.floating)) and not isinstance(x, bool)
+
+
+def is_integer(x: Any) -> bool:
+    """Whether it is an integer of Python or NumPy; truth values are none."""
+    return isinstance(x, (int, np.integer)) and not isinstance(x, bool)
+
+
+def is_bool(x: Any) -> bool:
+    """Whether it is a truth value of Python or NumPy."""
+    return isinstance(x, (bool, np.bool_))
 
 
 def check_kv_cache_dtype(kv_cache_dtype: Any) -> None:

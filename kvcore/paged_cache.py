@@ -1,6 +1,7 @@
 """What `PagedKVCache` is in both frameworks, but for the arrays: extents, storage, how it reads to a person."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,6 +110,29 @@ class CacheSpec:
             # 16 bytes, or as much of it as divides a head.
             x=math.gcd(16 // self._itemsize, size) if packs else None,
         )
+
+    def check_rows(self, key: Sequence[int], value: Sequence[int]) -> None:
+        """Raises unless the shapes of a write's key and value are as this cache splits its rows.
+
+        Where K and V share an axis, of the two sizes only the sum shows in the caches.
+        """
+        latent = self.layout.latent
+        if not latent and not self.layout.packed:
+            return
+        front = () if latent else (self.num_heads,)
+        sizes = (self.head_size_v, self.head_size - self.head_size_v) if latent else (self.head_size, self.head_size_v)
+        for name, shape, size in zip(("key", "value"), (key, value), sizes, strict=True):
+            if tuple(shape[1:]) != (*front, size):
+                wanted = ", ".join(map(str, ("num_tokens", *front, size)))
+                raise ValueError(f"{name} must have shape ({wanted}), got {tuple(shape)}")
+
+    def check_query(self, query: Sequence[int]) -> None:
+        """Raises unless a query of this shape has heads like the keys: an axis `k+v` is split where query's heads end.
+
+        As `check_rows`.
+        """
+        if self.layout.packed and (len(query) != 3 or query[2] != self.head_size):
+            raise ValueError(f"query must have shape (num_tokens, num_q_heads, {self.head_size}), got {tuple(query)}")
 
     @property
     def scale_shapes(self) -> tuple[tuple[int, ...], ...]:

@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from kvcore.checks import (
     ArraySpec,
     check_devices,
@@ -13,6 +15,8 @@ from kvcore.checks import (
     check_same_dtype,
     check_scale,
     either,
+    is_integer,
+    is_number,
     layout_of,
     shape_of,
 )
@@ -70,6 +74,10 @@ class Cache(NamedTuple):
         return self.placement.extents.head_size_v * self.format.per_byte
 
 
+_LONGEST = 2**31 - 1
+"""No sequence is longer: lengths are 32-bit integers to the kernels."""
+
+
 class Options(NamedTuple):
     """What attention computes; hashable. See `paged_attention` for the meanings. A scale of None is the usual one."""
 
@@ -77,6 +85,13 @@ class Options(NamedTuple):
     causal: bool
     sliding_window: int | None
     soft_cap: float | None
+
+    def normal(self) -> "Options":
+        """The same with None for what has no effect: a window that is longer than any sequence, a cap of 0."""
+        window = self.sliding_window
+        return self._replace(
+            sliding_window=None if window is None or window >= _LONGEST else window, soft_cap=self.soft_cap or None
+        )
 
 
 class Attention(NamedTuple):
@@ -132,23 +147,23 @@ class Gather(NamedTuple):
 
 
 def check_attention_options(scale: Any, causal: Any, sliding_window: Any, soft_cap: Any) -> Options:
-    """Checks the numbers that attention computes with.
+    """Checks the numbers that attention computes with; NumPy's count as Python's, which come back.
 
     Raises:
         ValueError: a number is out of range, or sliding_window is given without causal.
         TypeError: an argument is of another type.
     """
-    if not isinstance(causal, bool):
+    if not isinstance(causal, (bool, np.bool_)):
         raise TypeError(f"causal must be True or False, got {causal!r}")
     for name, number in (("scale", scale), ("soft_cap", soft_cap)):
-        if number is not None and (isinstance(number, bool) or not isinstance(number, (int, float))):
+        if number is not None and not is_number(number):
             raise TypeError(f"{name} must be None or a number, got {number!r}")
     if scale is not None and not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}")
-    if soft_cap is not None and not 0 < soft_cap < math.inf:
-        raise ValueError(f"soft_cap must be positive and finite, got {soft_cap}")
+    if soft_cap is not None and not 0 <= soft_cap < math.inf:
+        raise ValueError(f"soft_cap must be finite and at least 0, got {soft_cap}")
     if sliding_window is not None:
-        if isinstance(sliding_window, bool) or not isinstance(sliding_window, int):
+        if not is_integer(sliding_window):
             raise TypeError(f"sliding_window must be None or an int, got {sliding_window!r}")
         if sliding_window < 1:
             raise ValueError(f"sliding_window must be at least 1, got {sliding_window}")
@@ -156,10 +171,10 @@ def check_attention_options(scale: Any, causal: Any, sliding_window: Any, soft_c
             raise ValueError(f"sliding_window must be None where causal is False, got {sliding_window}")
     return Options(
         scale=None if scale is None else float(scale),
-        causal=causal,
-        sliding_window=sliding_window,
+        causal=bool(causal),
+        sliding_window=None if sliding_window is None else int(sliding_window),
         soft_cap=None if soft_cap is None else float(soft_cap),
-    )
+    ).normal()
 
 
 def check_attention(
@@ -178,7 +193,7 @@ def check_attention(
     head_size_v: int | None,
     scale_layout: str | CacheLayout | None = None,
 ) -> Attention:
-    """Checks the arguments of `paged_attention`. `options` come from `check_attention_options`.
+    """Checks the arguments of `paged_attention`. `options` hold what `check_attention_options` lets pass.
 
     Raises:
         ValueError: a shape, an extent, a choice or a device does not fit.
@@ -210,6 +225,7 @@ def check_attention(
             raise TypeError(f"sinks must have dtype {either(FLOATS)}, got {sinks.dtype}")
     named = [("query", query), ("block_tables", block_tables), ("seq_lens", seq_lens)]
     named += [("query_start_loc", query_start_loc), ("sinks", sinks)]
+    options = options.normal()  # those of torch.ops come as they are
     _devices(named, caches, k_scale, v_scale, layer)
     return Attention(
         cache=cache,
@@ -245,7 +261,7 @@ def check_gather(
     """
     cache = _cache(caches, kv_cache_dtype, k_scale, v_scale, layout, layer, head_size, head_size_v, scale_layout)
     _tables(block_tables, seq_lens)
-    if isinstance(max_len, bool) or not hasattr(max_len, "__index__"):
+    if isinstance(max_len, (bool, np.bool_)) or not hasattr(max_len, "__index__"):
         raise TypeError(f"max_len must be an int, got {max_len!r}")
     if max_len < 0:
         raise ValueError(f"max_len must be at least 0, got {max_len}")

@@ -1,5 +1,7 @@
 """PagedKVCache: written, read back, carried through JAX's transformations, changed in place in torch."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -90,6 +92,36 @@ def test_one_layer():
     ours = ours.write(jnp.asarray(KEY), jnp.asarray(VALUE), jnp.asarray(SLOTS))
     got = ours.attend(jnp.asarray(QUERY), jnp.asarray(TABLES), jnp.asarray(LENS))
     np.testing.assert_allclose(got, expected(True), atol=1e-5)
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "nvfp4"])
+@pytest.mark.parametrize(("key", "value", "error"), [
+    ((3, 16), (3, 32), "key must have shape (num_tokens, 32), got (3, 16)"),
+    ((3, 32), (3, 32), "value must have shape (num_tokens, 16), got (3, 32)"),
+    ((3, 48), (3, 0), "key must have shape (num_tokens, 32), got (3, 48)"),
+    ((3, 1, 32), (3, 1, 16), "key must have shape (num_tokens, 32), got (3, 1, 32)"),
+])  # fmt: skip
+def test_latent_rows_split_in_another_place_are_refused(key, value, error, kv_cache_dtype):
+    options = dict(layout="MLA", num_heads=1, head_size=48, head_size_v=32, kv_cache_dtype=kv_cache_dtype)
+    for module, convert in ((jaxkv, jnp.asarray), (torchkv, to_torch)):
+        with pytest.raises(ValueError, match=f"^{re.escape(error)}$"):
+            create(module, **options).write(convert(draws(*key)), convert(draws(*value)), convert(SLOTS[:3]), layer=0)
+
+
+@pytest.mark.parametrize("layout", ["PACKED_NHD", "PACKED_HND"])
+def test_packed_rows_split_in_another_place_are_refused(layout):
+    for module, convert in ((jaxkv, jnp.asarray), (torchkv, to_torch)):
+        cache = create(module, layout=layout, head_size=32, head_size_v=16)
+        wide, narrow, slots = convert(draws(3, HEADS, 32)), convert(draws(3, HEADS, 16)), convert(SLOTS[:3])
+        for key, value, error in (
+            (narrow, wide, r"^key must have shape \(num_tokens, 2, 32\), got \(3, 2, 16\)$"),
+            (wide, wide, r"^value must have shape \(num_tokens, 2, 16\), got \(3, 2, 32\)$"),
+        ):
+            with pytest.raises(ValueError, match=error):
+                cache.write(key, value, slots, layer=0)
+        error = r"^query must have shape \(num_tokens, num_q_heads, 32\), got \(2, 6, 16\)$"
+        with pytest.raises(ValueError, match=error):
+            cache.attend(convert(QUERY), convert(TABLES), convert(LENS), layer=0)
 
 
 @pytest.mark.parametrize("layout", ["MLA", "PACKED_NHD", "HEAD_MAJOR", "NHD"])

@@ -61,7 +61,8 @@ def test_many_tokens(name, granularity, layout):
     case = make_case(
         np.random.default_rng(2), layout=layout, num_tokens=num_tokens, num_heads=8, head_size=128,
         num_blocks=num_blocks, block_size=16, kv_cache_dtype=name,
-        scales="head" if granularity == "head" else (0.37, 1e-3), per_token_head="token" in granularity, scale_layout=case.scale_layout,
+        scales="head" if granularity == "head" else (0.37, 1e-3), per_token_head="token" in granularity,
+        scale_layout=case.scale_layout,
     )  # fmt: skip
     want = run_torch(case, "torch") if HAS_GPU else run_oracle(case)
     for implementation, run in WRITERS.items():

@@ -1,5 +1,7 @@
 """Bad calls of paged_attention, gather_kv and PagedKVCache: one text from both frameworks, and nothing launched."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ import torchkv
 from jaxkv import _read_primitive
 from kvcore import interpreter
 from tests.arrays import DTYPES, random_normal, to_torch
+from tests.reads import CPU_IMPLEMENTATIONS, attend_jax, attend_torch, make_read
 from tests.test_contract import FORMATS
 
 
@@ -89,7 +92,26 @@ BAD = {
     "scale": ("attend", {"scale": "big"}, TypeError, "scale must be None or a number, got 'big'"),
     "infinite scale": ("attend", {"scale": float("inf")}, ValueError, "scale must be finite, got inf"),
     "cap": ("attend", {"soft_cap": True}, TypeError, "soft_cap must be None or a number, got True"),
-    "cap of zero": ("attend", {"soft_cap": 0}, ValueError, "soft_cap must be positive and finite, got 0"),
+    "negative cap": ("attend", {"soft_cap": -1}, ValueError, "soft_cap must be finite and at least 0, got -1"),
+    "truth of NumPy as a cap": (
+        "attend", {"soft_cap": np.True_}, TypeError, f"soft_cap must be None or a number, got {np.True_!r}",
+    ),
+    "truth of NumPy as a window": (
+        "attend", {"sliding_window": np.True_}, TypeError,
+        f"sliding_window must be None or an int, got {np.True_!r}",
+    ),
+    "list as a scale": ("attend", {"scale": [1.0]}, TypeError, "scale must be None or a number, got [1.0]"),
+    "long window without causal": (
+        "attend", {"sliding_window": 2**40, "causal": False}, ValueError,
+        "sliding_window must be None where causal is False, got 1099511627776",
+    ),
+    "truth as a scale of keys": (
+        "attend", {"k_scale": True}, TypeError, "k_scale must be a number or an array of float32, got True",
+    ),
+    "truth of NumPy as a scale of values": (
+        "gather", {"v_scale": np.False_}, TypeError,
+        f"v_scale must be a number or an array of float32, got {np.False_!r}",
+    ),
     "window": ("attend", {"sliding_window": 2.0}, TypeError, "sliding_window must be None or an int, got 2.0"),
     "window of zero": ("attend", {"sliding_window": 0}, ValueError, "sliding_window must be at least 1, got 0"),
     "window without causal": (
@@ -229,6 +251,46 @@ def test_bad_calls(monkeypatch, bad, way):
     if message is None:
         message = f"backend must be None, {CHOICES[way.split()[0]]}, got 'cuda'"
     assert str(error.value) == message
+
+
+NOTHING = [
+    {"sliding_window": 2**31 - 1}, {"sliding_window": 2**31}, {"sliding_window": 2**63 - 1}, {"sliding_window": 2**70},
+    {"soft_cap": 0}, {"soft_cap": 0.0}, {"soft_cap": -0.0}, {"soft_cap": np.float32(0)},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("implementation", CPU_IMPLEMENTATIONS)
+@pytest.mark.parametrize("option", NOTHING, ids=str)
+def test_windows_longer_than_any_sequence_and_caps_of_zero_have_no_effect(option, implementation):
+    plain = make_read(np.random.default_rng(0), seq_lens=(5, 9), query_lens=(2, 3))
+    case = replace(plain, options=plain.options | option)
+    want, got = (CPU_IMPLEMENTATIONS[implementation](c) for c in (plain, case))
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_what_has_no_effect_is_left_out_of_calls_through_torch_ops_too():
+    case = make_read(np.random.default_rng(1), seq_lens=(5, 9))
+    tensors = [to_torch(a) for a in (case.query, case.block_tables, case.seq_lens)]
+    caches = [to_torch(c) for c in case.caches]
+
+    def attend(window, cap):
+        return torch.ops.torchkv.paged_attention(
+            tensors[0], caches, *tensors[1:], None, None, True, window, cap, None, "auto", *(None,) * 7
+        )[0]
+
+    assert torch.equal(attend(2**40, 0.0), attend(None, None))
+
+
+@pytest.mark.parametrize("run", [attend_jax, attend_torch])
+def test_scalars_of_numpy_count_as_numbers(run):
+    options = dict(scale=0.7, causal=True, sliding_window=4, soft_cap=2.0)
+    kinds = dict(scale=np.float64, causal=np.bool_, sliding_window=np.uint8, soft_cap=np.float32)
+    plain = make_read(np.random.default_rng(2), kv_cache_dtype="fp8", scales=(0.5, 2.0), **options)
+    scalars = {n: kinds[n](v) for n, v in options.items()} | {"k_scale": np.float16(0.5), "v_scale": np.int64(2)}
+    want, got = (run(c) for c in (plain, replace(plain, options=plain.options | scalars)))
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("op", ["attend", "gather"])

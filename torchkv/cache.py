@@ -117,9 +117,8 @@ class PagedKVCache:
         op: Callable[..., None]
         arrays: tuple[Any, ...]
         options: dict[str, Any] = {"layer": layer, "backend": backend}
+        self.spec.check_rows(key.shape, value.shape)
         if layout.latent:
-            if key.shape[-1] != self.spec.head_size_v:  # only the sum of both shows in the cache
-                raise ValueError(f"key must have shape (num_tokens, {self.spec.head_size_v}), got {tuple(key.shape)}")
             op, arrays = concat_and_cache_mla, (self._rows, slot_mapping, kv_cache_dtype, self.k_scale)
         elif self.spec.scale_layout is None:
             op = reshape_and_cache_flash_diffkv if layout.single_array else reshape_and_cache_flash
@@ -143,6 +142,7 @@ class PagedKVCache:
         **options: Any,
     ) -> Any:
         """Attention over the cache; arguments and results as in `paged_attention`, which names `options`."""
+        self.spec.check_query(query.shape)
         return paged_attention(query, self.caches, block_tables, seq_lens, layer=layer, **self._reading, **options)
 
     def gather(
