@@ -226,3 +226,21 @@ def test_the_oracle_agrees_with_torch():
     visible = torch.ones(6, 19, dtype=torch.bool).tril(13)
     want = torch.nn.functional.scaled_dot_product_attention(query, key, value, visible, enable_gqa=True)
     np.testing.assert_allclose(oracle(case)[0], want.transpose(-3, -2), atol=1e-12)
+
+
+@pytest.mark.parametrize("soft_cap", [1e-3, 30.0, 1e4, 1e8, 1e30, 3e38, 1e300])
+def test_soft_caps_of_any_size(soft_cap):
+    """Logits far below the cap keep all their digits."""
+    case = make_read(np.random.default_rng(15), query_lens=(1, 0, 3, 2), soft_cap=soft_cap)
+    case.query *= np.float32(5)
+    assert_near_oracle(case)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_values_as_large_as_the_type_allows(dtype):
+    for ragged in (None, (1, 0, 3, 2)):
+        case = make_read(np.random.default_rng(16), dtype=dtype, query_lens=ragged)
+        with np.errstate(all="ignore"):  # what is in no sequence's slots is noise
+            case.caches[1][...] = (case.caches[1].astype(np.float32) * np.float32(3e34)).astype(case.caches[1].dtype)
+        assert np.isfinite(oracle(case)[0]).all()
+        assert_near_oracle(case)
