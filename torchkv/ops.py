@@ -293,7 +293,8 @@ def concat_and_cache_mla(
 
     After `concat_and_cache_mla` of vLLM.
     """
-    if scale is not None and not hasattr(scale, "shape") and not isinstance(scale, (int, float)):
+    number = isinstance(scale, (int, float)) or hasattr(scale, "shape")
+    if scale is not None and (isinstance(scale, (bool, np.bool_)) or not number):
         raise TypeError(f"scale must be a number or an array of float32, got {scale!r}")
     check_options(kv_cache_dtype, None, None, layer, backend, BACKENDS)
     _library.mla(
@@ -345,7 +346,7 @@ def scale_tensor(scale: Any, cache: Tensor) -> Tensor | None:
     """A scale as the op's schema can carry it."""
     if scale is None or isinstance(scale, Tensor):
         return scale
-    if getattr(scale, "shape", ()):  # an array of NumPy's
+    if hasattr(scale, "shape") and not isinstance(scale, np.generic):  # an array of NumPy's, if of no axes
         return torch.as_tensor(scale, device=cache.device)
     return torch.full((), scale, dtype=torch.float32, device=cache.device)
 
