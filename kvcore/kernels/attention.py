@@ -35,6 +35,9 @@ FLOAT16_WEIGHT_BITS = tl.constexpr(14.0)
 
 LEAST_UNIT = tl.constexpr(2.0**-126)
 
+# Triton 3.9 moves more out of a loop than the registers of the widest heads' one can hold (docs/benchmarks.md).
+MOVES_TOO_MUCH = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9))
+
 
 @triton.jit
 def _cdiv(a, b):  # tl.cdiv, which the interpreter cannot call
@@ -263,7 +266,8 @@ def _tiles(
     differ in what they see. CAREFUL: even where hidden values are infinite or NaN; else these spoil the sum, as zero
     times NaN is NaN.
     """
-    for t in tl.range(first_tile, end_tile, num_stages=STAGES):
+    STAY: tl.constexpr = MOVES_TOO_MUCH and K.low * K.pack >= 512
+    for t in tl.range(first_tile, end_tile, num_stages=STAGES, disable_licm=STAY):
         n = t * TILE + tl.arange(0, TILE)
         if MASKED:
             good = n < limit
@@ -631,8 +635,8 @@ def paged_attention_kernel(
             V_IN_K, HARDWARE, LAYER_IS_POINTER, SPLIT, ROWS, TILE, STAGES, UNMASKED, BY_ROW, False,
         )  # fmt: skip
         if BY_ROW and CAUSAL:
-            # A value that only some rows see spoils others if it is not finite: 0 · NaN. Then once more, with care, and a
-            # few rows at a time: slow, but little code.
+            # A value that only some rows see spoils others if it is not finite: 0 · NaN. Then once more, with care, a few
+            # rows at a time: slow, but little code.
             if sums != 0.0:
                 tl.debug_barrier()  # other threads of the program may write the same elements
                 PART: tl.constexpr = 16
