@@ -635,8 +635,8 @@ def paged_attention_kernel(
             V_IN_K, HARDWARE, LAYER_IS_POINTER, SPLIT, ROWS, TILE, STAGES, UNMASKED, BY_ROW, False,
         )  # fmt: skip
         if BY_ROW and CAUSAL:
-            # A value that only some rows see spoils others if it is not finite: 0 · NaN. Then once more, with care, a few
-            # rows at a time: slow, but little code.
+            # A value that only some rows see spoils others if it is not finite: 0 · NaN. Then once more with care, and
+            # a few rows at a time: slow, but little code.
             if sums != 0.0:
                 tl.debug_barrier()  # other threads of the program may write the same elements
                 PART: tl.constexpr = 16
