@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcore.layout import _CONSTANTS as LAYOUTS
-from tests.reads import assert_near_oracle, attend_jax, attend_torch, make_read, oracle
+from tests.reads import CPU_IMPLEMENTATIONS, assert_near_oracle, attend_jax, attend_torch, make_read, oracle
 
 
 @pytest.mark.parametrize("layer", [None, 1])
@@ -161,6 +161,22 @@ def test_lengths_beyond_the_table():
     case = make_read(np.random.default_rng(8), seq_lens=(8, 8))
     case.seq_lens[:] = 1000, 2**31 - 1
     case.block_tables[:, 2:] = -1
+    assert_near_oracle(case)
+
+
+@pytest.mark.parametrize("sinks", [None, np.float32([0.5, -1, 2, 0])])
+def test_queries_before_the_first_position_see_nothing(sinks):
+    """Left padding: more queries than the sequence has tokens."""
+    case = make_read(np.random.default_rng(15), seq_lens=(2, 0, 5), query_lens=(5, 3, 6), sinks=sinks)
+    out, lse = oracle(case)
+    nothing = [0, 1, 2, 5, 6, 7, 8]  # of 5 queries on 2 tokens the first 3, of 3 on none all, of 6 on 5 the first
+    assert not out[nothing].any()
+    assert out.any((1, 2)).sum() == 14 - len(nothing)
+    np.testing.assert_array_equal(lse[nothing], np.broadcast_to(-np.inf if sinks is None else sinks, (7, 4)))
+    for run in CPU_IMPLEMENTATIONS.values():
+        out, lse = run(case)
+        assert not out[nothing].any()
+        np.testing.assert_array_equal(lse[nothing], np.broadcast_to(-np.inf if sinks is None else sinks, (7, 4)))
     assert_near_oracle(case)
 
 
