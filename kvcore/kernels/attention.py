@@ -35,9 +35,6 @@ FLOAT16_WEIGHT_BITS = tl.constexpr(14.0)
 
 LEAST_UNIT = tl.constexpr(2.0**-126)
 
-# Triton 3.9 moves more out of a loop than the registers of the widest heads' one can hold (docs/benchmarks.md).
-MOVES_TOO_MUCH = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9))
-
 
 @triton.jit
 def _cdiv(a, b):  # tl.cdiv, which the interpreter cannot call
@@ -266,8 +263,7 @@ def _tiles(
     differ in what they see. CAREFUL: even where hidden values are infinite or NaN; else these spoil the sum, as zero
     times NaN is NaN.
     """
-    STAY: tl.constexpr = MOVES_TOO_MUCH and K.low * K.pack >= 512
-    for t in tl.range(first_tile, end_tile, num_stages=STAGES, disable_licm=STAY):
+    for t in tl.range(first_tile, end_tile, num_stages=STAGES):
         n = t * TILE + tl.arange(0, TILE)
         if MASKED:
             good = n < limit
