@@ -346,7 +346,9 @@ def scale_tensor(scale: Any, cache: Tensor) -> Tensor | None:
     """A scale as the op's schema can carry it."""
     if scale is None or isinstance(scale, Tensor):
         return scale
-    if hasattr(scale, "shape") and not isinstance(scale, np.generic):  # an array of NumPy's, if of no axes
+    if isinstance(scale, np.generic):
+        scale = scale.item()
+    elif hasattr(scale, "shape"):  # an array of NumPy's, if of no axes
         return torch.as_tensor(scale, device=cache.device)
     return torch.full((), scale, dtype=torch.float32, device=cache.device)
 
