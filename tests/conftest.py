@@ -3,6 +3,9 @@ import os
 # Eight CPU devices for the sharding tests; read when jax is first used.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 
+# The suite's processes share the GPU.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
 import pytest
 
 
