@@ -24,6 +24,11 @@ def kernels(on_gpu, on_cpu):
     return on_gpu if HAS_GPU else on_cpu
 
 
+def params(cases, smoke=()):
+    """Parameters of a test, each a tuple; those in `smoke` belong to the smoke set."""
+    return [pytest.param(*case, marks=pytest.mark.gpu_smoke if case in smoke else ()) for case in cases]
+
+
 def shorter(lengths, most=33):
     """Lengths of sequences, or of their queries: without a GPU, where the oracle's loops take the time, at most 33."""
     return lengths if HAS_GPU or lengths is None else tuple(min(n, most) for n in lengths)
