@@ -7,8 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxkv._primitive import heads_split, split_heads
+from jaxkv._arguments import as_array, as_scale
+from jaxkv._primitive import heads_split, spec_of, split_heads
 from jaxkv.ops import (
+    BACKENDS,
     reshape_and_cache_flash,
     reshape_and_cache_flash_diffkv,
     reshape_and_cache_flash_diffkv_per_token_head_quant,
@@ -16,6 +18,7 @@ from jaxkv.ops import (
     write_latent,
 )
 from jaxkv.read_ops import gather_kv, paged_attention
+from kvcore.checks import check_options, check_scale
 from kvcore.layout import CacheLayout
 from kvcore.paged_cache import CacheSpec
 
@@ -96,11 +99,13 @@ class PagedKVCache:
             )
         caches = tuple(jnp.zeros(shape, spec.dtype, device=sharding) for shape in spec.shapes)
 
-        def array(scale: jax.Array | float | None) -> jax.Array | None:
-            return None if scale is None else jnp.asarray(scale, jnp.float32)
-
         if spec.scale_layout is None:
-            return cls(caches, spec, array(k_scale), array(v_scale))
+            scales = {"k_scale": as_scale(k_scale), "v_scale": as_scale(v_scale)}
+            check_options(kv_cache_dtype, *scales.values(), None, None, BACKENDS)
+            for given, scale in scales.items():
+                if scale is not None:
+                    check_scale(given, spec_of(scale), num_heads)
+            return cls(caches, spec, **jax.tree.map(jnp.asarray, scales))
         axes = [axes[:-1] for axes in spec.scale_layout.arrays]
         shardings = [sharding] * 2
         if isinstance(sharding, jax.sharding.NamedSharding):
@@ -129,7 +134,8 @@ class PagedKVCache:
             The new cache: the same memory, where this one was donated or is not used again.
         """
         spec, layout = self.spec, self.spec.layout
-        spec.check_rows(jnp.shape(key), jnp.shape(value))
+        key, value = as_array(key), as_array(value)
+        spec.check_rows(key.shape, value.shape)
         if layout.latent:
             kv_cache = write_latent(
                 key, value, self.caches[0], slot_mapping, spec.kv_cache_dtype, self.k_scale, layout, layer, backend
@@ -160,7 +166,8 @@ class PagedKVCache:
         **options: Any,
     ) -> Any:
         """Attention over the cache; arguments and results as in `paged_attention`, which names `options`."""
-        self.spec.check_query(jnp.shape(query))
+        query = as_array(query)
+        self.spec.check_query(query.shape)
         return paged_attention(query, self.caches, block_tables, seq_lens, layer=layer, **self._reading, **options)
 
     def gather(

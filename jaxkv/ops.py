@@ -7,11 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxkv import _primitive
+from jaxkv._arguments import as_array, as_indices, as_layer, as_scale
 from jaxkv._primitive import Operands, Options, spec_of
-from kvcore.checks import check_options, check_scale, is_bool, is_number
+from kvcore.checks import check_options, check_scale, is_bool
 from kvcore.contract import check_mla, check_write
 from kvcore.layout import CacheLayout
 from kvcore.scales import scale_layout_of
@@ -69,7 +69,7 @@ def reshape_and_cache_flash(
         The new `(key_cache, value_cache)`; None for Refs.
 
     Raises:
-        ValueError: a shape, layout or choice does not fit, or both caches are one array.
+        ValueError: a shape, layout or choice does not fit, or both caches are one Ref.
         TypeError: a dtype does not fit.
         NotImplementedError: on differentiation; `jax.lax.stop_gradient` says that none is wanted.
 
@@ -164,7 +164,7 @@ def reshape_and_cache_flash_per_token_head_quant(
         The new `(key_cache, value_cache, k_scale_cache, v_scale_cache)`; None for Refs.
 
     Raises:
-        ValueError: a shape, layout or choice does not fit, or an array is given twice.
+        ValueError: a shape, layout or choice does not fit, or a Ref is given twice.
         TypeError: a dtype does not fit.
         NotImplementedError: on differentiation.
 
@@ -211,7 +211,7 @@ def reshape_and_cache_flash_diffkv_per_token_head_quant(
         The new `(kv_cache, k_scale_cache, v_scale_cache)`; None for Refs.
 
     Raises:
-        ValueError: a shape, layout or choice does not fit, or an array is given twice.
+        ValueError: a shape, layout or choice does not fit, or a Ref is given twice.
         TypeError: a dtype does not fit.
         NotImplementedError: on differentiation.
 
@@ -280,11 +280,11 @@ def write_latent(
     backend: str | None,
 ) -> jax.Array | None:
     """`concat_and_cache_mla`, into a cache with its axes in the order of a latent layout."""
+    layer, scale = as_layer(layer), as_scale(scale)
     check_options(kv_cache_dtype, None, None, layer, backend, BACKENDS)
-    if is_number(scale):
-        scale = jnp.float32(scale)
-    elif scale is not None and (is_bool(scale) or not hasattr(scale, "shape")):
+    if scale is not None and (is_bool(scale) or not hasattr(scale, "shape")):
         raise TypeError(f"scale must be a number or an array of float32, got {scale!r}")
+    kv_c, k_pe, kv_cache = as_array(kv_c), as_array(k_pe), _as_memory(kv_cache)
     axes, spec = layout.arrays[0], spec_of(kv_cache)
     order = [axes.index((name,)) for name in ("layer", "block", "slot", "latent") if (name,) in axes]
     usual = spec if len(spec.shape) != len(axes) else spec._replace(shape=tuple(spec.shape[i] for i in order))
@@ -318,8 +318,10 @@ def _write(
     whole: tuple[int, ...] | None = None,
 ) -> Any:
     """Checks a call and binds the primitive. `whole`: the shape that the layout means, if the one cache's differs."""
+    k_scale, v_scale, layer = as_scale(k_scale), as_scale(v_scale), as_layer(layer)
     check_options(kv_cache_dtype, k_scale, v_scale, layer, backend, BACKENDS)
-    memory = (*caches, *scale_caches)
+    key, value, slot_mapping = as_array(key), as_array(value), as_indices(slot_mapping)
+    memory = tuple(map(_as_memory, (*caches, *scale_caches)))
     names = ("key_cache", "value_cache") if len(caches) == 2 else ("kv_cache",)
     names += ("k_scale_cache", "v_scale_cache")[: len(scale_caches)]
     refs = [isinstance(a, jax.Ref) for a in memory]
@@ -328,13 +330,10 @@ def _write(
         every = f"{', '.join(names[:-1])} and {names[-1]}"
         raise TypeError(f"{every} must be {count} jax.Refs or {count} arrays, got {each} of each")
     for (name, a), (other, b) in combinations(zip(names, memory, strict=True), 2):
-        if a is b:
+        if a is b and all(refs):  # one array twice is two that are alike
             raise ValueError(f"{name} and {other} must not overlap in memory")
-    k_scale, v_scale = (jnp.float32(s) if is_number(s) else s for s in (k_scale, v_scale))
-    if isinstance(layer, np.integer):
-        layer = int(layer)
     index: Any = layer if hasattr(layer, "shape") else None  # a traced layer
-    specs = [spec_of(a) for a in caches]
+    specs = [spec_of(a) for a in memory[: len(caches)]]
     if whole is not None:
         specs = [specs[0]._replace(shape=whole)]
     write = check_write(
@@ -347,7 +346,7 @@ def _write(
         None if v_scale is None else spec_of(v_scale),
         layout,
         layer if index is None else spec_of(index),
-        [spec_of(a) for a in scale_caches],
+        [spec_of(a) for a in memory[len(caches) :]],
         scale_layout,
     )
     options = Options(
@@ -361,10 +360,10 @@ def _write(
         key=jnp.asarray(key),
         value=jnp.asarray(value),
         memory=(),
-        slot_mapping=indices(slot_mapping),
+        slot_mapping=jnp.asarray(slot_mapping),
         k_scale=static_scale(k_scale, write.scaled),
         v_scale=static_scale(v_scale, write.scaled),
-        layer=None if index is None else jnp.reshape(indices(index), 1),
+        layer=None if index is None else jnp.reshape(jnp.asarray(index), 1),
     )
     if all(refs):
         # Discharged under jit, reading and assigning the whole Ref is an update of its buffer; eagerly it is two
@@ -394,8 +393,6 @@ def static_scale(scale: Any, has_effect: bool = True) -> jax.Array | None:
     return None if scale is None or not has_effect else jnp.atleast_1d(jnp.asarray(scale))
 
 
-def indices(x: Any) -> jax.Array:
-    """Slots or layers as a JAX array. NumPy's int64 becomes int32 unless x64 is on: what would wrap is skipped."""
-    if isinstance(x, np.ndarray) and not jax.config.jax_enable_x64:
-        x = np.where(x == x.astype(np.int32), x, -1)
-    return jnp.asarray(x)
+def _as_memory(x: Any) -> Any:
+    """What is written to: Refs stay."""
+    return x if isinstance(x, jax.Ref) else as_array(x)
