@@ -39,8 +39,8 @@ def compile_attention(target, head, kv_cache_dtype="auto", ragged=False, index="
     call = check_attention(
         ArraySpec((512 if ragged else 8, q_heads, head_size), "bfloat16"),
         caches(layout, head_size, head_size_v, heads, dtype), integers(8, 64, dtype=index), integers(8, dtype=index),
-        integers(9, dtype=index) if ragged else None, None, Options(None, True, None, None), kv_cache_dtype, None, None, layout,
-        None, head_size_v,
+        integers(9, dtype=index) if ragged else None, None, Options(None, True, None, None), kv_cache_dtype, None,
+        None, layout, None, head_size_v,
     )  # fmt: skip
     plan = plan_attention(call, target)
     pointers = {
