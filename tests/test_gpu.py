@@ -11,6 +11,7 @@ from itertools import islice, product
 import numpy as np
 import pytest
 
+from tests import gpu
 from tests.arrays import (
     LAYOUTS,
     assert_equals_oracle,
@@ -22,7 +23,7 @@ from tests.arrays import (
     run_torch,
     to_torch,
 )
-from tests.gpu import DEVICE, HAS_GPU, kernels, needs_gpu, params
+from tests.gpu import DEVICE, HAS_GPU, needs_gpu, params
 from tests.test_equality import (
     BLOCK_SIZES,
     CONVERSIONS,
@@ -36,13 +37,10 @@ from tests.test_equality import (
 
 pytestmark = pytest.mark.gpu
 
-GPU_IMPLEMENTATIONS = kernels(
-    {"jax triton": run_jax, "torch triton": lambda case: run_torch(case, device="cuda")},
-    {"torch": lambda case: run_torch(case, "torch")},
-)
-ALL_IMPLEMENTATIONS = GPU_IMPLEMENTATIONS | kernels(
-    {"jax xla": lambda case: run_jax(case, "xla"), "torch": lambda case: run_torch(case, "torch", "cuda")}, {}
-)
+KERNELS = {"jax triton": run_jax, "torch triton": lambda case: run_torch(case, device="cuda")}
+PORTABLE = {"jax xla": lambda case: run_jax(case, "xla"), "torch": lambda case: run_torch(case, "torch", "cuda")}
+GPU_IMPLEMENTATIONS = KERNELS if HAS_GPU else {"all but the kernels": gpu.write}
+ALL_IMPLEMENTATIONS = GPU_IMPLEMENTATIONS | (PORTABLE if HAS_GPU else {})
 
 
 # Any two of the four values meet; each test has all three numbers of heads, with a number of tokens each.

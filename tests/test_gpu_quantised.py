@@ -10,6 +10,7 @@ import pytest
 
 from kvcore import reference
 from kvcore.quantization import KV_CACHE_DTYPES
+from tests import gpu
 from tests.arrays import (
     DTYPES,
     LAYOUTS,
@@ -23,7 +24,7 @@ from tests.arrays import (
     run_torch,
     to_torch,
 )
-from tests.gpu import DEVICE, HAS_GPU, captured, kernels, params, shorter
+from tests.gpu import DEVICE, HAS_GPU, captured, params, shorter
 from tests.test_gather import assert_gathers, gather_jax, gather_torch
 from tests.test_gpu_read import assert_kernels
 from tests.test_quantised import FORMATS, TELLING, kinds, quantised_case, run_mla
@@ -33,20 +34,16 @@ from tests.test_quantised_read import read_case, telling
 
 pytestmark = pytest.mark.gpu
 
-WRITERS = kernels(
-    {"jax triton": run_jax, "torch triton": lambda case: run_torch(case, device="cuda")},
-    {"torch": lambda case: run_torch(case, "torch")},
-)
+WRITERS = {"jax triton": run_jax, "torch triton": lambda case: run_torch(case, device="cuda")}
 # XLA's divisions are not exact on a GPU: its path is held to the oracle on the CPU.
-PORTABLE = {"torch": lambda case: run_torch(case, "torch", DEVICE)}
-GATHERERS = kernels(
-    {
-        "jax triton": gather_jax,
-        "torch triton": lambda *x: gather_torch(*x, device="cuda"),
-        "torch": lambda *x: gather_torch(*x, "torch", device="cuda"),
-    },
-    {"torch": lambda *x: gather_torch(*x, "torch")},
-)
+PORTABLE = {"torch": lambda case: run_torch(case, "torch", device="cuda")}
+GATHERERS = {
+    "jax triton": gather_jax,
+    "torch triton": lambda *x: gather_torch(*x, device="cuda"),
+    "torch": lambda *x: gather_torch(*x, "torch", device="cuda"),
+}
+if not HAS_GPU:
+    WRITERS, PORTABLE, GATHERERS = {"all but the kernels": gpu.write}, {}, {"all but the kernels": gpu.gather_kv}
 
 
 SMOKE = [(name, "tensor" if name == "nvfp4" else "token and head", "NHD") for name in FORMATS]

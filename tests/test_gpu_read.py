@@ -12,24 +12,19 @@ import numpy as np
 import pytest
 
 from kvcore.layout import _CONSTANTS as LAYOUTS
-from tests.gpu import DEVICE, HAS_GPU, captured, kernels, needs_gpu, params, shorter
+from tests import gpu
+from tests.gpu import DEVICE, HAS_GPU, captured, needs_gpu, params, shorter
 from tests.reads import BOUNDS, assert_near_oracle, attend_jax, attend_torch, make_read, oracle
 from tests.test_attention import CASTS, LENGTHS, MEANINGS
 from tests.test_gather import assert_gathers, gather_jax, gather_torch
 
 pytestmark = pytest.mark.gpu
 
-KERNELS = kernels(
-    {"jax triton": attend_jax, "torch triton": lambda case: attend_torch(case, device="cuda")},
-    {"torch": lambda case: attend_torch(case, "torch")},
-)
-GATHERS = kernels(
-    {"jax triton": gather_jax, "torch triton": lambda *x: gather_torch(*x, device="cuda")},
-    {"torch": lambda *x: gather_torch(*x, "torch")},
-)
-PORTABLE = kernels(
-    {"jax xla": lambda case: attend_jax(case, "xla"), "torch": lambda case: attend_torch(case, "torch", "cuda")}, {}
-)
+KERNELS = {"jax triton": attend_jax, "torch triton": lambda case: attend_torch(case, device="cuda")}
+PORTABLE = {"jax xla": lambda case: attend_jax(case, "xla"), "torch": lambda case: attend_torch(case, "torch", "cuda")}
+GATHERS = {"jax triton": gather_jax, "torch triton": lambda *x: gather_torch(*x, device="cuda")}
+if not HAS_GPU:
+    KERNELS, PORTABLE, GATHERS = {"all but the kernels": gpu.attend}, {}, {"all but the kernels": gpu.gather_kv}
 
 
 def assert_kernels(case, implementations=KERNELS):
@@ -244,7 +239,8 @@ def test_a_decode_step_in_a_cuda_graph():
         return torch.randn(shape, device=DEVICE, generator=generator, dtype=torch.bfloat16)
 
     tables = torch.randperm(64, device=DEVICE, generator=generator).view(4, 16).int()
-    history = normal(2, 4, 100, 2, 64)
+    steps = 100 if HAS_GPU else 20
+    history = normal(2, 4, steps, 2, 64)
     key, value, query = normal(4, 2, 64), normal(4, 2, 64), normal(4, 8, 64)
     lens = torch.zeros(4, dtype=torch.int32, device=DEVICE)
     rows = torch.arange(4, device=DEVICE)
@@ -258,7 +254,7 @@ def test_a_decode_step_in_a_cuda_graph():
     lens += 1
     out, replay = captured(step)
     lens.zero_()
-    for n in range(100):
+    for n in range(steps):
         key.copy_(history[0, :, n])
         value.copy_(history[1, :, n])
         lens += 1
@@ -362,12 +358,12 @@ def test_parts_of_a_context_on_all_gpus():
     tables, local_tables = case.block_tables, np.full((gpus, 2, 4), -1, np.int32)
     caches = [[], []]
     lens = np.zeros((gpus, 2), np.int32)
-    for gpu in range(gpus):  # a GPU has every sequence's blocks gpu, gpu + gpus, …
+    for device in range(gpus):  # each has every sequence's blocks device, device + gpus, …
         ids = []
         for seq in range(2):
-            mine = tables[seq, gpu : case.seq_lens[seq] // 16 : gpus]
-            local_tables[gpu, seq, : len(mine)] = len(ids) + np.arange(len(mine))
-            lens[gpu, seq] = 16 * len(mine)
+            mine = tables[seq, device : case.seq_lens[seq] // 16 : gpus]
+            local_tables[device, seq, : len(mine)] = len(ids) + np.arange(len(mine))
+            lens[device, seq] = 16 * len(mine)
             ids += mine.tolist()
         for parts, cache in zip(caches, case.caches, strict=True):
             parts.append(cache[ids])
