@@ -67,16 +67,17 @@ def arrays_of(layout: CacheLayout, scale_layout: CacheLayout | None) -> list[Seq
 
 def write(options: Options, operands: Operands) -> list[Any]:
     """Binds the primitive. Inside shard_map, operands become varying where any of them is."""
-    mesh, explicit = explicit_axes(operands.memory[0])
-    if explicit:
-        return _write_explicit(options, mesh, explicit, operands)
+    if explicit_axes(operands.memory[0])[1]:
+        return _write_explicit(options, operands)
     flat, tree = jax.tree.flatten(operands)
     varying = frozenset().union(*map(varying_axes, flat))
     return write_p.bind(*(vary(x, varying) for x in flat), tree=tree, options=options)
 
 
-def _write_explicit(options: Options, mesh: Any, explicit: set[str], operands: Operands) -> list[Any]:
+@functools.partial(jax.jit, static_argnums=0, inline=True)  # an eager shard_map of a function made here: anew each time
+def _write_explicit(options: Options, operands: Operands) -> list[Any]:
     """The write where shardings are part of types: they are known here, so each device gets its heads here."""
+    mesh, explicit = explicit_axes(operands.memory[0])
     specs = _specs(options, [jax.typeof(a).sharding.spec for a in operands.memory], operands)
     local = jax.shard_map(
         lambda shards: tuple(write(options, shards)),
@@ -315,6 +316,12 @@ def spell(specs: Any) -> Any:
 
 def _batch(flat: Sequence[Any], dims: Sequence[Any], *, tree: Any, options: Options) -> tuple[list[Any], list[int]]:
     """vmap: one write where the batch can be folded into blocks, else a loop over it; in place either way."""
+    new = _write_batch(tuple(flat), tuple(dims), tree, options)
+    return new, [0] * len(new)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3), inline=True)  # an eager loop would be compiled anew each time
+def _write_batch(flat: tuple[Any, ...], dims: tuple[Any, ...], tree: Any, options: Options) -> list[Any]:
     size = next(x.shape[d] for x, d in zip(flat, dims, strict=True) if isinstance(d, int))
     mapped: Any = jax.tree.unflatten(tree, [isinstance(d, int) for d in dims])
     x: Any = jax.tree.unflatten(tree, [batching.bdim_at_front(a, d, size) for a, d in zip(flat, dims, strict=True)])
@@ -340,7 +347,7 @@ def _batch(flat: Sequence[Any], dims: Sequence[Any], *, tree: Any, options: Opti
         new = _loop_over_layers(x, size, extents.num_layers, options)
     else:  # layer, but not in front: the batch cannot be one axis with it
         new = lax.map(lambda item: _bind(item, options), x)
-    return [a.reshape(c.shape) for a, c in zip(new, x.memory, strict=True)], [0] * len(new)
+    return [a.reshape(c.shape) for a, c in zip(new, x.memory, strict=True)]
 
 
 def _loop_over_layers(x: Operands, size: int, num_layers: int | None, options: Options) -> list[Any]:
