@@ -23,11 +23,12 @@ from jaxkv.ops import (
 from jaxkv.read_ops import gather_kv, merge_attention, paged_attention
 from jaxkv.scales import kv_scales
 from kvcore.layout import CacheLayout
-from kvcore.slots import find_duplicate_slots
+from kvcore.slots import check_tables, find_duplicate_slots
 
 __all__ = [
     "CacheLayout",
     "PagedKVCache",
+    "check_tables",
     "concat_and_cache_mla",
     "find_duplicate_slots",
     "gather_kv",

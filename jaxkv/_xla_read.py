@@ -80,15 +80,16 @@ def attention(
     factor = jnp.float32(call.options.scale)
     query = query * (factor if k_scale is None else factor * k_scale)
     top, total, out = _online_softmax(call, source, _layer(x, layer), queries._replace(query=query))
+    saw_nothing = (total == 0)[..., None]
 
     if x.sinks is not None:
         sink = jnp.tile(sinks.reshape(1, heads, group), (1, 1, width))
         new_top = jnp.maximum(top, sink)
         shrink = jnp.exp(top - new_top)
         top, total, out = new_top, total * shrink + jnp.exp(sink - new_top), out * shrink[..., None]
-    lse = jnp.where(total > 0, top + jnp.log(total), -jnp.inf)
-    out = out / jnp.where(total > 0, total, 1)[..., None]
-    out = out if v_scale is None else out * v_scale
+    lse = jnp.where(total == 0, -jnp.inf, top + jnp.log(total))
+    out = out / jnp.where(total == 0, 1, total)[..., None]
+    out = out if v_scale is None else jnp.where(saw_nothing, 0, out * v_scale)  # even where the scale is NaN
 
     def by_token(a: jax.Array) -> jax.Array:
         a = a.reshape(count, heads, width, group, -1).swapaxes(1, 2)
@@ -112,27 +113,34 @@ def _tile_queries(x: "Operands") -> _Queries:
     num_tokens, num_seqs = query.shape[0], x.seq_lens.shape[0]
     average = -(-num_tokens // num_seqs)
     width = min(1 << (average - 1).bit_length(), _MOST_QUERIES)
-    first_tile = _first_tiles(start, width)
+    begin = _begins(start, num_tokens)
+    first_tile = _first_tiles(begin, width)
     tile = jnp.arange(num_tokens // width + num_seqs, dtype=start.dtype)
     seq = jnp.maximum(jnp.sum(first_tile[None] <= tile[:, None], axis=1) - 1, 0)
-    token = (start[seq] + (tile - first_tile[seq]) * width)[:, None] + jnp.arange(width, dtype=start.dtype)[None]
+    token = (begin[seq] + (tile - first_tile[seq]) * width)[:, None] + jnp.arange(width, dtype=start.dtype)[None]
     length = x.seq_lens[seq]
     position = (length - start[seq + 1])[:, None] + token
     return _Queries(query.at[token].get(mode="clip"), position, length, x.block_tables[seq])
 
 
-def _first_tiles(start: jax.Array, width: int) -> jax.Array:
+def _begins(start: jax.Array, num_tokens: int) -> jax.Array:
+    """Where each sequence begins in query, and where the last one ends: nowhere before any earlier start."""
+    return jnp.clip(lax.cummax(start), 0, num_tokens)
+
+
+def _first_tiles(begin: jax.Array, width: int) -> jax.Array:
     """The first tile of each sequence: with one more for each, no two sequences share any."""
-    return start[:-1] // width + jnp.arange(start.shape[0] - 1, dtype=start.dtype)
+    return begin[:-1] // width + jnp.arange(begin.shape[0] - 1, dtype=begin.dtype)
 
 
 def _places(start: jax.Array, num_tokens: int, width: int) -> tuple[jax.Array, jax.Array]:
     """Whether each token is one of a sequence, and its place among those of the tiles."""
-    token = jnp.arange(num_tokens, dtype=start.dtype)
-    begun = jnp.sum(start[None] <= token[:, None], axis=1)
-    inside = (begun > 0) & (begun < start.shape[0])
+    begin = _begins(start, num_tokens)
+    token = jnp.arange(num_tokens, dtype=begin.dtype)
+    begun = jnp.sum(begin[None] <= token[:, None], axis=1)
+    inside = (begun > 0) & (begun < begin.shape[0])
     seq = jnp.where(inside, begun - 1, 0)
-    return inside, jnp.where(inside, _first_tiles(start, width)[seq] * width + token - start[seq], 0)
+    return inside, jnp.where(inside, _first_tiles(begin, width)[seq] * width + token - begin[seq], 0)
 
 
 # ---- tiles of positions
@@ -155,7 +163,7 @@ def _online_softmax(call: Attention, source: "_Source", index: jax.Array, querie
     end = -(-jnp.max(limit) // positions)
     first = 0
     if window is not None:  # sequences of length 0 must not make the loop begin early
-        lowest = jnp.where(limit > 0, position[:, 0] - window + 1, jnp.max(limit))
+        lowest = jnp.where(limit > 0, jnp.maximum(position[:, 0], -1) - (window - 1), jnp.max(limit))
         first = jnp.maximum(jnp.min(lowest), 0) // positions
 
     def step(t: jax.Array, state: _Softmax) -> _Softmax:
@@ -164,12 +172,12 @@ def _online_softmax(call: Attention, source: "_Source", index: jax.Array, querie
         block = lax.dynamic_slice_in_dim(table, t * blocks, blocks, axis=1)
         exists = jnp.repeat(block >= 0, extents.block_size, axis=1) & (n < limit[:, None])
         if window is not None:  # what no query of the tile sees may have been freed, and hold anything
-            exists = exists & (n > position[:, :1] - window)
+            exists = exists & (position[:, :1] - n < window)
         seen = exists[:, None]
         if width > 1 and options.causal:
             seen = seen & (n[None] <= position[..., None])
             if window is not None:
-                seen = seen & (n[None] > position[..., None] - window)
+                seen = seen & (position[..., None] - n[None] < window)
         key, value = _tile(source, index, jnp.maximum(block, 0))
 
         logit = jnp.einsum("thrd,thnd->thrn", queries.query, key, precision=lax.Precision.HIGHEST)
@@ -182,7 +190,12 @@ def _online_softmax(call: Attention, source: "_Source", index: jax.Array, querie
         shrink = jnp.exp(top - new_top)
         value = jnp.where(exists[:, None, :, None], value, 0)
         more = jnp.einsum("thrn,thnd->thrd", weight, value, precision=lax.Precision.HIGHEST)
-        return new_top, total * shrink + jnp.sum(weight, axis=-1), out * shrink[..., None] + more
+        out = jnp.where(jnp.isfinite(out), out * shrink[..., None], out)
+        if width > 1 and options.causal:
+            # A value that only some rows see spoils others if it is not finite: 0 · NaN.
+            rows_see = jnp.repeat(seen, rows // width, axis=1)[:, None]
+            more = lax.cond(jnp.isfinite(more).all(), lambda *_: more, _sum_of_seen, weight, rows_see, value)
+        return new_top, total * shrink + jnp.sum(weight, axis=-1), out + more
 
     front = (count, heads, rows)
     # The lowest number, not -inf: a row that has seen nothing yet has weights exp(-inf), not exp(-inf + inf).
@@ -192,6 +205,20 @@ def _online_softmax(call: Attention, source: "_Source", index: jax.Array, querie
     if table.shape[1] == blocks:  # without a loop, XLA makes one program of it: twice as fast for small models on a CPU
         return step(jnp.int32(0), state)
     return lax.fori_loop(jnp.int32(first), end.astype(jnp.int32), step, state)
+
+
+def _sum_of_seen(weight: jax.Array, seen: jax.Array, value: jax.Array) -> jax.Array:
+    """Sums of values by weights, where infinities and NaN reach only the rows that see them."""
+
+    def product(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.einsum("thrn,thnd->thrd", a, b, precision=lax.Precision.HIGHEST)
+
+    saw = jnp.broadcast_to(seen, weight.shape).astype(value.dtype)
+    total = product(weight, jnp.where(jnp.isfinite(value), value, 0))
+    for infinity in (jnp.inf, -jnp.inf):  # NaN is both
+        meets = product(saw, (jnp.isnan(value) | (value == infinity)).astype(value.dtype)) > 0
+        total = jnp.where(meets, total + infinity, total)
+    return total
 
 
 def _tile(source: "_Source", layer: jax.Array, block: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -14,6 +14,7 @@ from jaxkv._primitive import Operands, Options, spec_of
 from kvcore.checks import check_options, check_scale, is_bool
 from kvcore.contract import check_mla, check_write
 from kvcore.layout import CacheLayout
+from kvcore.quantization import DS_MLA_ROPE
 from kvcore.scales import scale_layout_of
 
 BACKENDS = ("triton", "xla", "interpret")
@@ -247,10 +248,10 @@ def concat_and_cache_mla(
             656 bytes for "fp8_ds_mla".
         slot_mapping: `[n]` of int32 or int64, n ≤ num_tokens.
         kv_cache_dtype: As in `reshape_and_cache_flash`, or "fp8_ds_mla" for rows of 512 + 64 elements: 512 bytes of
-            e4m3, a float32 scale for each 128 of them, computed as in
-            `reshape_and_cache_flash_per_token_head_quant`, and k_pe in bfloat16.
-        scale: Of both parts: float32 of one element, also traced, or a number; None means 1, and is needed for
-            "fp8_ds_mla".
+            e4m3, a float32 scale for each 128 of them, and k_pe in bfloat16, or zeros where it has no columns. Such a
+            scale is the first power of two not below `absmax / 448` and 1e-4, as in vLLM. NaN counts as 0 for absmax,
+            and is stored as NaN; with an infinity among the 128, the scale is infinite, and all are read as NaN.
+        scale: Of both parts: float32 of one element, also traced, or a number; None means 1. Not read for "fp8_ds_mla".
         layer: Index into the first axis of kv_cache, also traced.
         backend: None, "triton", "xla" or "interpret".
 
@@ -288,10 +289,12 @@ def write_latent(
     axes, spec = layout.arrays[0], spec_of(kv_cache)
     order = [axes.index((name,)) for name in ("layer", "block", "slot", "latent") if (name,) in axes]
     usual = spec if len(spec.shape) != len(axes) else spec._replace(shape=tuple(spec.shape[i] for i in order))
-    check_mla(spec_of(kv_c), spec_of(k_pe), usual, kv_cache_dtype, scale, layer)
+    check_mla(spec_of(kv_c), spec_of(k_pe), usual, kv_cache_dtype, layer)
     if scale is not None:
         check_scale("scale", spec_of(scale), 1)
     whole = spec.shape
+    if kv_cache_dtype == "fp8_ds_mla" and not k_pe.shape[1]:
+        k_pe = jnp.zeros((k_pe.shape[0], DS_MLA_ROPE), k_pe.dtype)
     if kv_cache_dtype != "fp8_ds_mla":  # the same memory in two parts, with an axis for its one head
         layout = CacheLayout(layout.pattern.replace("latent", "head k+v"))
         whole = (*whole[: order[-1]], 1, *whole[order[-1] :])

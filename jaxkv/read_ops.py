@@ -41,10 +41,12 @@ def paged_attention(
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Attention of new tokens over a paged KV cache: decode, speculative decoding, chunked prefill, or any mix.
 
-    Query i of a sequence with n queries stands at position `seq_len - n + i`. Sequences of length 0, and query rows
-    past `query_start_loc[-1]`, give zeros. Entries of block_tables past a sequence's length are never read; one in
-    range that is no block of the cache reads nothing: its positions are left out. What unused slots hold, NaN too, has
-    no effect.
+    Query i of a sequence with n queries stands at position `seq_len - n + i`. Rows that see nothing are zeros, and
+    their log-sum-exp is -inf, or the sink: rows of sequences of length 0, with causal those at negative positions (left
+    padding), and rows of no sequence. Entries of block_tables past a sequence's length are never read; one in range
+    that is no block of the cache reads nothing: its positions are left out. So are positions beyond the table: a length
+    above `max_blocks * block_size` is no error, and attends to what is there. Outside jit, `check_tables` finds such
+    tables. What unused slots hold, NaN too, has no effect.
 
     It runs inside jit, scan, while_loop, vmap and shard_map; what is launched depends on shapes only, never on lengths.
     With the cache split over heads, each device attends with its own. Not differentiable.
@@ -55,8 +57,9 @@ def paged_attention(
         caches: `(key_cache, value_cache)`, or one array for layouts that hold both.
         block_tables: `[num_seqs, max_blocks]` of int32 or int64: the blocks of each sequence, in order.
         seq_lens: `[num_seqs]` of int32 or int64: tokens of each sequence in the cache, the queries' own among them.
-        query_start_loc: `[num_seqs + 1]` of int32 or int64: sequence s has the query tokens from `query_start_loc[s]`
-            to below `query_start_loc[s + 1]`. None: one token each.
+        query_start_loc: `[num_seqs + 1]` of int32 or int64: sequence s has the rows of query from `query_start_loc[s]`
+            to below `query_start_loc[s + 1]`, and n is their difference. Of rows outside query nothing is computed, and
+            they count in n; a pair that descends is an empty sequence. None: one row each.
         scale: What logits are multiplied by; None means `head_size ** -0.5`.
         causal: Whether a query sees positions up to its own only.
         sliding_window: With causal, how many of the last positions a query sees, its own among them; None means all,

@@ -6,7 +6,6 @@ own, with interpretation switched on; the compiled twin stays as it is.
 
 import importlib.util
 import sys
-import threading
 from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
@@ -15,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from kvcore import kernels
+from kvcore.compiler import LOCK
 from kvcore.plan import KernelPlan
 from kvcore.quantization import FP8
 
 _NAME = "kvcore._interpreted_kernels"
-_LOCK = threading.Lock()  # the interpreter patches triton.language while it runs
 
 
 class Pointer:
@@ -72,7 +71,7 @@ def run(kernel: KernelPlan, grid: tuple[int, int, int], arguments: Sequence[Any]
     """
     if 0 in grid:
         return
-    with _LOCK, np.errstate(all="ignore"):  # NaN and infinity are input like any other
+    with LOCK, np.errstate(all="ignore"):  # NaN and infinity are input like any other
         getattr(_interpreted(kernel.module), kernel.name)[grid](*arguments, **kernel.constexprs)
 
 

@@ -18,7 +18,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
 
 _NAMES = ("layer", "block", "slot", "head", "kv", "dim", "dim/x", "x", "k+v", "latent")
 _TOKEN = re.compile(r"\(\s*([^()]*?)\s*\)|(\S+)")
@@ -184,6 +186,9 @@ class CacheLayout:
         Raises:
             ValueError: an extent is missing, superfluous, not positive, or does not fit its axis.
         """
+        num_blocks, block_size, num_heads, head_size, head_size_v, num_layers, x = python_integers(
+            num_blocks, block_size, num_heads, head_size, head_size_v, num_layers, x
+        )
         size_v = head_size if head_size_v is None else head_size_v
         given = {"layer": num_layers, "block": num_blocks, "slot": block_size, "head": num_heads, "x": x}
         named = {name for axes in self.arrays for axis in axes for name in axis}
@@ -306,6 +311,11 @@ class CacheLayout:
             )
             for name, axes, shape in zip(names, self.arrays, shapes, strict=True)
         )
+
+
+def python_integers(*sizes: Any) -> tuple[Any, ...]:
+    """The same sizes, with Python's integers for NumPy's, whose products would overflow."""
+    return tuple(int(size) if isinstance(size, np.integer) else size for size in sizes)
 
 
 def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:

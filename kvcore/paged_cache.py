@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvcore.checks import ArraySpec, check_kv_cache_dtype, either
-from kvcore.layout import CacheLayout
+from kvcore.layout import CacheLayout, python_integers
 from kvcore.quantization import DS_MLA_LATENT, FLOATS, FP8_DS_MLA, KV_CACHE_DTYPES, PER_TOKEN_HEAD, stored_size
 from kvcore.scales import place_stored, scale_layout_of
 
@@ -63,6 +63,9 @@ class CacheSpec:
         check_kv_cache_dtype(kv_cache_dtype)
         if dtype not in FLOATS:
             raise TypeError(f"dtype must be {either(FLOATS)}, got {dtype}")
+        num_layers, num_blocks, block_size, num_heads, head_size, head_size_v = python_integers(
+            num_layers, num_blocks, block_size, num_heads, head_size, head_size_v
+        )
         chosen = CacheLayout.of(layout)
         if num_layers is None and chosen.has_layer:
             raise ValueError(f"num_layers must be given for layout '{chosen}', got None")

@@ -28,6 +28,7 @@ class QueryRows(NamedTuple):
     token_stride: int
     head_stride: int
     dim_stride: int
+    table_step: int  # from one entry of a row of block_tables to the next
     lens_stride: int
     start_stride: int
     sink_stride: int
@@ -126,9 +127,9 @@ def plan_attention(
     interpreted = target.backend == "interpret"
     compute = _compute(call, interpreted)
     rows, tile, stages, warps = _tile(call, target, compute)
-    # Tiles of rows: at most one more than full ones for each sequence, and for the padding after the last.
+    # Tiles of rows: at most one more than full ones for each sequence, and for what is before and after them.
     ragged = call.query_start_loc is not None
-    tiles = tokens * group // rows + sequences + 1 if ragged else sequences * -(-group // rows)
+    tiles = tokens * group // rows + sequences + 2 if ragged else sequences * -(-group // rows)
     programs = tiles * extents.num_heads
     min_tiles = max(1, 256 // tile)
     splits = _splits(programs, -(-max_len // tile), min_tiles, target)
@@ -166,6 +167,7 @@ def plan_attention(
                 token_stride=call.query.steps[0],
                 head_stride=call.query.steps[1],
                 dim_stride=call.query.steps[2],
+                table_step=call.block_tables.steps[1],
                 lens_stride=_stride(call.seq_lens),
                 start_stride=_stride(call.query_start_loc),
                 sink_stride=_stride(call.sinks),

@@ -84,6 +84,7 @@ def plan_gather(call: Gather, target: Target, layer_is_pointer: bool = False) ->
             "VS": value_scales,
             "ROPE": rope,
             "BLOCK_SIZE": extents.block_size,
+            "TABLE_STEP": call.block_tables.steps[1],
             "LENS_STRIDE": call.seq_lens.steps[0],
             "CACHE": call.cache.format,
             "OUT": None if copies else call.format,

@@ -87,10 +87,14 @@ class Options(NamedTuple):
     soft_cap: float | None
 
     def normal(self) -> "Options":
-        """The same with None for what has no effect: a window that is longer than any sequence, a cap of 0."""
-        window = self.sliding_window
+        """The same with None for what has no effect: a window longer than any sequence, a cap of 0, or one so high.
+
+        Up to 2^52, logits in float32 are the same under a cap of 2^64, and beyond, the highest takes all weight.
+        """
+        window, cap = self.sliding_window, self.soft_cap
         return self._replace(
-            sliding_window=None if window is None or window >= _LONGEST else window, soft_cap=self.soft_cap or None
+            sliding_window=None if window is None or window >= _LONGEST else window,
+            soft_cap=None if not cap or cap >= 2.0**64 else cap,
         )
 
 

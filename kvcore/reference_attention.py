@@ -138,7 +138,11 @@ def paged_attention(
     layer: int | None = None,
     head_size_v: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The result and its log-sum-exp, both float64; zeros and -inf in rows that see nothing."""
+    """The result and its log-sum-exp, both float64; zeros and -inf in rows that see nothing.
+
+    Sequence s has the query tokens from the largest of `query_start_loc[: s + 1]` to below `query_start_loc[s + 1]`, as
+    far as they exist, and token t of them stands at position `seq_lens[s] - query_start_loc[s + 1] + t`.
+    """
     num_tokens, num_q_heads, head_size = query.shape
     stored = _stored(caches, kv_cache_dtype)
     keys, values = _readers(
@@ -151,7 +155,7 @@ def paged_attention(
     lse = np.full((num_tokens, num_q_heads), -np.inf)
     if sinks is not None:
         lse[:] = sinks
-    starts = np.arange(len(seq_lens) + 1) if query_start_loc is None else query_start_loc
+    starts = list(range(len(seq_lens) + 1)) if query_start_loc is None else query_start_loc.tolist()
     with np.errstate(all="ignore"):
         for seq, positions in enumerate(_positions(values.units, block_tables, seq_lens, layer)):
             read = {n: (block, n % block_size) for n, block in positions}
@@ -162,8 +166,9 @@ def paged_attention(
                 if len(n) else np.zeros((0, num_heads, read.head_size))
                 for read in (keys, values)
             )  # fmt: skip
-            for token in range(starts[seq], starts[seq + 1]):
-                position = seq_lens[seq] - starts[seq + 1] + token
+            begin = max(0, *starts[: seq + 1])  # not before any earlier start
+            for token in range(begin, min(starts[seq + 1], num_tokens)):
+                position = int(seq_lens[seq]) - starts[seq + 1] + token
                 seen = n <= position if causal else n >= 0
                 if sliding_window is not None:
                     seen = seen & (n > position - sliding_window)

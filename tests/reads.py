@@ -70,6 +70,8 @@ def make_read(
 
     Args:
         rng: Source of randomness.
+        cache_dtype: Of the caches' elements where kv_cache_dtype is "auto"; None for dtype.
+        storage: Dtype of the arrays of a quantised cache; None for uint8. A cache of "auto" has none.
         granularity: Of the scales of a quantised cache: "tensor", "head", or "token_head", which the oracle computes.
         query_lens: Query tokens of each sequence; None for one each, without query_start_loc.
         padding: Query rows after the last sequence's.
@@ -92,7 +94,7 @@ def make_read(
         head_size_v=units_v, num_layers=num_layers,
         x=8 if "dim/x" in layout.pattern else None,
     )  # fmt: skip
-    name = storage or (cache_dtype or dtype if stored is None else "uint8")
+    name = (cache_dtype or dtype) if stored is None else (storage or "uint8")
     caches = [random_bits(rng, shape, name) for shape in shapes]
     scale_caches = []
     if granularity == "token_head":

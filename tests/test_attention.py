@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcore.layout import _CONSTANTS as LAYOUTS
-from tests.reads import assert_near_oracle, attend_jax, attend_torch, make_read, oracle
+from tests.reads import CPU_IMPLEMENTATIONS, assert_near_oracle, attend_jax, attend_torch, make_read, oracle
 
 
 @pytest.mark.parametrize("layer", [None, 1])
@@ -164,6 +164,22 @@ def test_lengths_beyond_the_table():
     assert_near_oracle(case)
 
 
+@pytest.mark.parametrize("sinks", [None, np.float32([0.5, -1, 2, 0])])
+def test_queries_before_the_first_position_see_nothing(sinks):
+    """Left padding: more queries than the sequence has tokens."""
+    case = make_read(np.random.default_rng(15), seq_lens=(2, 0, 5), query_lens=(5, 3, 6), sinks=sinks)
+    out, lse = oracle(case)
+    nothing = [0, 1, 2, 5, 6, 7, 8]  # of 5 queries on 2 tokens the first 3, of 3 on none all, of 6 on 5 the first
+    assert not out[nothing].any()
+    assert out.any((1, 2)).sum() == 14 - len(nothing)
+    np.testing.assert_array_equal(lse[nothing], np.broadcast_to(-np.inf if sinks is None else sinks, (7, 4)))
+    for run in CPU_IMPLEMENTATIONS.values():
+        out, lse = run(case)
+        assert not out[nothing].any()
+        np.testing.assert_array_equal(lse[nothing], np.broadcast_to(-np.inf if sinks is None else sinks, (7, 4)))
+    assert_near_oracle(case)
+
+
 @pytest.mark.parametrize("backend", ["xla", "interpret"])
 def test_a_traced_layer_out_of_range_reads_nothing(backend):
     import jax.numpy as jnp
@@ -226,3 +242,21 @@ def test_the_oracle_agrees_with_torch():
     visible = torch.ones(6, 19, dtype=torch.bool).tril(13)
     want = torch.nn.functional.scaled_dot_product_attention(query, key, value, visible, enable_gqa=True)
     np.testing.assert_allclose(oracle(case)[0], want.transpose(-3, -2), atol=1e-12)
+
+
+@pytest.mark.parametrize("soft_cap", [1e-3, 30.0, 1e4, 1e8, 1e30, 3e38, 1e300])
+def test_soft_caps_of_any_size(soft_cap):
+    """Logits far below the cap keep all their digits."""
+    case = make_read(np.random.default_rng(15), query_lens=(1, 0, 3, 2), soft_cap=soft_cap)
+    case.query *= np.float32(5)
+    assert_near_oracle(case)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_values_as_large_as_the_type_allows(dtype):
+    for ragged in (None, (1, 0, 3, 2)):
+        case = make_read(np.random.default_rng(16), dtype=dtype, query_lens=ragged)
+        with np.errstate(all="ignore"):  # what is in no sequence's slots is noise
+            case.caches[1][...] = (case.caches[1].astype(np.float32) * np.float32(3e34)).astype(case.caches[1].dtype)
+        assert np.isfinite(oracle(case)[0]).all()
+        assert_near_oracle(case)

@@ -1,8 +1,17 @@
-"""On a GPU: the kernels through both frameworks, bit for bit the oracle's; streams, graphs, compilers, big offsets."""
+"""On a GPU: the kernels through both frameworks, bit for bit the oracle's; streams, graphs, compilers, big offsets.
+
+Compiling is what takes the time, so that the grids are thinner than the CPU tests', which run the same kernels in
+Triton's interpreter. What the compiler makes of them is seen here: every pair of values of vLLM's grid, each layout
+with a copy into a layer and with a conversion, each conversion in one layout, each pair of dtypes. Tests that share
+kernels run in one process: they have an `xdist_group`.
+"""
+
+from itertools import islice, product
 
 import numpy as np
 import pytest
 
+from tests import gpu
 from tests.arrays import (
     LAYOUTS,
     assert_equals_oracle,
@@ -14,33 +23,57 @@ from tests.arrays import (
     run_torch,
     to_torch,
 )
-from tests.test_equality import CONVERSIONS, DTYPES, GRID, KV_CACHE_DTYPES, SLOTS, grid_cases, layout_case
+from tests.gpu import DEVICE, HAS_GPU, needs_gpu, params
+from tests.test_equality import (
+    BLOCK_SIZES,
+    CONVERSIONS,
+    DTYPES,
+    HEAD_SIZES,
+    KV_CACHE_DTYPES,
+    SLOTS,
+    grid_cases,
+    layout_case,
+)
 
 pytestmark = pytest.mark.gpu
 
-GPU_IMPLEMENTATIONS = {
-    "jax triton": run_jax,
-    "torch triton": lambda case: run_torch(case, device="cuda"),
-}
-ALL_IMPLEMENTATIONS = GPU_IMPLEMENTATIONS | {
-    "jax xla": lambda case: run_jax(case, "xla"),
-    "torch": lambda case: run_torch(case, "torch", device="cuda"),
-}
+KERNELS = {"jax triton": run_jax, "torch triton": lambda case: run_torch(case, device="cuda")}
+PORTABLE = {"jax xla": lambda case: run_jax(case, "xla"), "torch": lambda case: run_torch(case, "torch", "cuda")}
+GPU_IMPLEMENTATIONS = KERNELS if HAS_GPU else {"all but the kernels": gpu.write}
+ALL_IMPLEMENTATIONS = GPU_IMPLEMENTATIONS | (PORTABLE if HAS_GPU else {})
 
 
-@GRID
-def test_vllm_grid(head_size, block_size, dtype, kv_cache_dtype):
-    for case in grid_cases(head_size, block_size, dtype, kv_cache_dtype):
+# Any two of the four values meet; each test has all three numbers of heads, with a number of tokens each.
+GRID = [
+    (head_size, block_size, DTYPES[(i + j) % 3], KV_CACHE_DTYPES[(i + 2 * j) % 3], (i + j) % 4)
+    for (i, head_size), (j, block_size) in product(enumerate(HEAD_SIZES), enumerate(BLOCK_SIZES))
+]
+
+
+@pytest.mark.parametrize(
+    ("head_size", "block_size", "dtype", "kv_cache_dtype", "first"), params(GRID, smoke=(GRID[0], GRID[10]))
+)
+def test_vllm_grid(head_size, block_size, dtype, kv_cache_dtype, first):
+    for case in islice(grid_cases(head_size, block_size, dtype, kv_cache_dtype), first, None, 4):
         assert_equals_oracle(case, GPU_IMPLEMENTATIONS)
 
 
-@CONVERSIONS
-@pytest.mark.parametrize("layer", [None, 2])
-@pytest.mark.parametrize("layout", LAYOUTS)
+IN_LAYOUTS = [
+    (layout, *conversion, layer)
+    for layout, (i, conversion), layer in product(LAYOUTS, enumerate(CONVERSIONS.args[1]), (None, 2))
+    if layout == "NHD" or (i, layer) in ((0, 2), (2, None))
+]
+
+
+@pytest.mark.parametrize(
+    ("layout", "dtype", "cache_dtype", "kv_cache_dtype", "layer"),
+    params(IN_LAYOUTS, smoke=[c for c in IN_LAYOUTS if c[0] in ("HEAD_MAJOR", "PACKED_NHD")]),
+)
 def test_layouts(layout, dtype, cache_dtype, kv_cache_dtype, layer):
     assert_equals_oracle(layout_case(layout, dtype, cache_dtype, kv_cache_dtype, layer), ALL_IMPLEMENTATIONS)
 
 
+@pytest.mark.xdist_group("slots")
 @pytest.mark.parametrize("slots", SLOTS.values(), ids=SLOTS)
 @pytest.mark.parametrize("layout", ["NHD", "HEAD_MAJOR", "PACKED_HND"])
 def test_slots(layout, slots):
@@ -55,10 +88,11 @@ def test_casts_of_every_kind(dtype, cache_dtype):
     assert_equals_oracle(case, ALL_IMPLEMENTATIONS)
 
 
+@pytest.mark.xdist_group("scales")
 @pytest.mark.parametrize("scales", [(None, None), (2.0, None), (1e-38, 1e38), (1e-40, 3e-45), (0.0, -0.25)])
 @pytest.mark.parametrize("kv_cache_dtype", ["fp8_e4m3", "fp8_e5m2"])
 def test_scales(kv_cache_dtype, scales):
-    for dtype in DTYPES:
+    for dtype in ("float32", "bfloat16"):
         case = make_case(
             np.random.default_rng(9), dtype=dtype, kv_cache_dtype=kv_cache_dtype, num_tokens=64, num_blocks=16,
             head_size=256, scales=scales,
@@ -73,20 +107,24 @@ def test_fp8_input_is_stored_as_it_is(stored):
     assert_equals_oracle(case, ALL_IMPLEMENTATIONS)
 
 
-@pytest.mark.parametrize("kv_cache_dtype", KV_CACHE_DTYPES)
-@pytest.mark.parametrize("layout", ["NHD", "HND", "HEAD_MAJOR", "PALLAS", "PACKED_NHD"])
+@pytest.mark.parametrize(
+    ("layout", "kv_cache_dtype"),
+    [*product(["NHD"], KV_CACHE_DTYPES), *product(["HND", "HEAD_MAJOR", "PALLAS", "PACKED_NHD"], ["auto"])],
+)
 def test_many_tokens(layout, kv_cache_dtype):
     """Too many for the oracle: vectorised torch on the CPU stands in, which the CPU's tests hold to the oracle."""
+    num_tokens, num_blocks = (5000, 700) if HAS_GPU else (50, 7)
     case = make_case(
-        np.random.default_rng(2), layout=layout, num_tokens=5000, num_heads=8, head_size=128, num_blocks=700,
-        block_size=16, kv_cache_dtype=kv_cache_dtype,
+        np.random.default_rng(2), layout=layout, num_tokens=num_tokens, num_heads=8, head_size=128,
+        num_blocks=num_blocks, block_size=16, kv_cache_dtype=kv_cache_dtype,
     )  # fmt: skip
-    want = run_torch(case, "torch")
+    want = run_torch(case, "torch") if HAS_GPU else run_oracle(case)
     for name, run in GPU_IMPLEMENTATIONS.items():
         for got, cache in zip(run(case), want, strict=True):
             np.testing.assert_array_equal(bits(got), bits(cache), err_msg=name)
 
 
+@pytest.mark.xdist_group("large")  # one at a time: GBs each
 @pytest.mark.parametrize("layout", ["NHD", "PALLAS"])
 def test_offsets_beyond_32_bits(layout):
     """A cache of more than 2³² elements; with heads outermost, already a row spans more than 2³¹."""
@@ -95,11 +133,11 @@ def test_offsets_beyond_32_bits(layout):
     import torchkv
     from torchkv import CacheLayout
 
-    num_blocks = 2**32 // (16 * 4 * 128) + 64
+    num_blocks = 2**32 // (16 * 4 * 128) + 64 if HAS_GPU else 64
     (shape, _) = CacheLayout.of(layout).shapes(num_blocks=num_blocks, block_size=16, num_heads=4, head_size=128)
-    caches = [torch.zeros(shape, dtype=torch.uint8, device="cuda") for _ in range(2)]
-    key = torch.randint(1, 255, (6, 4, 128), dtype=torch.uint8, device="cuda").view(torch.float8_e4m3fn)
-    slots = torch.tensor([0, 17, 16 * num_blocks - 1, 16 * num_blocks // 2, 16 * num_blocks, -1], device="cuda")
+    caches = [torch.zeros(shape, dtype=torch.uint8, device=DEVICE) for _ in range(2)]
+    key = torch.randint(1, 255, (6, 4, 128), dtype=torch.uint8, device=DEVICE).view(torch.float8_e4m3fn)
+    slots = torch.tensor([0, 17, 16 * num_blocks - 1, 16 * num_blocks // 2, 16 * num_blocks, -1], device=DEVICE)
     torchkv.reshape_and_cache_flash(key, key, *caches, slots, "fp8", layout=layout)
     key = key.view(torch.uint8)
     for cache in caches:
@@ -115,7 +153,7 @@ def test_offsets_beyond_32_bits(layout):
 
 def torch_case(**options):
     case = make_case(np.random.default_rng(3), **options)
-    return case, [to_torch(a.copy(), "cuda") for a in (case.key, case.value, *case.caches, case.slot_mapping)]
+    return case, [to_torch(a.copy(), DEVICE) for a in (case.key, case.value, *case.caches, case.slot_mapping)]
 
 
 def assert_caches(caches, want):
@@ -123,36 +161,41 @@ def assert_caches(caches, want):
         np.testing.assert_array_equal(bits(from_torch(got)), bits(cache))
 
 
+@pytest.mark.gpu_smoke
 def test_cuda_graph():
     import torch
 
     import torchkv
 
     case, (key, value, *caches, slots) = torch_case()
+    want, other = run_oracle(case), make_case(np.random.default_rng(4))
     torchkv.reshape_and_cache_flash(key, value, *caches, torch.full_like(slots, -1))  # compiles
+    needs_gpu()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         torchkv.reshape_and_cache_flash(key, value, *caches, slots)
     assert_caches(caches, case.caches)  # capture alone writes nothing
     graph.replay()
-    assert_caches(caches, run_oracle(case))
-    other = make_case(np.random.default_rng(4))
+    assert_caches(caches, want)
     for tensor, array in zip((key, value, slots), (other.key, other.value, other.slot_mapping), strict=True):
         tensor.copy_(to_torch(array))
     graph.replay()
-    other.caches = run_oracle(case)
+    other.caches = want
     assert_caches(caches, run_oracle(other))
 
 
+@pytest.mark.gpu_smoke
 def test_current_stream():
     import torch
 
     import torchkv
 
     case, (key, value, *caches, slots) = torch_case()
+    want = run_oracle(case)
     torchkv.reshape_and_cache_flash(key, value, *caches, torch.full_like(slots, -1))  # compiles
     late = key.clone()
     key.zero_()
+    needs_gpu()
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -163,7 +206,7 @@ def test_current_stream():
         done.record()
     assert not done.query()
     stream.synchronize()
-    assert_caches(caches, run_oracle(case))
+    assert_caches(caches, want)
 
 
 @pytest.mark.parametrize("offset", [0, 1])
@@ -173,24 +216,25 @@ def test_strided_and_unaligned_tensors(offset):
     import torchkv
 
     case = make_case(np.random.default_rng(5), num_heads=2, head_size=64)
-    qkv = torch.zeros(7, 8 * 64 + 1, dtype=torch.bfloat16, device="cuda")
+    qkv = torch.zeros(7, 8 * 64 + 1, dtype=torch.bfloat16, device=DEVICE)
     key, value = (qkv[:, offset + i : offset + i + 128].unflatten(1, (2, 64)) for i in (256, 384))
     key.copy_(to_torch(case.key))
     value.copy_(to_torch(case.value))
-    kv = torch.stack([to_torch(c) for c in case.caches], dim=1).cuda()
-    slots = to_torch(np.repeat(case.slot_mapping, 2), "cuda")[::2]
+    kv = torch.stack([to_torch(c) for c in case.caches], dim=1).to(DEVICE)
+    slots = to_torch(np.repeat(case.slot_mapping, 2), DEVICE)[::2]
     torchkv.reshape_and_cache_flash(key, value, *kv.unbind(1), slots)
     assert_caches(kv.unbind(1), run_oracle(case))
 
 
 def test_torch_compile_has_no_clone():
     import torch
-    from torch._inductor.utils import run_and_get_code
 
     import torchkv
 
     case, (key, value, *caches, slots) = torch_case()
-    kv = torch.stack(caches)
+    kv, want = torch.stack(caches), run_oracle(case)
+    needs_gpu()
+    from torch._inductor.utils import run_and_get_code
 
     @torch.compile(fullgraph=True)
     def step(key, value, kv, slots):
@@ -201,7 +245,7 @@ def test_torch_compile_has_no_clone():
     assert code.count("torchkv.reshape_and_cache_flash") >= 1
     assert "clone" not in code
     assert f"empty_strided_cuda({tuple(kv.shape)}" not in code
-    assert_caches(kv.unbind(0), run_oracle(case))
+    assert_caches(kv.unbind(0), want)
 
 
 def test_launch_hooks_are_called():
@@ -212,6 +256,7 @@ def test_launch_hooks_are_called():
     _, (key, value, *caches, slots) = torch_case()
     seen = []
     hooks = triton.knobs.runtime
+    needs_gpu()
 
     def enter(metadata):
         seen.append(metadata.get()["name"])
@@ -225,14 +270,15 @@ def test_launch_hooks_are_called():
     assert seen == ["reshape_and_cache_kernel_flash"]
 
 
+@pytest.mark.gpu_smoke
 def test_layer_tensors_and_scale_tensors():
     import torch
 
     import torchkv
 
     case, (key, value, *caches, slots) = torch_case(num_layers=3, layer=2, kv_cache_dtype="fp8")
-    scales = [torch.tensor([s], device="cuda") for s in (case.k_scale, case.v_scale)]
-    layer = torch.tensor(2, device="cuda")
+    scales = [torch.tensor([s], device=DEVICE) for s in (case.k_scale, case.v_scale)]
+    layer = torch.tensor(2, device=DEVICE)
     torchkv.reshape_and_cache_flash(key, value, *caches, slots, "fp8", *scales, layout=case.layout, layer=layer)
     assert_caches(caches, run_oracle(case))
 
@@ -247,8 +293,9 @@ def test_errors_come_before_the_launch_and_after_a_hit():
         torchkv.reshape_and_cache_flash(key, value[:6], *caches, slots)
     with pytest.raises(ValueError, match=r"^slot_mapping must have at most num_tokens = 5 entries, got 7"):
         torchkv.reshape_and_cache_flash(key[:5], value[:5], *caches, slots)
-    with pytest.raises(ValueError, match=r"^value_cache must be on device cuda:0, as key_cache, got cpu"):
-        torchkv.reshape_and_cache_flash(key, value, caches[0], caches[1].cpu(), slots)
+    home, elsewhere = ("cuda:0", "cpu") if HAS_GPU else ("cpu", "meta")
+    with pytest.raises(ValueError, match=rf"^value_cache must be on device {home}, as key_cache, got {elsewhere}"):
+        torchkv.reshape_and_cache_flash(key, value, caches[0], caches[1].to(elsewhere), slots)
     with pytest.raises(ValueError, match=r"^key_cache and value_cache must not overlap in memory"):
         torchkv.reshape_and_cache_flash(key, value, caches[0], caches[0], slots)
     assert_caches(caches, want)
@@ -259,16 +306,17 @@ def test_another_current_device():
 
     import torchkv
 
+    case = make_case(np.random.default_rng(6))
+    want = run_oracle(case)
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    case = make_case(np.random.default_rng(6))
     for device in ("cuda:1", "cuda:0"):
         key, value, *caches, slots = (
             to_torch(a.copy(), device) for a in (case.key, case.value, *case.caches, case.slot_mapping)
         )
         torchkv.reshape_and_cache_flash(key, value, *caches, slots)
         assert torch.cuda.current_device() == 0
-        assert_caches(caches, run_oracle(case))
+        assert_caches(caches, want)
 
 
 # ---- JAX
@@ -331,6 +379,7 @@ def test_scan_over_layers_in_a_loop_over_steps(layout):
     assert_arrays(new, case.caches)
 
 
+@pytest.mark.gpu_smoke
 def test_refs_are_updated_in_place():
     import jax
 
@@ -368,7 +417,7 @@ def test_export_and_call():
     case, inputs = jax_case()
     exported = jax.export.export(
         jax.jit(jaxkv.reshape_and_cache_flash),
-        platforms=["cuda"],
+        platforms=["cuda" if HAS_GPU else "cpu"],
         disabled_checks=[jax.export.DisabledSafetyCheck.custom_call("triton_kernel_call_ffi")],
     )(*inputs)
     assert_arrays(exported.call(*inputs), run_oracle(case))
@@ -395,6 +444,7 @@ def test_heads_over_all_gpus(kind):
     assert_arrays(new, run_oracle(case))
 
 
+@pytest.mark.gpu_smoke
 def test_both_frameworks_share_one_cache():
     """torch writes through DLPack into the buffer that JAX made, and the other way round."""
     import jax.numpy as jnp
@@ -406,7 +456,8 @@ def test_both_frameworks_share_one_cache():
     case, (key, value, *caches, slots) = jax_case()
     shared = [torch.from_dlpack(c) for c in caches]
     torchkv.reshape_and_cache_flash(*map(torch.from_dlpack, (key, value)), *shared, torch.from_dlpack(slots))
-    torch.cuda.synchronize()
+    if HAS_GPU:
+        torch.cuda.synchronize()
     assert_caches(shared, run_oracle(case))
     back = [jnp.from_dlpack(c) for c in shared]
     assert_arrays(jaxkv.reshape_and_cache_flash(key, value, *back, slots), run_oracle(case))

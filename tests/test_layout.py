@@ -564,3 +564,12 @@ def test_describe_single_arrays():
     assert CacheLayout.PACKED_NHD.with_layer().describe(**sizes, head_size_v=64, num_layers=3) == (
         "kv_cache  layer 3 × 49152 | block 2 × 24576 | slot 16 × 1536 | head 8 × 192 | k+v 192 × 1"
     )
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int8, np.int32])
+def test_extents_of_numpy_do_not_overflow(kind):
+    sizes = {"num_blocks": 100, "block_size": 16, "num_heads": 90, "head_size": 120}
+    for layout in (CacheLayout.INTERLEAVED, CacheLayout.PACKED_NHD):
+        got = layout.shapes(**{n: kind(size) for n, size in sizes.items()})
+        assert got == layout.shapes(**sizes)
+        assert all(type(n) is int for shape in got for n in shape)

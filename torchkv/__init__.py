@@ -7,7 +7,7 @@ Docs: README.md. Layouts: `torchkv.CacheLayout`.
 """
 
 from kvcore.layout import CacheLayout
-from kvcore.slots import find_duplicate_slots
+from kvcore.slots import check_tables, find_duplicate_slots
 from torchkv.cache import PagedKVCache
 from torchkv.ops import (
     concat_and_cache_mla,
@@ -22,6 +22,7 @@ from torchkv.read_ops import gather_kv, merge_attention, paged_attention
 __all__ = [
     "CacheLayout",
     "PagedKVCache",
+    "check_tables",
     "concat_and_cache_mla",
     "find_duplicate_slots",
     "gather_kv",

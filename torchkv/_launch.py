@@ -26,16 +26,19 @@ def load(kernel: KernelPlan, pointers: Mapping[str, str | None], aligned: frozen
     """Compiles for the current device, once. Arguments are those of `kvcore.compiler.compile_kernel`."""
     from triton import knobs
 
-    from kvcore.compiler import compile_kernel
+    from kvcore.compiler import LOCK, compile_kernel, readable_errors, with_cache
 
     wanted = (
         kernel.module, kernel.name, kernel.num_warps, *kernel.constexprs.items(), *kernel.options.items(),
         *pointers.items(), aligned, torch.cuda.current_device(),
     )  # fmt: skip
-    if wanted not in _kernels:
-        compiled = compile_kernel(kernel, target(), pointers, aligned)
-        _kernels[wanted] = Kernel(compiled, compiled.run, knobs.runtime, (None,) * len(kernel.constexprs))
-    return _kernels[wanted]
+    with LOCK:  # of threads that want the same, one compiles
+        if wanted not in _kernels:
+            compiled = compile_kernel(kernel, target(), pointers, aligned)
+            with readable_errors():
+                run = with_cache(lambda: compiled.run)  # loads it, and with older Tritons compiles a launcher
+            _kernels[wanted] = Kernel(compiled, run, knobs.runtime, (None,) * len(kernel.constexprs))
+        return _kernels[wanted]
 
 
 def start(kernel: Kernel, grid: tuple[int, int, int], device: int, arguments: Sequence[Any]) -> None:
@@ -55,7 +58,10 @@ def target() -> Target:
     """What torch's current device is."""
     from triton.runtime import driver
 
-    found: Any = driver.active.get_current_target()
+    from kvcore.compiler import LOCK, readable_errors, with_cache
+
+    with LOCK, readable_errors():
+        found: Any = with_cache(lambda: driver.active).get_current_target()  # at first it compiles its utilities
     return Target(found.backend, found.arch, found.warp_size)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch.library import Library
 
 from kvcore.checks import no_triton_error
+from kvcore.quantization import DS_MLA_ROPE
 from torchkv import _torch, _triton
 from torchkv._call import Call, check, interpret_error, memory_names
 from torchkv._memory import check_address, check_apart
@@ -139,6 +140,8 @@ def _computed(num_caches: int) -> Callable[[Sequence[Any]], Call]:
 
 def _mla(args: Sequence[Any]) -> Call:
     kv_c, k_pe, kv_cache, slot_mapping, kv_cache_dtype, scale, layer, layer_index, backend = args
+    if kv_cache_dtype == "fp8_ds_mla" and tuple(k_pe.shape) == (kv_c.shape[0], 0):
+        k_pe = k_pe.new_zeros((1, 1)).expand(kv_c.shape[0], DS_MLA_ROPE)
     return Call(
         kv_c, k_pe, (kv_cache,), slot_mapping, kv_cache_dtype, scale, scale, None, layer, layer_index, backend,
         rows=True,

@@ -2,7 +2,10 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor
+from torch.autograd import forward_ad
 
 from kvcore.checks import ArraySpec
 from kvcore.read_contract import Attention, Gather, Options, check_attention, check_gather
@@ -54,6 +57,27 @@ class GatherCall(NamedTuple):
     head_size_v: int | None
     backend: str | None
     scale_layout: str | None = None
+
+
+def refuse_gradients(name: str, *tensors: Tensor | None) -> None:
+    """Raises where autograd follows one of the tensors, backward or forward: it would lose track of them in silence.
+
+    An autograd kernel in Python would cost each call more than all else. So the ops' own kernels ask, where tensors
+    still say whether they require gradients, and so do the public functions and the rules of vmap: below the other
+    transforms of torch.func, tensors no longer say it.
+    """
+    followed = False
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            followed = followed or (isinstance(tensor, Tensor) and tensor.requires_grad)
+    if forward_ad._current_level >= 0:
+        for tensor in tensors:  # what vmap maps cannot be unpacked; its rule asks again
+            if isinstance(tensor, Tensor) and not is_batchedtensor(tensor):
+                followed = followed or forward_ad.unpack_dual(tensor).tangent is not None
+    if followed:
+        raise NotImplementedError(
+            f"torchkv.{name} is not differentiable: detach its arguments, or call it under torch.no_grad()"
+        )
 
 
 def describe_attention(call: AttentionCall) -> Attention:

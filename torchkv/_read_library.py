@@ -6,13 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.library import Library
+from torch.utils import _pytree as pytree
 
 from kvcore.checks import no_triton_error
 from kvcore.read_contract import Gather
 from torchkv import _read_triton, _torch_read
 from torchkv._call import interpret_error
 from torchkv._memory import check_address
-from torchkv._read import AttentionCall, GatherCall, describe_attention, describe_gather
+from torchkv._read import AttentionCall, GatherCall, describe_attention, describe_gather, refuse_gradients
 
 _library = Library("torchkv", "FRAGMENT")
 
@@ -28,8 +29,20 @@ _GATHER = (
 )
 
 
-def _attention_on_gpu(*args: Any) -> tuple[Tensor, Tensor]:
+def _attention_call(args: Sequence[Any]) -> AttentionCall:
     call = AttentionCall(*args)
+    refuse_gradients("paged_attention", call.query, *call.caches, call.sinks, call.k_scale, call.v_scale)
+    return call
+
+
+def _gather_call(args: Sequence[Any]) -> GatherCall:
+    call = GatherCall(*args)
+    refuse_gradients("gather_kv", *call.caches, call.k_scale, call.v_scale)
+    return call
+
+
+def _attention_on_gpu(*args: Any) -> tuple[Tensor, Tensor]:
+    call = _attention_call(args)
     if call.backend in (None, "triton"):
         return _read_triton.attention(call)
     if call.backend == "interpret":
@@ -39,9 +52,8 @@ def _attention_on_gpu(*args: Any) -> tuple[Tensor, Tensor]:
     return _torch_read.attention(described, _attention_tensors(call))
 
 
-@torch.no_grad()
 def _attention_on_host(*args: Any) -> tuple[Tensor, Tensor]:
-    call = AttentionCall(*args)
+    call = _attention_call(args)
     described = describe_attention(call)
     if call.backend == "triton":
         raise no_triton_error(call.query.device.type)
@@ -52,7 +64,7 @@ def _attention_on_host(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 def _attention_fake(*args: Any) -> tuple[Tensor, Tensor]:
-    call = AttentionCall(*args)
+    call = _attention_call(args)
     shape = describe_attention(call).out_shape
     return call.query.new_empty(shape), call.query.new_empty(shape[:2], dtype=torch.float32)
 
@@ -66,7 +78,7 @@ def _attention_tensors(call: AttentionCall) -> "_torch_read.AttentionTensors":
 
 
 def _gather_on_gpu(*args: Any) -> tuple[Tensor, Tensor]:
-    call = GatherCall(*args)
+    call = _gather_call(args)
     if call.backend in (None, "triton"):
         return _read_triton.gather(call)
     if call.backend == "interpret":
@@ -76,9 +88,8 @@ def _gather_on_gpu(*args: Any) -> tuple[Tensor, Tensor]:
     return _gather_portably(described, call)
 
 
-@torch.no_grad()
 def _gather_on_host(*args: Any) -> tuple[Tensor, Tensor]:
-    call = GatherCall(*args)
+    call = _gather_call(args)
     described = describe_gather(call)
     if call.backend == "triton":
         raise no_triton_error(call.caches[0].device.type)
@@ -96,7 +107,7 @@ def _gather_portably(described: Gather, call: GatherCall) -> tuple[Tensor, Tenso
 
 
 def _gather_fake(*args: Any) -> tuple[Tensor, Tensor]:
-    call = GatherCall(*args)
+    call = _gather_call(args)
     described = describe_gather(call)
     dtype = getattr(torch, described.format.name)
     key, value = (call.caches[0].new_empty(shape, dtype=dtype) for shape in described.shapes)
@@ -107,12 +118,13 @@ def _define(schema: str, on_gpu: Callable[..., Any], on_host: Callable[..., Any]
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, on_host, "CPU")
-    _library.impl(name, torch.no_grad()(on_gpu), "CUDA")  # ROCm builds of torch use the same key
+    _library.impl(name, on_gpu, "CUDA")  # ROCm builds of torch use the same key
     torch.library.register_fake(f"torchkv::{name}", fake, lib=_library)
     op = getattr(torch.ops.torchkv, name).default
 
     def one_by_one(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
         """vmap: a call for each item."""
+        refuse_gradients(name, *(a for a in pytree.tree_leaves(args) if isinstance(a, Tensor)))
 
         def item(arg: Any, dim: Any, i: int) -> Any:
             if isinstance(arg, (list, tuple)):

@@ -75,6 +75,7 @@ def attention(call: Attention, x: AttentionTensors) -> tuple[Tensor, Tensor]:
     if _is_static(x.k_scale, call.cache):
         query = query * x.k_scale.reshape(-1, 1, 1)  # one, or one a head
     top, total, out = _online_softmax(call, x, queries._replace(query=query))
+    saw_nothing = (total == 0).unsqueeze(-1)
 
     if x.sinks is not None:
         sink = nothing.reshape(heads, group).repeat(1, width)
@@ -84,7 +85,7 @@ def attention(call: Attention, x: AttentionTensors) -> tuple[Tensor, Tensor]:
     lse = top + total.log()  # -inf where total is 0, since top is finite
     out = out / total.masked_fill(total == 0, 1).unsqueeze(-1)
     if _is_static(x.v_scale, call.cache):
-        out = out * x.v_scale.reshape(-1, 1, 1)
+        out = (out * x.v_scale.reshape(-1, 1, 1)).masked_fill(saw_nothing, 0)  # even where the scale is NaN
 
     def by_token(a: Tensor) -> Tensor:
         return a.reshape(count, heads, width, group, -1).transpose(1, 2).reshape(count * width, q_heads, -1)
@@ -104,31 +105,36 @@ def _tile_queries(x: AttentionTensors) -> _Queries:
     lengths = x.seq_lens.long()
     if x.query_start_loc is None:
         return _Queries(x.query.unsqueeze(1), lengths.unsqueeze(1) - 1, lengths, x.block_tables)
-    start, device = x.query_start_loc.long(), x.query.device
-    num_tokens, num_seqs = x.query.shape[0], x.seq_lens.shape[0]
+    device, num_tokens, num_seqs = x.query.device, x.query.shape[0], x.seq_lens.shape[0]
     average = -(-num_tokens // num_seqs)
     width = min(1 << (average - 1).bit_length(), _MOST_QUERIES)
-    first_tile = _first_tiles(start, width)
+    begin = _begins(x.query_start_loc, num_tokens)
+    first_tile = _first_tiles(begin, width)
     tile = torch.arange(num_tokens // width + num_seqs, device=device)
     seq = (torch.searchsorted(first_tile, tile, right=True) - 1).clamp_(min=0)
-    token = (start[seq] + (tile - first_tile[seq]) * width).unsqueeze(1) + torch.arange(width, device=device)
-    position = (lengths - start[1:])[seq].unsqueeze(1) + token
+    token = (begin[seq] + (tile - first_tile[seq]) * width).unsqueeze(1) + torch.arange(width, device=device)
+    position = (lengths - x.query_start_loc[1:])[seq].unsqueeze(1) + token
     return _Queries(x.query[token.clamp(0, num_tokens - 1)], position, lengths[seq], x.block_tables[seq])
 
 
-def _first_tiles(start: Tensor, width: int) -> Tensor:
+def _begins(start: Tensor, num_tokens: int) -> Tensor:
+    """Where each sequence begins in query, and where the last one ends: nowhere before any earlier start."""
+    return start.long().cummax(0).values.clamp_(0, num_tokens)
+
+
+def _first_tiles(begin: Tensor, width: int) -> Tensor:
     """The first tile of each sequence: with one more for each, no two sequences share any."""
-    return start[:-1] // width + torch.arange(start.shape[0] - 1, device=start.device)
+    return begin[:-1] // width + torch.arange(begin.shape[0] - 1, device=begin.device)
 
 
 def _places(start: Tensor, num_tokens: int, width: int) -> tuple[Tensor, Tensor]:
     """Whether each token is one of a sequence, and its place among those of the tiles."""
-    start = start.long()
+    begin = _begins(start, num_tokens)
     token = torch.arange(num_tokens, device=start.device)
-    begun = torch.searchsorted(start, token, right=True)
-    inside = (begun > 0) & (begun < start.shape[0])
+    begun = torch.searchsorted(begin, token, right=True)
+    inside = (begun > 0) & (begun < begin.shape[0])
     seq = (begun - 1).where(inside, 0)
-    return inside, (_first_tiles(start, width)[seq] * width + token - start[seq]).where(inside, 0)
+    return inside, (_first_tiles(begin, width)[seq] * width + token - begin[seq]).where(inside, 0)
 
 
 # ---- tiles of positions
@@ -182,8 +188,24 @@ def _online_softmax(call: Attention, x: AttentionTensors, queries: _Queries) -> 
         shrink = top.sub_(new_top).exp_()
         value.transpose(1, 2)[(~exists).nonzero(as_tuple=True)] = 0  # mostly few: faster than a mask over all
         top, total = new_top, total.mul_(shrink).add_(weight.sum(-1))
-        out = out.mul_(shrink.unsqueeze(-1)).add_(weight @ value)
+        shrink, more = shrink.unsqueeze(-1), weight @ value
+        if width > 1 and options.causal and not more.isfinite().all():
+            # A value that only some rows see spoils others if it is not finite: 0 · NaN.
+            rows_see = seen.repeat_interleave(rows // width, 1).unsqueeze(1)
+            out = (out * shrink).where(out.isfinite(), out).add_(_sum_of_seen(weight, rows_see, value))
+        else:
+            out = out.mul_(shrink).add_(more)
     return top, total, out
+
+
+def _sum_of_seen(weight: Tensor, seen: Tensor, value: Tensor) -> Tensor:
+    """`weight @ value`, where infinities and NaN reach only the rows that see them."""
+    saw, nan = seen.expand_as(weight).to(value.dtype), value.isnan()
+    total = weight @ value.masked_fill(~value.isfinite(), 0)
+    for infinity in (torch.inf, -torch.inf):  # NaN is both
+        meets = saw @ (nan | (value == infinity)).to(value.dtype) > 0
+        total = (total + infinity).where(meets, total)
+    return total
 
 
 def _tile(cache: Cache, sides: Sequence["_Side"], block: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from kvcore.checks import check_options
 from kvcore.layout import CacheLayout
 from kvcore.read_contract import check_attention_options
 from torchkv import _read_library
+from torchkv._read import refuse_gradients
 from torchkv.ops import BACKENDS, op_options, scale_pattern, scale_tensor
 
 
@@ -36,10 +37,12 @@ def paged_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of new tokens over a paged KV cache: decode, speculative decoding, chunked prefill, or any mix.
 
-    Query i of a sequence with n queries stands at position `seq_len - n + i`. Sequences of length 0, and query rows
-    past `query_start_loc[-1]`, give zeros. Entries of block_tables past a sequence's length are never read; one in
-    range that is no block of the cache reads nothing: its positions are left out. What unused slots hold, NaN too, has
-    no effect.
+    Query i of a sequence with n queries stands at position `seq_len - n + i`. Rows that see nothing are zeros, and
+    their log-sum-exp is -inf, or the sink: rows of sequences of length 0, with causal those at negative positions (left
+    padding), and rows of no sequence. Entries of block_tables past a sequence's length are never read; one in range
+    that is no block of the cache reads nothing: its positions are left out. So are positions beyond the table: a length
+    above `max_blocks * block_size` is no error, and attends to what is there. `check_tables` finds such tables.
+    What unused slots hold, NaN too, has no effect.
 
     Everything runs on the current stream of the tensors' device and nothing is synchronised, so that CUDA graphs can
     capture it. What is launched depends on shapes only, never on lengths. Tensors may be strided. Not differentiable.
@@ -50,8 +53,10 @@ def paged_attention(
         caches: `(key_cache, value_cache)`, or one tensor for layouts that hold both.
         block_tables: `[num_seqs, max_blocks]` of int32 or int64: the blocks of each sequence, in order.
         seq_lens: `[num_seqs]` of int32 or int64: tokens of each sequence in the cache, the queries' own among them.
-        query_start_loc: `[num_seqs + 1]` of int32 or int64: sequence s has the query tokens from `query_start_loc[s]`
-            to below `query_start_loc[s + 1]`. None: one token each.
+        query_start_loc: `[num_seqs + 1]` of int32 or int64: sequence s has the rows of query from `query_start_loc[s]`
+            to below `query_start_loc[s + 1]`, and n is their difference. Of rows outside query nothing is computed, and
+            they count in n; a pair that descends is an empty sequence, and no sequence has rows before an earlier
+            start. None: one row each.
         scale: What logits are multiplied by; None means `head_size ** -0.5`.
         causal: Whether a query sees positions up to its own only.
         sliding_window: With causal, how many of the last positions a query sees, its own among them; None means all,
@@ -81,10 +86,13 @@ def paged_attention(
     Raises:
         ValueError: a shape, layout, choice or device does not fit.
         TypeError: a dtype does not fit.
+        NotImplementedError: grad mode is on, and an argument requires gradients.
     """
     check_options(kv_cache_dtype, k_scale, v_scale, layer, backend, BACKENDS)
     options = check_attention_options(scale, causal, sliding_window, soft_cap)
     caches = as_list(caches)
+    k_scale, v_scale = scale_tensor(k_scale, caches[0]), scale_tensor(v_scale, caches[0])
+    refuse_gradients("paged_attention", query, *caches, sinks, k_scale, v_scale)
     out, lse = _read_library.attention(
         query,
         caches,
@@ -94,8 +102,8 @@ def paged_attention(
         *options,
         sinks,
         kv_cache_dtype,
-        scale_tensor(k_scale, caches[0]),
-        scale_tensor(v_scale, caches[0]),
+        k_scale,
+        v_scale,
         *op_options(layout, layer),
         head_size_v,
         backend,
@@ -147,9 +155,12 @@ def gather_kv(
     Raises:
         ValueError: a shape, layout, choice or device does not fit.
         TypeError: a dtype does not fit.
+        NotImplementedError: grad mode is on, and an argument requires gradients.
     """
     check_options(kv_cache_dtype, k_scale, v_scale, layer, backend, BACKENDS)
     caches = as_list(caches)
+    k_scale, v_scale = scale_tensor(k_scale, caches[0]), scale_tensor(v_scale, caches[0])
+    refuse_gradients("gather_kv", *caches, k_scale, v_scale)
     key, value = _read_library.gather(
         caches,
         block_tables,
@@ -157,8 +168,8 @@ def gather_kv(
         max_len,
         str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype,
         kv_cache_dtype,
-        scale_tensor(k_scale, caches[0]),
-        scale_tensor(v_scale, caches[0]),
+        k_scale,
+        v_scale,
         *op_options(layout, layer),
         head_size,
         head_size_v,
@@ -171,16 +182,29 @@ def gather_kv(
 def merge_attention(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     """Joins attention over parts of the positions, as devices compute that share a context between them.
 
+    A row of a part that saw nothing counts for nothing, whatever its result holds, NaN too. Differentiable: such rows
+    have gradients of zero.
+
     Args:
         outs: `[parts, num_tokens, num_q_heads, head_size_v]`, from `paged_attention` over each part.
-        lses: `[parts, num_tokens, num_q_heads]` float32, from the same calls. Sinks belong to one part only.
+        lses: `[parts, num_tokens, num_q_heads]` float32, from the same calls: -inf in rows that saw nothing, or inf, as
+            other kernels have it. Sinks belong to one part only.
 
     Returns:
-        What one call over all the positions gives: result of outs' dtype, and log-sum-exp.
+        What one call over all the positions gives: result of outs' dtype, and log-sum-exp. Rows that no part saw
+        anything for are zeros with -inf; a row with a log-sum-exp of NaN is NaN.
     """
-    lse = torch.logsumexp(lses, dim=0)
-    weights = torch.exp(lses - torch.where(lse == -torch.inf, 0.0, lse))
-    return torch.sum(outs.float() * weights[..., None], dim=0).to(outs.dtype), lse
+    empty = torch.isinf(lses)
+    lses = lses.masked_fill(empty, -torch.inf)
+    top = lses.detach().amax(0)
+    top = top.masked_fill(top == -torch.inf, 0)
+    weights = torch.exp(lses - top)
+    total = weights.sum(0)
+    nothing = total == 0
+    total = total.masked_fill(nothing, 1)
+    # Masked before the product: 0 times NaN is NaN, and so is its gradient.
+    out = torch.sum(outs.masked_fill(empty[..., None], 0).float() * (weights / total)[..., None], dim=0)
+    return out.to(outs.dtype), (top + total.log()).masked_fill(nothing, -torch.inf)
 
 
 def as_list(caches: Tensor | Sequence[Tensor]) -> list[Tensor]:

@@ -3,9 +3,9 @@
 The queries of a sequence that share a KV head are its *rows*: `row = token * GROUP + q_head_in_group`. A program takes
 ROWS of them, one KV head, and one of the splits of the KV positions that they see, in tiles of TILE positions:
 
-    tile  of rows   first_row = (tile - first tile of the sequence) * ROWS       first tile of sequence s:
-                                                                                 start[s] * GROUP // ROWS + s
-    position        n = 0 … seq_len - 1, query i of q stands at seq_len - q + i
+    tile  of rows   first_row = (tile - first tile of the sequence) * ROWS
+                    first tile of sequence s: begin[s] * GROUP // ROWS + s + 1,   begin[s] = max(start[0], …, start[s])
+    position        n = 0 … seq_len - 1, token t of query stands at seq_len - start[s + 1] + t
     block           block_tables[s, n // BLOCK_SIZE],   place = n % BLOCK_SIZE
     cache element   offset + layer·L + block·B + place·S + head·H + (dim // x)·D + (dim % x)·X
 
@@ -24,14 +24,14 @@ import triton.language as tl
 
 from .decode import decode, decode_lane, narrow, widen
 from .encode import encode, spread
-from .reduce import maximum, total
+from .reduce import maximum, minimum, total
 from .rows import dim_offset, layer_index, slot_offset
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
-# Weights are up to 2^14, not 1: in float16 they then lose nothing that a sum over millions would notice.
-WEIGHT_BITS = tl.constexpr(14.0)
+# Weights in float16 are up to 2^14, not 1: they then lose nothing that a sum over millions would notice.
+FLOAT16_WEIGHT_BITS = tl.constexpr(14.0)
 
 LEAST_UNIT = tl.constexpr(2.0**-126)
 
@@ -42,16 +42,32 @@ def _cdiv(a, b):  # tl.cdiv, which the interpreter cannot call
 
 
 @triton.jit
-def _find_sequence(query_start_loc_ptr, tile, num_seqs, START_STRIDE: tl.constexpr, GROUP: tl.constexpr,
+def _begins(query_start_loc_ptr, s, num_seqs, num_tokens, START_STRIDE: tl.constexpr):
+    """Where sequences s begin in query, or where they would if it had such tokens."""
+    start = tl.load(query_start_loc_ptr + s * START_STRIDE, mask=s <= num_seqs, other=0)
+    return tl.minimum(tl.maximum(start, 0), num_tokens).to(tl.int32)
+
+
+@triton.jit
+def _find_sequence(query_start_loc_ptr, tile, num_seqs, num_tokens, START_STRIDE: tl.constexpr, GROUP: tl.constexpr,
                    ROWS: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
-    """The sequence that a tile of rows belongs to; num_seqs stands for the padding after the last one."""
-    count = 0
+    """The sequence that a tile of rows belongs to, and where in query that begins: not before any earlier start.
+
+    -1 and num_seqs stand for the tokens before and after all sequences.
+    """
+    # Sequence s begins past the tile if for any j ≤ s  begin[j] * GROUP // ROWS + s + 1 > tile. The first that does:
+    after = num_seqs + 1
     for first in range(0, num_seqs + 1, CHUNK):
-        s = first + tl.arange(0, CHUNK)
-        start = tl.load(query_start_loc_ptr + s * START_STRIDE, mask=s <= num_seqs, other=0).to(tl.int64)
-        begun = (s <= num_seqs) & (start * GROUP // ROWS + s <= tile)
-        count += total(begun.to(tl.int32), 0)
-    return tl.maximum(count, 1) - 1
+        j = first + tl.arange(0, CHUNK)
+        begin = _begins(query_start_loc_ptr, j, num_seqs, num_tokens, START_STRIDE)
+        past = tl.maximum(j, tile - begin * GROUP // ROWS)
+        after = tl.minimum(after, minimum(tl.where(j <= num_seqs, past, after), 0))
+    start = 0
+    for first in range(0, after, CHUNK):
+        j = first + tl.arange(0, CHUNK)
+        begin = _begins(query_start_loc_ptr, j, num_seqs, num_tokens, START_STRIDE)
+        start = tl.maximum(start, maximum(tl.where(j < after, begin, 0), 0))
+    return after - 1, start
 
 
 @triton.jit
@@ -197,19 +213,55 @@ def _accumulate(acc, p, x, own, shrink, C: tl.constexpr, CACHE: tl.constexpr, CO
 
 
 @triton.jit
+def _accumulate_seen(acc, p, seen, x, own, v_scale, shrink, C: tl.constexpr, CACHE: tl.constexpr,
+                     COMPUTE: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
+    """As `_accumulate`, for values that may be infinite or NaN, which rows must not notice unless they see them."""
+    infinity = float("inf")
+    saw = narrow(tl.where(seen, 1.0, 0.0), COMPUTE)
+    new = ()
+    PACK: tl.constexpr = C.pack
+    for lane in tl.static_range(PACK):
+        v = widen(_lane(x, own, lane, C, CACHE, COMPUTE, HARDWARE))
+        scaled = v
+        if v_scale is not None:
+            scaled = v * v_scale[:, None]
+        finite = tl.abs(scaled) < infinity
+        v = narrow(tl.where(finite, v, 0.0), COMPUTE)
+        rest = tl.where(tl.abs(acc[lane]) < infinity, acc[lane] * shrink[:, None], acc[lane])
+        rest = tl.dot(p.to(v.dtype), v, rest, input_precision="ieee")
+        # How many infinities of each sign a row sees; NaN counts as both.
+        nan = scaled != scaled
+        above = tl.dot(saw, narrow(tl.where(nan | (scaled == infinity), 1.0, 0.0), COMPUTE), input_precision="ieee")
+        below = tl.dot(saw, narrow(tl.where(nan | (scaled == -infinity), 1.0, 0.0), COMPUTE), input_precision="ieee")
+        rest = tl.where(above > 0, rest + infinity, rest)
+        new = new + (tl.where(below > 0, rest - infinity, rest),)
+    return new
+
+
+@triton.jit
+def _tanh(x):
+    """The hyperbolic tangent. Near 0, where the usual form cancels, its series."""
+    square = x * x
+    near = x + x * square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835))))
+    return tl.where(tl.abs(x) < 0.25, near, 1 - 2 / (1 + tl.exp2(x * (2 * LOG2E))))
+
+
+@triton.jit
 def _tiles(
     m, norm, acc, unit, q_low, q_high, first_tile, end_tile, first, limit, row_position,
     key_cache_ptr, value_cache_ptr, k_scale_ptr, v_scale_ptr, table_ptr, head, layer, num_blocks, qk_scale,
     K: tl.constexpr, V: tl.constexpr, HIGH: tl.constexpr, KS: tl.constexpr, VS: tl.constexpr,
     CACHE: tl.constexpr, HIGH_FORMAT: tl.constexpr, COMPUTE: tl.constexpr, HARDWARE: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
-    BY_ROW: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, V_IN_K: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, TABLE_STEP: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+    MASKED: tl.constexpr, BY_ROW: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr,
+    V_IN_K: tl.constexpr, WEIGHT_BITS: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """Folds tiles of positions into the running maximum m, denominator norm and sum acc.
 
     Where positions have scales of their own, the sum is relative to `unit`, the largest of V's so far: weights stay
     what float16 can hold. Unless MASKED, every position of the tiles exists and is seen by every row. BY_ROW: rows
-    differ in what they see.
+    differ in what they see. CAREFUL: even where hidden values are infinite or NaN; else these spoil the sum, as zero
+    times NaN is NaN.
     """
     for t in tl.range(first_tile, end_tile, num_stages=STAGES):
         n = t * TILE + tl.arange(0, TILE)
@@ -217,10 +269,10 @@ def _tiles(
             good = n < limit
             if WINDOW is not None:  # what all rows have passed may have been freed, and hold anything
                 good = good & (n >= first)
-            block = tl.load(table_ptr + n // BLOCK_SIZE, mask=good, other=-1)
+            block = tl.load(table_ptr + n // BLOCK_SIZE * TABLE_STEP, mask=good, other=-1)
             good = good & (block >= 0) & (block < num_blocks)
         else:
-            block = tl.load(table_ptr + n // BLOCK_SIZE)
+            block = tl.load(table_ptr + n // BLOCK_SIZE * TABLE_STEP)
             good = n >= 0
         place = n % BLOCK_SIZE
         k_row = _row_of_cache(block, place, head, layer, K)
@@ -249,14 +301,15 @@ def _tiles(
             if not KS.inside:
                 s = s * _scales_of_positions(k_scale_ptr, block, place, head, layer, good, KS)[None, :]
 
-        if SOFT_CAP is not None:  # tanh(x) = 1 - 2 / (1 + exp(2x))
-            s = SOFT_CAP * LOG2E * (1 - 2 / (1 + tl.exp2(s * (qk_scale * (2 / SOFT_CAP))[:, None])))
+        if SOFT_CAP is not None:
+            CAP: tl.constexpr = SOFT_CAP * LOG2E
+            s = CAP * _tanh(s * (qk_scale * (1 / CAP))[:, None])
         if MASKED:
             seen = good[None, :]
             if BY_ROW and CAUSAL:
                 seen = seen & (n[None, :] <= row_position[:, None])
                 if WINDOW is not None:
-                    seen = seen & (n[None, :] > row_position[:, None] - WINDOW)
+                    seen = seen & (row_position[:, None] - n[None, :] < WINDOW)
             if SOFT_CAP is None:
                 s = s * qk_scale[:, None]
             s = tl.where(seen, s, float("-inf"))
@@ -274,6 +327,7 @@ def _tiles(
         m = m_new
 
         v_own = None
+        v_scale = None
         if VS is not None:
             if VS.inside:
                 v_own = _scales_of_words(
@@ -281,8 +335,16 @@ def _tiles(
                 )
             else:
                 v_scale = _scales_of_positions(v_scale_ptr, block, place, head, layer, good, VS)
-                new_unit = tl.maximum(unit, maximum(tl.abs(v_scale), 0))
-                p = p * (v_scale / new_unit)[None, :]
+                size = tl.where(tl.abs(v_scale) < float("inf"), tl.abs(v_scale), 0.0)
+                if MASKED and BY_ROW and CAUSAL:  # of each row, by what it sees
+                    new_unit = tl.maximum(unit, maximum(tl.where(seen, size[None, :], 0.0), 1))
+                    factor = v_scale[None, :] * (1 / new_unit)[:, None]
+                    if CAREFUL:
+                        factor = tl.where(seen & (tl.abs(v_scale) < float("inf"))[None, :], factor, 0.0)
+                else:
+                    new_unit = tl.maximum(unit, maximum(size, 0))
+                    factor = (v_scale / new_unit)[None, :]
+                p = p * factor
                 shrink = shrink * (unit / new_unit)
                 unit = new_unit
         if V_IN_K:
@@ -290,16 +352,19 @@ def _tiles(
         else:
             v_row = _row_of_cache(block, place, head, layer, V)
             v = _load(_words(value_cache_ptr, V), v_row, good, 0, V.low, MASKED, V)
-        acc = _accumulate(acc, p, v, v_own, shrink, V, CACHE, COMPUTE, HARDWARE)
+        if CAREFUL:
+            acc = _accumulate_seen(acc, p, seen, v, v_own, v_scale, shrink, V, CACHE, COMPUTE, HARDWARE)
+        else:
+            acc = _accumulate(acc, p, v, v_own, shrink, V, CACHE, COMPUTE, HARDWARE)
     return m, norm, acc, unit
 
 
 @triton.jit
-def _all_blocks_exist(table_ptr, num_entries, num_blocks, CHUNK: tl.constexpr):
+def _all_blocks_exist(table_ptr, num_entries, num_blocks, TABLE_STEP: tl.constexpr, CHUNK: tl.constexpr):
     missing = 0
     for first in range(0, num_entries, CHUNK):
         i = first + tl.arange(0, CHUNK)
-        block = tl.load(table_ptr + i, mask=i < num_entries, other=0)
+        block = tl.load(table_ptr + i * TABLE_STEP, mask=i < num_entries, other=0)
         missing += total(((block < 0) | (block >= num_blocks)).to(tl.int32), 0)
     return missing == 0
 
@@ -329,6 +394,142 @@ def _finish(m, norm, sink):
     nothing = norm == 0
     log = tl.where(nothing, float("-inf"), m + tl.log2(norm))
     return factor / tl.where(nothing, 1.0, norm), log
+
+
+@triton.jit
+def _attend(
+    query_ptr, key_cache_ptr, value_cache_ptr, block_tables_ptr, sinks_ptr, k_scale_ptr, v_scale_ptr, layer,
+    table_stride, num_blocks, out_ptr, lse_ptr, head, seq, start, length, first_row, offset, first, limit,
+    first_position, end_position,
+    Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr, HIGH: tl.constexpr, KS: tl.constexpr, VS: tl.constexpr,
+    CACHE: tl.constexpr, HIGH_FORMAT: tl.constexpr, COMPUTE: tl.constexpr, OUT: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, SCALE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr,
+    V_IN_K: tl.constexpr, HARDWARE: tl.constexpr, LAYER_IS_POINTER: tl.constexpr, SPLIT: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, UNMASKED: tl.constexpr, BY_ROW: tl.constexpr,
+    CAREFUL: tl.constexpr,
+):  # fmt: skip
+    """Attention of one tile of rows over positions from first_position to below end_position. Stores its results.
+
+    Returns 0, or NaN if a sum is not finite.
+    """
+    # ---- rows
+    row = first_row + tl.arange(0, ROWS)
+    row_inside = row < length * Q.group
+    token = row // Q.group
+    q_head = head * Q.group + row % Q.group
+    q_row = (start + token).to(tl.int64) * Q.token_stride + q_head * Q.head_stride
+    q_low = _load_query_lanes(query_ptr, q_row, row_inside, 0, 0, K.low, Q, K, COMPUTE)
+    q_high = q_low
+    HIGH_PACK: tl.constexpr = K.pack if HIGH is None else 1
+    if K.high > 0:
+        if HIGH is None:
+            q_high = _load_query_lanes(query_ptr, q_row, row_inside, 0, K.low, K.high, Q, K, COMPUTE)
+        else:
+            BASE: tl.constexpr = K.head_size * K.pack
+            q_high = _load_query_lanes(query_ptr, q_row, row_inside, BASE, 0, K.high, Q, HIGH, COMPUTE)
+    qk_scale = tl.full([ROWS], SCALE * LOG2E, tl.float32)
+    if k_scale_ptr is not None:
+        if KS is None or KS.inside:
+            qk_scale = qk_scale * tl.load(k_scale_ptr + head * Q.k_scale_stride)
+    # The sign goes to query: the unmasked loop takes the maximum before it scales.
+    factor = tl.where(qk_scale < 0, -1.0, 1.0)
+    qk_scale = tl.abs(qk_scale)
+    if COMPUTE.mantissa_bits == 10:
+        # Rows in float16, divided by a power of two of their own: exact but for what is 2^-24 of the largest.
+        largest = tl.maximum(_largest(q_low, K.pack), _largest(q_high, HIGH_PACK))
+        exponent = tl.minimum(largest.to(tl.uint32, bitcast=True) & 0x7F800000, 253 << 23)
+        factor = factor * ((254 << 23) - exponent).to(tl.float32, bitcast=True)
+        qk_scale = qk_scale * exponent.to(tl.float32, bitcast=True)
+    q_low = _scaled(q_low, factor, COMPUTE, K.pack)
+    q_high = _scaled(q_high, factor, COMPUTE, HIGH_PACK)
+
+    # ---- online softmax
+    at_layer = layer_index(layer, LAYER_IS_POINTER)
+    row_position = offset
+    if BY_ROW:
+        row_position = offset + token
+    first_tile = first_position // TILE
+    end_tile = _cdiv(end_position, TILE)
+    m = tl.full([ROWS], float("-inf"), tl.float32)
+    norm = tl.full([ROWS], 0.0, tl.float32)
+    acc = (tl.full([ROWS, V.low], 0.0, tl.float32),)
+    LANES: tl.constexpr = V.pack
+    for _ in tl.static_range(1, LANES):
+        acc = acc + (tl.full([ROWS, V.low], 0.0, tl.float32),)
+    unit = LEAST_UNIT
+    table_ptr = block_tables_ptr + seq.to(tl.int64) * table_stride
+    WEIGHT_BITS: tl.constexpr = FLOAT16_WEIGHT_BITS if COMPUTE.mantissa_bits == 10 else 0.0
+    whole_tile = first_tile
+    if UNMASKED:
+        whole = tl.minimum(limit, offset + first_row // Q.group + 1) if CAUSAL else limit
+        exist = _all_blocks_exist(table_ptr, _cdiv(tl.maximum(limit, 0), BLOCK_SIZE), num_blocks, Q.table_step, 1024)
+        end_whole = tl.maximum(tl.minimum(whole // TILE, end_tile), first_tile)
+        whole_tile = tl.where(exist, end_whole, first_tile)
+        m, norm, acc, unit = _tiles(
+            m, norm, acc, unit, q_low, q_high, first_tile, whole_tile, first, limit, row_position,
+            key_cache_ptr, value_cache_ptr, k_scale_ptr, v_scale_ptr, table_ptr, head, at_layer, num_blocks,
+            qk_scale, K, V, HIGH, KS, VS, CACHE, HIGH_FORMAT, COMPUTE, HARDWARE, BLOCK_SIZE, Q.table_step, ROWS,
+            TILE, STAGES, False, BY_ROW, CAUSAL, WINDOW, SOFT_CAP, V_IN_K, WEIGHT_BITS, False,
+        )  # fmt: skip
+    if BY_ROW and CAUSAL:
+        unit = tl.full([ROWS], 0.0, tl.float32) + unit
+    m, norm, acc, unit = _tiles(
+        m, norm, acc, unit, q_low, q_high, whole_tile, end_tile, first, limit, row_position,
+        key_cache_ptr, value_cache_ptr, k_scale_ptr, v_scale_ptr, table_ptr, head, at_layer, num_blocks,
+        qk_scale, K, V, HIGH, KS, VS, CACHE, HIGH_FORMAT, COMPUTE, HARDWARE, BLOCK_SIZE, Q.table_step, ROWS,
+        TILE, STAGES, True, BY_ROW, CAUSAL, WINDOW, SOFT_CAP, V_IN_K, WEIGHT_BITS, CAREFUL,
+    )  # fmt: skip
+    # ---- result
+    sink = None
+    if sinks_ptr is not None and not SPLIT:
+        sink = tl.load(sinks_ptr + q_head * Q.sink_stride, mask=row_inside, other=0)
+    WEIGHT: tl.constexpr = 2.0**-WEIGHT_BITS
+    factor, log = _finish(m, norm * WEIGHT, sink)
+    factor = factor * WEIGHT
+    saw_nothing = norm == 0
+    if VS is not None:
+        if not VS.inside:
+            factor = factor * unit
+    if v_scale_ptr is not None:
+        if VS is None or VS.inside:
+            factor = factor * tl.load(v_scale_ptr + head * Q.v_scale_stride)
+    factor = tl.where(saw_nothing, 0.0, factor)  # even where a scale is NaN
+    result_row = (start + token).to(tl.int64) * Q.num_heads + q_head
+    if SPLIT:
+        result_row = result_row * tl.num_programs(1) + tl.program_id(1)
+    else:
+        log = log * LN2
+    tl.store(lse_ptr + result_row, log, mask=row_inside)
+    word = tl.arange(0, V.low)
+    out_mask = row_inside[:, None] & (word < V.head_size)[None, :]
+    at = out_ptr + result_row[:, None] * (V.head_size * V.pack) + word[None, :] * V.pack
+    for lane in tl.static_range(LANES):
+        _store(at + lane, acc[lane] * factor[:, None], out_mask, OUT, SPLIT)
+    sums = 0.0
+    for lane in tl.static_range(LANES):
+        sums += total(total(acc[lane] * 0.0, 1), 0)
+    return sums
+
+
+@triton.jit(noinline=True)
+def _attend_with_care(
+    query_ptr, key_cache_ptr, value_cache_ptr, block_tables_ptr, sinks_ptr, k_scale_ptr, v_scale_ptr, layer,
+    table_stride, num_blocks, out_ptr, lse_ptr, head, seq, start, length, first_row, offset, first, limit,
+    first_position, end_position,
+    Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr, HIGH: tl.constexpr, KS: tl.constexpr, VS: tl.constexpr,
+    CACHE: tl.constexpr, HIGH_FORMAT: tl.constexpr, COMPUTE: tl.constexpr, OUT: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, SCALE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr,
+    V_IN_K: tl.constexpr, HARDWARE: tl.constexpr, LAYER_IS_POINTER: tl.constexpr, SPLIT: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """As `_attend`, but CAREFUL. It stays a function when compiled, so that the usual way keeps its registers."""
+    _attend(
+        query_ptr, key_cache_ptr, value_cache_ptr, block_tables_ptr, sinks_ptr, k_scale_ptr, v_scale_ptr, layer,
+        table_stride, num_blocks, out_ptr, lse_ptr, head, seq, start, length, first_row, offset, first, limit,
+        first_position, end_position,
+        Q, K, V, HIGH, KS, VS, CACHE, HIGH_FORMAT, COMPUTE, OUT, BLOCK_SIZE, SCALE, CAUSAL, WINDOW, SOFT_CAP,
+        V_IN_K, HARDWARE, LAYER_IS_POINTER, SPLIT, ROWS, TILE, 1, False, True, True,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -384,62 +585,33 @@ def paged_attention_kernel(
         TILES_PER_SEQ: tl.constexpr = (Q.group + ROWS - 1) // ROWS
         seq = tile // TILES_PER_SEQ
         first_row = (tile % TILES_PER_SEQ) * ROWS
-        start = seq.to(tl.int64)
+        start = seq
+        end = start + 1
         length = start * 0 + 1
-        seq_len = tl.load(seq_lens_ptr + seq * Q.lens_stride).to(tl.int32)
+        seq_len = tl.load(seq_lens_ptr + seq * Q.lens_stride)
     else:
-        seq = _find_sequence(query_start_loc_ptr, tile, num_seqs, Q.start_stride, Q.group, ROWS, 1024)
-        is_seq = seq < num_seqs
-        start = tl.load(query_start_loc_ptr + seq * Q.start_stride).to(tl.int64)
-        end = tl.load(query_start_loc_ptr + (seq + 1) * Q.start_stride, mask=is_seq, other=num_tokens).to(tl.int64)
-        first_row = (tile - (start * Q.group // ROWS + seq).to(tl.int32)) * ROWS
-        start = tl.maximum(start, 0)
-        length = tl.minimum(end, num_tokens) - start
-        seq_len = tl.load(seq_lens_ptr + seq * Q.lens_stride, mask=is_seq, other=0).to(tl.int32)
+        seq, start = _find_sequence(
+            query_start_loc_ptr, tile, num_seqs, num_tokens, Q.start_stride, Q.group, ROWS, 1024
+        )
+        first_row = (tile - (start * Q.group // ROWS + seq + 1)) * ROWS
+        end = tl.load(query_start_loc_ptr + (seq + 1) * Q.start_stride, mask=seq < num_seqs, other=num_tokens)
+        length = tl.maximum(tl.minimum(end, num_tokens), 0).to(tl.int32) - start
+        seq_len = tl.load(seq_lens_ptr + seq * Q.lens_stride, mask=(seq >= 0) & (seq < num_seqs), other=0)
+    seq_len = tl.minimum(tl.maximum(seq_len, 0), 2**31 - 1).to(tl.int32)
     if first_row < length * Q.group:
-        # ---- rows
-        row = first_row + tl.arange(0, ROWS)
-        row_inside = row < length * Q.group
-        token = row // Q.group
-        q_head = head * Q.group + row % Q.group
-        q_row = (start + token) * Q.token_stride + q_head * Q.head_stride
-        q_low = _load_query_lanes(query_ptr, q_row, row_inside, 0, 0, K.low, Q, K, COMPUTE)
-        q_high = q_low
-        HIGH_PACK: tl.constexpr = K.pack if HIGH is None else 1
-        if K.high > 0:
-            if HIGH is None:
-                q_high = _load_query_lanes(query_ptr, q_row, row_inside, 0, K.low, K.high, Q, K, COMPUTE)
-            else:
-                BASE: tl.constexpr = K.head_size * K.pack
-                q_high = _load_query_lanes(query_ptr, q_row, row_inside, BASE, 0, K.high, Q, HIGH, COMPUTE)
-        qk_scale = tl.full([ROWS], SCALE * LOG2E, tl.float32)
-        if k_scale_ptr is not None:
-            if KS is None or KS.inside:
-                qk_scale = qk_scale * tl.load(k_scale_ptr + head * Q.k_scale_stride)
-        # The sign goes to query: the unmasked loop takes the maximum before it scales.
-        factor = tl.where(qk_scale < 0, -1.0, 1.0)
-        qk_scale = tl.abs(qk_scale)
-        if COMPUTE.mantissa_bits == 10:
-            # Rows in float16, divided by a power of two of their own: exact but for what is 2^-24 of the largest.
-            largest = tl.maximum(_largest(q_low, K.pack), _largest(q_high, HIGH_PACK))
-            exponent = tl.minimum(largest.to(tl.uint32, bitcast=True) & 0x7F800000, 253 << 23)
-            factor = factor * ((254 << 23) - exponent).to(tl.float32, bitcast=True)
-            qk_scale = qk_scale * exponent.to(tl.float32, bitcast=True)
-        q_low = _scaled(q_low, factor, COMPUTE, K.pack)
-        q_high = _scaled(q_high, factor, COMPUTE, HIGH_PACK)
-
-        # ---- positions that they see
-        last_token = tl.minimum((first_row + ROWS - 1) // Q.group, length.to(tl.int32) - 1)
-        first_token = first_row // Q.group
-        offset = seq_len - length.to(tl.int32)  # position of the first query
+        BY_ROW: tl.constexpr = query_start_loc_ptr is not None
+        # ---- positions that its rows see
+        # Position of the first token. All far below 0 see as little.
+        offset = tl.maximum(seq_len.to(tl.int64) - end + start, -(2**30)).to(tl.int32)
         limit = tl.minimum(seq_len, max_blocks * BLOCK_SIZE)
         first = 0
         if CAUSAL:
+            last_token = tl.minimum((first_row + ROWS - 1) // Q.group, length - 1)
             limit = tl.minimum(limit, offset + last_token + 1)
             if WINDOW is not None:
-                first = tl.maximum(offset + first_token - WINDOW + 1, 0)
-        at_layer = layer_index(layer, LAYER_IS_POINTER)
+                first = tl.maximum(tl.maximum(offset + first_row // Q.group, -1) - (WINDOW - 1), 0)
         if layer is not None:
+            at_layer = layer_index(layer, LAYER_IS_POINTER)
             there = total(((at_layer >= 0) & (at_layer < num_layers)).to(tl.int32), 0)
             limit = tl.where(there > 0, limit, 0)
         end_tile = _cdiv(tl.maximum(limit, 0), TILE)
@@ -448,64 +620,31 @@ def paged_attention_kernel(
             share = tl.maximum(_cdiv(end_tile - first_tile, tl.num_programs(1)), MIN_TILES)
             first_tile = tl.minimum(first_tile + tl.program_id(1) * share, end_tile)
             end_tile = tl.minimum(first_tile + share, end_tile)
-        if query_start_loc_ptr is None:
-            row_position = offset
-        else:
-            row_position = offset + token
+        first_position = first_tile * TILE
+        end_position = end_tile * TILE
 
-        # ---- online softmax
-        m = tl.full([ROWS], float("-inf"), tl.float32)
-        norm = tl.full([ROWS], 0.0, tl.float32)
-        acc = (tl.full([ROWS, V.low], 0.0, tl.float32),)
-        LANES: tl.constexpr = V.pack
-        for _ in tl.static_range(1, LANES):
-            acc = acc + (tl.full([ROWS, V.low], 0.0, tl.float32),)
-        unit = LEAST_UNIT
-        table_ptr = block_tables_ptr + seq.to(tl.int64) * table_stride
-        BY_ROW: tl.constexpr = query_start_loc_ptr is not None
-        if UNMASKED:
-            whole = tl.minimum(limit, offset + first_token + 1) if CAUSAL else limit
-            end_whole = tl.maximum(tl.minimum(whole // TILE, end_tile), first_tile)
-            exist = _all_blocks_exist(table_ptr, _cdiv(tl.maximum(limit, 0), BLOCK_SIZE), num_blocks, 1024)
-            end_whole = tl.where(exist, end_whole, first_tile)
-            m, norm, acc, unit = _tiles(
-                m, norm, acc, unit, q_low, q_high, first_tile, end_whole, first, limit, row_position,
-                key_cache_ptr, value_cache_ptr, k_scale_ptr, v_scale_ptr, table_ptr, head, at_layer, num_blocks,
-                qk_scale, K, V, HIGH, KS, VS, CACHE, HIGH_FORMAT, COMPUTE, HARDWARE, BLOCK_SIZE, ROWS, TILE, STAGES,
-                False, BY_ROW, CAUSAL, WINDOW, SOFT_CAP, V_IN_K,
-            )  # fmt: skip
-            first_tile = end_whole
-        m, norm, acc, unit = _tiles(
-            m, norm, acc, unit, q_low, q_high, first_tile, end_tile, first, limit, row_position,
-            key_cache_ptr, value_cache_ptr, k_scale_ptr, v_scale_ptr, table_ptr, head, at_layer, num_blocks,
-            qk_scale, K, V, HIGH, KS, VS, CACHE, HIGH_FORMAT, COMPUTE, HARDWARE, BLOCK_SIZE, ROWS, TILE, STAGES,
-            True, BY_ROW, CAUSAL, WINDOW, SOFT_CAP, V_IN_K,
+        sums = _attend(
+            query_ptr, key_cache_ptr, value_cache_ptr, block_tables_ptr, sinks_ptr, k_scale_ptr, v_scale_ptr, layer,
+            table_stride, num_blocks, out_ptr, lse_ptr, head, seq, start, length, first_row, offset, first, limit,
+            first_position, end_position,
+            Q, K, V, HIGH, KS, VS, CACHE, HIGH_FORMAT, COMPUTE, OUT, BLOCK_SIZE, SCALE, CAUSAL, WINDOW, SOFT_CAP,
+            V_IN_K, HARDWARE, LAYER_IS_POINTER, SPLIT, ROWS, TILE, STAGES, UNMASKED, BY_ROW, False,
         )  # fmt: skip
-
-        # ---- result
-        sink = None
-        if sinks_ptr is not None and not SPLIT:
-            sink = tl.load(sinks_ptr + q_head * Q.sink_stride, mask=row_inside, other=0)
-        WEIGHT: tl.constexpr = 2.0**-WEIGHT_BITS
-        factor, log = _finish(m, norm * WEIGHT, sink)
-        factor = factor * WEIGHT
-        if VS is not None:
-            if not VS.inside:
-                factor = factor * unit
-        if v_scale_ptr is not None:
-            if VS is None or VS.inside:
-                factor = factor * tl.load(v_scale_ptr + head * Q.v_scale_stride)
-        result_row = (start + token) * Q.num_heads + q_head
-        if SPLIT:
-            result_row = result_row * tl.num_programs(1) + tl.program_id(1)
-        else:
-            log = log * LN2
-        tl.store(lse_ptr + result_row, log, mask=row_inside)
-        word = tl.arange(0, V.low)
-        out_mask = row_inside[:, None] & (word < V.head_size)[None, :]
-        at = out_ptr + result_row[:, None] * (V.head_size * V.pack) + word[None, :] * V.pack
-        for lane in tl.static_range(LANES):
-            _store(at + lane, acc[lane] * factor[:, None], out_mask, OUT, SPLIT)
+        if BY_ROW and CAUSAL:
+            # A value that only some rows see spoils others if it is not finite: 0 · NaN. Then once more with care, and
+            # a few rows at a time: slow, but little code.
+            if sums != 0.0:
+                tl.debug_barrier()  # other threads of the program may write the same elements
+                PART: tl.constexpr = 16
+                for part in range(ROWS // PART):
+                    part_row = first_row + part * PART
+                    _attend_with_care(
+                        query_ptr, key_cache_ptr, value_cache_ptr, block_tables_ptr, sinks_ptr, k_scale_ptr,
+                        v_scale_ptr, layer, table_stride, num_blocks, out_ptr, lse_ptr, head, seq, start, length,
+                        part_row, offset, first, limit, first_position, end_position,
+                        Q, K, V, HIGH, KS, VS, CACHE, HIGH_FORMAT, COMPUTE, OUT, BLOCK_SIZE, SCALE, CAUSAL, WINDOW,
+                        SOFT_CAP, V_IN_K, HARDWARE, LAYER_IS_POINTER, SPLIT, PART, min(TILE, 32),
+                    )  # fmt: skip
 
 
 @triton.jit

@@ -104,6 +104,7 @@ def gather_kv_kernel(
     VS: tl.constexpr,
     ROPE: tl.constexpr,          # kvcore.plan.Rows of the part of fp8_ds_mla in bfloat16, or None
     BLOCK_SIZE: tl.constexpr,
+    TABLE_STEP: tl.constexpr,    # elements from one entry of a row of block_tables to the next
     LENS_STRIDE: tl.constexpr,
     CACHE: tl.constexpr,         # kvcore.quantization.FloatFormat of the cache
     OUT: tl.constexpr,           # … of key and value, or None to copy bits
@@ -120,7 +121,8 @@ def gather_kv_kernel(
     there = (n < seq_len) & (n < max_len) & (n < max_blocks * BLOCK_SIZE)
     if layer is not None:
         there = there & (at_layer >= 0) & (at_layer < num_layers)
-    block = tl.load(block_tables_ptr + seq * table_stride + n // BLOCK_SIZE, mask=there, other=-1).to(tl.int64)
+    entry = seq * table_stride + (n // BLOCK_SIZE).to(tl.int64) * TABLE_STEP
+    block = tl.load(block_tables_ptr + entry, mask=there, other=-1).to(tl.int64)
     there = there & (block >= 0) & (block < num_blocks)
     place = n % BLOCK_SIZE
     token = seq * max_len + n
