@@ -22,11 +22,13 @@ from jaxkv._primitive import (
     PLATFORMS,
     arrays_of,
     backend_on,
+    check_concrete,
     compute_capability,
     explicit_axes,
     heads_in_regions,
     heads_split,
     make_primitive,
+    refusals,
     spec_of,
     spell,
     split_heads,
@@ -83,6 +85,8 @@ def read(options: Options, operands: Operands) -> list[Any]:
     """Binds the primitive. Inside shard_map, operands become varying where any of them is."""
     if explicit_axes(operands.caches[0])[1]:
         return _read_explicit(options, operands)
+    scales = () if options.scale_layout is None else (operands.k_scale, operands.v_scale)
+    check_concrete(options, (*operands.caches, *scales))
     flat, tree = jax.tree.flatten(operands)
     varying = frozenset().union(*map(varying_axes, flat))
     return read_p.bind(*(vary(x, varying) for x in flat), tree=tree, options=options)
@@ -181,6 +185,7 @@ def _partitioned(options: Options, tree: Any, avals: Sequence[Any]) -> Any:
     def local(*flat: Any) -> tuple[Any, ...]:
         return tuple(local_p.bind(*flat, tree=tree, options=options))
 
+    @refusals
     def partition(mesh: Any, args: Any, found: Any) -> Any:
         given = jax.tree.unflatten(tree, args)
         if not all(isinstance(c.sharding, NamedSharding) for c in given.caches):  # within a partly manual shard_map

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxkv._arguments import as_array, as_scale
-from jaxkv._primitive import heads_split, spec_of, split_heads
+from jaxkv._primitive import spec_of, split_axes, used_spec
 from jaxkv.ops import (
     BACKENDS,
     reshape_and_cache_flash,
@@ -78,7 +78,8 @@ class PagedKVCache:
             v_scale: Likewise, for values; where they are a part of the keys (`block slot latent`), k_scale is for both.
             per_token_head: Whether each token's head has a scale of its own, which `write` computes.
             scale_layout: With these, as in `reshape_and_cache_flash_per_token_head_quant`.
-            sharding: Of each cache; it may split heads only, and scale caches have theirs split alike. None leaves
+            sharding: Of each cache; scale caches are split alike. It may split heads, which all methods can use, or
+                layers or blocks, which `jax.shard_map` can use, with a cache of its own for each device. None leaves
                 the arrays where JAX puts them.
 
         Raises:
@@ -97,6 +98,9 @@ class PagedKVCache:
             raise ValueError(
                 f"v_scale must be None for layout '{spec.layout}', where k_scale is for both, got {v_scale!r}"
             )
+        splits: list[dict[str, Any]] = [{}] * len(spec.shapes)
+        if isinstance(sharding, jax.sharding.NamedSharding):
+            splits = [split_axes(axes, used_spec(sharding)) for axes in spec.layout.arrays]
         caches = tuple(jnp.zeros(shape, spec.dtype, device=sharding) for shape in spec.shapes)
 
         if spec.scale_layout is None:
@@ -106,11 +110,12 @@ class PagedKVCache:
                 if scale is not None:
                     check_scale(given, spec_of(scale), num_heads)
             return cls(caches, spec, **jax.tree.map(jnp.asarray, scales))
-        axes = [axes[:-1] for axes in spec.scale_layout.arrays]
         shardings = [sharding] * 2
         if isinstance(sharding, jax.sharding.NamedSharding):
-            heads = heads_split(kv_cache_dtype, spec.layout, spec.layout.arrays, [sharding.spec] * len(caches))
-            shardings = [jax.sharding.NamedSharding(sharding.mesh, split_heads(a, heads)) for a in axes]
+            shardings = [
+                jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*(split.get(a[0]) for a in axes)))
+                for split, (*axes, _) in zip((splits[0], splits[-1]), spec.scale_layout.arrays, strict=True)
+            ]
         scale_caches = (
             jnp.zeros(shape, jnp.float32, device=s) for shape, s in zip(spec.scale_shapes, shardings, strict=True)
         )
