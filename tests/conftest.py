@@ -27,6 +27,12 @@ def x64(request):
         yield request.param
 
 
+@pytest.hookimpl(wrapper=True, optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """At most four processes, unless `-n` names a number, which the option --maxprocesses would limit, too."""
+    return min((yield), 4)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem):
     """Without a GPU, a test of kernels that got to its end has run all but them: it counts as skipped."""
