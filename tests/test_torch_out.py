@@ -373,9 +373,12 @@ def test_merging_in_given_tensors(dtype):
     only = torch.empty(4, 2, 8, dtype=dtype)
     same(torchkv.merge_attention(outs, lses, out=only), want)
     same([only], want[:1])
-    compiled = torch.compile(lambda *a: torchkv.merge_attention(*a[:2], out=a[2], lse=a[3]), backend="aot_eager")
+
+    def merge(outs, lses, out, lse):
+        return torchkv.merge_attention(outs, lses, out=out, lse=lse)
+
     again = torch.empty_like(out), torch.empty_like(lse)
-    compiled(outs, lses, *again)
+    torch.compile(merge, backend="aot_eager")(outs, lses, *again)
     torch.testing.assert_close(again, want)
 
 
