@@ -87,7 +87,7 @@ def test_attention_in_given_tensors(name, backend):
 def test_gather_in_given_tensors(name, backend):
     args, options = gather_arguments(read_case(name))
     want = torchkv.gather_kv(*args, **options, backend=backend)
-    given = tuple(torch.full_like(w, 7) for w in want)
+    given = torch.full_like(want[0], 7), torch.full_like(want[1], 7)
     got = torchkv.gather_kv(*args, **options, backend=backend, out=given)
     assert got[0] is given[0]
     assert got[1] is given[1]
