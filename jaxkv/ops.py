@@ -12,7 +12,7 @@ from jaxkv import _primitive
 from jaxkv._arguments import as_array, as_indices, as_layer, as_scale
 from jaxkv._primitive import Operands, Options, spec_of
 from kvcore.checks import check_options, check_scale, is_bool
-from kvcore.contract import check_mla, check_write
+from kvcore.contract import check_mla, check_write, split_of_latent
 from kvcore.layout import CacheLayout
 from kvcore.quantization import DS_MLA_ROPE
 from kvcore.scales import scale_layout_of
@@ -293,8 +293,11 @@ def write_latent(
     if scale is not None:
         check_scale("scale", spec_of(scale), 1)
     whole = spec.shape
-    if kv_cache_dtype == "fp8_ds_mla" and not k_pe.shape[1]:
-        k_pe = jnp.zeros((k_pe.shape[0], DS_MLA_ROPE), k_pe.dtype)
+    if not k_pe.shape[1]:
+        if kv_cache_dtype == "fp8_ds_mla":
+            k_pe = jnp.zeros((k_pe.shape[0], DS_MLA_ROPE), k_pe.dtype)
+        else:
+            kv_c, k_pe = jnp.split(jnp.asarray(kv_c), [split_of_latent(kv_c.shape[1])], axis=1)
     if kv_cache_dtype != "fp8_ds_mla":  # the same memory in two parts, with an axis for its one head
         layout = CacheLayout(layout.pattern.replace("latent", "head k+v"))
         whole = (*whole[: order[-1]], 1, *whole[order[-1] :])

@@ -213,6 +213,11 @@ def check_mla(kv_c: ArraySpec, k_pe: ArraySpec, kv_cache: ArraySpec, kv_cache_dt
         raise ValueError(f"kv_cache must have shape {axes}{units}), got {shape_of(kv_cache)}")
 
 
+def split_of_latent(rank: int) -> int:
+    """Where a row without a rotary part is split, to be written as two parts: where every format lets it be."""
+    return rank // 32 * 16
+
+
 def _layout(
     layout: str | CacheLayout | None,
     caches: Sequence[ArraySpec],

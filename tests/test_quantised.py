@@ -275,6 +275,21 @@ def test_rows_of_fp8_ds_mla_without_rotary_part_hold_zeros_there(dtype):
         np.testing.assert_array_equal(run(arrays, "fp8_ds_mla"), want, err_msg=implementation)
 
 
+@pytest.mark.parametrize("rank", [512, 80, 48])
+@pytest.mark.parametrize("name", ["auto", "fp8", "int8", "int4", "nvfp4"])
+def test_rows_without_rotary_part(name, rank):
+    rng = np.random.default_rng(8)
+    units = {"auto": rank, "int4": rank // 2, "nvfp4": rank // 16 * 9}.get(name, rank)
+    arrays = [random_bits(rng, (6, rank), "bfloat16"), np.empty((6, 0), DTYPES["bfloat16"])]
+    arrays += [random_bits(rng, (4, 8, units), "bfloat16" if name == "auto" else "uint8")]
+    arrays += [np.array([3, -1, 31, 32, 0, 17], np.int32)]
+    want = arrays[2].copy()
+    reference.concat_and_cache_mla(*arrays[:2], want, arrays[3], name, None if name == "auto" else 0.37)
+    for implementation, run in mla_implementations():
+        got = run(arrays, name, None if name == "auto" else 0.37)
+        np.testing.assert_array_equal(bits(got), bits(want), err_msg=implementation)
+
+
 def test_a_scale_given_with_fp8_ds_mla_is_not_read():
     rng = np.random.default_rng(9)
     arrays = [random_bits(rng, (3, 512), "bfloat16"), random_bits(rng, (3, 64), "bfloat16")]

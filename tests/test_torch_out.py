@@ -87,7 +87,7 @@ def test_attention_in_given_tensors(name, backend):
 def test_gather_in_given_tensors(name, backend):
     args, options = gather_arguments(read_case(name))
     want = torchkv.gather_kv(*args, **options, backend=backend)
-    given = tuple(torch.full_like(w, 7) for w in want)
+    given = torch.full_like(want[0], 7), torch.full_like(want[1], 7)
     got = torchkv.gather_kv(*args, **options, backend=backend, out=given)
     assert got[0] is given[0]
     assert got[1] is given[1]
@@ -373,9 +373,12 @@ def test_merging_in_given_tensors(dtype):
     only = torch.empty(4, 2, 8, dtype=dtype)
     same(torchkv.merge_attention(outs, lses, out=only), want)
     same([only], want[:1])
-    compiled = torch.compile(lambda *a: torchkv.merge_attention(*a[:2], out=a[2], lse=a[3]), backend="aot_eager")
+
+    def merge(outs, lses, out, lse):
+        return torchkv.merge_attention(outs, lses, out=out, lse=lse)
+
     again = torch.empty_like(out), torch.empty_like(lse)
-    compiled(outs, lses, *again)
+    torch.compile(merge, backend="aot_eager")(outs, lses, *again)
     torch.testing.assert_close(again, want)
 
 

@@ -117,15 +117,15 @@ def paged_attention(
         backend,
         scale_pattern(scale_layout),
     )
-    if out is None:
-        if lse is not None:
-            raise ValueError("out must be given where lse is, got None")
-        out, lse = _read_library.attention(*arguments)
+    if out is not None:
+        results = out, query.new_empty(query.shape[:2], dtype=torch.float32) if lse is None else lse
+        _check_tensors(out=out, lse=results[1])
+        _read_library.attention_out(*results, *arguments)
+    elif lse is None:
+        results = _read_library.attention(*arguments)
     else:
-        lse = query.new_empty(query.shape[:2], dtype=torch.float32) if lse is None else lse
-        _check_tensors(out=out, lse=lse)
-        _read_library.attention_out(out, lse, *arguments)
-    return (out, lse) if return_lse else out
+        raise ValueError("out must be given where lse is, got None")
+    return results if return_lse else results[0]
 
 
 def gather_kv(
