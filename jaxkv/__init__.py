@@ -10,6 +10,8 @@ Wherever a function takes an array, it takes one of JAX's or NumPy's, or a list;
 JAX would round (NumPy's float64) is a TypeError. Slots, tables, lengths, starts and layers may be integers of any
 width, never bools or floats. Where JAX has no 64-bit integers, those that do not fit stay outside: slots and blocks
 that do not exist, lengths beyond any table. NumPy's scalars count as Python's numbers.
+
+`jax.export` may leave sizes of arrays open on CPU and TPU; on a GPU they are static, since launches depend on them.
 """
 
 from jaxkv.cache import PagedKVCache

@@ -6,6 +6,10 @@ On GPUs XLA's divisions are approximate: a computed scale may be off in its last
 kernels there, whose divisions are exact.
 """
 
+import functools
+import operator
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,6 +73,25 @@ def decode(units: jax.Array, stored: FloatFormat) -> jax.Array:
         return _float(magnitude | (whole & 8) << 28)
     dtype = jnp.dtype(E4M3.name if stored == FP8_DS_MLA else stored.name)
     return (units if units.dtype == dtype else lax.bitcast_convert_type(units, dtype)).astype(jnp.float32)
+
+
+# Not as bitcasts that add or take an axis: of those XLA could not tell the shape in a program with sizes left open.
+
+
+def to_bytes(x: jax.Array) -> jax.Array:
+    """Numbers `[…, n]` as their bytes `[…, n · size]`, the lowest first."""
+    size = x.dtype.itemsize
+    whole = lax.bitcast_convert_type(x, f"uint{8 * size}")
+    units = jnp.stack([(whole >> 8 * i).astype(jnp.uint8) for i in range(size)], axis=-1)
+    return units.reshape(*x.shape[:-1], -1)
+
+
+def from_bytes(units: jax.Array, dtype: Any) -> jax.Array:
+    """The numbers that `to_bytes` had."""
+    size = jnp.dtype(dtype).itemsize
+    units = units.reshape(*units.shape[:-1], -1, size).astype(f"uint{8 * size}")
+    whole = functools.reduce(operator.or_, (units[..., i] << 8 * i for i in range(size)))
+    return lax.bitcast_convert_type(whole, dtype)
 
 
 # ---- scales

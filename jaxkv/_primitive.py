@@ -172,6 +172,9 @@ def _lower_local(platform: str) -> Any:
         backend = backend_on(platform, options.backend)
         if backend == "xla":
             return _xla.write(call, operands, options.layer, options.scale_layout)
+        names = ("key_cache", "value_cache") if len(options.layout.arrays) == 2 else ("kv_cache",)
+        names = (*names, "k_scale_cache", "v_scale_cache")[: len(operands.memory)]
+        check_static(platform, operands._replace(memory=dict(zip(names, operands.memory, strict=True))))
         if backend == "interpret":
             return _interpret.write(call, operands, options.layer)
         from jaxkv import _triton  # imports Triton, which only GPUs need
@@ -190,6 +193,16 @@ def backend_on(platform: str, backend: str | None) -> str:
     if backend == "triton" and not gpu:
         raise no_triton_error(platform)
     return backend or ("triton" if gpu else "xla")
+
+
+def check_static(platform: str, operands: Any) -> None:
+    """Raises where jax.export leaves sizes open: grids and strides of a kernel are numbers."""
+    for path, x in jax.tree_util.tree_leaves_with_path(operands):
+        if not all(isinstance(size, int) for size in x.shape):
+            name = jax.tree_util.keystr(path[-1:], simple=True)
+            raise ValueError(
+                f"{name} must have a static shape on {platform}, where kernels depend on it, got {x.shape}"
+            )
 
 
 for _platform in PLATFORMS:

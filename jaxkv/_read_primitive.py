@@ -23,6 +23,7 @@ from jaxkv._primitive import (
     arrays_of,
     backend_on,
     check_concrete,
+    check_static,
     compute_capability,
     explicit_axes,
     heads_in_regions,
@@ -150,6 +151,9 @@ def _lower_local(platform: str) -> Any:
         operands = jax.tree.unflatten(tree, flat)
         call = describe(options, operands)
         backend = backend_on(platform, options.backend)
+        if backend != "xla":
+            names = ("key_cache", "value_cache") if len(operands.caches) == 2 else ("kv_cache",)
+            check_static(platform, operands._replace(caches=dict(zip(names, operands.caches, strict=True))))
         if backend == "triton":
             from jaxkv import _triton_read  # imports Triton, which only GPUs need
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxkv._access import Part, parts_of, take
-from jaxkv._numbers import decode, encode, times
+from jaxkv._numbers import decode, encode, from_bytes, times
 from jaxkv._primitive import vary, varying_axes
 from kvcore.layout import CacheLayout
 from kvcore.quantization import (
@@ -111,7 +111,7 @@ def _tile_queries(x: "Operands") -> _Queries:
     if start is None:
         return _Queries(query[:, None], x.seq_lens[:, None] - 1, x.seq_lens, x.block_tables)
     num_tokens, num_seqs = query.shape[0], x.seq_lens.shape[0]
-    average = -(-num_tokens // num_seqs)
+    average = _known(-(-num_tokens // num_seqs), 16)
     width = min(1 << (average - 1).bit_length(), _MOST_QUERIES)
     begin = _begins(start, num_tokens)
     first_tile = _first_tiles(begin, width)
@@ -152,14 +152,17 @@ def _online_softmax(call: Attention, source: "_Source", index: jax.Array, querie
     position, table = queries.position, queries.block_tables
     (count, heads, rows, _), width = queries.query.shape, position.shape[1]
     per_position = count * heads * (cache.head_size + cache.head_size_v + rows)
-    blocks = min(table.shape[1], max(1, min(_TILE, _TILE_ELEMENTS // per_position) // extents.block_size))
+    blocks = max(1, min(_TILE, _known(_TILE_ELEMENTS // per_position, _TILE)) // extents.block_size)
+    blocks = min(_known(table.shape[1], blocks), blocks)
     positions = blocks * extents.block_size
 
     there = (table >= 0) & (table < extents.num_blocks) & (index >= 0) & (index < (extents.num_layers or 1))
     limit = jnp.minimum(queries.length, table.shape[1] * extents.block_size)
     if options.causal:
         limit = jnp.minimum(limit, position[:, -1] + 1)
-    table = jnp.pad(jnp.where(there, table, -1), ((0, 0), (0, -table.shape[1] % blocks)), constant_values=-1)
+    # Not `-width % blocks`: of a symbolic width, jax.export would not know that the sum holds a tile.
+    more = -(-table.shape[1] // blocks) * blocks - table.shape[1]
+    table = jnp.pad(jnp.where(there, table, -1), ((0, 0), (0, more)), constant_values=-1)
     end = -(-jnp.max(limit) // positions)
     first = 0
     if window is not None:  # sequences of length 0 must not make the loop begin early
@@ -287,8 +290,8 @@ def _decode_mla(row: jax.Array, multiply: Callable[[jax.Array, jax.Array], jax.A
     """Rows of fp8_ds_mla as float32."""
     front, rope_at = row.shape[:-1], row.shape[-1] - 2 * DS_MLA_ROPE
     latent = decode(row[..., :DS_MLA_LATENT], FP8_DS_MLA).reshape(*front, -1, DS_MLA_GROUP)
-    scales = lax.bitcast_convert_type(row[..., DS_MLA_LATENT:rope_at].reshape(*front, -1, 4), jnp.float32)
-    rope = lax.bitcast_convert_type(row[..., rope_at:].reshape(*front, -1, 2), jnp.bfloat16)
+    scales = from_bytes(row[..., DS_MLA_LATENT:rope_at], jnp.float32)
+    rope = from_bytes(row[..., rope_at:], jnp.bfloat16)
     return jnp.concatenate([multiply(latent, scales[..., None]).reshape(*front, -1), decode(rope, BFLOAT16)], axis=-1)
 
 
@@ -300,6 +303,11 @@ def _narrow(x: "Operands") -> "Operands":
 
     fields = ("block_tables", "seq_lens", "query_start_loc", "layer")
     return x._replace(**{name: narrow(getattr(x, name)) for name in fields})
+
+
+def _known(number: int, otherwise: int) -> int:
+    """A number that depends on shapes; `otherwise` where jax.export leaves these open."""
+    return number if isinstance(number, int) else otherwise
 
 
 def _layer(x: "Operands", layer: int | None) -> jax.Array:

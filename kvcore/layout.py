@@ -227,6 +227,7 @@ class CacheLayout:
         head_size: int | None = None,
         head_size_v: int | None = None,
         names: Sequence[str] | None = None,
+        apart: bool = False,
     ) -> Placement:
         """Finds K and V in arrays of these shapes.
 
@@ -237,6 +238,7 @@ class CacheLayout:
             head_size: Elements of a key head; needed for a `k+v` axis, which does not tell where V begins.
             head_size_v: Elements of a value head; needed for a `latent` axis, which does not tell where V ends.
             names: What errors call the arrays.
+            apart: Whether the strides are known to keep elements apart, as those of C order are.
 
         Returns:
             The extents, and the addresses of K and of V.
@@ -248,7 +250,7 @@ class CacheLayout:
         if len(shapes) != len(self.arrays):
             raise ValueError(f"layout '{self}' describes {len(self.arrays)} arrays, got {len(shapes)} shapes")
         found = [
-            _axis_table(name, axes, tuple(shape), tuple(stride or contiguous_strides(shape)))
+            _axis_table(name, axes, tuple(shape), tuple(stride or contiguous_strides(shape)), apart or stride is None)
             for name, axes, shape, stride in zip(
                 names, self.arrays, shapes, strides or [None] * len(shapes), strict=True
             )
@@ -372,7 +374,7 @@ def _validate(pattern: str, arrays: tuple[tuple[Axis, ...], ...]) -> None:
 
 
 def _axis_table(
-    name: str, axes: tuple[Axis, ...], shape: tuple[int, ...], strides: tuple[int, ...]
+    name: str, axes: tuple[Axis, ...], shape: tuple[int, ...], strides: tuple[int, ...], apart: bool
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Sizes and strides by axis name, with joined axes taken apart, and `k+v` and `latent` called dim."""
     if len(shape) != len(axes):
@@ -393,7 +395,7 @@ def _axis_table(
         sizes["head"], steps["head"] = 1, 0
     if sizes.get("kv", 2) != 2:
         raise ValueError(f"{name} axis kv must have size 2, got {sizes['kv']}")
-    if 0 not in sizes.values():
+    if not apart and 0 not in sizes.values():
         _check_apart(name, sizes, steps)
     return sizes, steps
 

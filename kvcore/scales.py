@@ -191,6 +191,7 @@ def _place_nvfp4(
             head_size=None if head_size is None else head_size // per_unit[part],
             head_size_v=None if head_size_v is None else head_size_v // per_unit[part],
             names=names,
+            apart=all(c.strides is None for c in caches),
         )
 
     scales = place("scales")
@@ -222,7 +223,7 @@ def _place_ds_mla(layout: CacheLayout, cache: ArraySpec, head_size_v: int | None
     def place(units: int, itemsize: int) -> Placement:
         shape = tuple(units if i == latent else size for i, size in enumerate(cache.shape))
         steps = tuple(1 if i == latent else step // itemsize for i, step in enumerate(cache.steps))
-        return layout.place([shape], [steps], head_size_v=units, names=[name])
+        return layout.place([shape], [steps], head_size_v=units, names=[name], apart=cache.strides is None)
 
     elements = place(DS_MLA_LATENT, 1)
     extents, scale, _ = place(DS_MLA_LATENT // DS_MLA_GROUP, 4)
