@@ -3,12 +3,19 @@
     torchkv.reshape_and_cache_flash(key, value, key_cache, value_cache, slot_mapping)
     out = torchkv.paged_attention(query, (key_cache, value_cache), block_tables, seq_lens)
 
-Docs: README.md. Layouts: `torchkv.CacheLayout`.
+Docs: README.md. Layouts: `torchkv.CacheLayout`. Under vLLM's names: `torchkv.integrations.vllm`.
 """
 
 from kvcore.layout import CacheLayout
 from kvcore.slots import check_tables, find_duplicate_slots
 from torchkv.cache import PagedKVCache
+from torchkv.integrations.vllm import (
+    merge_attn_states,
+    triton_reshape_and_cache_flash,
+    triton_reshape_and_cache_flash_diffkv,
+    triton_reshape_and_cache_flash_per_token_head_quant,
+    unified_attention,
+)
 from torchkv.ops import (
     concat_and_cache_mla,
     kv_scales,
@@ -28,9 +35,14 @@ __all__ = [
     "gather_kv",
     "kv_scales",
     "merge_attention",
+    "merge_attn_states",
     "paged_attention",
     "reshape_and_cache_flash",
     "reshape_and_cache_flash_diffkv",
     "reshape_and_cache_flash_diffkv_per_token_head_quant",
     "reshape_and_cache_flash_per_token_head_quant",
+    "triton_reshape_and_cache_flash",
+    "triton_reshape_and_cache_flash_diffkv",
+    "triton_reshape_and_cache_flash_per_token_head_quant",
+    "unified_attention",
 ]

@@ -9,11 +9,24 @@ from torch import Tensor
 from kvcore.checks import check_options
 from kvcore.contract import check_kv_scales
 from kvcore.layout import CacheLayout
+from kvcore.quantization import KV_CACHE_DTYPES
 from torchkv import _library
-from torchkv._call import spec_of
+from torchkv._call import dtype_name, spec_of
 from torchkv._torch import scale_of
 
 BACKENDS = ("triton", "torch", "interpret")
+
+VLLM_FORMATS = {
+    "fp8_inc": "fp8",
+    "int8_per_token_head": "int8",
+    "fp8_per_token_head": "fp8",
+    "bfloat16": "auto",
+    "float16": "auto",
+    "half": "auto",
+    "float32": "auto",
+    "float": "auto",
+}
+"""vLLM's names of formats, which the functions that write understand beside their own."""
 
 
 def reshape_and_cache_flash(
@@ -60,6 +73,8 @@ def reshape_and_cache_flash(
             "nvfp4" stores e2m1; each 16 elements have a scale b of their own, `absmax / 6 / scale` in e4m3, and are
             multiplied by `1 / (b * scale)`. In each block, the elements of all heads lie before these scales, both in
             the layout's order.
+            vLLM's names are understood, too: "bfloat16", "float16", "half", "float32" and "float" are "auto" for caches
+            of that dtype, "fp8_inc" is "fp8".
         k_scale: float32 of one element, or `[num_heads]`, on the caches' device; None means 1. Unused with "auto". A
             number is made into such a tensor on every call. `kv_scales` computes them. Zero, negative numbers and NaN
             divide as IEEE 754 has it.
@@ -77,6 +92,7 @@ def reshape_and_cache_flash(
 
     After `triton_reshape_and_cache_flash` of vLLM.
     """
+    kv_cache_dtype = format_of(kv_cache_dtype, "key_cache", key_cache)
     check_options(kv_cache_dtype, k_scale, v_scale, layer, backend, BACKENDS)
     _library.flash(
         key,
@@ -128,6 +144,7 @@ def reshape_and_cache_flash_diffkv(
 
     After `triton_reshape_and_cache_flash_diffkv` of vLLM.
     """
+    kv_cache_dtype = format_of(kv_cache_dtype, "kv_cache", kv_cache)
     check_options(kv_cache_dtype, k_scale, v_scale, layer, backend, BACKENDS)
     _library.diffkv(
         key,
@@ -188,6 +205,7 @@ def reshape_and_cache_flash_per_token_head_quant(
 
     After `triton_reshape_and_cache_flash_per_token_head_quant` of vLLM.
     """
+    kv_cache_dtype = format_of(kv_cache_dtype, "key_cache", key_cache)
     check_options(kv_cache_dtype, None, None, layer, backend, BACKENDS)
     layout, *layer_options = op_options(layout, layer)
     _library.flash_quant(
@@ -241,6 +259,7 @@ def reshape_and_cache_flash_diffkv_per_token_head_quant(
 
     After `triton_reshape_and_cache_flash_per_token_head_quant` and `triton_reshape_and_cache_flash_diffkv` of vLLM.
     """
+    kv_cache_dtype = format_of(kv_cache_dtype, "kv_cache", kv_cache)
     check_options(kv_cache_dtype, None, None, layer, backend, BACKENDS)
     layout, *layer_options = op_options(layout, layer)
     _library.diffkv_quant(
@@ -265,6 +284,7 @@ def concat_and_cache_mla(
     slot_mapping: Tensor,
     kv_cache_dtype: str = "auto",
     scale: Tensor | float | None = None,
+    skip_scale: bool = False,
     *,
     layer: int | Tensor | None = None,
     backend: str | None = None,
@@ -287,6 +307,7 @@ def concat_and_cache_mla(
             are read as NaN. Such a cache begins at a multiple of 4 bytes.
         scale: What elements are divided by: float32 of one element, or a number; None means 1. Not read for
             "fp8_ds_mla".
+        skip_scale: Whether scale is not read, and counts as 1, as in vLLM.
         layer: Index into kv_cache's first axis, or a Tensor of one integer.
         backend: None, "triton", "torch" or "interpret".
 
@@ -296,6 +317,9 @@ def concat_and_cache_mla(
 
     After `concat_and_cache_mla` of vLLM.
     """
+    if skip_scale:
+        scale = None
+    kv_cache_dtype = format_of(kv_cache_dtype, "kv_cache", kv_cache)
     number = isinstance(scale, (int, float)) or hasattr(scale, "shape")
     if scale is not None and (isinstance(scale, (bool, np.bool_)) or not number):
         raise TypeError(f"scale must be a number or an array of float32, got {scale!r}")
@@ -354,6 +378,20 @@ def scale_tensor(scale: Any, cache: Tensor) -> Tensor | None:
     elif hasattr(scale, "shape"):  # an array of NumPy's, if of no axes
         return torch.as_tensor(scale, device=cache.device)
     return torch.full((), scale, dtype=torch.float32, device=cache.device)
+
+
+def format_of(kv_cache_dtype: str, name: str, cache: Tensor) -> str:
+    """A format's name here, of vLLM's name for it. Those of dtypes must name the cache's."""
+    if kv_cache_dtype in KV_CACHE_DTYPES or not isinstance(kv_cache_dtype, str):
+        return kv_cache_dtype
+    known = VLLM_FORMATS.get(kv_cache_dtype, kv_cache_dtype)
+    if known == "auto":
+        dtype = {"half": "float16", "float": "float32"}.get(kv_cache_dtype, kv_cache_dtype)
+        if dtype_name(cache) != dtype:
+            raise TypeError(
+                f"{name} must have dtype {dtype} for kv_cache_dtype {kv_cache_dtype!r}, got {dtype_name(cache)}"
+            )
+    return known
 
 
 def op_options(
