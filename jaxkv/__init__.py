@@ -7,6 +7,13 @@ Under `jax.jit` with donated caches, in scans, loops and shardings, the caches a
 README.md. Layouts: `jaxkv.CacheLayout`.
 """
 
+from typing import TYPE_CHECKING
+
+from kvcore import installed
+
+with installed.needed("jax", installed.JAX):
+    import jax as _  # noqa: F401, the parts below import it without a word
+
 from jaxkv.cache import PagedKVCache
 from jaxkv.ops import (
     concat_and_cache_mla,
@@ -35,3 +42,8 @@ __all__ = [
     "reshape_and_cache_flash_diffkv_per_token_head_quant",
     "reshape_and_cache_flash_per_token_head_quant",
 ]
+
+__version__: str
+
+if not TYPE_CHECKING:  # for which every name would be an attribute
+    __getattr__ = installed.version_attribute(__name__)
