@@ -114,13 +114,14 @@ def make_cache(shape: Shape, num_blocks: int) -> jaxkv.PagedKVCache:
 
 def rms_norm(x: Array, weight: Array) -> Array:
     wide = x.astype(jnp.float32)
-    return (wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + 1e-5)).astype(x.dtype) * weight
+    return (wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + 1e-5)).astype(x.dtype) * weight[None]
 
 
 def rotate(x: Array, positions: Array) -> Array:
     """RoPE of x [batch, heads, dim]."""
     half = x.shape[-1] // 2
-    angles = positions[:, None, None] * 500000.0 ** (-jnp.arange(half) / half)
+    frequencies = 500000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions[:, None, None].astype(jnp.float32) * frequencies[None, None]
     left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cosine, sine = jnp.cos(angles), jnp.sin(angles)
     return jnp.concatenate([left * cosine - right * sine, right * cosine + left * sine], axis=-1).astype(x.dtype)

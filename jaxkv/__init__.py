@@ -5,6 +5,11 @@
 
 Under `jax.jit` with donated caches, in scans, loops and shardings, the caches are updated where they are. Docs:
 README.md. Layouts: `jaxkv.CacheLayout`.
+
+Wherever a function takes an array, it takes one of JAX's or NumPy's, or a list; numbers in lists are float32, and what
+JAX would round (NumPy's float64) is a TypeError. Slots, tables, lengths, starts and layers may be integers of any
+width, never bools or floats. Where JAX has no 64-bit integers, those that do not fit stay outside: slots and blocks
+that do not exist, lengths beyond any table. NumPy's scalars count as Python's numbers.
 """
 
 from typing import TYPE_CHECKING

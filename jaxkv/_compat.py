@@ -38,7 +38,21 @@ def import_jax_triton() -> Any:
 
     # jax-triton compiles anew in each process. Can go when it keeps results, as Triton does for torch.
     triton_lib.compile_ttir_to_ptx_inplace = kept_on_disk(triton_lib.compile_ttir_to_ptx_inplace)
+    # Of threads that want the same kernel, one compiles; and none while another thread interprets.
+    function = triton_lib.TritonFunction
+    function.get_or_create_kernel = _one_at_a_time(function.get_or_create_kernel)
     return jax_triton
+
+
+def _one_at_a_time(compile_kernel: Callable[..., Any]) -> Callable[..., Any]:
+    from kvcore.compiler import LOCK
+
+    @functools.wraps(compile_kernel)
+    def locked(*args: Any, **options: Any) -> Any:
+        with LOCK:
+            return compile_kernel(*args, **options)
+
+    return locked
 
 
 def cache_dir() -> Path | None:

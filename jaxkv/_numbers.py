@@ -11,7 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from kvcore.quantization import E4M3, FP8_DS_MLA, NVFP4, NVFP4_GROUP, SMALLEST_SCALE, FloatFormat
+from kvcore.quantization import (
+    DS_MLA_SMALLEST_SCALE,
+    E4M3,
+    FP8_DS_MLA,
+    NVFP4,
+    NVFP4_GROUP,
+    SMALLEST_SCALE,
+    FloatFormat,
+)
 
 _NAN, _INFINITY = 0x7FC00000, 0x7F800000
 
@@ -86,6 +94,18 @@ def quantise(x: jax.Array, stored: FloatFormat) -> tuple[jax.Array, jax.Array]:
     """Rows `[…, n]` of float32 with a scale each: stored units, and scales `[…, 1]`."""
     scale = scale_of(largest_of(x, (-1,)), stored.largest)[..., None]
     return pack(encode(divide(x, scale), stored), stored), scale
+
+
+def quantise_ds_mla(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Tiles `[…, n]` of float32 as fp8_ds_mla has them: e4m3, and scales `[…, 1]` that are powers of two."""
+    largest = largest_of(jnp.where(_is_nan(_bits(x)), jnp.float32(0), x), (-1,))
+    # The first power of two not below largest / 448. Exponents count in steps of 2^23, so the difference of the bits,
+    # rounded up to such a step, is the difference of the exponents: exact, also where divisions are not.
+    bits = _bits(largest).astype(jnp.int32)
+    steps = (bits - _bits(jnp.float32(FP8_DS_MLA.largest)).astype(jnp.int32) + 0x7FFFFF) & ~0x7FFFFF
+    power = jnp.maximum(steps + 0x3F800000, _bits(jnp.float32(DS_MLA_SMALLEST_SCALE)).astype(jnp.int32))
+    scale = _float(jnp.where(bits == _INFINITY, _INFINITY, power).astype(jnp.uint32))[..., None]
+    return encode(divide(x, scale), FP8_DS_MLA), scale
 
 
 def quantise_nvfp4(x: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax._src import (
-    dispatch,
-)  # private: a lowering that emits custom_partitioning has to say that it needs devices
+    compiler,  # private: only its handlers of errors see those of a partitioning
+    dispatch,  # private: a lowering that emits custom_partitioning has to say that it needs devices
+)
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
@@ -67,16 +68,18 @@ def arrays_of(layout: CacheLayout, scale_layout: CacheLayout | None) -> list[Seq
 
 def write(options: Options, operands: Operands) -> list[Any]:
     """Binds the primitive. Inside shard_map, operands become varying where any of them is."""
-    mesh, explicit = explicit_axes(operands.memory[0])
-    if explicit:
-        return _write_explicit(options, mesh, explicit, operands)
+    if explicit_axes(operands.memory[0])[1]:
+        return _write_explicit(options, operands)
+    check_concrete(options, operands.memory)
     flat, tree = jax.tree.flatten(operands)
     varying = frozenset().union(*map(varying_axes, flat))
     return write_p.bind(*(vary(x, varying) for x in flat), tree=tree, options=options)
 
 
-def _write_explicit(options: Options, mesh: Any, explicit: set[str], operands: Operands) -> list[Any]:
+@functools.partial(jax.jit, static_argnums=0, inline=True)  # an eager shard_map of a function made here: anew each time
+def _write_explicit(options: Options, operands: Operands) -> list[Any]:
     """The write where shardings are part of types: they are known here, so each device gets its heads here."""
+    mesh, explicit = explicit_axes(operands.memory[0])
     specs = _specs(options, [jax.typeof(a).sharding.spec for a in operands.memory], operands)
     local = jax.shard_map(
         lambda shards: tuple(write(options, shards)),
@@ -86,6 +89,27 @@ def _write_explicit(options: Options, mesh: Any, explicit: set[str], operands: O
         out_specs=specs.memory,
     )
     return list(local(jax.tree.map(lambda x, s: jax.sharding.reshard(x, NamedSharding(mesh, s)), operands, specs)))
+
+
+def check_concrete(options: Any, arrays: Sequence[Any]) -> None:
+    """Raises, before anything is compiled, if caches and scale caches are split in a way that no op can use.
+
+    Within jit, XLA's partitioner is the first to know how they are: see `refusals`.
+    """
+    if any(isinstance(a, jax.core.Tracer) or not isinstance(a.sharding, NamedSharding) for a in arrays):
+        return
+    specs = [used_spec(a.sharding) for a in arrays]
+    heads_split(options.kv_cache_dtype, options.layout, options.arrays, specs)
+
+
+def used_spec(sharding: NamedSharding) -> P:
+    """The spec of a sharding without mesh axes of size 1, over which nothing is split."""
+
+    def used(axes: Any) -> Any:
+        kept = tuple(a for a in (axes if isinstance(axes, tuple) else (axes,)) if sharding.mesh.shape[a] > 1)
+        return kept if len(kept) > 1 else kept[0] if kept else None
+
+    return P(*(None if axes is None else used(axes) for axes in sharding.spec))
 
 
 def explicit_axes(cache: Any) -> tuple[Any, set[str]]:
@@ -196,12 +220,38 @@ def compute_capability(axis_context: Any) -> int | None:
     return None
 
 
+_refused: set[str] = set()
+
+
+def refusals(partition: Any) -> Any:
+    """Its ValueErrors leave the compiler as such: XLA would hide what they say in the middle of a traceback."""
+
+    @functools.wraps(partition)
+    def remembered(*args: Any) -> Any:
+        try:
+            return partition(*args)
+        except ValueError as error:
+            _refused.add(str(error))
+            raise
+
+    return remembered
+
+
+def _refusal(error: Exception) -> ValueError | None:
+    text = str(error)
+    return next((ValueError(refused) for refused in _refused if refused in text), None)
+
+
+compiler.register_xla_runtime_error_handler(_refusal)
+
+
 def _partitioned(options: Options, tree: Any, avals: Sequence[Any]) -> Any:
     """The write as a function that XLA's partitioner splits by heads."""
 
     def local(*flat: Any) -> tuple[Any, ...]:
         return tuple(local_p.bind(*flat, tree=tree, options=options))
 
+    @refusals
     def partition(mesh: Any, args: Any, results: Any) -> Any:
         del results
         given = jax.tree.unflatten(tree, args)
@@ -274,12 +324,33 @@ def heads_in_regions(kv_cache_dtype: str, layout: CacheLayout) -> bool:
     return any("head" in axis for region in regions for axis in region)
 
 
+def split_axes(axes: Sequence[Axis], spec: P) -> dict[str, Any]:
+    """The mesh axes over which heads, blocks and layers of a cache are split, by name.
+
+    Raises:
+        ValueError: anything else is; then no device has whole rows of a head, which even `jax.shard_map` needs.
+    """
+    split = {}
+    for axis, mesh_axes in _split_over(axes, spec):
+        if axis[0] not in ("head", "block", "layer"):  # of a joined (kv head), devices would get K or V
+            raise ValueError(
+                f"a cache may be split over heads, blocks and layers only, got axis {' '.join(axis)} split over "
+                f"{mesh_axes}"
+            )
+        split[axis[0]] = mesh_axes
+    return split
+
+
+def _split_over(axes: Sequence[Axis], spec: P) -> list[tuple[Axis, Any]]:
+    """Axes that are split, each with the mesh axes."""
+    padded = (*spec, *(None,) * (len(axes) - len(spec)))
+    return [(axis, mesh_axes) for axis, mesh_axes in zip(axes, padded, strict=True) if mesh_axes is not None]
+
+
 def _head_split(axes: Sequence[Axis], spec: P) -> Any:
     """The mesh axes over which the heads of an array are split; an error if anything else is."""
     split = None
-    for axis, mesh_axes in zip(axes, (*spec, *(None,) * (len(axes) - len(spec))), strict=True):
-        if mesh_axes is None:
-            continue
+    for axis, mesh_axes in _split_over(axes, spec):
         if axis[0] != "head":  # of a joined (kv head), devices would get K or V
             raise ValueError(
                 f"a cache may be split over heads only, got axis {' '.join(axis)} split over {mesh_axes}; "
@@ -315,6 +386,12 @@ def spell(specs: Any) -> Any:
 
 def _batch(flat: Sequence[Any], dims: Sequence[Any], *, tree: Any, options: Options) -> tuple[list[Any], list[int]]:
     """vmap: one write where the batch can be folded into blocks, else a loop over it; in place either way."""
+    new = _write_batch(tuple(flat), tuple(dims), tree, options)
+    return new, [0] * len(new)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3), inline=True)  # an eager loop would be compiled anew each time
+def _write_batch(flat: tuple[Any, ...], dims: tuple[Any, ...], tree: Any, options: Options) -> list[Any]:
     size = next(x.shape[d] for x, d in zip(flat, dims, strict=True) if isinstance(d, int))
     mapped: Any = jax.tree.unflatten(tree, [isinstance(d, int) for d in dims])
     x: Any = jax.tree.unflatten(tree, [batching.bdim_at_front(a, d, size) for a, d in zip(flat, dims, strict=True)])
@@ -340,7 +417,7 @@ def _batch(flat: Sequence[Any], dims: Sequence[Any], *, tree: Any, options: Opti
         new = _loop_over_layers(x, size, extents.num_layers, options)
     else:  # layer, but not in front: the batch cannot be one axis with it
         new = lax.map(lambda item: _bind(item, options), x)
-    return [a.reshape(c.shape) for a, c in zip(new, x.memory, strict=True)], [0] * len(new)
+    return [a.reshape(c.shape) for a, c in zip(new, x.memory, strict=True)]
 
 
 def _loop_over_layers(x: Operands, size: int, num_layers: int | None, options: Options) -> list[Any]:

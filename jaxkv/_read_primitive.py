@@ -22,11 +22,13 @@ from jaxkv._primitive import (
     PLATFORMS,
     arrays_of,
     backend_on,
+    check_concrete,
     compute_capability,
     explicit_axes,
     heads_in_regions,
     heads_split,
     make_primitive,
+    refusals,
     spec_of,
     spell,
     split_heads,
@@ -81,16 +83,19 @@ class Options(NamedTuple):
 
 def read(options: Options, operands: Operands) -> list[Any]:
     """Binds the primitive. Inside shard_map, operands become varying where any of them is."""
-    mesh, explicit = explicit_axes(operands.caches[0])
-    if explicit:
-        return _read_explicit(options, mesh, explicit, operands)
+    if explicit_axes(operands.caches[0])[1]:
+        return _read_explicit(options, operands)
+    scales = () if options.scale_layout is None else (operands.k_scale, operands.v_scale)
+    check_concrete(options, (*operands.caches, *scales))
     flat, tree = jax.tree.flatten(operands)
     varying = frozenset().union(*map(varying_axes, flat))
     return read_p.bind(*(vary(x, varying) for x in flat), tree=tree, options=options)
 
 
-def _read_explicit(options: Options, mesh: Any, explicit: set[str], operands: Operands) -> list[Any]:
+@functools.partial(jax.jit, static_argnums=0, inline=True)  # as in _primitive.py
+def _read_explicit(options: Options, operands: Operands) -> list[Any]:
     """Where shardings are part of types they are known here, so each device gets its heads here."""
+    mesh, explicit = explicit_axes(operands.caches[0])
     in_specs, out_specs = _specs(options, jax.tree.map(lambda x: jax.typeof(x).sharding.spec, operands), operands)
     local = jax.shard_map(
         functools.partial(read, options), mesh=mesh, axis_names=explicit, in_specs=(in_specs,), out_specs=out_specs
@@ -180,6 +185,7 @@ def _partitioned(options: Options, tree: Any, avals: Sequence[Any]) -> Any:
     def local(*flat: Any) -> tuple[Any, ...]:
         return tuple(local_p.bind(*flat, tree=tree, options=options))
 
+    @refusals
     def partition(mesh: Any, args: Any, found: Any) -> Any:
         given = jax.tree.unflatten(tree, args)
         if not all(isinstance(c.sharding, NamedSharding) for c in given.caches):  # within a partly manual shard_map
@@ -261,6 +267,12 @@ def _sharding_rule(options: Options, operands: Operands) -> tuple[str, dict[str,
 
 def _batch(flat: Sequence[Any], dims: Sequence[Any], *, tree: Any, options: Options) -> tuple[list[Any], list[int]]:
     """vmap: a loop over the batch. What is shared is not copied."""
+    out = _read_batch(tuple(flat), tuple(dims), tree, options)
+    return out, [0] * len(out)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3), inline=True)  # as in _primitive.py
+def _read_batch(flat: tuple[Any, ...], dims: tuple[Any, ...], tree: Any, options: Options) -> list[Any]:
     mapped = [isinstance(d, int) for d in dims]
     size = next(x.shape[d] for x, d in zip(flat, dims, strict=True) if isinstance(d, int))
     items = [batching.bdim_at_front(x, d, size) for x, d, m in zip(flat, dims, mapped, strict=True) if m]
@@ -271,8 +283,7 @@ def _batch(flat: Sequence[Any], dims: Sequence[Any], *, tree: Any, options: Opti
             *(rest.pop(0) if m else x for x, m in zip(flat, mapped, strict=True)), tree=tree, options=options
         )
 
-    out = lax.map(one, items)
-    return out, [0] * len(out)
+    return lax.map(one, items)
 
 
 batching.primitive_batchers[read_p] = _batch

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxkv._access import parts_of, put
-from jaxkv._numbers import divide, encode, pack, quantise, quantise_nvfp4
+from jaxkv._numbers import divide, encode, pack, quantise, quantise_ds_mla, quantise_nvfp4
 from kvcore.contract import Write
 from kvcore.layout import CacheLayout
 from kvcore.quantization import DS_MLA_GROUP, FP8_DS_MLA, NVFP4
@@ -60,6 +60,6 @@ def _rows_of_mla(kv_c: jax.Array, k_pe: jax.Array, call: Write) -> jax.Array:
     """Rows of fp8_ds_mla: bytes of elements, of scales, and of the part in bfloat16."""
     groups = kv_c.reshape(*kv_c.shape[:-1], -1, DS_MLA_GROUP).astype(jnp.float32)
     rope = k_pe if k_pe.dtype.name == call.format_v.name else encode(k_pe.astype(jnp.float32), call.format_v)
-    parts = (*quantise(groups, call.format), rope)
+    parts = (*quantise_ds_mla(groups), rope)
     as_bytes = (x if x.dtype == jnp.uint8 else lax.bitcast_convert_type(x, jnp.uint8) for x in parts)
     return jnp.concatenate([x.reshape(*kv_c.shape[:-1], -1) for x in as_bytes], axis=-1)

@@ -7,8 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxkv._primitive import heads_split, split_heads
+from jaxkv._arguments import as_array, as_scale
+from jaxkv._primitive import spec_of, split_axes, used_spec
 from jaxkv.ops import (
+    BACKENDS,
     reshape_and_cache_flash,
     reshape_and_cache_flash_diffkv,
     reshape_and_cache_flash_diffkv_per_token_head_quant,
@@ -16,6 +18,7 @@ from jaxkv.ops import (
     write_latent,
 )
 from jaxkv.read_ops import gather_kv, paged_attention
+from kvcore.checks import check_options, check_scale
 from kvcore.layout import CacheLayout
 from kvcore.paged_cache import CacheSpec
 
@@ -75,7 +78,8 @@ class PagedKVCache:
             v_scale: Likewise, for values; where they are a part of the keys (`block slot latent`), k_scale is for both.
             per_token_head: Whether each token's head has a scale of its own, which `write` computes.
             scale_layout: With these, as in `reshape_and_cache_flash_per_token_head_quant`.
-            sharding: Of each cache; it may split heads only, and scale caches have theirs split alike. None leaves
+            sharding: Of each cache; scale caches are split alike. It may split heads, which all methods can use, or
+                layers or blocks, which `jax.shard_map` can use, with a cache of its own for each device. None leaves
                 the arrays where JAX puts them.
 
         Raises:
@@ -94,18 +98,24 @@ class PagedKVCache:
             raise ValueError(
                 f"v_scale must be None for layout '{spec.layout}', where k_scale is for both, got {v_scale!r}"
             )
+        splits: list[dict[str, Any]] = [{}] * len(spec.shapes)
+        if isinstance(sharding, jax.sharding.NamedSharding):
+            splits = [split_axes(axes, used_spec(sharding)) for axes in spec.layout.arrays]
         caches = tuple(jnp.zeros(shape, spec.dtype, device=sharding) for shape in spec.shapes)
 
-        def array(scale: jax.Array | float | None) -> jax.Array | None:
-            return None if scale is None else jnp.asarray(scale, jnp.float32)
-
         if spec.scale_layout is None:
-            return cls(caches, spec, array(k_scale), array(v_scale))
-        axes = [axes[:-1] for axes in spec.scale_layout.arrays]
+            scales = {"k_scale": as_scale(k_scale), "v_scale": as_scale(v_scale)}
+            check_options(kv_cache_dtype, *scales.values(), None, None, BACKENDS)
+            for given, scale in scales.items():
+                if scale is not None:
+                    check_scale(given, spec_of(scale), num_heads)
+            return cls(caches, spec, **jax.tree.map(jnp.asarray, scales))
         shardings = [sharding] * 2
         if isinstance(sharding, jax.sharding.NamedSharding):
-            heads = heads_split(kv_cache_dtype, spec.layout, spec.layout.arrays, [sharding.spec] * len(caches))
-            shardings = [jax.sharding.NamedSharding(sharding.mesh, split_heads(a, heads)) for a in axes]
+            shardings = [
+                jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*(split.get(a[0]) for a in axes)))
+                for split, (*axes, _) in zip((splits[0], splits[-1]), spec.scale_layout.arrays, strict=True)
+            ]
         scale_caches = (
             jnp.zeros(shape, jnp.float32, device=s) for shape, s in zip(spec.scale_shapes, shardings, strict=True)
         )
@@ -129,7 +139,8 @@ class PagedKVCache:
             The new cache: the same memory, where this one was donated or is not used again.
         """
         spec, layout = self.spec, self.spec.layout
-        spec.check_rows(jnp.shape(key), jnp.shape(value))
+        key, value = as_array(key), as_array(value)
+        spec.check_rows(key.shape, value.shape)
         if layout.latent:
             kv_cache = write_latent(
                 key, value, self.caches[0], slot_mapping, spec.kv_cache_dtype, self.k_scale, layout, layer, backend
@@ -160,7 +171,8 @@ class PagedKVCache:
         **options: Any,
     ) -> Any:
         """Attention over the cache; arguments and results as in `paged_attention`, which names `options`."""
-        self.spec.check_query(jnp.shape(query))
+        query = as_array(query)
+        self.spec.check_query(query.shape)
         return paged_attention(query, self.caches, block_tables, seq_lens, layer=layer, **self._reading, **options)
 
     def gather(

@@ -7,13 +7,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxkv import _primitive
+from jaxkv._arguments import as_array, as_indices, as_layer, as_scale
 from jaxkv._primitive import Operands, Options, spec_of
-from kvcore.checks import check_options, check_scale, is_bool, is_number
-from kvcore.contract import check_mla, check_write
+from kvcore.checks import check_options, check_scale, is_bool
+from kvcore.contract import check_mla, check_write, split_of_latent
 from kvcore.layout import CacheLayout
+from kvcore.quantization import DS_MLA_ROPE
 from kvcore.scales import scale_layout_of
 
 BACKENDS = ("triton", "xla", "interpret")
@@ -69,7 +70,7 @@ def reshape_and_cache_flash(
         The new `(key_cache, value_cache)`; None for Refs.
 
     Raises:
-        ValueError: a shape, layout or choice does not fit, or both caches are one array.
+        ValueError: a shape, layout or choice does not fit, or both caches are one Ref.
         TypeError: a dtype does not fit.
         NotImplementedError: on differentiation; `jax.lax.stop_gradient` says that none is wanted.
 
@@ -164,7 +165,7 @@ def reshape_and_cache_flash_per_token_head_quant(
         The new `(key_cache, value_cache, k_scale_cache, v_scale_cache)`; None for Refs.
 
     Raises:
-        ValueError: a shape, layout or choice does not fit, or an array is given twice.
+        ValueError: a shape, layout or choice does not fit, or a Ref is given twice.
         TypeError: a dtype does not fit.
         NotImplementedError: on differentiation.
 
@@ -211,7 +212,7 @@ def reshape_and_cache_flash_diffkv_per_token_head_quant(
         The new `(kv_cache, k_scale_cache, v_scale_cache)`; None for Refs.
 
     Raises:
-        ValueError: a shape, layout or choice does not fit, or an array is given twice.
+        ValueError: a shape, layout or choice does not fit, or a Ref is given twice.
         TypeError: a dtype does not fit.
         NotImplementedError: on differentiation.
 
@@ -247,10 +248,10 @@ def concat_and_cache_mla(
             656 bytes for "fp8_ds_mla".
         slot_mapping: `[n]` of int32 or int64, n ≤ num_tokens.
         kv_cache_dtype: As in `reshape_and_cache_flash`, or "fp8_ds_mla" for rows of 512 + 64 elements: 512 bytes of
-            e4m3, a float32 scale for each 128 of them, computed as in
-            `reshape_and_cache_flash_per_token_head_quant`, and k_pe in bfloat16.
-        scale: Of both parts: float32 of one element, also traced, or a number; None means 1, and is needed for
-            "fp8_ds_mla".
+            e4m3, a float32 scale for each 128 of them, and k_pe in bfloat16, or zeros where it has no columns. Such a
+            scale is the first power of two not below `absmax / 448` and 1e-4, as in vLLM. NaN counts as 0 for absmax,
+            and is stored as NaN; with an infinity among the 128, the scale is infinite, and all are read as NaN.
+        scale: Of both parts: float32 of one element, also traced, or a number; None means 1. Not read for "fp8_ds_mla".
         layer: Index into the first axis of kv_cache, also traced.
         backend: None, "triton", "xla" or "interpret".
 
@@ -280,18 +281,23 @@ def write_latent(
     backend: str | None,
 ) -> jax.Array | None:
     """`concat_and_cache_mla`, into a cache with its axes in the order of a latent layout."""
+    layer, scale = as_layer(layer), as_scale(scale)
     check_options(kv_cache_dtype, None, None, layer, backend, BACKENDS)
-    if is_number(scale):
-        scale = jnp.float32(scale)
-    elif scale is not None and (is_bool(scale) or not hasattr(scale, "shape")):
+    if scale is not None and (is_bool(scale) or not hasattr(scale, "shape")):
         raise TypeError(f"scale must be a number or an array of float32, got {scale!r}")
+    kv_c, k_pe, kv_cache = as_array(kv_c), as_array(k_pe), _as_memory(kv_cache)
     axes, spec = layout.arrays[0], spec_of(kv_cache)
     order = [axes.index((name,)) for name in ("layer", "block", "slot", "latent") if (name,) in axes]
     usual = spec if len(spec.shape) != len(axes) else spec._replace(shape=tuple(spec.shape[i] for i in order))
-    check_mla(spec_of(kv_c), spec_of(k_pe), usual, kv_cache_dtype, scale, layer)
+    check_mla(spec_of(kv_c), spec_of(k_pe), usual, kv_cache_dtype, layer)
     if scale is not None:
         check_scale("scale", spec_of(scale), 1)
     whole = spec.shape
+    if not k_pe.shape[1]:
+        if kv_cache_dtype == "fp8_ds_mla":
+            k_pe = jnp.zeros((k_pe.shape[0], DS_MLA_ROPE), k_pe.dtype)
+        else:
+            kv_c, k_pe = jnp.split(jnp.asarray(kv_c), [split_of_latent(kv_c.shape[1])], axis=1)
     if kv_cache_dtype != "fp8_ds_mla":  # the same memory in two parts, with an axis for its one head
         layout = CacheLayout(layout.pattern.replace("latent", "head k+v"))
         whole = (*whole[: order[-1]], 1, *whole[order[-1] :])
@@ -318,8 +324,10 @@ def _write(
     whole: tuple[int, ...] | None = None,
 ) -> Any:
     """Checks a call and binds the primitive. `whole`: the shape that the layout means, if the one cache's differs."""
+    k_scale, v_scale, layer = as_scale(k_scale), as_scale(v_scale), as_layer(layer)
     check_options(kv_cache_dtype, k_scale, v_scale, layer, backend, BACKENDS)
-    memory = (*caches, *scale_caches)
+    key, value, slot_mapping = as_array(key), as_array(value), as_indices(slot_mapping)
+    memory = tuple(map(_as_memory, (*caches, *scale_caches)))
     names = ("key_cache", "value_cache") if len(caches) == 2 else ("kv_cache",)
     names += ("k_scale_cache", "v_scale_cache")[: len(scale_caches)]
     refs = [isinstance(a, jax.Ref) for a in memory]
@@ -328,13 +336,10 @@ def _write(
         every = f"{', '.join(names[:-1])} and {names[-1]}"
         raise TypeError(f"{every} must be {count} jax.Refs or {count} arrays, got {each} of each")
     for (name, a), (other, b) in combinations(zip(names, memory, strict=True), 2):
-        if a is b:
+        if a is b and all(refs):  # one array twice is two that are alike
             raise ValueError(f"{name} and {other} must not overlap in memory")
-    k_scale, v_scale = (jnp.float32(s) if is_number(s) else s for s in (k_scale, v_scale))
-    if isinstance(layer, np.integer):
-        layer = int(layer)
     index: Any = layer if hasattr(layer, "shape") else None  # a traced layer
-    specs = [spec_of(a) for a in caches]
+    specs = [spec_of(a) for a in memory[: len(caches)]]
     if whole is not None:
         specs = [specs[0]._replace(shape=whole)]
     write = check_write(
@@ -347,7 +352,7 @@ def _write(
         None if v_scale is None else spec_of(v_scale),
         layout,
         layer if index is None else spec_of(index),
-        [spec_of(a) for a in scale_caches],
+        [spec_of(a) for a in memory[len(caches) :]],
         scale_layout,
     )
     options = Options(
@@ -361,10 +366,10 @@ def _write(
         key=jnp.asarray(key),
         value=jnp.asarray(value),
         memory=(),
-        slot_mapping=indices(slot_mapping),
+        slot_mapping=jnp.asarray(slot_mapping),
         k_scale=static_scale(k_scale, write.scaled),
         v_scale=static_scale(v_scale, write.scaled),
-        layer=None if index is None else jnp.reshape(indices(index), 1),
+        layer=None if index is None else jnp.reshape(jnp.asarray(index), 1),
     )
     if all(refs):
         # Discharged under jit, reading and assigning the whole Ref is an update of its buffer; eagerly it is two
@@ -394,8 +399,6 @@ def static_scale(scale: Any, has_effect: bool = True) -> jax.Array | None:
     return None if scale is None or not has_effect else jnp.atleast_1d(jnp.asarray(scale))
 
 
-def indices(x: Any) -> jax.Array:
-    """Slots or layers as a JAX array. NumPy's int64 becomes int32 unless x64 is on: what would wrap is skipped."""
-    if isinstance(x, np.ndarray) and not jax.config.jax_enable_x64:
-        x = np.where(x == x.astype(np.int32), x, -1)
-    return jnp.asarray(x)
+def _as_memory(x: Any) -> Any:
+    """What is written to: Refs stay."""
+    return x if isinstance(x, jax.Ref) else as_array(x)

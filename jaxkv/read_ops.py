@@ -5,14 +5,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxkv import _read_primitive
+from jaxkv._arguments import as_array, as_indices, as_layer, as_scale
+from jaxkv._primitive import spec_of
 from jaxkv._read_primitive import Operands, Options
-from jaxkv.ops import BACKENDS, indices, static_scale
-from kvcore.checks import check_options, is_number
+from jaxkv.ops import BACKENDS, static_scale
+from kvcore.checks import check_options
 from kvcore.layout import CacheLayout
-from kvcore.read_contract import Cache, check_attention_options
+from kvcore.read_contract import Cache, check_attention_options, check_merge
 from kvcore.scales import scale_layout_of
 
 
@@ -90,11 +91,12 @@ def paged_attention(
         TypeError: a dtype does not fit.
         NotImplementedError: on differentiation.
     """
+    k_scale, v_scale, layer = as_scale(k_scale), as_scale(v_scale), as_layer(layer)
     check_options(kv_cache_dtype, k_scale, v_scale, layer, backend, BACKENDS)
     operands, static = _operands(caches, block_tables, seq_lens, k_scale, v_scale, layer)
-    operands = operands._replace(query=jnp.asarray(query), sinks=None if sinks is None else jnp.asarray(sinks))
+    operands = operands._replace(query=as_array(query), sinks=None if sinks is None else as_array(sinks))
     if query_start_loc is not None:
-        operands = operands._replace(query_start_loc=indices(query_start_loc))
+        operands = operands._replace(query_start_loc=as_indices(query_start_loc, lengths=True))
     options = Options(
         kv_cache_dtype=kv_cache_dtype,
         layout=layout,  # type: ignore[arg-type]  # resolved below
@@ -154,6 +156,7 @@ def gather_kv(
         TypeError: a dtype does not fit.
         NotImplementedError: on differentiation.
     """
+    k_scale, v_scale, layer = as_scale(k_scale), as_scale(v_scale), as_layer(layer)
     check_options(kv_cache_dtype, k_scale, v_scale, layer, backend, BACKENDS)
     operands, static = _operands(caches, block_tables, seq_lens, k_scale, v_scale, layer)
     options = Options(
@@ -174,45 +177,64 @@ def gather_kv(
 def merge_attention(outs: jax.Array, lses: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Joins attention over parts of the positions, as devices compute that share a context between them.
 
+    A row of the result is `sum(exp(lse_p) * out_p) / sum(exp(lse_p))` over the parts p, and its log-sum-exp
+    `log(sum(exp(lse_p)))`. A part whose log-sum-exp there is -inf or +inf (which other kernels give) saw no positions:
+    it is left out, whatever it holds, NaN too. Of a row without any part the result is zeros, and -inf. A log-sum-exp
+    that is NaN makes the row NaN.
+
     Args:
         outs: `[parts, num_tokens, num_q_heads, head_size_v]`, from `paged_attention` over each part.
         lses: `[parts, num_tokens, num_q_heads]` float32, from the same calls. Sinks belong to one part only.
 
     Returns:
-        What one call over all the positions gives: result of outs' dtype, and log-sum-exp.
+        What one call over all the positions gives: result of outs' dtype, and log-sum-exp. Differentiable.
+
+    Raises:
+        ValueError: a shape does not fit.
+        TypeError: a dtype does not fit.
     """
-    lse = jax.nn.logsumexp(lses, axis=0)
-    weights = jnp.exp(lses - jnp.where(lse == -jnp.inf, 0.0, lse)[None])
-    return jnp.sum(outs.astype(jnp.float32) * weights[..., None], axis=0).astype(outs.dtype), lse
+    outs, lses = as_array(outs), as_array(lses)
+    check_merge(spec_of(outs), spec_of(lses))
+    return _merge(jnp.asarray(outs), jnp.asarray(lses))
+
+
+@jax.jit
+def _merge(outs: jax.Array, lses: jax.Array) -> tuple[jax.Array, jax.Array]:
+    empty = jnp.isinf(lses)
+    top = jnp.max(lses, axis=0, initial=jnp.finfo(jnp.float32).min, where=~empty)
+    # Zeros in place of infinities and of what empty parts hold, so that gradients have no NaN of theirs either.
+    weights = jnp.where(empty, 0, jnp.exp(jnp.where(empty, 0, lses - top[None])))
+    total = jnp.sum(weights, axis=0)
+    nothing = total == 0
+    total = jnp.where(nothing, 1, total)
+    parts = jnp.where(empty[..., None], 0, outs.astype(jnp.float32))
+    out = jnp.sum(parts * weights[..., None], axis=0) / total[..., None]
+    return out.astype(outs.dtype), jnp.where(nothing, -jnp.inf, top + jnp.log(total))
 
 
 def _operands(
     caches: Any, block_tables: Any, seq_lens: Any, k_scale: Any, v_scale: Any, layer: Any
 ) -> tuple[Operands, int | None]:
-    """The arrays of a call as JAX arrays, and a static layer."""
+    """The arrays of a call, not yet JAX's, and a static layer."""
     arrays = caches if isinstance(caches, Sequence) else (caches,)
-    k_scale, v_scale = (jnp.float32(s) if is_number(s) else s for s in (k_scale, v_scale))
-    traced = hasattr(layer, "shape") and not isinstance(layer, np.integer)
+    in_memory = hasattr(layer, "shape")
     return Operands(
         query=None,
-        caches=tuple(map(_array, arrays)),
-        block_tables=indices(block_tables),
-        seq_lens=indices(seq_lens),
+        caches=tuple(map(as_array, arrays)),
+        block_tables=as_indices(block_tables),
+        seq_lens=as_indices(seq_lens, lengths=True),
         query_start_loc=None,
         sinks=None,
-        k_scale=None if k_scale is None else _array(k_scale),
-        v_scale=None if v_scale is None else _array(v_scale),
-        layer=indices(layer) if traced else None,
-    ), None if traced or layer is None else int(layer)
-
-
-def _array(x: Any) -> jax.Array:
-    return x[...] if isinstance(x, jax.Ref) else jnp.asarray(x)
+        k_scale=k_scale,
+        v_scale=v_scale,
+        layer=layer if in_memory else None,
+    ), None if in_memory else layer
 
 
 def _read(options: Options, operands: Operands) -> list[jax.Array]:
     """Checks a call, gives scales and layer an axis, and drops scales without effect."""
     cache: Cache = _read_primitive.describe(options, operands).cache
+    operands = jax.tree.map(jnp.asarray, operands)
     own = cache.scales is not None and not cache.scales.inside
     scale_layout = scale_layout_of(options.scale_layout, cache.layout.has_layer) if own else None
     k_scale, v_scale = (static_scale(s, cache.scaled) for s in (operands.k_scale, operands.v_scale))

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from jaxkv._arguments import as_array
 from jaxkv._numbers import largest_of, scale_of
 from jaxkv._primitive import spec_of
 from kvcore.contract import check_kv_scales
@@ -38,6 +39,7 @@ def kv_scales(
         ValueError: a shape or choice does not fit.
         TypeError: a dtype does not fit.
     """
+    key, value = as_array(key), as_array(value)
     largest = check_kv_scales(spec_of(key), spec_of(value), kv_cache_dtype, granularity)
     axes = (0, 1, 2) if granularity == "tensor" else (0, 2)
     k_scale, v_scale = (scale_of(largest_of(jnp.asarray(x, jnp.float32), axes), largest) for x in (key, value))

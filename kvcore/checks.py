@@ -155,6 +155,17 @@ def check_devices(named: Sequence[tuple[str, ArraySpec | None]], home_name: str,
             raise ValueError(f"{name} must be on device {home.device}, as {home_name}, got {spec.device}")
 
 
+def check_result(name: str, spec: ArraySpec, shape: Sequence[int], dtype: str) -> None:
+    """An array for a result: of its shape and dtype, without gaps."""
+    if tuple(spec.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {shape_of(spec)}")
+    if spec.dtype != dtype:
+        raise TypeError(f"{name} must have dtype {dtype}, got {spec.dtype}")
+    steps = zip(spec.shape, spec.steps, contiguous_strides(spec.shape), strict=True)
+    if 0 not in spec.shape and any(n > 1 and step != wanted for n, step, wanted in steps):
+        raise ValueError(f"{name} must be contiguous, got strides {tuple(spec.steps)}")
+
+
 def check_indices(name: str, spec: ArraySpec, shape: tuple[int | str, ...]) -> None:
     """int32 or int64, of this shape; a string in it stands for any size."""
     fits = len(spec.shape) == len(shape) and all(

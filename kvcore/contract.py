@@ -181,9 +181,7 @@ def check_write(
     )
 
 
-def check_mla(
-    kv_c: ArraySpec, k_pe: ArraySpec, kv_cache: ArraySpec, kv_cache_dtype: str, scale: object, layer: object
-) -> None:
+def check_mla(kv_c: ArraySpec, k_pe: ArraySpec, kv_cache: ArraySpec, kv_cache_dtype: str, layer: object) -> None:
     """Checks what `concat_and_cache_mla` asks beyond `check_write`, under the names of its own arguments.
 
     Raises:
@@ -197,13 +195,12 @@ def check_mla(
     if k_pe.shape[0] != kv_c.shape[0]:
         raise ValueError(f"k_pe must have shape ({kv_c.shape[0]}, {rope}), got {shape_of(k_pe)}")
     if stored == FP8_DS_MLA:
-        if (rank, rope) != (DS_MLA_LATENT, DS_MLA_ROPE):
+        if rank != DS_MLA_LATENT or rope not in (DS_MLA_ROPE, 0):
             raise ValueError(
-                f"kv_c and k_pe must have {DS_MLA_LATENT} and {DS_MLA_ROPE} columns for kv_cache_dtype 'fp8_ds_mla', "
-                f"got {rank} and {rope}"
+                f"kv_c must have {DS_MLA_LATENT} columns, and k_pe {DS_MLA_ROPE} or none, for kv_cache_dtype "
+                f"'fp8_ds_mla', got {rank} and {rope}"
             )
-        if scale is not None:
-            raise ValueError("scale must be None for kv_cache_dtype 'fp8_ds_mla', which computes its own")
+        rope = DS_MLA_ROPE
     elif stored is not None:
         check_head_size("kv_c's columns", stored, rank)
         check_head_size("k_pe's columns", stored, rope)
@@ -214,6 +211,11 @@ def check_mla(
     axes = "(num_blocks, block_size, " if layer is None else "(num_layers, num_blocks, block_size, "
     if len(kv_cache.shape) != (3 if layer is None else 4) or kv_cache.shape[-1] != units:
         raise ValueError(f"kv_cache must have shape {axes}{units}), got {shape_of(kv_cache)}")
+
+
+def split_of_latent(rank: int) -> int:
+    """Where a row without a rotary part is split, to be written as two parts: where every format lets it be."""
+    return rank // 32 * 16
 
 
 def _layout(

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from kvcore.checks import ArraySpec
 from kvcore.contract import Write
 from kvcore.layout import Address, Placement
-from kvcore.quantization import E4M3, E5M2, FLOATS, SMALLEST_SCALE, FloatFormat
+from kvcore.quantization import DS_MLA_SMALLEST_SCALE, E4M3, E5M2, FLOATS, FP8_DS_MLA, SMALLEST_SCALE, FloatFormat
 from kvcore.scales import Scales
 
 
@@ -81,7 +81,8 @@ class ScaleRows(NamedTuple):
     inside: bool  # whether they lie in the cache's memory
     # how they are computed
     largest: float  # the magnitude that becomes the format's largest
-    least: int  # float32 bits of the magnitude below which the scale is 1
+    least: int  # float32 bits of the magnitude below which the scale is 1, or of the least scale that is a power of two
+    power_of_two: bool  # whether scales are rounded up to one, and NaN is no magnitude
     # the fields of a FloatFormat, e4m3 or float32, that decoding a scale looks at
     bits: int
     mantissa_bits: int
@@ -252,6 +253,8 @@ def _plan_by_head(write: Write, target: Target, layer_is_pointer: bool) -> Write
 
 def scale_rows(scales: Scales, at: Address, width: int, stored: FloatFormat) -> ScaleRows:
     """Rows of the scales of heads that cover `width` columns."""
+    powers = stored == FP8_DS_MLA
+    least = DS_MLA_SMALLEST_SCALE if powers else stored.largest * SMALLEST_SCALE
     return ScaleRows(
         group=width if scales.group is None else scales.group,
         offset=at.offset,
@@ -264,7 +267,8 @@ def scale_rows(scales: Scales, at: Address, width: int, stored: FloatFormat) -> 
         x_stride=at.x_stride,
         inside=scales.inside,
         largest=stored.largest,
-        least=struct.unpack("<I", struct.pack("<f", stored.largest * SMALLEST_SCALE))[0],
+        least=struct.unpack("<I", struct.pack("<f", least))[0],
+        power_of_two=powers,
         bits=scales.format.bits,
         mantissa_bits=scales.format.mantissa_bits,
         integer=False,

@@ -86,6 +86,9 @@ DS_MLA_GROUP, DS_MLA_LATENT, DS_MLA_ROPE = 128, 512, 64
 DS_MLA_ROW = DS_MLA_LATENT + 4 * (DS_MLA_LATENT // DS_MLA_GROUP) + 2 * DS_MLA_ROPE
 """Its bytes: 656."""
 
+DS_MLA_SMALLEST_SCALE = 2.0**-13
+"""The least of its scales, which are powers of two: the first that is not below 1e-4."""
+
 SMALLEST_SCALE = 2.0**-126
 """Scales that are computed are never below this, float32's least normal number: such rows count as zeros."""
 

@@ -277,6 +277,22 @@ def check_gather(
     return Gather(cache, block_tables, seq_lens, int(max_len), FLOATS[dtype])
 
 
+def check_merge(outs: ArraySpec, lses: ArraySpec) -> None:
+    """Checks the arguments of `merge_attention`.
+
+    Raises:
+        ValueError: a shape does not fit.
+        TypeError: a dtype does not fit.
+    """
+    check_rank("outs", outs, 4, "(parts, num_tokens, num_q_heads, head_size_v)")
+    if tuple(lses.shape) != tuple(outs.shape[:3]):
+        raise ValueError(f"lses must have shape {tuple(outs.shape[:3])}, got {shape_of(lses)}")
+    if outs.dtype not in FLOATS:
+        raise TypeError(f"outs must have dtype {either(FLOATS)}, got {outs.dtype}")
+    if lses.dtype != "float32":
+        raise TypeError(f"lses must have dtype float32, got {lses.dtype}")
+
+
 def _cache(
     caches: Sequence[ArraySpec],
     kv_cache_dtype: str,

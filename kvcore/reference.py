@@ -128,11 +128,11 @@ def concat_and_cache_mla(
     for token, slot in enumerate(slot_mapping):
         if 0 <= slot < num_blocks * block_size and 0 <= (layer or 0) < num_layers:
             row = cache_rows[layer or 0, slot // block_size, slot % block_size]
-            elements, scales = quantise(kv_c[token].reshape(-1, DS_MLA_GROUP), FP8_DS_MLA)
+            elements, scales = quantise_ds_mla(kv_c[token].reshape(-1, DS_MLA_GROUP))
             row[:DS_MLA_LATENT] = elements.reshape(-1)
             row[DS_MLA_LATENT : -2 * DS_MLA_ROPE] = scales.view(np.uint8)
             rope = k_pe[token] if k_pe.dtype.name == "bfloat16" else _encode_floats(k_pe[token], BFLOAT16)
-            row[-2 * DS_MLA_ROPE :] = rope.view(np.uint8)
+            row[-2 * DS_MLA_ROPE :] = rope.view(np.uint8) if rope.size else 0
 
 
 def kv_scales(
@@ -193,6 +193,21 @@ def quantise(rows: np.ndarray, stored: FloatFormat) -> tuple[np.ndarray, np.ndar
         x = rows.astype(np.float32)
         scale = _scale_of(np.abs(x).max(-1), stored.largest)
         return pack(encode(x / scale[..., None], stored), stored), scale
+
+
+def quantise_ds_mla(tiles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Tiles `[…, n]` of fp8_ds_mla: e4m3, and the scales, the first powers of two not below `absmax / 448` and 1e-4.
+
+    The absmax is that of the elements that are no NaN, or 0; NaN is stored as NaN. With an infinity among them, the
+    scale is infinite: infinities are stored as NaN, other numbers as zeros, and all is read as NaN. As vLLM has it.
+    """
+    with np.errstate(all="ignore"):
+        x = tiles.astype(np.float32)
+        absmax = np.where(np.isnan(x), np.float32(0), np.abs(x)).max(-1)
+        bits = np.maximum(absmax / np.float32(448), np.float32(1e-4)).view(np.uint32)
+        # A float without mantissa is a power of two; what the mantissa carries into the exponent rounds up to one.
+        scale = ((bits + np.uint32(0x7FFFFF)) & np.uint32(0x7F800000)).view(np.float32)
+        return encode(x / scale[..., None], FP8_DS_MLA), scale
 
 
 def quantise_nvfp4(row: np.ndarray, scale: Scale) -> tuple[np.ndarray, np.ndarray]:

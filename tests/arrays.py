@@ -187,6 +187,10 @@ def run_torch(case: Case, backend=None, device="cpu") -> list[np.ndarray]:
 
 
 def run_jax(case: Case, backend=None) -> list[np.ndarray]:
+    return [np.asarray(c) for c in write_jax(case, backend)]
+
+
+def write_jax(case: Case, backend=None) -> tuple[Any, ...]:
     import jax.numpy as jnp
 
     import jaxkv
@@ -195,7 +199,7 @@ def run_jax(case: Case, backend=None) -> list[np.ndarray]:
         return array if array.dtype == np.int64 else jnp.asarray(array)
 
     new = case.call(jaxkv, convert, list(map(jnp.asarray, case.memory)), backend=backend)
-    return [np.asarray(c) for c in (new if isinstance(new, tuple) else (new,))]
+    return new if isinstance(new, tuple) else (new,)
 
 
 CPU_IMPLEMENTATIONS = {

@@ -6,6 +6,9 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 
+# The suite's processes share the GPU.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
 import pytest
 
 
@@ -22,6 +25,12 @@ def x64(request):
 
     with jax.enable_x64(request.param):
         yield request.param
+
+
+@pytest.hookimpl(wrapper=True, optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """At most four processes, unless `-n` names a number, which the option --maxprocesses would limit, too."""
+    return min((yield), 4)
 
 
 @pytest.hookimpl(wrapper=True)

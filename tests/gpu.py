@@ -1,27 +1,34 @@
 """GPU tests on a host without one: they build their cases and the oracle's answers all the same.
 
-Helpers that compare hold vectorised torch to the oracle there, in the kernels' place, and tests of one framework run on
-the CPU. A test that gets to its end is reported as skipped (see `conftest.py`); a broken case, a wrong argument or a
-wrong answer fails.
+Helpers that compare hold vectorised torch to the oracle there, in the kernels' place, and lower JAX's half for an H100,
+but for the kernels. Tests of one framework run on the CPU. A test that gets to its end is reported as skipped (see
+`conftest.py`); a broken case, a wrong argument or a wrong answer fails.
 """
 
+import os
+from unittest import mock
+
+import numpy as np
 import pytest
 import torch
 
+from tests.arrays import run_torch, write_jax
+from tests.reads import attend_torch
+from tests.test_gather import gather, gather_torch
+
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
-REASON = "needs a GPU: all but the kernels ran"
 
 
 def needs_gpu() -> None:
     """Ends a test here without a GPU: what follows has no meaning on a CPU."""
     if not HAS_GPU:
-        pytest.skip(REASON)
+        pytest.skip("needs a GPU: all but the kernels ran")
 
 
-def kernels(on_gpu, on_cpu):
-    """Implementations to compare, by name: those with kernels, or what stands in for them."""
-    return on_gpu if HAS_GPU else on_cpu
+def params(cases, smoke=()):
+    """Parameters of a test, each a tuple; those in `smoke` belong to the smoke set."""
+    return [pytest.param(*case, marks=pytest.mark.gpu_smoke if case in smoke else ()) for case in cases]
 
 
 def shorter(lengths, most=33):
@@ -38,3 +45,54 @@ def captured(step):
     with torch.cuda.graph(graph):
         out = step()
     return out, graph.replay
+
+
+# ---- what stands in for the kernels
+
+
+def write(case):
+    return _lowered(lambda: write_jax(case), run_torch(case, "torch"))
+
+
+def attend(case):
+    import jax.numpy as jnp
+
+    import jaxkv
+
+    return _lowered(lambda: case.call(jaxkv, jnp.asarray, return_lse=True), attend_torch(case, "torch"))
+
+
+def gather_kv(case, max_len, dtype):
+    import jax.numpy as jnp
+
+    import jaxkv
+
+    def call():
+        return gather(case, jaxkv, jnp.asarray, lambda x: x, max_len, dtype, None)
+
+    return _lowered(call, gather_torch(case, max_len, dtype, "torch"))
+
+
+def _lowered(call, want):
+    """Lowers a call of jaxkv for an H100, but for the kernels, whose answers torch gave."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxkv import _triton, _triton_read
+    from kvcore.compiler import kernel_function
+
+    def launch(kernel, grid, arguments, target, out_type=()):
+        names = len(arguments) + len(jax.tree.leaves(out_type)) + len(kernel.constexprs)
+        assert names == len(kernel_function(kernel).arg_names), kernel.name
+        assert min(grid) > 0
+        return jax.tree.map(lambda out: jnp.zeros(out.shape, out.dtype), out_type)
+
+    with (
+        mock.patch.object(_triton, "launch", launch),
+        mock.patch.object(_triton_read, "launch", launch),
+        mock.patch.dict(os.environ, JAXKV_COMPUTE_CAPABILITY="90"),
+    ):
+        traced = jax.jit(call).trace()
+        traced.lower(lowering_platforms=("cuda",))
+    assert [(x.shape, x.dtype) for x in traced.out_info] == [(x.shape, np.dtype(x.dtype)) for x in want]
+    return want

@@ -90,7 +90,7 @@ def test_a_second_process_compiles_nothing_and_launches_the_same_kernels(tmp_pat
     assert compiled == len(kernels) == 5
     assert lower(tmp_path, threads=10) == [0, kernels]
     compiled, at_once = lower(tmp_path / "new", threads=10)
-    assert compiled >= 5
+    assert compiled == 5  # of threads that want the same, one compiles
     assert at_once == kernels
     assert len(list(tmp_path.glob("new/*"))) == 5  # nothing half-written is left
 

@@ -432,8 +432,13 @@ def launches(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", BAD)
+# JAX converts integers of other widths: see test_jax_arguments.py.
+TORCH_ONLY = ("int16 slots", "uint32 slots", "layer array of int8")
+
+
+@pytest.mark.parametrize(
+    ("name", "way"), [(name, way) for name in BAD for way in WAYS if name not in TORCH_ONLY or "torch" in way]
+)
 def test_bad_input(name, way, launches):
     op, changes, kind, message = BAD[name]
     arguments, left = valid(op) | changes, {}
@@ -534,10 +539,9 @@ def test_numpy_layers_that_int32_would_wrap_write_nothing(layer):
 OVERLAP = "key_cache and value_cache must not overlap in memory"
 
 
-@pytest.mark.parametrize("make", [lambda x: x, jax.new_ref], ids=["arrays", "Refs"])
-def test_one_jax_array_as_both_caches(make, launches):
+def test_one_ref_as_both_caches(launches):
     arguments = {name: jnp.asarray(x) for name, x in valid("flash").items()}
-    cache = make(arguments["key_cache"])
+    cache = jax.new_ref(arguments["key_cache"])
     with pytest.raises(ValueError) as error:  # noqa: PT011
         jaxkv.reshape_and_cache_flash(**arguments | {"key_cache": cache, "value_cache": cache})
     assert str(error.value) == OVERLAP
@@ -741,7 +745,7 @@ def test_elements_that_lie_half_over_each_other():
         ({"kv_cache_dtype": ["fp8"]}, ValueError,
          f"kv_cache_dtype must be {FORMATS}, got ['fp8']"),
         ({"k_scale": "1"}, TypeError, "k_scale must be a number or an array of float32, got '1'"),
-        ({"v_scale": [1.0]}, TypeError, "v_scale must be a number or an array of float32, got [1.0]"),
+        ({"v_scale": False}, TypeError, "v_scale must be a number or an array of float32, got False"),
         ({"layer": 1.5}, TypeError, "layer must be an int or an integer scalar, got 1.5"),
         ({"layer": True}, TypeError, "layer must be an int or an integer scalar, got True"),
         ({"layout": 3}, TypeError, "layout must be a pattern string or a CacheLayout, got 3"),

@@ -1,8 +1,17 @@
-"""On a GPU: the kernels through both frameworks, bit for bit the oracle's; streams, graphs, compilers, big offsets."""
+"""On a GPU: the kernels through both frameworks, bit for bit the oracle's; streams, graphs, compilers, big offsets.
+
+Compiling is what takes the time, so that the grids are thinner than the CPU tests', which run the same kernels in
+Triton's interpreter. What the compiler makes of them is seen here: every pair of values of vLLM's grid, each layout
+with a copy into a layer and with a conversion, each conversion in one layout, each pair of dtypes. Tests that share
+kernels run in one process: they have an `xdist_group`.
+"""
+
+from itertools import islice, product
 
 import numpy as np
 import pytest
 
+from tests import gpu
 from tests.arrays import (
     LAYOUTS,
     assert_equals_oracle,
@@ -14,33 +23,57 @@ from tests.arrays import (
     run_torch,
     to_torch,
 )
-from tests.gpu import DEVICE, HAS_GPU, kernels, needs_gpu
-from tests.test_equality import CONVERSIONS, DTYPES, GRID, KV_CACHE_DTYPES, SLOTS, grid_cases, layout_case
+from tests.gpu import DEVICE, HAS_GPU, needs_gpu, params
+from tests.test_equality import (
+    BLOCK_SIZES,
+    CONVERSIONS,
+    DTYPES,
+    HEAD_SIZES,
+    KV_CACHE_DTYPES,
+    SLOTS,
+    grid_cases,
+    layout_case,
+)
 
 pytestmark = pytest.mark.gpu
 
-GPU_IMPLEMENTATIONS = kernels(
-    {"jax triton": run_jax, "torch triton": lambda case: run_torch(case, device="cuda")},
-    {"torch": lambda case: run_torch(case, "torch")},
-)
-ALL_IMPLEMENTATIONS = GPU_IMPLEMENTATIONS | kernels(
-    {"jax xla": lambda case: run_jax(case, "xla"), "torch": lambda case: run_torch(case, "torch", "cuda")}, {}
-)
+KERNELS = {"jax triton": run_jax, "torch triton": lambda case: run_torch(case, device="cuda")}
+PORTABLE = {"jax xla": lambda case: run_jax(case, "xla"), "torch": lambda case: run_torch(case, "torch", "cuda")}
+GPU_IMPLEMENTATIONS = KERNELS if HAS_GPU else {"all but the kernels": gpu.write}
+ALL_IMPLEMENTATIONS = GPU_IMPLEMENTATIONS | (PORTABLE if HAS_GPU else {})
 
 
-@GRID
-def test_vllm_grid(head_size, block_size, dtype, kv_cache_dtype):
-    for case in grid_cases(head_size, block_size, dtype, kv_cache_dtype):
+# Any two of the four values meet; each test has all three numbers of heads, with a number of tokens each.
+GRID = [
+    (head_size, block_size, DTYPES[(i + j) % 3], KV_CACHE_DTYPES[(i + 2 * j) % 3], (i + j) % 4)
+    for (i, head_size), (j, block_size) in product(enumerate(HEAD_SIZES), enumerate(BLOCK_SIZES))
+]
+
+
+@pytest.mark.parametrize(
+    ("head_size", "block_size", "dtype", "kv_cache_dtype", "first"), params(GRID, smoke=(GRID[0], GRID[10]))
+)
+def test_vllm_grid(head_size, block_size, dtype, kv_cache_dtype, first):
+    for case in islice(grid_cases(head_size, block_size, dtype, kv_cache_dtype), first, None, 4):
         assert_equals_oracle(case, GPU_IMPLEMENTATIONS)
 
 
-@CONVERSIONS
-@pytest.mark.parametrize("layer", [None, 2])
-@pytest.mark.parametrize("layout", LAYOUTS)
+IN_LAYOUTS = [
+    (layout, *conversion, layer)
+    for layout, (i, conversion), layer in product(LAYOUTS, enumerate(CONVERSIONS.args[1]), (None, 2))
+    if layout == "NHD" or (i, layer) in ((0, 2), (2, None))
+]
+
+
+@pytest.mark.parametrize(
+    ("layout", "dtype", "cache_dtype", "kv_cache_dtype", "layer"),
+    params(IN_LAYOUTS, smoke=[c for c in IN_LAYOUTS if c[0] in ("HEAD_MAJOR", "PACKED_NHD")]),
+)
 def test_layouts(layout, dtype, cache_dtype, kv_cache_dtype, layer):
     assert_equals_oracle(layout_case(layout, dtype, cache_dtype, kv_cache_dtype, layer), ALL_IMPLEMENTATIONS)
 
 
+@pytest.mark.xdist_group("slots")
 @pytest.mark.parametrize("slots", SLOTS.values(), ids=SLOTS)
 @pytest.mark.parametrize("layout", ["NHD", "HEAD_MAJOR", "PACKED_HND"])
 def test_slots(layout, slots):
@@ -55,10 +88,11 @@ def test_casts_of_every_kind(dtype, cache_dtype):
     assert_equals_oracle(case, ALL_IMPLEMENTATIONS)
 
 
+@pytest.mark.xdist_group("scales")
 @pytest.mark.parametrize("scales", [(None, None), (2.0, None), (1e-38, 1e38), (1e-40, 3e-45), (0.0, -0.25)])
 @pytest.mark.parametrize("kv_cache_dtype", ["fp8_e4m3", "fp8_e5m2"])
 def test_scales(kv_cache_dtype, scales):
-    for dtype in DTYPES:
+    for dtype in ("float32", "bfloat16"):
         case = make_case(
             np.random.default_rng(9), dtype=dtype, kv_cache_dtype=kv_cache_dtype, num_tokens=64, num_blocks=16,
             head_size=256, scales=scales,
@@ -73,8 +107,10 @@ def test_fp8_input_is_stored_as_it_is(stored):
     assert_equals_oracle(case, ALL_IMPLEMENTATIONS)
 
 
-@pytest.mark.parametrize("kv_cache_dtype", KV_CACHE_DTYPES)
-@pytest.mark.parametrize("layout", ["NHD", "HND", "HEAD_MAJOR", "PALLAS", "PACKED_NHD"])
+@pytest.mark.parametrize(
+    ("layout", "kv_cache_dtype"),
+    [*product(["NHD"], KV_CACHE_DTYPES), *product(["HND", "HEAD_MAJOR", "PALLAS", "PACKED_NHD"], ["auto"])],
+)
 def test_many_tokens(layout, kv_cache_dtype):
     """Too many for the oracle: vectorised torch on the CPU stands in, which the CPU's tests hold to the oracle."""
     num_tokens, num_blocks = (5000, 700) if HAS_GPU else (50, 7)
@@ -88,6 +124,7 @@ def test_many_tokens(layout, kv_cache_dtype):
             np.testing.assert_array_equal(bits(got), bits(cache), err_msg=name)
 
 
+@pytest.mark.xdist_group("large")  # one at a time: GBs each
 @pytest.mark.parametrize("layout", ["NHD", "PALLAS"])
 def test_offsets_beyond_32_bits(layout):
     """A cache of more than 2³² elements; with heads outermost, already a row spans more than 2³¹."""
@@ -124,6 +161,7 @@ def assert_caches(caches, want):
         np.testing.assert_array_equal(bits(from_torch(got)), bits(cache))
 
 
+@pytest.mark.gpu_smoke
 def test_cuda_graph():
     import torch
 
@@ -146,6 +184,7 @@ def test_cuda_graph():
     assert_caches(caches, run_oracle(other))
 
 
+@pytest.mark.gpu_smoke
 def test_current_stream():
     import torch
 
@@ -231,6 +270,7 @@ def test_launch_hooks_are_called():
     assert seen == ["reshape_and_cache_kernel_flash"]
 
 
+@pytest.mark.gpu_smoke
 def test_layer_tensors_and_scale_tensors():
     import torch
 
@@ -339,6 +379,7 @@ def test_scan_over_layers_in_a_loop_over_steps(layout):
     assert_arrays(new, case.caches)
 
 
+@pytest.mark.gpu_smoke
 def test_refs_are_updated_in_place():
     import jax
 
@@ -403,6 +444,7 @@ def test_heads_over_all_gpus(kind):
     assert_arrays(new, run_oracle(case))
 
 
+@pytest.mark.gpu_smoke
 def test_both_frameworks_share_one_cache():
     """torch writes through DLPack into the buffer that JAX made, and the other way round."""
     import jax.numpy as jnp

@@ -1,12 +1,19 @@
-"""On a GPU: quantised caches through both frameworks, bit for bit the oracle's, down to every float32."""
+"""On a GPU: quantised caches through both frameworks, bit for bit the oracle's, down to every float32.
+
+Compiling is what takes the time, so that the grids are thinner than all that the formats allow: every format and
+granularity in one layout, and every layout with the formats that tell, as in the CPU tests, which run the same kernels
+in Triton's interpreter. Attention has both for few and for many rows of query, which are other instructions.
+"""
 
 import numpy as np
 import pytest
 
 from kvcore import reference
 from kvcore.quantization import KV_CACHE_DTYPES
+from tests import gpu
 from tests.arrays import (
     DTYPES,
+    LAYOUTS,
     assert_equals_oracle,
     bits,
     from_torch,
@@ -17,43 +24,50 @@ from tests.arrays import (
     run_torch,
     to_torch,
 )
-from tests.gpu import DEVICE, HAS_GPU, captured, kernels, shorter
+from tests.gpu import DEVICE, HAS_GPU, captured, params, shorter
 from tests.test_gather import assert_gathers, gather_jax, gather_torch
 from tests.test_gpu_read import assert_kernels
-from tests.test_quantised import kinds, quantised_case, run_mla
+from tests.test_quantised import FORMATS, TELLING, kinds, quantised_case, run_mla
+from tests.test_quantised_read import TELLING as READ_TELLING
 from tests.test_quantised_read import kinds as read_kinds
-from tests.test_quantised_read import read_case
+from tests.test_quantised_read import read_case, telling
 
 pytestmark = pytest.mark.gpu
 
-WRITERS = kernels(
-    {"jax triton": run_jax, "torch triton": lambda case: run_torch(case, device="cuda")},
-    {"torch": lambda case: run_torch(case, "torch")},
-)
+WRITERS = {"jax triton": run_jax, "torch triton": lambda case: run_torch(case, device="cuda")}
 # XLA's divisions are not exact on a GPU: its path is held to the oracle on the CPU.
-PORTABLE = {"torch": lambda case: run_torch(case, "torch", DEVICE)}
-GATHERERS = kernels(
-    {
-        "jax triton": gather_jax,
-        "torch triton": lambda *x: gather_torch(*x, device="cuda"),
-        "torch": lambda *x: gather_torch(*x, "torch", device="cuda"),
-    },
-    {"torch": lambda *x: gather_torch(*x, "torch")},
+PORTABLE = {"torch": lambda case: run_torch(case, "torch", device="cuda")}
+GATHERERS = {
+    "jax triton": gather_jax,
+    "torch triton": lambda *x: gather_torch(*x, device="cuda"),
+    "torch": lambda *x: gather_torch(*x, "torch", device="cuda"),
+}
+if not HAS_GPU:
+    WRITERS, PORTABLE, GATHERERS = {"all but the kernels": gpu.write}, {}, {"all but the kernels": gpu.gather_kv}
+
+
+SMOKE = [(name, "tensor" if name == "nvfp4" else "token and head", "NHD") for name in FORMATS]
+
+
+@pytest.mark.parametrize(
+    ("name", "granularity", "layout"),
+    params([kind for kind in kinds() if kind[2] == "NHD" or kind[:2] in TELLING], smoke=SMOKE),
 )
-
-
-@pytest.mark.parametrize(("name", "granularity", "layout"), list(kinds()))
 def test_writes(name, granularity, layout):
     assert_equals_oracle(quantised_case(name, granularity, layout), WRITERS | PORTABLE)
 
 
-@pytest.mark.parametrize(("name", "granularity", "layout"), list(kinds(["NHD", "PACKED_NHD", "BLOCK_KV_HND"])))
-def test_writes_to_a_layer(name, granularity, layout):
-    for dtype in ("float32", "float16"):
-        assert_equals_oracle(quantised_case(name, granularity, layout, layer=2, dtype=dtype), WRITERS)
+@pytest.mark.parametrize(("name", "granularity"), [*TELLING, ("fp8_e4m3", "tensor"), ("fp8_e5m2", "head")])
+@pytest.mark.parametrize(("layout", "dtype"), [("NHD", "float32"), ("PACKED_NHD", "float16")])
+def test_writes_to_a_layer(name, granularity, layout, dtype):
+    assert_equals_oracle(quantised_case(name, granularity, layout, layer=2, dtype=dtype), WRITERS)
 
 
-@pytest.mark.parametrize(("name", "granularity", "layout"), list(kinds(["NHD", "HND", "HEAD_MAJOR"])))
+MANY = [kind for kind in kinds(["NHD"]) if kind[1] in ("tensor", "token and head")]
+MANY += [kind for kind in kinds(["HND", "HEAD_MAJOR"]) if kind[:2] in TELLING]
+
+
+@pytest.mark.parametrize(("name", "granularity", "layout"), MANY)
 def test_many_tokens(name, granularity, layout):
     """Too many for the oracle: vectorised torch on the CPU stands in, which the CPU's tests hold to the oracle."""
     case = quantised_case(name, granularity, layout)
@@ -70,30 +84,29 @@ def test_many_tokens(name, granularity, layout):
             np.testing.assert_array_equal(bits(got), bits(array), err_msg=implementation)
 
 
-@pytest.mark.parametrize("layer", [None, 1])
+@pytest.mark.parametrize(("layer", "dtype"), [(None, "bfloat16"), (1, "float32")])
 @pytest.mark.parametrize("name", ["auto", "fp8", "int8", "int4", "nvfp4", "fp8_ds_mla"])
-def test_mla_rows(name, layer):
+def test_mla_rows(name, layer, dtype):
     import jax.numpy as jnp
 
     import jaxkv
     import torchkv
 
     rng = np.random.default_rng(7)
-    for dtype in ("bfloat16", "float32"):
-        units = {"auto": 576, "int4": 288, "nvfp4": 324, "fp8_ds_mla": 656}.get(name, 576)
-        shape = (3, 4, 8, units) if layer is not None else (4, 8, units)
-        slots = np.array([3, -1, 31, 32, 0, 17], np.int32)
-        arrays = [random_bits(rng, (6, 512), dtype), random_bits(rng, (6, 64), dtype)]
-        arrays += [random_bits(rng, shape, "bfloat16" if name == "auto" else "uint8"), slots]
-        scale = None if name in ("auto", "fp8_ds_mla") else 0.37
-        want = arrays[2].copy()
-        reference.concat_and_cache_mla(*arrays[:2], want, slots, name, scale, layer=layer)
-        got = [
-            run_mla(jaxkv, jnp.asarray, np.asarray, arrays, name, scale, layer=layer),
-            run_mla(torchkv, lambda a: to_torch(a.copy(), DEVICE), from_torch, arrays, name, scale, layer=layer),
-        ]
-        for array in got:
-            np.testing.assert_array_equal(bits(array), bits(want))
+    units = {"auto": 576, "int4": 288, "nvfp4": 324, "fp8_ds_mla": 656}.get(name, 576)
+    shape = (3, 4, 8, units) if layer is not None else (4, 8, units)
+    slots = np.array([3, -1, 31, 32, 0, 17], np.int32)
+    arrays = [random_bits(rng, (6, 512), dtype), random_bits(rng, (6, 64), dtype)]
+    arrays += [random_bits(rng, shape, "bfloat16" if name == "auto" else "uint8"), slots]
+    scale = None if name in ("auto", "fp8_ds_mla") else 0.37
+    want = arrays[2].copy()
+    reference.concat_and_cache_mla(*arrays[:2], want, slots, name, scale, layer=layer)
+    got = [
+        run_mla(jaxkv, jnp.asarray, np.asarray, arrays, name, scale, layer=layer),
+        run_mla(torchkv, lambda a: to_torch(a.copy(), DEVICE), from_torch, arrays, name, scale, layer=layer),
+    ]
+    for array in got:
+        np.testing.assert_array_equal(bits(array), bits(want))
 
 
 # ---- every number
@@ -114,6 +127,7 @@ def stored_by_search(x, stored):
     return torch.where(x.isnan(), stored.nan, code).to(torch.uint8)
 
 
+@pytest.mark.xdist_group("large")  # one at a time: GBs each
 @pytest.mark.parametrize("name", ["fp8_e4m3", "fp8_e5m2", "fp8_e4m3fnuz", "fp8_e5m2fnuz", "int8"])
 def test_every_float32(name):
     """All 2³² bit patterns, 2²⁶ at a time, through the kernel. On a CPU, 2¹⁶ of them."""
@@ -155,18 +169,45 @@ def test_every_16_bit_number(name, dtype):
 # ---- reading
 
 
-@pytest.mark.parametrize(("name", "granularity", "layout"), list(read_kinds()))
-def test_gather(name, granularity, layout):
-    for seed, dtype in enumerate(("bfloat16", "float32")):
-        assert_gathers(read_case(seed, name, granularity, layout, num_heads=3), 17, dtype, GATHERERS)
+GATHERED = [("bfloat16", *kind) for kind in telling((*LAYOUTS, "MLA"))]
+GATHERED += [("float32", *kind) for kind in read_kinds(("NHD", "MLA")) if kind[:2] in READ_TELLING]
+SMOKE = [("bfloat16", *kind) for kind in read_kinds(("NHD", "MLA")) if kind[:2] in READ_TELLING]
 
 
-ATTENTION = [("bfloat16", *kind) for kind in read_kinds(("NHD", "HND", "HEAD_MAJOR", "PACKED_NHD", "MLA"))]
-ATTENTION += [(dtype, *kind) for dtype in ("float16", "float32") for kind in read_kinds(("NHD", "MLA"))]
+@pytest.mark.parametrize(("dtype", "name", "granularity", "layout"), params(GATHERED, SMOKE))
+def test_gather(dtype, name, granularity, layout):
+    assert_gathers(read_case(0, name, granularity, layout, num_heads=3), 17, dtype, GATHERERS)
 
 
-@pytest.mark.parametrize("ragged", [False, True])
-@pytest.mark.parametrize(("dtype", "name", "granularity", "layout"), ATTENTION)
+def attention_kinds():
+    """Dtypes, formats, granularities, layouts, and whether a sequence has many rows of query."""
+    for i, (name, granularity, layout) in enumerate(read_kinds(("NHD", "HND", "HEAD_MAJOR", "PACKED_NHD", "MLA"))):
+        kind = name, granularity, layout
+        # Of the formats that differ in their numbers alone, one has everything.
+        alike = name in ("fp8_e5m2", "fp8_e4m3fnuz", "fp8_e5m2fnuz")
+        tells = (name, granularity) in READ_TELLING
+        if layout == "NHD":
+            for ragged in (False, True):
+                if not alike or granularity == ("token_head" if ragged else "tensor"):
+                    yield "bfloat16", *kind, ragged
+        elif layout == "MLA":
+            yield "bfloat16", *kind, False
+            if name in ("fp8_e4m3", "fp8_ds_mla", "int4"):
+                yield "bfloat16", *kind, True
+        elif tells:
+            yield "bfloat16", *kind, layout != "HND"
+        if layout in ("NHD", "MLA") and (tells or kind[:2] == ("fp8_e4m3", "tensor")):
+            yield "float16", *kind, bool(i % 2)
+            yield "float32", *kind, not i % 2
+
+
+ATTENTION = list(attention_kinds())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name", "granularity", "layout", "ragged"),
+    params(ATTENTION, smoke=[(*kind, ragged) for kind in SMOKE for ragged in (False, True)]),
+)
 def test_attention(dtype, name, granularity, layout, ragged):
     head = {} if name == "fp8_ds_mla" else {"head_size": 576 if layout == "MLA" else 128}
     if layout == "MLA" and name != "fp8_ds_mla":
@@ -178,8 +219,11 @@ def test_attention(dtype, name, granularity, layout, ragged):
     assert_kernels(case)
 
 
-@pytest.mark.parametrize("head_size", [48, 64, 80, 192, 256])
-@pytest.mark.parametrize("name", ["int8", "int4", "fp8_e4m3"])
+@pytest.mark.parametrize(
+    ("name", "head_size"),
+    [("int8", 48), ("int4", 64), ("fp8_e4m3", 80), ("int8", 192), ("int4", 256), ("fp8_e4m3", 256), ("int4", 48),
+     ("int8", 80)],
+)  # fmt: skip
 def test_attention_of_other_head_sizes(name, head_size):
     case = read_case(
         4, name, "token_head", "NHD", dtype="bfloat16", head_size=head_size, block_size=16,
@@ -207,6 +251,7 @@ def test_long_contexts(name, granularity):
     assert_kernels(case)
 
 
+@pytest.mark.gpu_smoke
 def test_a_cuda_graph_of_write_and_attention():
     """PagedKVCache with scales of its own, captured once and replayed with other lengths."""
     import torch

@@ -1,27 +1,30 @@
-"""Reading on a GPU: the kernels through both frameworks, near the oracle, bit for bit each other's."""
+"""Reading on a GPU: the kernels through both frameworks, near the oracle, bit for bit each other's.
+
+Compiling is what takes the time, so that the grids are thinner than the CPU tests', which run the same kernels in
+Triton's interpreter. What the compiler makes of them is seen here: each layout while decoding, and where rows are many
+those that lie differently in memory; each pair of dtypes for few and for many rows; each head size and each group, with
+and without quantisation; each meaning of the mask; positions that are split, and that are not.
+"""
+
+from itertools import product
 
 import numpy as np
 import pytest
 
 from kvcore.layout import _CONSTANTS as LAYOUTS
-from tests.gpu import DEVICE, HAS_GPU, captured, kernels, needs_gpu, shorter
+from tests import gpu
+from tests.gpu import DEVICE, HAS_GPU, captured, needs_gpu, params, shorter
 from tests.reads import BOUNDS, assert_near_oracle, attend_jax, attend_torch, make_read, oracle
 from tests.test_attention import CASTS, LENGTHS, MEANINGS
 from tests.test_gather import assert_gathers, gather_jax, gather_torch
 
 pytestmark = pytest.mark.gpu
 
-KERNELS = kernels(
-    {"jax triton": attend_jax, "torch triton": lambda case: attend_torch(case, device="cuda")},
-    {"torch": lambda case: attend_torch(case, "torch")},
-)
-GATHERS = kernels(
-    {"jax triton": gather_jax, "torch triton": lambda *x: gather_torch(*x, device="cuda")},
-    {"torch": lambda *x: gather_torch(*x, "torch")},
-)
-PORTABLE = kernels(
-    {"jax xla": lambda case: attend_jax(case, "xla"), "torch": lambda case: attend_torch(case, "torch", "cuda")}, {}
-)
+KERNELS = {"jax triton": attend_jax, "torch triton": lambda case: attend_torch(case, device="cuda")}
+PORTABLE = {"jax xla": lambda case: attend_jax(case, "xla"), "torch": lambda case: attend_torch(case, "torch", "cuda")}
+GATHERS = {"jax triton": gather_jax, "torch triton": lambda *x: gather_torch(*x, device="cuda")}
+if not HAS_GPU:
+    KERNELS, PORTABLE, GATHERS = {"all but the kernels": gpu.attend}, {}, {"all but the kernels": gpu.gather_kv}
 
 
 def assert_kernels(case, implementations=KERNELS):
@@ -37,9 +40,13 @@ def assert_kernels(case, implementations=KERNELS):
             assert a.tobytes() == b.tobytes()
 
 
-@pytest.mark.parametrize("layer", [None, 1])
-@pytest.mark.parametrize("ragged", [False, True])
-@pytest.mark.parametrize("layout", LAYOUTS)
+IN_LAYOUTS = [*product(LAYOUTS, [False], [1]), *product(("NHD", "HEAD_MAJOR", "PALLAS", "MLA"), [True], [None])]
+
+
+@pytest.mark.parametrize(
+    ("layout", "ragged", "layer"),
+    params(IN_LAYOUTS, smoke=(("NHD", True, None), ("HEAD_MAJOR", False, 1), ("MLA", False, 1))),
+)
 def test_layouts(layout, ragged, layer):
     case = make_read(
         np.random.default_rng(0), layout=layout, dtype="bfloat16", seq_lens=shorter((0, 1, 700, 129)), block_size=16,
@@ -49,12 +56,17 @@ def test_layouts(layout, ragged, layer):
     assert_kernels(case, KERNELS | PORTABLE)
 
 
+ALL_CASTS = [*CASTS, ("float32", "float32", "auto", None), ("float16", None, "fp8", "uint8")]
+SOME_CASTS = [CASTS[0], CASTS[2], CASTS[4]]  # as stored, widened, quantised
+OF_DTYPES = [(*side, *cast) for side, cast in product(product(["NHD"], [False, True]), ALL_CASTS)]
+OF_DTYPES += [("HEAD_MAJOR", cast != CASTS[4], *cast) for cast in SOME_CASTS]
+OF_DTYPES += [("MLA", cast == CASTS[4], *cast) for cast in SOME_CASTS]
+
+
 @pytest.mark.parametrize(
-    ("dtype", "cache_dtype", "kv_cache_dtype", "storage"),
-    [*CASTS, ("float32", "float32", "auto", None), ("float16", None, "fp8", "uint8")],
+    ("layout", "ragged", "dtype", "cache_dtype", "kv_cache_dtype", "storage"),
+    params(OF_DTYPES, smoke=[("NHD", ragged, *CASTS[i]) for ragged in (False, True) for i in (0, 4)]),
 )
-@pytest.mark.parametrize("ragged", [False, True])
-@pytest.mark.parametrize("layout", ["NHD", "HND", "HEAD_MAJOR", "MLA"])
 def test_dtypes(layout, ragged, dtype, cache_dtype, kv_cache_dtype, storage):
     case = make_read(
         np.random.default_rng(1), layout=layout, dtype=dtype, cache_dtype=cache_dtype, kv_cache_dtype=kv_cache_dtype,
@@ -64,28 +76,36 @@ def test_dtypes(layout, ragged, dtype, cache_dtype, kv_cache_dtype, storage):
     assert_kernels(case)
 
 
-@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.xdist_group("lengths")
+@pytest.mark.parametrize(("lengths", "dtype"), [*product(LENGTHS, ["bfloat16"]), ("mixed", "float32")])
 def test_lengths(lengths, dtype):
-    assert_kernels(make_read(np.random.default_rng(2), dtype=dtype, **lengths))
+    assert_kernels(make_read(np.random.default_rng(2), dtype=dtype, **LENGTHS[lengths]))
 
 
-@pytest.mark.parametrize("meaning", MEANINGS.values(), ids=MEANINGS)
-@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize(
+    ("meaning", "ragged"),
+    params(
+        [*product(("plain", "not causal", "window of one", "scale of zero", "all"), [False]),
+         *product(("not causal", "window", "cap", "negative scale", "all"), [True])],
+        smoke=(("all", False), ("window", True)),
+    ),
+)  # fmt: skip
 def test_meanings(meaning, ragged):
     query_lens = shorter((2, 0, 50, 300) if ragged else None)
     case = make_read(
         np.random.default_rng(3), dtype="bfloat16", query_lens=query_lens, seq_lens=shorter((2, 1, 90, 300)),
-        head_size=64, **meaning,
+        head_size=64, **MEANINGS[meaning],
     )  # fmt: skip
     case.options["sinks"] = np.random.default_rng(3).standard_normal(4).astype(np.float32)
     assert_kernels(case)
 
 
-@pytest.mark.parametrize("head_size", [64, 80, 96, 128, 192, 256])
-@pytest.mark.parametrize("group", [1, 3, 4, 8, 20])
-@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
-def test_groups_and_heads(group, head_size, kv_cache_dtype):
+@pytest.mark.parametrize(
+    ("head_size", "group", "kv_cache_dtype"),
+    [(64, 1, "auto"), (80, 3, "auto"), (96, 4, "auto"), (128, 8, "auto"), (192, 20, "auto"), (256, 1, "auto"),
+     (64, 4, "fp8"), (80, 8, "fp8"), (96, 20, "fp8"), (128, 1, "fp8"), (192, 3, "fp8"), (256, 4, "fp8")],
+)  # fmt: skip
+def test_groups_and_heads(head_size, group, kv_cache_dtype):
     rng = np.random.default_rng(4)
     for query_lens in (None, shorter((1, 5, 64))):
         case = make_read(
@@ -95,8 +115,9 @@ def test_groups_and_heads(group, head_size, kv_cache_dtype):
         assert_kernels(case)
 
 
+@pytest.mark.gpu_smoke
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
-@pytest.mark.parametrize("queries", [1, 2, 100])
+@pytest.mark.parametrize("queries", [1, 20])
 def test_latent_attention(queries, kv_cache_dtype):
     case = make_read(
         np.random.default_rng(5), layout="MLA", dtype="bfloat16", group=128, head_size=576, head_size_v=512,
@@ -106,6 +127,7 @@ def test_latent_attention(queries, kv_cache_dtype):
     assert_kernels(case)
 
 
+@pytest.mark.gpu_smoke
 def test_thousands_of_positions():
     rng = np.random.default_rng(6)
     for options in (dict(), dict(query_lens=(1, 40)), dict(sliding_window=1000)):
@@ -140,6 +162,7 @@ def test_no_worse_than_torch():
     assert error(ours) <= 1.25 * error(theirs)
 
 
+@pytest.mark.xdist_group("large")  # one at a time: GBs each
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
 def test_offsets_beyond_32_bits(kv_cache_dtype):
     """Two blocks at the ends of a cache of more than 2³² elements give what they give in a small one."""
@@ -169,12 +192,17 @@ def test_offsets_beyond_32_bits(kv_cache_dtype):
         assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+CONVERSIONS = [
+    ("bfloat16", "auto", "bfloat16"), (None, "fp8", "bfloat16"), ("float32", "auto", "bfloat16"),
+    (None, "fp8_e5m2", "float16"), ("bfloat16", "auto", "float32"),
+]  # fmt: skip
+GATHERED = [(layout, *c) for layout in LAYOUTS for c in (CONVERSIONS if layout == "NHD" else CONVERSIONS[:2])]
+
+
 @pytest.mark.parametrize(
-    ("cache_dtype", "kv_cache_dtype", "dtype"),
-    [("bfloat16", "auto", "bfloat16"), ("float32", "auto", "bfloat16"), (None, "fp8", "bfloat16"),
-     (None, "fp8_e5m2", "float16"), ("bfloat16", "auto", "float32")],
-)  # fmt: skip
+    ("layout", "cache_dtype", "kv_cache_dtype", "dtype"),
+    params(GATHERED, smoke=[("HEAD_MAJOR", *c) for c in CONVERSIONS[:2]]),
+)
 def test_gather(layout, cache_dtype, kv_cache_dtype, dtype):
     case = make_read(
         np.random.default_rng(8), layout=layout, cache_dtype=cache_dtype, kv_cache_dtype=kv_cache_dtype, head_size=40,
@@ -195,6 +223,7 @@ def test_gather_of_every_fp8_number(kv_cache_dtype):
         assert_gathers(case, 16, dtype, GATHERS)
 
 
+@pytest.mark.gpu_smoke
 def test_a_decode_step_in_a_cuda_graph():
     """Written and attended in a graph, replayed with longer sequences: nothing depends on lengths."""
     import torch
@@ -210,7 +239,8 @@ def test_a_decode_step_in_a_cuda_graph():
         return torch.randn(shape, device=DEVICE, generator=generator, dtype=torch.bfloat16)
 
     tables = torch.randperm(64, device=DEVICE, generator=generator).view(4, 16).int()
-    history = normal(2, 4, 100, 2, 64)
+    steps = 100 if HAS_GPU else 20
+    history = normal(2, 4, steps, 2, 64)
     key, value, query = normal(4, 2, 64), normal(4, 2, 64), normal(4, 8, 64)
     lens = torch.zeros(4, dtype=torch.int32, device=DEVICE)
     rows = torch.arange(4, device=DEVICE)
@@ -224,7 +254,7 @@ def test_a_decode_step_in_a_cuda_graph():
     lens += 1
     out, replay = captured(step)
     lens.zero_()
-    for n in range(100):
+    for n in range(steps):
         key.copy_(history[0, :, n])
         value.copy_(history[1, :, n])
         lens += 1
@@ -328,12 +358,12 @@ def test_parts_of_a_context_on_all_gpus():
     tables, local_tables = case.block_tables, np.full((gpus, 2, 4), -1, np.int32)
     caches = [[], []]
     lens = np.zeros((gpus, 2), np.int32)
-    for gpu in range(gpus):  # a GPU has every sequence's blocks gpu, gpu + gpus, …
+    for device in range(gpus):  # each has every sequence's blocks device, device + gpus, …
         ids = []
         for seq in range(2):
-            mine = tables[seq, gpu : case.seq_lens[seq] // 16 : gpus]
-            local_tables[gpu, seq, : len(mine)] = len(ids) + np.arange(len(mine))
-            lens[gpu, seq] = 16 * len(mine)
+            mine = tables[seq, device : case.seq_lens[seq] // 16 : gpus]
+            local_tables[device, seq, : len(mine)] = len(ids) + np.arange(len(mine))
+            lens[device, seq] = 16 * len(mine)
             ids += mine.tolist()
         for parts, cache in zip(caches, case.caches, strict=True):
             parts.append(cache[ids])

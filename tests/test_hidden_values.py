@@ -68,7 +68,7 @@ POISONS = {
     "scale of int4 NaN": (of_scale(np.nan), PER_TOKEN | dict(kv_cache_dtype="int4")),
     "block scale NaN": (of_block_scale(0x7F), dict(kv_cache_dtype="nvfp4")),
     "MLA scale NaN": (of_mla_scale(np.nan), MLA),
-    "MLA value NaN": (of_mla_scale(np.inf), MLA),
+    "MLA scale infinite": (of_mla_scale(np.inf), MLA),
 }
 LENGTHS = {
     "chunks": dict(seq_lens=(7, 40), query_lens=(4, 12)),
@@ -118,14 +118,32 @@ def test_hidden_values_touch_nothing(name, lengths):
     assert_as_oracle(poisoned(function, **options, **LENGTHS[lengths]), CPU_IMPLEMENTATIONS)
 
 
+ON_A_GPU = {  # by kernels
+    "auto": ("NaN", "infinity", "minus infinity", "NaN in K", "infinity in K"),
+    "fp8": ("NaN of e4m3",),
+    "fp8_e5m2": ("infinity of e5m2",),
+    "int8": ("scale NaN", "scale infinite", "scale huge"),
+    "int4": ("scale of int4 NaN",),
+    "nvfp4": ("block scale NaN",),
+    "fp8_ds_mla": ("MLA scale NaN", "MLA scale infinite"),
+}
+
+
 @pytest.mark.gpu
-@pytest.mark.gpu_smoke
-@pytest.mark.parametrize("name", POISONS)
-def test_hidden_values_touch_nothing_on_a_gpu(name):
-    function, options = POISONS[name]
-    head = {} if "layout" in options else dict(head_size=128, group=4)
+@pytest.mark.parametrize(
+    "format",
+    [pytest.param(f, marks=pytest.mark.gpu_smoke if f in ("auto", "int8", "nvfp4") else ()) for f in ON_A_GPU],
+)
+def test_hidden_values_touch_nothing_on_a_gpu(format):
     for lengths in ("chunks", "splits") if HAS_GPU else ("chunks",):
-        assert_as_oracle(poisoned(function, "bfloat16", **options, **head, **LENGTHS[lengths]), KERNELS)
+        for name in ON_A_GPU[format]:
+            function, options = POISONS[name]
+            head = {} if "layout" in options else dict(head_size=128, group=4)
+            assert_as_oracle(poisoned(function, "bfloat16", **options, **head, **LENGTHS[lengths]), KERNELS)
+
+
+def test_every_poison_is_tried_on_a_gpu():
+    assert {name for names in ON_A_GPU.values() for name in names} == set(POISONS)
 
 
 def test_a_scale_of_nan_leaves_rows_that_see_nothing_zero():

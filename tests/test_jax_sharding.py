@@ -10,6 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxkv
+from jaxkv import _primitive, _read_primitive
 from kvcore.layout import CacheLayout
 from tests.arrays import bits, make_case, run_oracle
 
@@ -147,9 +148,116 @@ def test_any_other_split_raises(kind, axis, spec):
     case = make_case(np.random.default_rng(3), num_blocks=16, num_heads=8, head_size=16)
     mesh = mesh_of(kind)
     caches = [jax.device_put(c, NamedSharding(mesh, spec)) for c in case.caches]
-    with jax.set_mesh(mesh), pytest.raises((ValueError, jax.errors.JaxRuntimeError)) as error:
-        jax.jit(jaxkv.reshape_and_cache_flash)(case.key, case.value, *caches, case.slot_mapping)
-    assert f"a cache may be split over heads only, got axis {axis} split over tp" in str(error.value)
+    query, tables, lens = np.ones((1, 8, 16), case.key.dtype), np.array([[0, 1]]), np.array([9])
+    slots = case.slot_mapping.astype(np.int32)
+
+    def write(key_cache, value_cache):
+        return jaxkv.reshape_and_cache_flash(case.key, case.value, key_cache, value_cache, slots)
+
+    def write_refs(*caches):
+        refs = [jax.new_ref(c) for c in caches]
+        write(*refs)
+        return [ref[...] for ref in refs]
+
+    calls = [
+        write,
+        write_refs,
+        lambda *caches: jaxkv.paged_attention(query, caches, tables, lens),
+        lambda *caches: jaxkv.gather_kv(caches, tables, lens, 9),
+    ]
+    for call in calls:
+        for way in (call, jax.jit(call), jax.jit(lambda *caches, call=call: call(*(c * 1 for c in caches)))):
+            with jax.set_mesh(mesh), pytest.raises(ValueError, match=r"^a cache may be split over heads") as error:
+                way(*caches)
+            assert str(error.value) == (
+                f"a cache may be split over heads only, got axis {axis} split over tp; jax.shard_map can give each "
+                "device blocks of its own"
+            )
+
+
+def test_an_eager_call_checks_shardings_before_anything_is_compiled(monkeypatch):
+    monkeypatch.setattr(_primitive, "_partitioned", None)
+    monkeypatch.setattr(_read_primitive, "_partitioned", None)
+    mesh = mesh_of(AxisType.Auto)
+    case = make_case(np.random.default_rng(3), num_blocks=16, num_heads=8, head_size=32, dtype="float16")
+    caches = [jax.device_put(c, NamedSharding(mesh, P("tp"))) for c in case.caches]
+    for call in (
+        lambda: jaxkv.reshape_and_cache_flash(case.key, case.value, *caches, case.slot_mapping),
+        lambda: jaxkv.paged_attention(case.key, caches, np.zeros((7, 2), np.int32), np.ones(7, np.int32)),
+        lambda: jaxkv.gather_kv(caches, np.zeros((7, 2), np.int32), np.ones(7, np.int32), 3),
+    ):
+        with pytest.raises(ValueError, match=r"^a cache may be split over heads only, got axis block split over tp;"):
+            call()
+
+
+def test_other_errors_of_the_compiler_stay_what_they_are():
+    error = jax.errors.JaxRuntimeError("INTERNAL: something else")
+    assert _primitive._refusal(error) is None
+
+
+def test_a_mesh_axis_of_one_device_splits_nothing():
+    case = make_case(np.random.default_rng(5), num_heads=8, head_size=16)
+    mesh = mesh_of(AxisType.Auto, (1, 8), ("dp", "tp"))
+    caches = [jax.device_put(c, NamedSharding(mesh, P("dp", None, "tp"))) for c in case.caches]
+    slots = case.slot_mapping.astype(np.int32)
+    assert_same(jaxkv.reshape_and_cache_flash(case.key, case.value, *caches, slots), run_oracle(case))
+    assert_same(jax.jit(jaxkv.reshape_and_cache_flash)(case.key, case.value, *caches, slots), run_oracle(case))
+
+
+SIZES = dict(num_blocks=8, block_size=8, num_heads=8, head_size=32, num_layers=8, dtype="float32")
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(("layout", "split", "axis"), [
+    ("NHD", 4, "dim"), ("NHD", 2, "slot"), ("KV_NHD", 3, "slot"), ("PACKED_NHD", 4, "k+v"),
+    ("block slot (kv head) dim", 3, "kv head"), ("MLA", 3, "latent"),
+])  # fmt: skip
+def test_a_cache_is_not_created_with_a_split_that_nothing_can_use(layout, split, axis, kind):
+    sharding = NamedSharding(mesh_of(kind), P(*(None,) * split, "tp"))
+    sizes = SIZES | ({"num_heads": 1} if layout == "MLA" else {})
+    with pytest.raises(ValueError, match=r"^a cache may be split") as error:
+        jaxkv.PagedKVCache.create(**sizes, layout=layout, sharding=sharding)
+    assert str(error.value) == (
+        f"a cache may be split over heads, blocks and layers only, got axis {axis} split over tp"
+    )
+
+
+@pytest.mark.parametrize(("layout", "spec", "scales"), [
+    ("NHD", P("tp"), P("tp")), ("NHD", P(None, "tp"), P(None, "tp")),
+    ("HND", P(None, None, "tp"), P(None, None, None, "tp")),
+    ("INTERLEAVED", P(None, None, None, "tp"), P(None, None, None, "tp")),
+    ("KV_NHD", P(None, None, "tp"), P(None, "tp")),
+])  # fmt: skip
+def test_a_cache_is_created_with_scales_split_alike(layout, spec, scales):
+    mesh = mesh_of(AxisType.Auto)
+    cache = jaxkv.PagedKVCache.create(
+        **SIZES, layout=layout, kv_cache_dtype="int8", per_token_head=True, sharding=NamedSharding(mesh, spec)
+    )
+    assert all(c.sharding.is_equivalent_to(NamedSharding(mesh, spec), c.ndim) for c in cache.caches)
+    for scale in (cache.k_scale, cache.v_scale):
+        assert scale.sharding.is_equivalent_to(NamedSharding(mesh, scales), scale.ndim)
+
+
+def test_a_cache_split_over_blocks_is_written_and_attended_within_shard_map():
+    mesh = mesh_of(AxisType.Auto)
+    sizes = SIZES | {"num_layers": None, "num_heads": 2}
+    cache = jaxkv.PagedKVCache.create(**sizes, sharding=NamedSharding(mesh, P("tp")))
+    key, value = (np.random.default_rng(n).standard_normal((8, 2, 32)).astype(np.float32) for n in (6, 7))
+
+    def step(cache, key, value):  # a sequence of one token for each device, in slot 3 of its only block
+        cache = cache.write(key, value, jnp.array([3]))
+        return (
+            cache,
+            cache.gather(jnp.array([[0]]), jnp.array([4]), 4)[1][:, 3],
+            cache.attend(key, jnp.array([[0]]), jnp.array([4]), sliding_window=1),
+        )
+
+    split = P("tp")
+    run = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(split,) * 3, out_specs=(split,) * 3))
+    cache, values, attended = run(cache, key, value)
+    np.testing.assert_array_equal(np.asarray(cache.caches[0])[:, 3], key)
+    np.testing.assert_array_equal(values, value)
+    np.testing.assert_allclose(attended, value, rtol=1e-6)
 
 
 def test_a_mesh_with_more_axes():

@@ -1,5 +1,8 @@
 """Both frameworks launch what the plan says: the same kernel, grid, warps and arguments."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -105,3 +108,48 @@ def test_both_frameworks_compile_the_same_launch(monkeypatch, layout):
     static = {name: value for (place,), value in source.constants.items() for name in [kernel_names[place]]}
     assert {k: static[k] for k in plan.kernel.constexprs} == {k: named[k] for k in plan.kernel.constexprs}
     assert set(kernel_names) == {*pointees, *SCALARS, *plan.kernel.constexprs}
+
+
+@pytest.mark.parametrize("default", ["0", "1"])
+@pytest.mark.parametrize("target", [H100, Target("cuda", 80), Target("hip", "gfx942", 64)], ids=str)
+def test_every_kernel_says_whether_multiply_and_add_may_fuse(monkeypatch, target, default):
+    """The compiler's default changes in Triton 3.10; bits depend on it."""
+    pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+
+    import torchkv
+    from jaxkv import _triton as jax_half
+    from kvcore import interpreter, kernels
+    from tests.reads import attend_torch, make_read
+    from tests.test_gather import gather_torch
+
+    launched = []
+    monkeypatch.setattr(interpreter, "run", lambda kernel, grid, arguments: launched.append(kernel))
+    for module in (torchkv._triton, torchkv._read_triton):  # its plan, on a CPU
+        monkeypatch.setattr(module, "INTERPRETER", target)
+    rng = np.random.default_rng(0)
+    by_head = dict(kv_cache_dtype="int8", per_token_head=True)
+    for options in (dict(), dict(layout="PACKED_NHD"), dict(kv_cache_dtype="fp8"), by_head):
+        run_torch(make_case(rng, **options), "interpret")
+    for options in (dict(), dict(seq_lens=(3000,)), dict(query_lens=(0, 1, 5, 19)), dict(kv_cache_dtype="int4")):
+        case = make_read(rng, dtype="bfloat16", head_size=64, **options)
+        attend_torch(case, "interpret")
+        gather_torch(case, 19, "bfloat16", "interpret")
+
+    defined = {
+        name
+        for file in (f for path in kernels.__path__ for f in Path(path).glob("*.py"))
+        for name in re.findall(r"^def (\w*_kernel\w*)\(", file.read_text(), re.MULTILINE)
+    }
+    assert {kernel.name for kernel in launched} == defined
+    seen = {}
+    monkeypatch.setattr(jax_half.jt, "triton_call", lambda *arguments, **named: seen.update(named))
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", default)
+    for kernel in launched:
+        fuses = kernel.options["enable_fp_fusion"]
+        assert fuses is (kernel.module == "attention"), kernel.name  # whose results are rounded, not bits to be kept
+        jax_half.launch(kernel, (1, 1, 1), [], target)
+        assert seen["backend_options"]["enable_fp_fusion"] is fuses
+        backend = make_backend(GPUTarget(*target))
+        assert backend.parse_options({**kernel.options, "num_warps": kernel.num_warps}).enable_fp_fusion is fuses

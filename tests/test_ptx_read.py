@@ -22,8 +22,8 @@ TARGETS = {
 HEADS = {"128": (128, 128, 8, 32, "NHD"), "256": (256, 256, 4, 16, "HND"), "MLA": (576, 512, 1, 128, "MLA")}
 
 
-def integers(*shape):
-    return ArraySpec(shape, "int32")
+def integers(*shape, dtype="int32"):
+    return ArraySpec(shape, dtype)
 
 
 def caches(layout, head_size, head_size_v, heads, dtype):
@@ -33,19 +33,19 @@ def caches(layout, head_size, head_size_v, heads, dtype):
     return [ArraySpec(shape, dtype) for shape in shapes]
 
 
-def compile_attention(target, head, kv_cache_dtype="auto", ragged=False):
+def compile_attention(target, head, kv_cache_dtype="auto", ragged=False, index="int32"):
     head_size, head_size_v, heads, q_heads, layout = HEADS[head]
     dtype = "bfloat16" if kv_cache_dtype == "auto" else "uint8"
     call = check_attention(
         ArraySpec((512 if ragged else 8, q_heads, head_size), "bfloat16"),
-        caches(layout, head_size, head_size_v, heads, dtype), integers(8, 64), integers(8),
-        integers(9) if ragged else None, None, Options(None, True, None, None), kv_cache_dtype, None, None, layout,
-        None, head_size_v,
+        caches(layout, head_size, head_size_v, heads, dtype), integers(8, 64, dtype=index), integers(8, dtype=index),
+        integers(9, dtype=index) if ragged else None, None, Options(None, True, None, None), kv_cache_dtype, None,
+        None, layout, None, head_size_v,
     )  # fmt: skip
     plan = plan_attention(call, target)
     pointers = {
-        "query_ptr": "bfloat16", "key_cache_ptr": dtype, "value_cache_ptr": dtype, "block_tables_ptr": "int32",
-        "seq_lens_ptr": "int32", "query_start_loc_ptr": "int32" if ragged else None, "sinks_ptr": None,
+        "query_ptr": "bfloat16", "key_cache_ptr": dtype, "value_cache_ptr": dtype, "block_tables_ptr": index,
+        "seq_lens_ptr": index, "query_start_loc_ptr": index if ragged else None, "sinks_ptr": None,
         "k_scale_ptr": None, "v_scale_ptr": None, "layer": None,
         "out_ptr": "float32" if plan.splits > 1 else "bfloat16", "lse_ptr": "float32",
     }  # fmt: skip
@@ -59,6 +59,11 @@ def compile_attention(target, head, kv_cache_dtype="auto", ragged=False):
 def test_attention_fits(name, head, ragged):
     target, kib = TARGETS[name]
     assert compile_attention(target, head, ragged=ragged).metadata.shared <= kib * 1024
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_integers_of_64_bits_compile(ragged):
+    compile_attention(Target("cuda", 90), "128", ragged=ragged, index="int64")
 
 
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8", "fp8_e5m2"])

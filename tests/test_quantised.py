@@ -196,16 +196,108 @@ def test_mla_rows(name, dtype, layer):
 
 def test_a_row_of_fp8_ds_mla_by_hand():
     kv_c = np.zeros((1, 512), np.float32)
-    kv_c[0, [0, 130, 511]] = [448, -896, 4.48]
+    kv_c[0, [0, 130, 511]] = [448, -600, 4.375]
     k_pe = np.linspace(-1, 1, 64, dtype=np.float32)[None]
     cache = np.full((1, 2, 656), 0xCC, np.uint8)
     reference.concat_and_cache_mla(kv_c, k_pe, cache, np.array([1]), "fp8_ds_mla")
     row = cache[0, 1]
-    scales = np.float32([1, 2, 1, np.float32(4.48) / np.float32(448)])
-    np.testing.assert_array_equal(row[512:528].view(np.float32), scales)
-    assert row[[0, 130, 511]].tolist() == [0x7E, 0xFE, 0x7E]
+    np.testing.assert_array_equal(row[512:528].view(np.float32), np.float32([1, 2, 2**-13, 2**-6]))
+    assert row[[0, 130, 511]].tolist() == [0x7E, 0xF9, 0x79]  # 448; -300 rounds to -288, 280 to 288
     np.testing.assert_array_equal(row[528:].view(DTYPES["bfloat16"]), k_pe[0].astype(DTYPES["bfloat16"]))
     assert (cache[0, 0] == 0xCC).all()
+
+
+LEAST = 2.0**-13  # of the powers of two, the first above 1e-4
+TILES = {  # elements of 128 that are not zero → the tile's scale, and what is stored of them
+    "zeros": ([0.0, -0.0], LEAST, [0x00, 0x80]),
+    "nothing but tiny numbers": ([1e-30, -1e-30], LEAST, [0x00, 0x80]),
+    "the magnitude at the least scale": ([0.0448], LEAST, [0x7B]),  # 367 rounds to 352
+    "the last magnitude of the least scale": ([448 * LEAST], LEAST, [0x7E]),
+    "the next one": ([np.nextafter(np.float32(448 * LEAST), np.float32(1))], 2 * LEAST, [0x76]),  # 224
+    "448 and a power of two": ([-448 * 2.0**20, 224 * 2.0**20], 2.0**20, [0xFE, 0x76]),
+    "a little less": ([np.nextafter(np.float32(448), np.float32(0))], 1.0, [0x7E]),
+    "a little more": ([np.nextafter(np.float32(448), np.float32(512))], 2.0, [0x76]),
+    "the largest numbers": ([3e38, -1e38], 2.0**120, [0x76, 0xE9]),  # 225.7 rounds to 224, 75.2 to 72
+    "an infinity": ([np.inf, -np.inf, 5.0, -5.0], np.inf, [0x7F, 0x7F, 0x00, 0x80]),
+    "a NaN": ([np.nan, 448.0, -np.nan], 1.0, [0x7F, 0x7E, 0x7F]),
+    "nothing but NaN": ([np.nan] * 128, LEAST, [0x7F] * 128),
+    "an infinity and a NaN": ([np.nan, np.inf], np.inf, [0x7F, 0x7F]),
+}
+
+
+@pytest.mark.parametrize("name", TILES)
+def test_scales_of_fp8_ds_mla_are_those_of_a_table(name):
+    numbers, scale, stored = TILES[name]
+    kv_c = np.zeros((3, 512), np.float32)
+    kv_c[1, 256 : 256 + len(numbers)] = numbers
+    kv_c[:, 5] = 448
+    arrays = [kv_c, np.ones((3, 64), np.float32), np.full((2, 4, 656), 0xCC, np.uint8), np.array([0, 6, 2], np.int32)]
+    want = arrays[2].copy()
+    reference.concat_and_cache_mla(*arrays[:2], want, arrays[3], "fp8_ds_mla")
+    row = want[1, 2]
+    assert row[512:528].view(np.float32).tolist() == [1, LEAST, scale, LEAST]
+    assert row[256 : 256 + len(stored)].tolist() == stored
+    for implementation, run in mla_implementations():
+        np.testing.assert_array_equal(run(arrays, "fp8_ds_mla"), want, err_msg=implementation)
+
+
+def test_scales_of_fp8_ds_mla_over_all_magnitudes():
+    """A tile for each number next to a power of two or to 448 times one, and for many between."""
+    edges = np.concatenate([2.0 ** np.arange(-20, 128), 448 * 2.0 ** np.arange(-20, 119)]).astype(np.float32)
+    numbers = np.concatenate([edges, np.nextafter(edges, np.float32(0)), np.nextafter(edges, np.float32(np.inf))])
+    numbers = np.concatenate([numbers, np.arange(1, 1 << 31, (1 << 31) // 700, np.uint32).view(np.float32)])
+    numbers = np.resize(numbers, (-(-numbers.size // 4), 4))
+    kv_c = np.zeros((len(numbers), 4, 128), np.float32)
+    kv_c[:, :, 77] = numbers
+    blocks = -(-len(numbers) // 16)
+    arrays = [kv_c.reshape(-1, 512), np.zeros((len(numbers), 64), np.float32)]
+    arrays += [np.zeros((blocks, 16, 656), np.uint8), np.arange(len(numbers), dtype=np.int32)]
+    want = arrays[2].copy()
+    reference.concat_and_cache_mla(*arrays[:2], want, arrays[3], "fp8_ds_mla")
+    scales = want.reshape(-1, 656)[: len(numbers), 512:528].copy().view(np.float32)
+    with np.errstate(all="ignore"):
+        exact = np.maximum(numbers.astype(np.float64) / 448, 1e-4)
+        np.testing.assert_array_equal(scales, np.where(np.isnan(numbers), LEAST, 2.0 ** np.ceil(np.log2(exact))))
+    for implementation, run in mla_implementations():
+        np.testing.assert_array_equal(run(arrays, "fp8_ds_mla"), want, err_msg=implementation)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_rows_of_fp8_ds_mla_without_rotary_part_hold_zeros_there(dtype):
+    rng = np.random.default_rng(8)
+    arrays = [random_bits(rng, (6, 512), dtype), np.empty((6, 0), DTYPES[dtype])]
+    arrays += [np.full((4, 8, 656), 0xCC, np.uint8), np.array([3, -1, 31, 32, 0, 17], np.int32)]
+    want = arrays[2].copy()
+    reference.concat_and_cache_mla(*arrays[:2], want, arrays[3], "fp8_ds_mla")
+    for slot in (3, 31, 0, 17):
+        assert not want.reshape(-1, 656)[slot, 528:].any()
+    for implementation, run in mla_implementations():
+        np.testing.assert_array_equal(run(arrays, "fp8_ds_mla"), want, err_msg=implementation)
+
+
+@pytest.mark.parametrize("rank", [512, 80, 48])
+@pytest.mark.parametrize("name", ["auto", "fp8", "int8", "int4", "nvfp4"])
+def test_rows_without_rotary_part(name, rank):
+    rng = np.random.default_rng(8)
+    units = {"auto": rank, "int4": rank // 2, "nvfp4": rank // 16 * 9}.get(name, rank)
+    arrays = [random_bits(rng, (6, rank), "bfloat16"), np.empty((6, 0), DTYPES["bfloat16"])]
+    arrays += [random_bits(rng, (4, 8, units), "bfloat16" if name == "auto" else "uint8")]
+    arrays += [np.array([3, -1, 31, 32, 0, 17], np.int32)]
+    want = arrays[2].copy()
+    reference.concat_and_cache_mla(*arrays[:2], want, arrays[3], name, None if name == "auto" else 0.37)
+    for implementation, run in mla_implementations():
+        got = run(arrays, name, None if name == "auto" else 0.37)
+        np.testing.assert_array_equal(bits(got), bits(want), err_msg=implementation)
+
+
+def test_a_scale_given_with_fp8_ds_mla_is_not_read():
+    rng = np.random.default_rng(9)
+    arrays = [random_bits(rng, (3, 512), "bfloat16"), random_bits(rng, (3, 64), "bfloat16")]
+    arrays += [np.full((1, 8, 656), 0xCC, np.uint8), np.array([3, 0, 7], np.int32)]
+    want = arrays[2].copy()
+    reference.concat_and_cache_mla(*arrays[:2], want, arrays[3], "fp8_ds_mla")
+    for implementation, run in mla_implementations():
+        np.testing.assert_array_equal(run(arrays, "fp8_ds_mla", 0.37), want, err_msg=implementation)
 
 
 # ---- static scales from samples

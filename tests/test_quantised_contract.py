@@ -143,11 +143,16 @@ BAD = {
     ),
     "MLA columns of another number": (
         MLA, {"kv_c": floats(2, 256)}, ValueError,
-        "kv_c and k_pe must have 512 and 64 columns for kv_cache_dtype 'fp8_ds_mla', got 256 and 64",
+        "kv_c must have 512 columns, and k_pe 64 or none, for kv_cache_dtype 'fp8_ds_mla', got 256 and 64",
     ),
-    "a scale for fp8_ds_mla": (
-        MLA, {"scale": 0.5}, ValueError, "scale must be None for kv_cache_dtype 'fp8_ds_mla', which computes its own",
+    "MLA rotary columns of another number": (
+        MLA, {"k_pe": floats(2, 32)}, ValueError,
+        "kv_c must have 512 columns, and k_pe 64 or none, for kv_cache_dtype 'fp8_ds_mla', got 512 and 32",
     ),
+    "no rotary columns, of other tokens": (
+        MLA, {"k_pe": floats(3, 0)}, ValueError, "k_pe must have shape (2, 0), got (3, 0)",
+    ),
+    "scales of MLA's heads": (MLA, {"scale": floats(3)}, ValueError, "scale must have shape () or (1,), got (3,)"),
     "k_pe of other tokens": (MLA, {"k_pe": floats(3, 64)}, ValueError, "k_pe must have shape (2, 64), got (3, 64)"),
     "k_pe of another dtype": (
         MLA, {"k_pe": np.ones((2, 64), np.float16)}, TypeError, "k_pe must have dtype float32, as kv_c, got float16",

@@ -65,7 +65,7 @@ def check(call: Call) -> Write:
     k_scale, v_scale = (None if t is None else spec_of(t) for t in (call.k_scale, call.v_scale))
     layer = call.layer if call.layer_index is None else spec_of(call.layer_index)
     if call.rows:
-        check_mla(key, value, caches[0], call.kv_cache_dtype, k_scale, layer)
+        check_mla(key, value, caches[0], call.kv_cache_dtype, layer)
         if k_scale is not None:
             check_scale("scale", k_scale, 1)
         check_devices([("kv_c", key), ("k_pe", value), ("scale", k_scale)], "kv_cache", caches[0])

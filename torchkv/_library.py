@@ -11,6 +11,8 @@ import torch
 from torch.library import Library
 
 from kvcore.checks import no_triton_error
+from kvcore.contract import split_of_latent
+from kvcore.quantization import DS_MLA_ROPE
 from torchkv import _torch, _triton
 from torchkv._call import Call, check, interpret_error, memory_names
 from torchkv._memory import check_address, check_apart
@@ -139,6 +141,12 @@ def _computed(num_caches: int) -> Callable[[Sequence[Any]], Call]:
 
 def _mla(args: Sequence[Any]) -> Call:
     kv_c, k_pe, kv_cache, slot_mapping, kv_cache_dtype, scale, layer, layer_index, backend = args
+    if k_pe.dim() == kv_c.dim() == 2 and not k_pe.shape[1] and k_pe.shape[0] == kv_c.shape[0]:
+        if kv_cache_dtype == "fp8_ds_mla":
+            k_pe = k_pe.new_zeros((1, 1)).expand(kv_c.shape[0], DS_MLA_ROPE)
+        else:
+            columns = split_of_latent(kv_c.shape[1])
+            kv_c, k_pe = kv_c[:, :columns], kv_c[:, columns:]
     return Call(
         kv_c, k_pe, (kv_cache,), slot_mapping, kv_cache_dtype, scale, scale, None, layer, layer_index, backend,
         rows=True,

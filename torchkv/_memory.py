@@ -1,6 +1,6 @@
 """Whether strided tensors share an element, and where they begin."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from math import gcd
 
@@ -14,6 +14,15 @@ def check_apart(names: Sequence[str], tensors: Sequence[Tensor]) -> None:
     for (first, a), (second, b) in combinations(zip(names, tensors, strict=True), 2):
         if share_elements(a, b):
             raise overlap_error(first, second)
+
+
+def check_results_apart(names: Sequence[str], results: Sequence[Tensor], inputs: Mapping[str, Tensor | None]) -> None:
+    """Raises a ValueError if a result shares memory with another one or with an input."""
+    check_apart(names, results)
+    for name, result in zip(names, results, strict=True):
+        for other, tensor in inputs.items():
+            if tensor is not None and share_elements(result, tensor):
+                raise overlap_error(name, other)
 
 
 def overlap_error(first: str, second: str) -> ValueError:

@@ -1,5 +1,6 @@
 """Calls of the ops that read a cache: their arguments under their names, and the contract's verdict on them."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -7,9 +8,12 @@ from torch import Tensor
 from torch._C._functorch import is_batchedtensor
 from torch.autograd import forward_ad
 
-from kvcore.checks import ArraySpec
+from kvcore.checks import ArraySpec, check_devices, check_result
 from kvcore.read_contract import Attention, Gather, Options, check_attention, check_gather
 from torchkv._call import spec_of
+
+Results = tuple[Tensor, Tensor]
+"""Result and log-sum-exp, or key and value."""
 
 
 class AttentionCall(NamedTuple):
@@ -57,6 +61,27 @@ class GatherCall(NamedTuple):
     head_size_v: int | None
     backend: str | None
     scale_layout: str | None = None
+
+
+def attention_inputs(call: AttentionCall) -> dict[str, Tensor | None]:
+    """What `paged_attention` reads, by the names of its arguments."""
+    return {
+        "query": call.query, **_named(call.caches), "block_tables": call.block_tables, "seq_lens": call.seq_lens,
+        "query_start_loc": call.query_start_loc, "sinks": call.sinks, "k_scale": call.k_scale,
+        "v_scale": call.v_scale, "layer": call.layer_index,
+    }  # fmt: skip
+
+
+def gather_inputs(call: GatherCall) -> dict[str, Tensor | None]:
+    """What `gather_kv` reads, by the names of its arguments."""
+    return {
+        **_named(call.caches), "block_tables": call.block_tables, "seq_lens": call.seq_lens, "k_scale": call.k_scale,
+        "v_scale": call.v_scale, "layer": call.layer_index,
+    }  # fmt: skip
+
+
+def _named(caches: Sequence[Tensor]) -> dict[str, Tensor]:
+    return dict(zip(("key_cache", "value_cache") if len(caches) == 2 else ("kv_cache",), caches, strict=True))
 
 
 def refuse_gradients(name: str, *tensors: Tensor | None) -> None:
@@ -117,6 +142,40 @@ def describe_gather(call: GatherCall) -> Gather:
         call.head_size_v,
         call.scale_layout,
     )
+
+
+ATTENTION_RESULTS, GATHER_RESULTS = ("out", "lse"), ("out[0]", "out[1]")
+"""What errors call tensors that are given for results."""
+
+
+def check_attention_results(described: Attention, results: Results) -> None:
+    """Checks tensors that are given for the result and the log-sum-exp; they may be fake.
+
+    Raises:
+        ValueError: a shape or a device does not fit, or one is not contiguous.
+        TypeError: a dtype does not fit.
+    """
+    shape = described.out_shape
+    wanted = ((shape, described.query.dtype), (shape[:2], "float32"))
+    _check_results(ATTENTION_RESULTS, results, wanted, ("query", described.query))
+
+
+def check_gather_results(described: Gather, results: Results) -> None:
+    """Likewise, for key and value."""
+    wanted = [(shape, described.format.name) for shape in described.shapes]
+    _check_results(GATHER_RESULTS, results, wanted, ("block_tables", described.block_tables))
+
+
+def _check_results(
+    names: Sequence[str],
+    results: Results,
+    wanted: Sequence[tuple[tuple[int, ...], str]],
+    home: tuple[str, ArraySpec],
+) -> None:
+    specs = [spec_of(r) for r in results]
+    for name, spec, (shape, dtype) in zip(names, specs, wanted, strict=True):
+        check_result(name, spec, shape, dtype)
+    check_devices(list(zip(names, specs, strict=True)), *home)
 
 
 def _maybe(tensor: Tensor | None) -> ArraySpec | None:

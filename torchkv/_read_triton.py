@@ -16,8 +16,20 @@ from kvcore.plan import INTERPRETER
 from kvcore.read_contract import Attention, Gather
 from torchkv._call import dtype_name
 from torchkv._launch import Kernel, interpret, load, signature, start, target
-from torchkv._memory import check_address
-from torchkv._read import AttentionCall, GatherCall, describe_attention, describe_gather
+from torchkv._memory import check_address, check_results_apart
+from torchkv._read import (
+    ATTENTION_RESULTS,
+    GATHER_RESULTS,
+    AttentionCall,
+    GatherCall,
+    Results,
+    attention_inputs,
+    check_attention_results,
+    check_gather_results,
+    describe_attention,
+    describe_gather,
+    gather_inputs,
+)
 
 _Start = Callable[[tuple[int, int, int], Sequence[Any]], None]
 """Starts a kernel: given its grid and its arguments."""
@@ -29,6 +41,7 @@ class _AttentionLaunch(NamedTuple):
     scalars: tuple[int, ...]
     attend: _Start
     merge: _Start | None
+    apart: set[tuple[int, ...]]  # addresses of results and inputs that were seen to share nothing
 
 
 class _GatherLaunch(NamedTuple):
@@ -36,6 +49,7 @@ class _GatherLaunch(NamedTuple):
     plan: plan_gather.GatherPlan
     scalars: tuple[int, ...]
     gather: _Start
+    apart: set[tuple[int, ...]]
 
 
 _MOST_LAUNCHES = 4096
@@ -53,27 +67,45 @@ def _find(wanted: tuple[Any, ...], layer: int | None, prepare: Callable[[], Any]
     return found
 
 
+def _check_apart(
+    apart: set[tuple[int, ...]], names: Sequence[str], given: Results, inputs: dict[str, Tensor | None]
+) -> None:
+    """Checks that results share no memory, but for addresses that were seen before."""
+    addresses = tuple(0 if t is None else t.data_ptr() for t in (*given, *inputs.values()))
+    if addresses not in apart:
+        check_results_apart(names, given, inputs)
+        if len(apart) >= _MOST_LAUNCHES:
+            apart.clear()
+        apart.add(addresses)
+
+
 # ---- attention
 
 
-def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """Launches `paged_attention` on the current stream of the caches' device; result and log-sum-exp."""
+def attention(call: AttentionCall, given: Results | None = None) -> Results:
+    """Launches `paged_attention` on the current stream of the caches' device; result and log-sum-exp.
+
+    They are new tensors, or those given for them.
+    """
     tensors = _attention_tensors(call)
     wanted = (
-        "attention", *signature(tensors), call.scale, call.causal, call.sliding_window, call.soft_cap,
-        call.kv_cache_dtype, call.layout, call.layer is None, call.head_size_v, call.scale_layout,
+        "attention", *signature(tensors), given and signature(given), call.scale, call.causal,
+        call.sliding_window, call.soft_cap, call.kv_cache_dtype, call.layout, call.layer is None, call.head_size_v,
+        call.scale_layout,
     )  # fmt: skip
-    found = _find(wanted, call.layer, lambda: _prepare_attention(call, tensors))
+    found = _find(wanted, call.layer, lambda: _prepare_attention(call, tensors, given))
+    if given is not None:
+        _check_apart(found.apart, ATTENTION_RESULTS, given, attention_inputs(call))
     with _current(call.query.device):
-        return _run_attention(found, call, tensors)
+        return _run_attention(found, call, tensors, given)
 
 
-def interpret_attention(described: Attention, call: AttentionCall) -> tuple[Tensor, Tensor]:
+def interpret_attention(described: Attention, call: AttentionCall, given: Results | None = None) -> Results:
     """Runs the kernels in Triton's interpreter, on the tensors' own memory."""
     plan = plan_attention.plan_attention(described, INTERPRETER, call.layer_index is not None)
     kernels = (partial(interpret, kernel) for kernel in (plan.attend, plan.merge))
-    found = _AttentionLaunch(described, plan, plan_attention.scalars(described), *kernels)
-    return _run_attention(found, call, _attention_tensors(call))
+    found = _AttentionLaunch(described, plan, plan_attention.scalars(described), *kernels, apart=set())
+    return _run_attention(found, call, _attention_tensors(call), given)
 
 
 def _attention_tensors(call: AttentionCall) -> list[Tensor | None]:
@@ -83,8 +115,12 @@ def _attention_tensors(call: AttentionCall) -> list[Tensor | None]:
     return [call.query, *caches, *rest, call.layer_index]
 
 
-def _prepare_attention(call: AttentionCall, tensors: Sequence[Tensor | None]) -> _AttentionLaunch:
+def _prepare_attention(
+    call: AttentionCall, tensors: Sequence[Tensor | None], given: Results | None
+) -> _AttentionLaunch:
     described = describe_attention(call)
+    if given is not None:
+        check_attention_results(described, given)
     check_address(call.caches[0], described.cache.format)
     with torch.cuda.device(call.query.device):
         even = all(c.data_ptr() % 2 == 0 for c in call.caches)
@@ -93,21 +129,21 @@ def _prepare_attention(call: AttentionCall, tensors: Sequence[Tensor | None]) ->
         aligned = _aligned(plan_attention.POINTERS, tensors)
         result: dict[str, str | None] = {"out_ptr": dtype_name(call.query), "lse_ptr": "float32"}
         parts: dict[str, str | None] = {"part_ptr": "float32", "part_lse_ptr": "float32"}
+        aligned_result = frozenset(result) if given is None else _aligned(tuple(result), given)
         merge = None
         if plan.splits > 1:
             pointees = {**parts, "sinks_ptr": pointers["sinks_ptr"], **result}
-            merge = partial(_start, load(plan.merge, pointees, (aligned & {"sinks_ptr"}) | {*parts, *result}))
-            result["out_ptr"] = "float32"
-        attend = partial(_start, load(plan.attend, pointers | result, aligned | {*result}))
-    return _AttentionLaunch(described, plan, plan_attention.scalars(described), attend, merge)
+            merge = partial(_start, load(plan.merge, pointees, (aligned & {"sinks_ptr"}) | {*parts} | aligned_result))
+            result["out_ptr"], aligned_result = "float32", frozenset(result)  # the parts, which are new
+        attend = partial(_start, load(plan.attend, pointers | result, aligned | aligned_result))
+    return _AttentionLaunch(described, plan, plan_attention.scalars(described), attend, merge, set())
 
 
 def _run_attention(
-    found: _AttentionLaunch, call: AttentionCall, tensors: Sequence[Tensor | None]
-) -> tuple[Tensor, Tensor]:
+    found: _AttentionLaunch, call: AttentionCall, tensors: Sequence[Tensor | None], given: Results | None
+) -> Results:
     shape, plan, query = found.call.out_shape, found.plan, call.query
-    out = query.new_empty(shape)
-    lse = query.new_empty(shape[:2], dtype=torch.float32)
+    out, lse = given or (query.new_empty(shape), query.new_empty(shape[:2], dtype=torch.float32))
     if 0 in shape[:2]:
         return out, lse
     inputs = [*tensors[:-1], call.layer if call.layer_index is None else call.layer_index]
@@ -127,23 +163,25 @@ def _run_attention(
 # ---- gather
 
 
-def gather(call: GatherCall) -> tuple[Tensor, Tensor]:
-    """Launches `gather_kv` on the current stream of the caches' device."""
+def gather(call: GatherCall, given: Results | None = None) -> Results:
+    """Launches `gather_kv` on the current stream of the caches' device; into new tensors, or those given."""
     tensors = _gather_tensors(call)
     wanted = (
-        "gather", *signature(tensors), call.max_len, call.dtype, call.kv_cache_dtype, call.layout, call.layer is None,
-        call.head_size, call.head_size_v, call.scale_layout,
+        "gather", *signature(tensors), given and signature(given), call.max_len, call.dtype,
+        call.kv_cache_dtype, call.layout, call.layer is None, call.head_size, call.head_size_v, call.scale_layout,
     )  # fmt: skip
-    found = _find(wanted, call.layer, lambda: _prepare_gather(call, tensors))
+    found = _find(wanted, call.layer, lambda: _prepare_gather(call, tensors, given))
+    if given is not None:
+        _check_apart(found.apart, GATHER_RESULTS, given, gather_inputs(call))
     with _current(call.caches[0].device):
-        return _run_gather(found, call, tensors)
+        return _run_gather(found, call, tensors, given)
 
 
-def interpret_gather(described: Gather, call: GatherCall) -> tuple[Tensor, Tensor]:
+def interpret_gather(described: Gather, call: GatherCall, given: Results | None = None) -> Results:
     """Runs the kernel in Triton's interpreter, on the tensors' own memory."""
     plan = plan_gather.plan_gather(described, INTERPRETER, call.layer_index is not None)
-    found = _GatherLaunch(described, plan, plan_gather.scalars(described), partial(interpret, plan.kernel))
-    return _run_gather(found, call, _gather_tensors(call))
+    found = _GatherLaunch(described, plan, plan_gather.scalars(described), partial(interpret, plan.kernel), set())
+    return _run_gather(found, call, _gather_tensors(call), given)
 
 
 def _gather_tensors(call: GatherCall) -> list[Tensor | None]:
@@ -152,20 +190,26 @@ def _gather_tensors(call: GatherCall) -> list[Tensor | None]:
     return [*caches, call.block_tables, call.seq_lens, call.k_scale, call.v_scale, call.layer_index]
 
 
-def _prepare_gather(call: GatherCall, tensors: Sequence[Tensor | None]) -> _GatherLaunch:
+def _prepare_gather(call: GatherCall, tensors: Sequence[Tensor | None], given: Results | None) -> _GatherLaunch:
     described = describe_gather(call)
+    if given is not None:
+        check_gather_results(described, given)
     check_address(call.caches[0], described.cache.format)
     with torch.cuda.device(call.caches[0].device):
         plan = plan_gather.plan_gather(described, target(), call.layer_index is not None)
         pointers = _pointees(plan_gather.POINTERS, tensors, call.layer, described.cache.scaled)
         result = dict.fromkeys(("key_ptr", "value_ptr"), described.format.name)
-        kernel = load(plan.kernel, pointers | result, _aligned(plan_gather.POINTERS, tensors) | {*result})
-    return _GatherLaunch(described, plan, plan_gather.scalars(described), partial(_start, kernel))
+        aligned = _aligned(plan_gather.POINTERS, tensors)
+        aligned |= frozenset(result) if given is None else _aligned(tuple(result), given)
+        kernel = load(plan.kernel, pointers | result, aligned)
+    return _GatherLaunch(described, plan, plan_gather.scalars(described), partial(_start, kernel), set())
 
 
-def _run_gather(found: _GatherLaunch, call: GatherCall, tensors: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+def _run_gather(
+    found: _GatherLaunch, call: GatherCall, tensors: Sequence[Tensor | None], given: Results | None
+) -> Results:
     dtype = getattr(torch, found.call.format.name)
-    key, value = (call.caches[0].new_empty(shape, dtype=dtype) for shape in found.call.shapes)
+    key, value = given or (call.caches[0].new_empty(shape, dtype=dtype) for shape in found.call.shapes)
     if 0 not in found.plan.grid:
         inputs = [*tensors[:-1], call.layer if call.layer_index is None else call.layer_index]
         if not found.call.cache.scaled:

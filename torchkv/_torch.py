@@ -6,6 +6,7 @@ from torch import Tensor
 from kvcore.contract import Write
 from kvcore.layout import Address, Extents
 from kvcore.quantization import (
+    DS_MLA_SMALLEST_SCALE,
     E4M3,
     FLOAT32,
     FLOATS,
@@ -81,7 +82,8 @@ def quantise(
     if scales is None:
         return pack(encode(x if static is None else x / static, stored), stored), None
     rows = x.unflatten(-1, (-1, scales.group or x.shape[-1]))
-    absmax = rows.abs().amax(-1)
+    magnitudes = rows.abs()
+    absmax = (magnitudes.masked_fill(rows.isnan(), 0) if stored == FP8_DS_MLA else magnitudes).amax(-1)
     if stored == NVFP4:
         whole = x.new_ones(()) if static is None else static
         bits = encode(absmax / x.new_full((), NVFP4.largest) / whole, E4M3)
@@ -89,7 +91,7 @@ def quantise(
         factor = (torch.ones_like(scale) / (scale * whole)).masked_fill(scale == 0, 0)
         rows = rows * factor.unsqueeze(-1)
     else:
-        scale = scale_of(absmax, stored.largest)
+        scale = (power_of if stored == FP8_DS_MLA else scale_of)(absmax, stored.largest)
         bits = encode(scale, FLOAT32)
         rows = rows / scale.unsqueeze(-1)
     return pack(encode(rows, stored).flatten(-2), stored), bits
@@ -99,6 +101,13 @@ def scale_of(absmax: Tensor, largest: float) -> Tensor:
     """What numbers up to `absmax` are divided by to be at most `largest`; 1 if it would be subnormal."""
     scale = absmax / absmax.new_full((), largest)
     return scale.masked_fill(absmax < largest * SMALLEST_SCALE, 1).masked_fill(absmax.isnan(), torch.nan)
+
+
+def power_of(absmax: Tensor, largest: float) -> Tensor:
+    """The same, rounded up to a power of two, and at least that of fp8_ds_mla."""
+    bits = (absmax / absmax.new_full((), largest)).view(torch.int32)
+    # A float without mantissa is a power of two; what the mantissa carries into the exponent rounds up to one.
+    return ((bits + 0x7FFFFF) & 0x7F800000).view(torch.float32).clamp_min(DS_MLA_SMALLEST_SCALE)
 
 
 # ---- formats

@@ -281,9 +281,12 @@ def concat_and_cache_mla(
             given. The last axis counts bytes where elements are quantised.
         slot_mapping: `[n]` of int32 or int64, n ≤ num_tokens.
         kv_cache_dtype: As in `reshape_and_cache_flash`, or "fp8_ds_mla", for 512 and 64 columns: rows of 656 bytes of
-            uint8 are 512 elements of e4m3, the float32 scales `absmax / 448` of each 128 of these, and 64 of bfloat16.
-            Such a cache begins at a multiple of 4 bytes.
-        scale: What elements are divided by: float32 of one element, or a number; None means 1.
+            uint8 are 512 elements of e4m3, the float32 scales of each 128 of these, and 64 of bfloat16, or zeros where
+            k_pe has no columns. A scale is the first power of two not below `absmax / 448` and 1e-4, as in vLLM. NaN
+            counts as 0 for absmax, and is stored as NaN; with an infinity among the 128, the scale is infinite, and all
+            are read as NaN. Such a cache begins at a multiple of 4 bytes.
+        scale: What elements are divided by: float32 of one element, or a number; None means 1. Not read for
+            "fp8_ds_mla".
         layer: Index into kv_cache's first axis, or a Tensor of one integer.
         backend: None, "triton", "torch" or "interpret".
 

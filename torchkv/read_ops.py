@@ -1,14 +1,17 @@
 """The public functions that read a cache: attention over it, and a gather out of it."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvcore.checks import check_options
+from kvcore.checks import check_devices, check_options, check_result
 from kvcore.layout import CacheLayout
 from kvcore.read_contract import check_attention_options
 from torchkv import _read_library
+from torchkv._call import dtype_name, spec_of
+from torchkv._memory import check_results_apart
 from torchkv._read import refuse_gradients
 from torchkv.ops import BACKENDS, op_options, scale_pattern, scale_tensor
 
@@ -33,6 +36,8 @@ def paged_attention(
     layer: int | Tensor | None = None,
     head_size_v: int | None = None,
     return_lse: bool = False,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of new tokens over a paged KV cache: decode, speculative decoding, chunked prefill, or any mix.
@@ -55,7 +60,8 @@ def paged_attention(
         seq_lens: `[num_seqs]` of int32 or int64: tokens of each sequence in the cache, the queries' own among them.
         query_start_loc: `[num_seqs + 1]` of int32 or int64: sequence s has the rows of query from `query_start_loc[s]`
             to below `query_start_loc[s + 1]`, and n is their difference. Of rows outside query nothing is computed, and
-            they count in n; a pair that descends is an empty sequence. None: one row each.
+            they count in n; a pair that descends is an empty sequence, and no sequence has rows before an earlier
+            start. None: one row each.
         scale: What logits are multiplied by; None means `head_size ** -0.5`.
         causal: Whether a query sees positions up to its own only.
         sliding_window: With causal, how many of the last positions a query sees, its own among them; None means all,
@@ -74,6 +80,9 @@ def paged_attention(
         layer: Index into the layout's `layer` axis. Out of range in a Tensor, nothing is read.
         head_size_v: Elements of a value; needed where V is the first part of K (`block slot latent`).
         return_lse: Whether the log-sum-exp is returned, too.
+        out: A contiguous tensor of the result's shape and dtype that it is written to, and that is returned; it must
+            not overlap the arguments. None: a new one.
+        lse: Likewise, `[num_tokens, num_q_heads]` of float32 for the log-sum-exp; only with out.
         backend: None runs "triton" on CUDA and ROCm, "torch" elsewhere. "interpret" runs the Triton kernel in its
             interpreter, on CPU tensors, for tests.
 
@@ -91,8 +100,8 @@ def paged_attention(
     options = check_attention_options(scale, causal, sliding_window, soft_cap)
     caches = as_list(caches)
     k_scale, v_scale = scale_tensor(k_scale, caches[0]), scale_tensor(v_scale, caches[0])
-    refuse_gradients("paged_attention", query, *caches, sinks, k_scale, v_scale)
-    out, lse = _read_library.attention(
+    refuse_gradients("paged_attention", query, *caches, sinks, k_scale, v_scale, out, lse)
+    arguments = (
         query,
         caches,
         block_tables,
@@ -108,7 +117,15 @@ def paged_attention(
         backend,
         scale_pattern(scale_layout),
     )
-    return (out, lse) if return_lse else out
+    if out is not None:
+        results = out, query.new_empty(query.shape[:2], dtype=torch.float32) if lse is None else lse
+        _check_tensors(out=out, lse=results[1])
+        _read_library.attention_out(*results, *arguments)
+    elif lse is None:
+        results = _read_library.attention(*arguments)
+    else:
+        raise ValueError("out must be given where lse is, got None")
+    return results if return_lse else results[0]
 
 
 def gather_kv(
@@ -126,6 +143,7 @@ def gather_kv(
     layer: int | Tensor | None = None,
     head_size: int | None = None,
     head_size_v: int | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Keys and values of sequences, out of a paged KV cache into contiguous tensors.
@@ -144,6 +162,8 @@ def gather_kv(
         layer: Index into the layout's `layer` axis. Out of range in a Tensor, nothing is read.
         head_size: Elements of a key; needed for layouts with an axis `k+v`.
         head_size_v: Elements of a value; needed where V is the first part of K (`block slot latent`).
+        out: Contiguous tensors of the results' shapes and dtype that key and value are written to, and that are
+            returned; they must not overlap the arguments. None: new ones.
         backend: None, "triton", "torch" or "interpret".
 
     Returns:
@@ -159,8 +179,10 @@ def gather_kv(
     check_options(kv_cache_dtype, k_scale, v_scale, layer, backend, BACKENDS)
     caches = as_list(caches)
     k_scale, v_scale = scale_tensor(k_scale, caches[0]), scale_tensor(v_scale, caches[0])
-    refuse_gradients("gather_kv", *caches, k_scale, v_scale)
-    key, value = _read_library.gather(
+    if out is not None and not (isinstance(out, (tuple, list)) and len(out) == 2):
+        raise TypeError(f"out must be two tensors, for key and value, got {type(out).__name__}")
+    refuse_gradients("gather_kv", *caches, k_scale, v_scale, *(out or ()))
+    arguments = (
         caches,
         block_tables,
         seq_lens,
@@ -175,10 +197,17 @@ def gather_kv(
         backend,
         scale_pattern(scale_layout),
     )
+    if out is None:
+        return _read_library.gather(*arguments)
+    key, value = out
+    _check_tensors(**{"out[0]": key, "out[1]": value})
+    _read_library.gather_out(key, value, *arguments)
     return key, value
 
 
-def merge_attention(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+def merge_attention(
+    outs: Tensor, lses: Tensor, *, out: Tensor | None = None, lse: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Joins attention over parts of the positions, as devices compute that share a context between them.
 
     A row of a part that saw nothing counts for nothing, whatever its result holds, NaN too. Differentiable: such rows
@@ -188,11 +217,21 @@ def merge_attention(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
         outs: `[parts, num_tokens, num_q_heads, head_size_v]`, from `paged_attention` over each part.
         lses: `[parts, num_tokens, num_q_heads]` float32, from the same calls: -inf in rows that saw nothing, or inf, as
             other kernels have it. Sinks belong to one part only.
+        out: A tensor of the result's shape and dtype that it is written to, and that is returned; it may be strided,
+            but not overlap the arguments, and then nothing is differentiable. None: a new one.
+        lse: Likewise, for the log-sum-exp.
 
     Returns:
         What one call over all the positions gives: result of outs' dtype, and log-sum-exp. Rows that no part saw
         anything for are zeros with -inf; a row with a log-sum-exp of NaN is NaN.
+
+    Raises:
+        ValueError: a shape or device of out or lse does not fit, or they overlap.
+        TypeError: a dtype of out or lse does not fit.
+        NotImplementedError: out or lse is given, grad mode is on, and an argument requires gradients.
     """
+    if out is not None or lse is not None:
+        _check_merged(outs, lses, out, lse)
     empty = torch.isinf(lses)
     lses = lses.masked_fill(empty, -torch.inf)
     top = lses.detach().amax(0)
@@ -202,8 +241,30 @@ def merge_attention(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     nothing = total == 0
     total = total.masked_fill(nothing, 1)
     # Masked before the product: 0 times NaN is NaN, and so is its gradient.
-    out = torch.sum(outs.masked_fill(empty[..., None], 0).float() * (weights / total)[..., None], dim=0)
-    return out.to(outs.dtype), (top + total.log()).masked_fill(nothing, -torch.inf)
+    merged = torch.sum(outs.masked_fill(empty[..., None], 0).float() * (weights / total)[..., None], dim=0)
+    merged_lse = (top + total.log()).masked_fill(nothing, -torch.inf)
+    return (
+        merged.to(outs.dtype) if out is None else out.copy_(merged),
+        merged_lse if lse is None else lse.copy_(merged_lse),
+    )
+
+
+def _check_merged(outs: Tensor, lses: Tensor, out: Tensor | None, lse: Tensor | None) -> None:
+    given = {name: tensor for name, tensor in (("out", out), ("lse", lse)) if tensor is not None}
+    _check_tensors(**given)
+    refuse_gradients("merge_attention with out or lse", outs, lses, out, lse)
+    for name, tensor in given.items():
+        like = outs if name == "out" else lses
+        check_result(name, spec_of(tensor)._replace(strides=None), like.shape[1:], dtype_name(like))
+        check_devices([(name, spec_of(tensor))], f"{name}s", spec_of(like))
+    if not torch.compiler.is_compiling():  # where tensors have no addresses
+        check_results_apart(tuple(given), tuple(given.values()), {"outs": outs, "lses": lses})
+
+
+def _check_tensors(**tensors: Any) -> None:
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
 
 
 def as_list(caches: Tensor | Sequence[Tensor]) -> list[Tensor]:

@@ -66,7 +66,7 @@ def multiply(x: Array, matrices: Sequence[Array], index: int | Array) -> Array:
 def rms_norm(x: Array, weight: Array, epsilon: float) -> Array:
     wide = x.astype(jnp.float32)
     scale = lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)
-    return (wide * scale).astype(x.dtype) * weight
+    return (wide * scale).astype(x.dtype) * jnp.broadcast_to(weight, x.shape)
 
 
 def rotate(x: Array, cosine: Array, sine: Array) -> Array:
@@ -165,7 +165,7 @@ def append(config: LlamaConfig, state: State, new: Array, active: Array) -> Stat
     stops = jnp.isin(new, jnp.array(config.stop_ids, jnp.int32))
     return state._replace(
         tokens=state.tokens.at[rows, columns].set(new, mode="drop"),
-        lengths=state.lengths + active,
+        lengths=state.lengths + active.astype(state.lengths.dtype),
         finished=state.finished | (active & stops),
     )
 

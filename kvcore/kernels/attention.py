@@ -597,10 +597,10 @@ def paged_attention_kernel(
         end = tl.load(query_start_loc_ptr + (seq + 1) * Q.start_stride, mask=seq < num_seqs, other=num_tokens)
         length = tl.maximum(tl.minimum(end, num_tokens), 0).to(tl.int32) - start
         seq_len = tl.load(seq_lens_ptr + seq * Q.lens_stride, mask=(seq >= 0) & (seq < num_seqs), other=0)
+    seq_len = tl.minimum(tl.maximum(seq_len, 0), 2**31 - 1).to(tl.int32)
     if first_row < length * Q.group:
         BY_ROW: tl.constexpr = query_start_loc_ptr is not None
         # ---- positions that its rows see
-        seq_len = tl.minimum(tl.maximum(seq_len, 0), 2**31 - 1).to(tl.int32)
         # Position of the first token. All far below 0 see as little.
         offset = tl.maximum(seq_len.to(tl.int64) - end + start, -(2**30)).to(tl.int32)
         limit = tl.minimum(seq_len, max_blocks * BLOCK_SIZE)

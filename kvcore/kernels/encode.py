@@ -102,6 +102,20 @@ def row_scales(x, inside, LARGEST: tl.constexpr, LEAST: tl.constexpr, ROWS: tl.c
 
 
 @triton.jit
+def power_scales(x, inside, LARGEST: tl.constexpr, LEAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+                 GROUP: tl.constexpr):  # fmt: skip
+    """Scales as `row_scales`, but rounded up to powers of two, the least of them with the bits LEAST.
+
+    NaN has no part in the largest magnitude. That may be infinite, and so is the scale then.
+    """
+    top = _absmax(tl.where(x == x, x, 0.0), inside, ROWS, COLUMNS, GROUP)
+    scale = tl.div_rn(top.to(tl.float32, bitcast=True), tl.full(top.shape, LARGEST, tl.float32))
+    # A float without mantissa is a power of two; what the mantissa carries into the exponent rounds up to one.
+    bits = (scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000
+    return tl.maximum(bits, LEAST).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def block_scales(x, inside, whole, FORMAT: tl.constexpr, HARDWARE: tl.constexpr, LARGEST: tl.constexpr,
                  ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
     """Scales of nvfp4's blocks `[ROWS, COLUMNS // GROUP]`: bytes of FORMAT, and what elements are multiplied by.

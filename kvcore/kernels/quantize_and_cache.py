@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .decode import widen
-from .encode import block_scales, encode, pack, row_scales, spread
+from .encode import block_scales, encode, pack, power_scales, row_scales, spread
 from .rows import dim_offset, layer_index, slot_offset
 
 
@@ -50,7 +50,10 @@ def _write(
             )
             bits = encode(x * spread(factor, ROWS, WIDTH, S.group), None, FORMAT, HARDWARE_FP8)
         else:
-            scale = row_scales(x, inside[None, :], S.largest, S.least, ROWS, WIDTH, S.group)
+            if S.power_of_two:  # fp8_ds_mla
+                scale = power_scales(x, inside[None, :], S.largest, S.least, ROWS, WIDTH, S.group)
+            else:
+                scale = row_scales(x, inside[None, :], S.largest, S.least, ROWS, WIDTH, S.group)
             bits = encode(x, spread(scale, ROWS, WIDTH, S.group), FORMAT, HARDWARE_FP8)
         scales_ptr = cache_ptr
         if scale_cache_ptr is not None:

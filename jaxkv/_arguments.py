@@ -1,0 +1,64 @@
+"""What users may pass for an array: one rule for all ops, which the package's docstring states."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kvcore.checks import is_number
+
+
+def as_array(x: Any) -> Any:
+    """An array of JAX, or still of NumPy, so that the contract sees a dtype that JAX would narrow.
+
+    Refs are read. Lists of numbers are float32, as single numbers are.
+    """
+    if isinstance(x, jax.Ref):
+        return x[...]
+    if hasattr(x, "dtype"):
+        return x
+    found = _numbers(x)
+    if found is None:
+        return jnp.asarray(x)
+    return found.astype(np.float32) if found.dtype.kind in "iuf" else found
+
+
+def as_scale(x: Any) -> Any:
+    """A scale, or scales, likewise; None and what is no array stay, for the contract to judge."""
+    if is_number(x):
+        return jnp.float32(x)
+    return as_array(x) if isinstance(x, (list, tuple, jax.Ref)) else x
+
+
+def as_indices(x: Any, lengths: bool = False) -> Any:
+    """Integers as int32, or int64 where JAX has it; bools and floats stay, for the contract to refuse.
+
+    What does not fit stays as far outside as it was: a slot or block becomes -1, lengths and starts the nearest number.
+    """
+    if isinstance(x, jax.Ref):
+        x = x[...]
+    if not hasattr(x, "dtype"):
+        found = _numbers(x)
+        x = jnp.asarray(x) if found is None else found if found.size else found.astype(np.int32)
+    if not jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == np.int32:
+        return x
+    target = np.dtype(np.int64 if jax.config.jax_enable_x64 and x.dtype.itemsize > 2 else np.int32)
+    if np.can_cast(x.dtype, target):
+        return x.astype(target)
+    limits, xp = np.iinfo(target), np if isinstance(x, (np.ndarray, np.generic)) else jnp
+    above, below = x > x.dtype.type(limits.max), x < x.dtype.type(max(limits.min, np.iinfo(x.dtype).min))
+    high, low = (target.type(n) for n in ((limits.max, limits.min) if lengths else (-1, -1)))
+    return xp.where(above, high, xp.where(below, low, x.astype(target)))
+
+
+def as_layer(x: Any) -> Any:
+    """A static layer as a Python integer, one in memory as `as_indices` has it."""
+    if isinstance(x, np.integer):
+        return int(x)
+    return as_indices(x) if isinstance(x, (list, tuple)) or hasattr(x, "shape") else x
+
+
+def _numbers(x: Any) -> np.ndarray | None:
+    """Numbers in lists as an array of NumPy's; None where there are arrays among them."""
+    return None if any(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(x)) else np.asarray(x)
