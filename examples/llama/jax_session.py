@@ -15,7 +15,7 @@ from jaxkv import CacheLayout, PagedKVCache, kv_scales
 from . import jax_model
 from .gguf_model import LlamaModel
 from .paging import Batch
-from .session import Progress, Scales, cache_arguments, piece_length
+from .session import Progress, Sampling, Scales, cache_arguments, piece_length
 
 
 class JaxLlama:
@@ -34,12 +34,18 @@ class JaxLlama:
         self.device = str(jax.devices()[0].device_kind)
         self._programs: dict[tuple[Any, ...], Compiled] = {}
 
+    @staticmethod
+    def on_host() -> bool:
+        """Whether it runs in the host's memory."""
+        return jax.default_backend() == "cpu"
+
     def session(
         self,
         batch: Batch,
         layout: str | CacheLayout = "NHD",
         kv_cache_dtype: str = "auto",
         scales: Scales | None = None,
+        sampling: Sampling | None = None,
     ) -> "JaxSession":
         """Allocates a cache for a batch and compiles what is not compiled yet for such shapes.
 
@@ -49,11 +55,12 @@ class JaxLlama:
             kv_cache_dtype: What the cache holds.
             scales: Static scales of each layer's keys and values, from `calibrate`. None: each token's head has a scale
                 of its own, where the cache is quantised.
+            sampling: How tokens are drawn. None: each is the likeliest.
 
         Raises:
             InputError: the format does not fit the layout or the model's heads.
         """
-        return JaxSession(self, batch, layout, kv_cache_dtype, scales)
+        return JaxSession(self, batch, layout, kv_cache_dtype, scales, sampling)
 
     def calibrate(self, batch: Batch, kv_cache_dtype: str, granularity: str) -> Scales:
         """Static scales for keys and values like those of a batch's prompts, one or one a head for each layer.
@@ -92,12 +99,19 @@ class JaxSession:
         layout: str | CacheLayout,
         kv_cache_dtype: str,
         scales: Scales | None,
+        sampling: Sampling | None,
     ):
         arguments = cache_arguments(llama.model.config, batch, llama.dtype, layout, kv_cache_dtype, scales)
         cache = PagedKVCache.create(**arguments)
         self.batch, self.spec = batch, cache.spec
         rotations = jax.device_put(llama.model.rotations(batch.context))
-        self.weights = llama.weights | {"rotations": rotations, "scales": scales}
+        self.weights = llama.weights | {
+            "rotations": rotations,
+            "scales": None
+            if scales is None
+            else tuple(map(jnp.stack, zip(*scales, strict=True))),  # each [layers, ...]
+            "sampling": sampling and (np.float32(sampling.temperature), np.uint32(sampling.seed)),
+        }
         self.tables = jnp.asarray(batch.block_tables)
         self.prompts = jnp.asarray(batch.lengths)
         self.state = jax_model.State(

@@ -33,7 +33,9 @@ class BlockAllocator:
         """Takes `count` blocks. Raises ValueError if fewer are free."""
         if count > self.num_free:
             raise ValueError(f"count must be at most the {self.num_free} free blocks, got {count}")
-        taken, self._free = self._free[:count], self._free[count:]
+        first = self.num_free - count
+        taken = self._free[first:]
+        del self._free[first:]
         return taken
 
     def free(self, blocks: Sequence[int]) -> None:

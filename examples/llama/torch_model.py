@@ -10,7 +10,7 @@ from torch import Tensor
 from torchkv import PagedKVCache
 
 from .gguf_model import LlamaConfig, LlamaModel
-from .session import Scales
+from .session import Sampling, Scales
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,26 @@ def logits(config: LlamaConfig, weights: Weights, x: Tensor) -> Tensor:
     return project(x, weights.head)
 
 
-def next_tokens(config: LlamaConfig, weights: Weights, x: Tensor) -> Tensor:
-    """The likeliest token after each hidden state [B, hidden]: int64 [B]."""
-    return logits(config, weights, x).argmax(dim=-1)
+def next_tokens(
+    config: LlamaConfig, weights: Weights, x: Tensor, positions: Tensor, sampling: Sampling | None
+) -> Tensor:
+    """The token after each hidden state [B, hidden], for its position [B]: the likeliest, or a sample. int64 [B]."""
+    scores = logits(config, weights, x)
+    if sampling is not None:
+        scores = scores.float() + sampling.temperature * gumbel(sampling.seed, positions, scores.shape[1])
+    return scores.argmax(dim=-1)
+
+
+def gumbel(seed: int, positions: Tensor, vocabulary: int) -> Tensor:
+    """The draws of `session.Sampling` for a batch's tokens at positions [B]: float32 [B, vocabulary]."""
+
+    def mix(h: Tensor) -> Tensor:  # of numbers below 2^32, in int64: torch has no arithmetic in uint32
+        h = h & 0xFFFFFFFF
+        h = ((h ^ (h >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
+        h = ((h ^ (h >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
+        return h ^ (h >> 16)
+
+    sequences, ids = (torch.arange(count, device=positions.device) for count in (len(positions), vocabulary))
+    rows = mix(mix(mix(torch.full_like(sequences, seed)) + sequences) + positions)
+    bits = mix(rows[:, None] + ids)
+    return -torch.log(-torch.log(((bits >> 9).float() + 0.5) * 2**-23))

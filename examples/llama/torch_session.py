@@ -13,7 +13,7 @@ from torchkv import CacheLayout, PagedKVCache, kv_scales
 from . import torch_model
 from .gguf_model import LlamaModel
 from .paging import Batch
-from .session import Progress, Scales, cache_arguments, piece_length
+from .session import Progress, Sampling, Scales, cache_arguments, piece_length
 
 
 class TorchLlama:
@@ -32,12 +32,18 @@ class TorchLlama:
         self.device = torch.cuda.get_device_name() if self.torch_device.type == "cuda" else "cpu"
         self.weights = torch_model.load_weights(model, getattr(torch, dtype), self.torch_device)
 
+    @staticmethod
+    def on_host() -> bool:
+        """Whether it runs in the host's memory."""
+        return not torch.cuda.is_available()
+
     def session(
         self,
         batch: Batch,
         layout: str | CacheLayout = "NHD",
         kv_cache_dtype: str = "auto",
         scales: Scales | None = None,
+        sampling: Sampling | None = None,
     ) -> "TorchSession":
         """Allocates a cache for a batch, lets Triton compile what it needs, and captures the decode step.
 
@@ -47,11 +53,12 @@ class TorchLlama:
             kv_cache_dtype: What the cache holds.
             scales: Static scales of each layer's keys and values, from `calibrate`. None: each token's head has a scale
                 of its own, where the cache is quantised.
+            sampling: How tokens are drawn. None: each is the likeliest.
 
         Raises:
             InputError: the format does not fit the layout or the model's heads.
         """
-        return TorchSession(self, batch, layout, kv_cache_dtype, scales)
+        return TorchSession(self, batch, layout, kv_cache_dtype, scales, sampling)
 
     @torch.inference_mode()
     def calibrate(self, batch: Batch, kv_cache_dtype: str, granularity: str) -> Scales:
@@ -81,8 +88,10 @@ class TorchSession:
         layout: str | CacheLayout,
         kv_cache_dtype: str,
         scales: Scales | None,
+        sampling: Sampling | None,
     ):
         self.config, self.weights, self.scales = llama.model.config, llama.weights, scales
+        self.sampling = sampling
         arguments = cache_arguments(self.config, batch, llama.dtype, layout, kv_cache_dtype, scales)
         self.cache = PagedKVCache.create(**arguments, device=llama.torch_device)
         self.batch, self.spec = batch, self.cache.spec
@@ -148,8 +157,8 @@ class TorchSession:
         )
 
     def _append(self, x: Tensor, active: Tensor) -> None:
-        """Adds the likeliest token to each sequence that is active [B]."""
-        new = torch_model.next_tokens(self.config, self.weights, x)
+        """Adds the next token to each sequence that is active [B]."""
+        new = torch_model.next_tokens(self.config, self.weights, x, self.lengths, self.sampling)
         # A sequence that is not active rewrites its last token.
         columns = (self.lengths - (~active).long())[:, None]
         kept = torch.where(active[:, None], new[:, None].int(), self.tokens.gather(1, columns))

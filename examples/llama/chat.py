@@ -1,0 +1,36 @@
+"""A prompt as a model that was trained on conversations expects it."""
+
+from datetime import datetime
+from typing import NoReturn
+
+from .gguf_model import InputError, ModelFile
+
+
+def as_chat(file: ModelFile, prompt: str) -> str:
+    """The text of a conversation in which a user says `prompt` and the assistant is to answer.
+
+    Args:
+        file: A model whose file has a template.
+        prompt: What the user says.
+
+    Raises:
+        InputError: the template does not work, or cannot put such a conversation into words.
+    """
+    from jinja2 import TemplateError, Undefined
+    from jinja2.sandbox import ImmutableSandboxedEnvironment  # a template is a program of the file's author
+
+    def refuse(message: str) -> NoReturn:
+        raise TemplateError(message)
+
+    # The settings and functions that authors of templates count on.
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"], undefined=Undefined
+    )
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    messages = [{"role": "user", "content": prompt}]
+    try:
+        template = environment.from_string(file.chat_template or "")
+        return template.render(messages=messages, add_generation_prompt=True, **file.control_tokens)
+    except (TemplateError, TypeError) as error:
+        raise InputError(f"model must have a chat template that works, got: {error}; --raw goes without") from error
