@@ -4,8 +4,10 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import tomllib
 from dataclasses import replace
 from itertools import chain, pairwise
 from pathlib import Path
@@ -19,10 +21,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import accuracy
-from examples.llama.gguf_model import ArrayReader, InputError, find_model, load_model
+from examples.llama import jax_model, torch_model
+from examples.llama.chat import as_chat
+from examples.llama.gguf_model import ArrayReader, InputError, find_model, load_model, open_model
 from examples.llama.jax_session import JaxLlama
+from examples.llama.memory import check_host_memory, free_host_memory, ran_out
 from examples.llama.paging import BLOCK_SIZE, BlockAllocator, plan_batch
-from examples.llama.session import Report, run
+from examples.llama.session import Report, Sampling, run
 from examples.llama.text import TextStream
 from examples.llama.tokenizer import build_tokenizer
 from examples.llama.torch_session import TorchLlama, TorchSession
@@ -135,6 +140,21 @@ def test_tokenizer_equals_transformers(smollm):
         assert smollm.tokenizer.decode(ids, skip_special_tokens=False) == text
 
 
+def test_chat_equals_transformers(smollm):
+    path = find_model()
+    reference = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    file = open_model(path)
+    for prompt in ("What is the capital of France?", " two\n\nlines {{ 1 }}", "<b>&amp;</b> é漢"):
+        messages = [{"role": "user", "content": prompt}]
+        text = reference.apply_chat_template(
+            messages, chat_template=file.chat_template, tokenize=False, add_generation_prompt=True
+        )
+        assert as_chat(file, prompt) == text
+        assert text.endswith(f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n")
+        # Each mark is one token, not the characters that spell it.
+        assert file.tokenizer.encode(text).tokens.count("<|im_start|>") == 3
+
+
 def test_every_digit_stands_alone(smollm):
     # `tokenizer.ggml.pre` is "smollm": digits are cut off before words are, as in SmolLM2's own tokenizer and
     # in llama.cpp. So two spaces before a digit are one token. transformers ignores the key and makes two.
@@ -151,7 +171,9 @@ def test_fp8_cache_is_stored_in_bytes_and_still_finds_paris(smollm, prompt_ids):
 # --- A small Llama with random weights ------------------------------------------------------------
 
 
-def write_gguf(path, *, architecture="llama", pre="smollm", tied=False, frequencies=None, extra=(), without=None):
+def write_gguf(
+    path, *, architecture="llama", pre="smollm", tied=False, frequencies=None, extra=(), without=None, template=None
+):
     """A Llama of two layers, its vocabulary 256 bytes, a merge and an end of text that no byte spells."""
     rng = np.random.default_rng(0)
     hidden, heads, kv_heads, size, mlp = 64, 4, 2, 16, 96
@@ -174,6 +196,8 @@ def write_gguf(path, *, architecture="llama", pre="smollm", tied=False, frequenc
     writer.add_token_merges(["h e"])
     writer.add_eos_token_id(len(tokens) - 1)
     writer.add_add_bos_token(False)
+    if template is not None:
+        writer.add_chat_template(template)
 
     def add(name, *shape, kind=gguf.GGMLQuantizationType.Q8_0):
         data = rng.standard_normal(shape, np.float32) * 0.3
@@ -330,6 +354,65 @@ def test_steps_of_a_cuda_graph_equal_eager_ones(kv_cache_dtype, small_twins):
             pass
         answers.append(report.answers)
     assert answers[0] == answers[1]
+
+
+# --- Sampling -------------------------------------------------------------------------------------
+
+
+def gumbel(seed, positions, vocabulary):
+    """What `session.Sampling` says, in NumPy."""
+
+    def mix(h):
+        h = (h ^ (h >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+        h = (h ^ (h >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+        return h ^ (h >> np.uint32(16))
+
+    sequences, ids = (np.arange(n, dtype=np.uint32) for n in (len(positions), vocabulary))
+    rows = mix(mix(mix(np.full(len(positions), seed, np.uint32)) + sequences) + np.array(positions, np.uint32))
+    bits = mix(rows[:, None] + ids)
+    return -np.log(-np.log((bits // 512).astype(np.float32) + np.float32(0.5)) + np.float32(23 * np.log(2)))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**32 - 1])
+def test_draws_are_those_that_are_documented(seed):
+    positions = [0, 5, 8191]
+    wanted = gumbel(seed, positions, 500)
+    in_jax = jax_model.gumbel(jnp.uint32(seed), jnp.array(positions), 500)
+    in_torch = torch_model.gumbel(seed, torch.tensor(positions), 500)
+    assert np.isfinite(wanted).all()
+    for found in (np.asarray(in_jax), in_torch.numpy()):
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("framework", TWINS)
+def test_samples_follow_the_softmax(framework):
+    # 20,000 draws of one token: each frequency is within five standard deviations of its probability.
+    logits, count, temperature = np.array([0.0, 1.0, 2.0, -1.0, 0.5], np.float32), 20_000, 0.7
+    if framework == "jax":
+        draws = np.asarray(jax_model.gumbel(jnp.uint32(3), jnp.arange(count), 5))
+    else:
+        draws = torch_model.gumbel(3, torch.arange(count), 5).numpy()
+    found = np.bincount((logits + temperature * draws).argmax(axis=1), minlength=5) / count
+    wanted = np.exp(logits / temperature) / np.exp(logits / temperature).sum()
+    assert (np.abs(found - wanted) < 5 * np.sqrt(wanted / count)).all()
+
+
+def test_sampled_twins_give_the_same_tokens_alike_in_chunks(small_twins):
+    prompts, sampling = some_prompts(5, 33, 5), Sampling(1.3, 7)
+    answers = [generate(llama, prompts, 12, sampling=sampling)[0] for llama in small_twins.values()]
+    assert answers[0] == answers[1]
+    for llama in small_twins.values():
+        assert generate(llama, prompts, 12, sampling=sampling, chunk=5)[0] == answers[0]
+        assert generate(llama, prompts, 12, sampling=Sampling(1.3, 8))[0] != answers[0]
+        assert generate(llama, prompts, 12)[0] != answers[0]
+        assert generate(llama, prompts, 12, sampling=Sampling(1e-6, 7))[0] == generate(llama, prompts, 12)[0]
+
+
+def test_sequences_with_one_prompt_are_sampled_apart(small_twins):
+    prompt = some_prompts(5)[0]
+    for llama in small_twins.values():
+        first, second = generate(llama, [prompt, prompt], 12, sampling=Sampling(1.0, 0))[0]
+        assert first != second
 
 
 def test_table_of_accuracy(small_file, tmp_path):
@@ -492,8 +575,8 @@ def cli():
     sys.path.remove(str(EXAMPLES))
 
 
-def command(*arguments, tmp_path, **variables):
-    """Runs the script in a process that at the end says which frameworks it imported."""
+def start(*arguments, tmp_path, **variables):
+    """Starts the script in a process that at the end says which frameworks it imported."""
     program = (
         "import runpy, sys, atexit; "
         "loaded = lambda: [name for name in ('jax', 'torch') if name in sys.modules]; "
@@ -501,22 +584,36 @@ def command(*arguments, tmp_path, **variables):
         f"sys.argv[0] = {str(EXAMPLES / 'generate.py')!r}; sys.path.insert(0, {str(EXAMPLES)!r}); "
         "runpy.run_path(sys.argv[0], run_name='__main__')"
     )
-    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)} | variables
-    return subprocess.run(
+    return subprocess.Popen(
         [sys.executable, "-c", program, *arguments],
-        env=environment,
-        capture_output=True,
+        env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)} | variables,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=300,
     )
 
 
+def command(*arguments, tmp_path, input=None, **variables):
+    """Runs the script to its end."""
+    process = start(*arguments, tmp_path=tmp_path, **variables)
+    out, err = process.communicate(input, timeout=300)
+    return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+
+def test_command_answers_a_question(tmp_path):
+    done = command("What is the capital of France?", "--max-new-tokens", "16", tmp_path=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "The capital of France is Paris.\n"
+    for word in ("loading", "compiling", "compile", "prefill", "decode", "tokens/s", "MiB", "IMPORTED jax\n"):
+        assert word in done.stderr
+    assert done.stderr.index("compiling") < done.stderr.index("prefill")
+
+
 def test_command_streams_real_text(tmp_path):
-    done = command(PROMPTS[0], "--max-new-tokens", "5", tmp_path=tmp_path)
+    done = command("--raw", PROMPTS[0], "--max-new-tokens", "5", tmp_path=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "The capital of France is Paris.\n\nThe\n"
-    for word in ("compile", "prefill", "decode", "tokens/s", "MiB", "IMPORTED jax\n"):
-        assert word in done.stderr
 
 
 def test_command_runs_torch_on_a_batch_without_jax(small_file, tmp_path):
@@ -536,7 +633,7 @@ def test_command_runs_torch_on_a_batch_without_jax(small_file, tmp_path):
     ("arguments", "message"),
     [
         (["x", "--max-new-tokens", "0"], "max_new_tokens must be at least 1, got 0"),
-        ([""], "a prompt must have at least one token, got an empty one"),
+        (["x", ""], "a prompt must have at least one token, got an empty one"),
         (
             ["x" * 1000],
             "prompt and max_new_tokens must fit the model's context of 1024 tokens, got 1000 + 128",
@@ -546,10 +643,20 @@ def test_command_runs_torch_on_a_batch_without_jax(small_file, tmp_path):
             "layout must end with axis dim for kv_cache_dtype 'nvfp4', got 'layer slot block dim head'",
         ),
         (["x", "--model", "nowhere.gguf"], "model must be a GGUF file, got 'nowhere.gguf', which is no file"),
+        (
+            ["x", "--model", __file__],
+            f'model must be a GGUF file, got {Path(__file__).name}, which starts with b\'"""T\'',
+        ),
+        (
+            ["--prompts", "nowhere.txt"],
+            "prompts must be a file that can be read, got 'nowhere.txt': No such file or directory",
+        ),
     ],
 )
-def test_bad_requests_say_why(arguments, message, cli, small_file, monkeypatch, capsys):
+def test_bad_requests_say_why_before_weights_are_read(arguments, message, cli, small_file, monkeypatch, capsys):
     monkeypatch.setenv("KV_MODEL", str(small_file))
+    monkeypatch.setattr(gguf.quants, "dequantize", None)
+    monkeypatch.setattr(cli, "load_framework", None)
     assert cli.main(arguments) == 2
     assert capsys.readouterr().err.splitlines()[-1] == f"generate.py: error: {message}"
 
@@ -558,6 +665,10 @@ def test_bad_requests_say_why(arguments, message, cli, small_file, monkeypatch, 
     ("arguments", "message"),
     [
         (["x", "y", "--batch", "1"], "argument --batch: must be at least the number of prompts, 2, got 1"),
+        ([], "a PROMPT must be given, or --prompts a FILE that has one, got none"),
+        (["x", "--temperature", "-1"], "argument --temperature: must be 0 or a finite number above, got -1"),
+        (["x", "--temperature", "nan"], "argument --temperature: must be 0 or a finite number above, got nan"),
+        (["x", "--seed", "4294967296"], "argument --seed: must be from 0 to 2^32 - 1, got 4294967296"),
         (["x", "--layout", "block slot head"], "must name exactly one of the axes dim, dim/x and k+v"),
         (["x", "--layout", "nowhere"], "has an unknown axis"),
         (["x", "--layout", "mla"], "layout must have room for a Llama's values, got 'block slot latent'"),
@@ -570,8 +681,9 @@ def test_bad_requests_say_why(arguments, message, cli, small_file, monkeypatch, 
     ],
 )
 def test_bad_options_say_why(arguments, message, cli, capsys):
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as caught:
         cli.main(arguments)
+    assert caught.value.code == 2
     assert message in capsys.readouterr().err
 
 
@@ -581,6 +693,176 @@ def test_bad_options_say_why(arguments, message, cli, capsys):
 )
 def test_default_granularity(kv_cache_dtype, granularity, cli):
     assert cli.parse(["x", "--kv-cache-dtype", kv_cache_dtype]).granularity == granularity
+
+
+def test_prompts_come_from_a_file(cli, small_file, tmp_path, capsys):
+    path = tmp_path / "prompts.txt"
+    path.write_text("one\n\n  two é \r\nthree", encoding="utf-8")
+    assert cli.parse(["--prompts", str(path)]).prompt == ["one", "  two é ", "three"]
+    assert cli.parse(["zero", "--prompts", str(path)]).prompt == ["zero", "one", "  two é ", "three"]
+    path.write_bytes(b"\xff")
+    assert cli.main(["--prompts", str(path)]) == 2
+    assert "prompts must be a file of text in UTF-8, got" in capsys.readouterr().err
+    path.write_text("\n")
+    with pytest.raises(SystemExit):
+        cli.main(["--prompts", str(path)])
+
+
+def test_prompts_come_from_standard_input(small_file, tmp_path):
+    options = ("--framework", "torch", "--max-new-tokens", "2", "--temperature", "0.9", "--seed", "3")
+    done = command("--prompts", "-", *options, tmp_path=tmp_path, input="he\nshe\n", KV_MODEL=str(small_file))
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"^\[\d\] (he|she)", done.stdout, re.MULTILINE) == ["he", "she"]
+    assert "small has no chat template: prompts are continued as they are" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('no users') }}", "no users"),
+        ("{% for %}", "Expected an expression"),
+        ("{{ messages.pop() }}", "is unsafe"),
+        ("{{ messages + 1 }}", 'can only concatenate list (not "int") to list'),
+    ],
+)
+def test_a_template_that_does_not_work_is_refused(template, message, tmp_path, cli, capsys):
+    path = write_gguf(tmp_path / "model.gguf", template=template)
+    assert cli.main(["x", "--model", str(path)]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("generate.py: error: model must have a chat template that works, got: ")
+    assert message in line
+    assert line.endswith("; --raw goes without")
+
+
+def test_a_template_may_name_control_tokens_and_none_is_added_twice(tmp_path):
+    path = write_gguf(tmp_path / "model.gguf", template="{{ eos_token }}{{ messages[0].content }}{{ bos_token }}")
+    assert as_chat(open_model(path), "hi") == "<|end|>hi"
+
+
+@pytest.mark.parametrize("part", [0, 3, 4, 20, 0.01, 0.3, 0.6, 0.99])
+def test_a_file_that_ends_early_is_refused(part, small_file, tmp_path, cli, capsys):
+    whole = small_file.read_bytes()
+    path = tmp_path / "part.gguf"
+    path.write_bytes(whole[: part if isinstance(part, int) else int(part * len(whole))])
+    assert cli.main(["x", "--model", str(path)]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(
+        f"generate.py: error: model must be a {'whole ' if part not in (0, 3) else ''}GGUF file, got part.gguf"
+    )
+
+
+@pytest.mark.parametrize("name", ["llama.context_length", "tokenizer.ggml.tokens"])
+def test_metadata_that_is_missing_is_named(name, small_file, tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(small_file.read_bytes().replace(name.encode(), name.encode()[:-1] + b"_"))
+    with pytest.raises(InputError, match=f"model must have the metadata {name}, got none in model.gguf"):
+        load_model(path)
+
+
+@pytest.mark.parametrize("framework", TWINS)
+def test_a_batch_that_does_not_fit_is_one_line_before_weights_are_read(framework, cli, small_file, monkeypatch, capsys):
+    monkeypatch.setattr(gguf.quants, "dequantize", None)
+    monkeypatch.setattr(cli, "free_host_memory", lambda: 2**30)
+    arguments = ["x", "--model", str(small_file), "--framework", framework, "--batch", "20000"]
+    assert cli.main(arguments) == 3
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(
+        r"generate.py: error: out of memory: at least \d+\.\d GiB are needed and 1.0 GiB are free; "
+        "smaller --batch, --max-new-tokens or --kv-cache-dtype take less",
+        line,
+    )
+
+
+@pytest.mark.parametrize("framework", TWINS)
+def test_what_the_frameworks_say_of_memory_is_one_line(framework, cli, small_file, monkeypatch, capsys):
+    def fill(*_):
+        if framework == "jax":
+            return jnp.zeros((2**20, 2**24)).block_until_ready()
+        return torch.empty(2**44)
+
+    monkeypatch.setattr(cli, "open_model", fill)
+    assert cli.main(["x", "--model", str(small_file)]) == 3
+    assert re.fullmatch(r"generate.py: error: out of memory: .*", capsys.readouterr().err.splitlines()[-1])
+
+
+def test_other_errors_keep_their_traceback(cli, small_file, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr(cli, "open_model", fail)
+    with pytest.raises(RuntimeError, match="a fault"):
+        cli.main(["x", "--model", str(small_file)])
+
+
+def test_free_memory_is_the_least_of_host_and_container(tmp_path):
+    assert free_host_memory(tmp_path) is None
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    5000 kB\n")
+    assert free_host_memory(tmp_path) == 5000 * 1024
+    group = tmp_path / "sys/fs/cgroup"
+    group.mkdir(parents=True)
+    (group / "memory.max").write_text("max\n")
+    (group / "memory.current").write_text("1000\n")
+    assert free_host_memory(tmp_path) == 5000 * 1024
+    (group / "memory.max").write_text("3000\n")
+    assert free_host_memory(tmp_path) == 2000
+    check_host_memory(2000, 2000)
+    check_host_memory(2001, None)
+    with pytest.raises(MemoryError) as caught:
+        check_host_memory(2001, 2000)
+    assert ran_out(caught.value)
+    assert not ran_out(RuntimeError("fault"))
+
+
+def test_interruption_is_one_line(small_file, tmp_path):
+    # Sent while it compiles, in a process of its own.
+    process = start("x", "--max-new-tokens", "900", "--batch", "64", tmp_path=tmp_path, KV_MODEL=str(small_file))
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "compiling" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    _, rest = process.communicate(timeout=300)
+    assert process.returncode == 130
+    assert "Traceback" not in rest
+    assert "generate.py: interrupted\n" in rest
+
+
+def test_a_reader_that_leaves_is_no_error(small_file, tmp_path):
+    process = start("x", "--max-new-tokens", "400", tmp_path=tmp_path, KV_MODEL=str(small_file))
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert process.wait(timeout=300) == 141
+    assert "Traceback" not in process.stderr.read()
+
+
+def test_a_gpu_without_jax_triton_is_one_line(cli, small_file, monkeypatch, capsys):
+    def fail(*_):
+        raise ModuleNotFoundError("jax-triton is not installed", name="jax_triton")
+
+    monkeypatch.setattr(cli, "open_model", fail)
+    assert cli.main(["x", "--model", str(small_file)]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "generate.py: error: jax-triton is not installed"
+
+
+def test_help_lists_exit_codes(cli, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    text = capsys.readouterr().out
+    for code in (0, cli.REFUSED, cli.NO_MEMORY, cli.INTERRUPTED, cli.NO_READER):
+        assert re.search(rf"^  {code} ", text, re.MULTILINE)
+
+
+def test_script_and_project_ask_for_the_same():
+    (header,) = re.findall(
+        r"^# /// script\n(.*?)^# ///$", (EXAMPLES / "generate.py").read_text(), re.DOTALL | re.MULTILINE
+    )
+    script = tomllib.loads(re.sub(r"^# ?", "", header, flags=re.MULTILINE))
+    project = tomllib.loads((EXAMPLES.parent / "pyproject.toml").read_text())
+    assert script["dependencies"] == ["jaxkv[jax]", *project["dependency-groups"]["example"]]
+    assert script["requires-python"] == project["project"]["requires-python"]
+    assert script["tool"]["uv"]["dependency-metadata"] == project["tool"]["uv"]["dependency-metadata"]
 
 
 def test_missing_framework_says_how(cli, monkeypatch, capsys):

@@ -53,10 +53,10 @@ def load_weights(model: LlamaModel, dtype: str) -> Weights:
 
 
 def multiply(x: Array, matrices: Sequence[Array], index: int | Array) -> Array:
-    """x @ matrices[index].
+    """Multiplies x [..., in] by the matrix [in, out] of one layer: [..., out].
 
-    In a loop over layers, the index is traced, and a slice of stacked matrices would be a copy of a layer's weights: twice
-    the time of a step on a CPU. A branch for each layer uses them where they lie.
+    In a loop over layers, the index is traced, and a slice of stacked matrices would be a copy of a layer's weights:
+    twice the time of a step on a CPU. A branch for each layer uses them where they lie.
     """
     if isinstance(index, int):
         return x @ matrices[index]
@@ -88,8 +88,8 @@ def forward(
 ) -> tuple[Array, PagedKVCache]:
     """All layers: each writes its keys and values to the cache, then attends over the cache.
 
-    On a CPU they are one loop, which compiles in a quarter of the time that unrolled layers take, and is as fast. On a GPU
-    they are unrolled: there, the host chooses the branches of `multiply`.
+    On a CPU they are one loop, which compiles in a quarter of the time that unrolled layers take, and is as fast. On a
+    GPU they are unrolled: there, the host chooses the branches of `multiply`.
 
     Returns:
         Hidden states [B, T, hidden], not yet normalised, and the cache.
@@ -126,7 +126,7 @@ def forward(
 
     carry = weights["embedding"][tokens], cache
     if jax.default_backend() == "cpu":
-        carry, _ = lax.scan(one_layer, carry, jnp.arange(config.num_layers))
+        carry, _ = lax.scan(one_layer, carry, jnp.arange(config.num_layers, dtype=jnp.int32))
     else:
         for index in range(config.num_layers):
             carry, _ = one_layer(carry, index)
@@ -154,7 +154,7 @@ def gumbel(seed: Array, positions: Array, vocabulary: int) -> Array:
 
     sequences, ids = (jnp.arange(count, dtype=jnp.uint32) for count in (len(positions), vocabulary))
     rows = mix(mix(mix(seed) + sequences) + positions.astype(jnp.uint32))
-    bits = mix(rows[:, None] + ids)
+    bits = mix(rows[:, None] + ids[None])
     return -jnp.log(-jnp.log(((bits >> 9).astype(jnp.float32) + 0.5) * 2**-23))
 
 

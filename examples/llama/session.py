@@ -27,10 +27,10 @@ Scales = Sequence[tuple[Any, Any]]
 class Sampling(NamedTuple):
     """How the next token is chosen where the likeliest is not what is wanted.
 
-    It is the one with the largest logit + temperature * g, where each g is drawn from Gumbel's distribution: a draw from
-    softmax(logits / temperature). The same seed gives the same draws in both twins, in any batch size and in any order of
-    computing, because g depends on the seed, the sequence's number in its batch, the position of the new token, and the
-    token's id only:
+    It is the one with the largest logit + temperature * g, where each g is drawn from Gumbel's distribution: a draw
+    from softmax(logits / temperature). The same seed gives the same draws in both twins, in any batch size and in any
+    order of computing, because g depends on the seed, the sequence's number in its batch, the position of the new
+    token, and the token's id only:
 
         mix(h) = murmur3's finaliser, uint32 → uint32
         bits   = mix(mix(mix(mix(seed) + sequence) + position) + id), modulo 2^32

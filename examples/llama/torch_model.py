@@ -144,5 +144,5 @@ def gumbel(seed: int, positions: Tensor, vocabulary: int) -> Tensor:
 
     sequences, ids = (torch.arange(count, device=positions.device) for count in (len(positions), vocabulary))
     rows = mix(mix(mix(torch.full_like(sequences, seed)) + sequences) + positions)
-    bits = mix(rows[:, None] + ids)
+    bits = mix(rows[:, None] + ids[None])
     return -torch.log(-torch.log(((bits >> 9).float() + 0.5) * 2**-23))
