@@ -20,6 +20,7 @@ import pydoc_data.topics
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ from examples.llama.gguf_model import find_model, load_model
 from examples.llama.paging import Batch, plan_batch
 from examples.llama.session import FORMATS, Report, Scales, cache_arguments, granularities, run
 from examples.llama.torch_session import TorchLlama
+from kvcore.choices import ScaledDtype
 from torchkv import PagedKVCache
 
 TEXT, SAMPLE = "specialnames", "compound"
@@ -77,7 +79,7 @@ def main(argv: list[str]) -> None:
             one = torch.ones((), device=llama.torch_device)
             scales = [(one, one)] * model.config.num_layers
         elif granularity in ("tensor", "head"):
-            scales = llama.calibrate(calibration, kv_cache_dtype, granularity)
+            scales = llama.calibrate(calibration, cast("ScaledDtype", kv_cache_dtype), granularity)
         nll, best, bits = judge(llama, ids, kv_cache_dtype, scales, dtype)
         answers = []
         if options.new_tokens and dtype == llama.dtype:

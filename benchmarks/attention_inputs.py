@@ -4,11 +4,12 @@ import functools
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 import torchkv
+from kvcore.choices import ScaledDtype
 from kvcore.paged_cache import CacheSpec
 
 BLOCK_SIZE = 16
@@ -171,7 +172,7 @@ class Inputs:
             rows = [self._random((tokens, case.kv_heads, size)) for size in (case.head_size, case.head_size_v)]
         scales = (None, None)
         if not case.per_token_head and case.kv_cache_dtype != "fp8_ds_mla":
-            scales = torchkv.kv_scales(rows[0], rows[1], case.kv_cache_dtype)
+            scales = torchkv.kv_scales(rows[0], rows[1], cast("ScaledDtype", case.kv_cache_dtype))
         cache = create(k_scale=scales[0], v_scale=scales[1])
         cache.write(rows[0], rows[1], torch.arange(tokens, device=self.device))
         return cache

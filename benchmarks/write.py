@@ -119,7 +119,8 @@ class Inputs:
         self.caches += [torch.zeros(s, device=device) for s in spec.scale_shapes]
         self.scales: list[torch.Tensor] = []
         if case.quantised and case.scales != "token head" and case.kv_cache_dtype != "fp8_ds_mla":
-            self.scales = list(torchkv.kv_scales(rows[0][0], rows[1][0], case.kv_cache_dtype, case.scales))
+            how: Any = (case.kv_cache_dtype, case.scales)
+            self.scales = list(torchkv.kv_scales(rows[0][0], rows[1][0], *how))
         if self.layout.latent:
             rows = [x.squeeze(2) for x in rows]
         self.sets = list(zip(rows[0], rows[1], slots[: SETS * tokens].view(SETS, tokens), strict=True))

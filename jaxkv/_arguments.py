@@ -8,6 +8,10 @@ import numpy as np
 
 from kvcore.checks import is_number
 
+ArrayLike = jax.Array | np.ndarray | list[Any]
+Scale = ArrayLike | float | np.floating[Any] | np.integer[Any]
+Index = ArrayLike | int | np.integer[Any]
+
 
 def as_array(x: Any) -> Any:
     """An array of JAX, or still of NumPy, so that the contract sees a dtype that JAX would narrow.

@@ -2,12 +2,13 @@
 
 import functools
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from jaxkv._arguments import as_array, as_scale
+from jaxkv._arguments import ArrayLike, Index, Scale, as_array, as_scale
 from jaxkv._primitive import spec_of, split_axes, used_spec
 from jaxkv.ops import (
     BACKENDS,
@@ -17,9 +18,9 @@ from jaxkv.ops import (
     reshape_and_cache_flash_per_token_head_quant,
     write_latent,
 )
-from jaxkv.read_ops import gather_kv, paged_attention
+from jaxkv.read_ops import AttendOptions, gather_kv, paged_attention
 from kvcore.checks import check_options, check_scale
-from kvcore.layout import CacheLayout
+from kvcore.choices import JaxBackend, KVCacheDtype, Layout
 from kvcore.paged_cache import CacheSpec
 
 
@@ -51,11 +52,11 @@ class PagedKVCache:
         head_size: int,
         num_layers: int | None = None,
         head_size_v: int | None = None,
-        dtype: Any = jnp.bfloat16,
-        layout: str | CacheLayout = "NHD",
-        kv_cache_dtype: str = "auto",
-        k_scale: jax.Array | float | None = None,
-        v_scale: jax.Array | float | None = None,
+        dtype: DTypeLike = jnp.bfloat16,
+        layout: Layout = "NHD",
+        kv_cache_dtype: KVCacheDtype = "auto",
+        k_scale: Scale | None = None,
+        v_scale: Scale | None = None,
         per_token_head: bool = False,
         scale_layout: str | None = None,
         sharding: jax.sharding.Sharding | None = None,
@@ -123,12 +124,12 @@ class PagedKVCache:
 
     def write(
         self,
-        key: jax.Array,
-        value: jax.Array,
-        slot_mapping: jax.Array,
+        key: ArrayLike,
+        value: ArrayLike,
+        slot_mapping: ArrayLike,
         *,
-        layer: int | jax.Array | None = None,
-        backend: str | None = None,
+        layer: Index | None = None,
+        backend: JaxBackend | None = None,
     ) -> "PagedKVCache":
         """Writes keys and values of new tokens; arguments as in `reshape_and_cache_flash`.
 
@@ -139,11 +140,11 @@ class PagedKVCache:
             The new cache: the same memory, where this one was donated or is not used again.
         """
         spec, layout = self.spec, self.spec.layout
-        key, value = as_array(key), as_array(value)
-        spec.check_rows(key.shape, value.shape)
+        keys, values = as_array(key), as_array(value)
+        spec.check_rows(keys.shape, values.shape)
         if layout.latent:
             kv_cache = write_latent(
-                key, value, self.caches[0], slot_mapping, spec.kv_cache_dtype, self.k_scale, layout, layer, backend
+                keys, values, self.caches[0], slot_mapping, spec.kv_cache_dtype, self.k_scale, layout, layer, backend
             )
             return replace(self, caches=(kv_cache,))
         options: dict[str, Any] = {"layout": layout, "layer": layer, "backend": backend}
@@ -153,40 +154,86 @@ class PagedKVCache:
             if layout.single_array:
                 op = reshape_and_cache_flash_diffkv_per_token_head_quant
             memory = (*self.caches, self.k_scale, self.v_scale)
-            new = op(key, value, *memory, slot_mapping, spec.kv_cache_dtype, scale_layout=spec.scale_layout, **options)
+            new = op(
+                keys, values, *memory, slot_mapping, spec.kv_cache_dtype, scale_layout=spec.scale_layout, **options
+            )
             *caches, k_scale, v_scale = new
             return replace(self, caches=tuple(caches), k_scale=k_scale, v_scale=v_scale)
         op = reshape_and_cache_flash_diffkv if layout.single_array else reshape_and_cache_flash
         scales = (self.k_scale, self.v_scale)
-        new = op(key, value, *self.caches, slot_mapping, spec.kv_cache_dtype, *scales, **options)
+        new = op(keys, values, *self.caches, slot_mapping, spec.kv_cache_dtype, *scales, **options)
         return replace(self, caches=(new,) if layout.single_array else new)
 
+    @overload
     def attend(
         self,
-        query: jax.Array,
-        block_tables: jax.Array,
-        seq_lens: jax.Array,
+        query: ArrayLike,
+        block_tables: ArrayLike,
+        seq_lens: ArrayLike,
         *,
-        layer: int | jax.Array | None = None,
-        **options: Any,
-    ) -> Any:
-        """Attention over the cache; arguments and results as in `paged_attention`, which names `options`."""
-        query = as_array(query)
-        self.spec.check_query(query.shape)
-        return paged_attention(query, self.caches, block_tables, seq_lens, layer=layer, **self._reading, **options)
+        return_lse: Literal[False] = ...,
+        **options: Unpack[AttendOptions],
+    ) -> jax.Array: ...
+    @overload
+    def attend(
+        self,
+        query: ArrayLike,
+        block_tables: ArrayLike,
+        seq_lens: ArrayLike,
+        *,
+        return_lse: Literal[True],
+        **options: Unpack[AttendOptions],
+    ) -> tuple[jax.Array, jax.Array]: ...
+    @overload
+    def attend(
+        self,
+        query: ArrayLike,
+        block_tables: ArrayLike,
+        seq_lens: ArrayLike,
+        *,
+        return_lse: bool,
+        **options: Unpack[AttendOptions],
+    ) -> jax.Array | tuple[jax.Array, jax.Array]: ...
+    def attend(
+        self,
+        query: ArrayLike,
+        block_tables: ArrayLike,
+        seq_lens: ArrayLike,
+        *,
+        query_start_loc: ArrayLike | None = None,
+        scale: float | None = None,
+        causal: bool = True,
+        sliding_window: int | None = None,
+        soft_cap: float | None = None,
+        sinks: ArrayLike | None = None,
+        layer: Index | None = None,
+        return_lse: bool = False,
+        backend: JaxBackend | None = None,
+    ) -> jax.Array | tuple[jax.Array, jax.Array]:
+        """Attention over the cache; arguments and results as in `paged_attention`."""
+        queries = as_array(query)
+        self.spec.check_query(queries.shape)
+        return paged_attention(
+            queries, self.caches, block_tables, seq_lens, query_start_loc=query_start_loc, scale=scale, causal=causal,
+            sliding_window=sliding_window, soft_cap=soft_cap, sinks=sinks, layer=layer, return_lse=return_lse,
+            backend=backend, **self._reading,
+        )  # fmt: skip
 
     def gather(
         self,
-        block_tables: jax.Array,
-        seq_lens: jax.Array,
+        block_tables: ArrayLike,
+        seq_lens: ArrayLike,
         max_len: int,
         *,
-        layer: int | jax.Array | None = None,
-        **options: Any,
+        dtype: DTypeLike | None = None,
+        layer: Index | None = None,
+        backend: JaxBackend | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """Contiguous keys and values; arguments and results as in `gather_kv`, which names `options`."""
-        reading = self._reading | {"head_size": self.spec.head_size}
-        return gather_kv(self.caches, block_tables, seq_lens, max_len, layer=layer, **reading, **options)
+        """Contiguous keys and values; arguments and results as in `gather_kv`."""
+        return gather_kv(
+            self.caches, block_tables, seq_lens, max_len, dtype=dtype, layer=layer, backend=backend,
+            head_size=self.spec.head_size, **self._reading,
+        )  # fmt: skip
 
     @property
     def nbytes(self) -> int:

@@ -3,15 +3,16 @@
 import functools
 from collections.abc import Sequence
 from itertools import combinations
-from typing import Any
+from typing import Any, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
 
 from jaxkv import _primitive
-from jaxkv._arguments import as_array, as_indices, as_layer, as_scale
+from jaxkv._arguments import ArrayLike, Index, Scale, as_array, as_indices, as_layer, as_scale
 from jaxkv._primitive import Operands, Options, spec_of
 from kvcore.checks import check_options, check_scale, is_bool
+from kvcore.choices import JaxBackend, KVCacheDtype, Layout, PerTokenHeadDtype
 from kvcore.contract import check_mla, check_write, split_of_latent
 from kvcore.layout import CacheLayout
 from kvcore.quantization import DS_MLA_ROPE
@@ -20,19 +21,62 @@ from kvcore.scales import scale_layout_of
 BACKENDS = ("triton", "xla", "interpret")
 
 
+class WhereOptions(TypedDict, total=False):
+    """Options of every writer, for its overloads."""
+
+    layer: Index | None
+    backend: JaxBackend | None
+
+
+class WriteOptions(WhereOptions, total=False):
+    """Likewise, where layouts may be chosen."""
+
+    layout: Layout | None
+
+
+class QuantOptions(WriteOptions, total=False):
+    """Likewise, where scales have a layout, too."""
+
+    scale_layout: str | CacheLayout | None
+
+
+@overload
 def reshape_and_cache_flash(
-    key: jax.Array,
-    value: jax.Array,
-    key_cache: jax.Array | jax.Ref,
-    value_cache: jax.Array | jax.Ref,
-    slot_mapping: jax.Array,
-    kv_cache_dtype: str = "auto",
-    k_scale: jax.Array | float | None = None,
-    v_scale: jax.Array | float | None = None,
+    key: ArrayLike,
+    value: ArrayLike,
+    key_cache: jax.Ref,
+    value_cache: jax.Ref,
+    slot_mapping: ArrayLike,
+    kv_cache_dtype: KVCacheDtype = ...,
+    k_scale: Scale | None = ...,
+    v_scale: Scale | None = ...,
+    **options: Unpack[WriteOptions],
+) -> None: ...
+@overload
+def reshape_and_cache_flash(
+    key: ArrayLike,
+    value: ArrayLike,
+    key_cache: ArrayLike,
+    value_cache: ArrayLike,
+    slot_mapping: ArrayLike,
+    kv_cache_dtype: KVCacheDtype = ...,
+    k_scale: Scale | None = ...,
+    v_scale: Scale | None = ...,
+    **options: Unpack[WriteOptions],
+) -> tuple[jax.Array, jax.Array]: ...
+def reshape_and_cache_flash(
+    key: ArrayLike,
+    value: ArrayLike,
+    key_cache: ArrayLike | jax.Ref,
+    value_cache: ArrayLike | jax.Ref,
+    slot_mapping: ArrayLike,
+    kv_cache_dtype: KVCacheDtype = "auto",
+    k_scale: Scale | None = None,
+    v_scale: Scale | None = None,
     *,
-    layout: str | CacheLayout | None = None,
-    layer: int | jax.Array | None = None,
-    backend: str | None = None,
+    layout: Layout | None = None,
+    layer: Index | None = None,
+    backend: JaxBackend | None = None,
 ) -> tuple[jax.Array, jax.Array] | None:
     """Writes keys and values of new tokens into a paged KV cache.
 
@@ -80,18 +124,40 @@ def reshape_and_cache_flash(
     return _write(key, value, caches, slot_mapping, kv_cache_dtype, k_scale, v_scale, layout, layer, backend)
 
 
+@overload
 def reshape_and_cache_flash_diffkv(
-    key: jax.Array,
-    value: jax.Array,
-    kv_cache: jax.Array | jax.Ref,
-    slot_mapping: jax.Array,
-    kv_cache_dtype: str = "auto",
-    k_scale: jax.Array | float | None = None,
-    v_scale: jax.Array | float | None = None,
+    key: ArrayLike,
+    value: ArrayLike,
+    kv_cache: jax.Ref,
+    slot_mapping: ArrayLike,
+    kv_cache_dtype: KVCacheDtype = ...,
+    k_scale: Scale | None = ...,
+    v_scale: Scale | None = ...,
+    **options: Unpack[WriteOptions],
+) -> None: ...
+@overload
+def reshape_and_cache_flash_diffkv(
+    key: ArrayLike,
+    value: ArrayLike,
+    kv_cache: ArrayLike,
+    slot_mapping: ArrayLike,
+    kv_cache_dtype: KVCacheDtype = ...,
+    k_scale: Scale | None = ...,
+    v_scale: Scale | None = ...,
+    **options: Unpack[WriteOptions],
+) -> jax.Array: ...
+def reshape_and_cache_flash_diffkv(
+    key: ArrayLike,
+    value: ArrayLike,
+    kv_cache: ArrayLike | jax.Ref,
+    slot_mapping: ArrayLike,
+    kv_cache_dtype: KVCacheDtype = "auto",
+    k_scale: Scale | None = None,
+    v_scale: Scale | None = None,
     *,
-    layout: str | CacheLayout | None = None,
-    layer: int | jax.Array | None = None,
-    backend: str | None = None,
+    layout: Layout | None = None,
+    layer: Index | None = None,
+    backend: JaxBackend | None = None,
 ) -> jax.Array | None:
     """Writes keys and values of new tokens into one array that holds both.
 
@@ -124,20 +190,44 @@ def reshape_and_cache_flash_diffkv(
     return None if new is None else new[0]
 
 
+@overload
 def reshape_and_cache_flash_per_token_head_quant(
-    key: jax.Array,
-    value: jax.Array,
-    key_cache: jax.Array | jax.Ref,
-    value_cache: jax.Array | jax.Ref,
-    k_scale_cache: jax.Array | jax.Ref,
-    v_scale_cache: jax.Array | jax.Ref,
-    slot_mapping: jax.Array,
-    kv_cache_dtype: str,
+    key: ArrayLike,
+    value: ArrayLike,
+    key_cache: jax.Ref,
+    value_cache: jax.Ref,
+    k_scale_cache: jax.Ref,
+    v_scale_cache: jax.Ref,
+    slot_mapping: ArrayLike,
+    kv_cache_dtype: PerTokenHeadDtype,
+    **options: Unpack[QuantOptions],
+) -> None: ...
+@overload
+def reshape_and_cache_flash_per_token_head_quant(
+    key: ArrayLike,
+    value: ArrayLike,
+    key_cache: ArrayLike,
+    value_cache: ArrayLike,
+    k_scale_cache: ArrayLike,
+    v_scale_cache: ArrayLike,
+    slot_mapping: ArrayLike,
+    kv_cache_dtype: PerTokenHeadDtype,
+    **options: Unpack[QuantOptions],
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]: ...
+def reshape_and_cache_flash_per_token_head_quant(
+    key: ArrayLike,
+    value: ArrayLike,
+    key_cache: ArrayLike | jax.Ref,
+    value_cache: ArrayLike | jax.Ref,
+    k_scale_cache: ArrayLike | jax.Ref,
+    v_scale_cache: ArrayLike | jax.Ref,
+    slot_mapping: ArrayLike,
+    kv_cache_dtype: PerTokenHeadDtype,
     *,
-    layout: str | CacheLayout | None = None,
+    layout: Layout | None = None,
     scale_layout: str | CacheLayout | None = None,
-    layer: int | jax.Array | None = None,
-    backend: str | None = None,
+    layer: Index | None = None,
+    backend: JaxBackend | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array] | None:
     """Writes keys and values of new tokens, each token's head quantised with a scale of its own, which it writes too.
 
@@ -177,19 +267,41 @@ def reshape_and_cache_flash_per_token_head_quant(
     )  # fmt: skip
 
 
+@overload
 def reshape_and_cache_flash_diffkv_per_token_head_quant(
-    key: jax.Array,
-    value: jax.Array,
-    kv_cache: jax.Array | jax.Ref,
-    k_scale_cache: jax.Array | jax.Ref,
-    v_scale_cache: jax.Array | jax.Ref,
-    slot_mapping: jax.Array,
-    kv_cache_dtype: str,
+    key: ArrayLike,
+    value: ArrayLike,
+    kv_cache: jax.Ref,
+    k_scale_cache: jax.Ref,
+    v_scale_cache: jax.Ref,
+    slot_mapping: ArrayLike,
+    kv_cache_dtype: PerTokenHeadDtype,
+    **options: Unpack[QuantOptions],
+) -> None: ...
+@overload
+def reshape_and_cache_flash_diffkv_per_token_head_quant(
+    key: ArrayLike,
+    value: ArrayLike,
+    kv_cache: ArrayLike,
+    k_scale_cache: ArrayLike,
+    v_scale_cache: ArrayLike,
+    slot_mapping: ArrayLike,
+    kv_cache_dtype: PerTokenHeadDtype,
+    **options: Unpack[QuantOptions],
+) -> tuple[jax.Array, jax.Array, jax.Array]: ...
+def reshape_and_cache_flash_diffkv_per_token_head_quant(
+    key: ArrayLike,
+    value: ArrayLike,
+    kv_cache: ArrayLike | jax.Ref,
+    k_scale_cache: ArrayLike | jax.Ref,
+    v_scale_cache: ArrayLike | jax.Ref,
+    slot_mapping: ArrayLike,
+    kv_cache_dtype: PerTokenHeadDtype,
     *,
-    layout: str | CacheLayout | None = None,
+    layout: Layout | None = None,
     scale_layout: str | CacheLayout | None = None,
-    layer: int | jax.Array | None = None,
-    backend: str | None = None,
+    layer: Index | None = None,
+    backend: JaxBackend | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array] | None:
     """Writes keys and values of new tokens into one array, each token's head with a scale of its own.
 
@@ -224,16 +336,36 @@ def reshape_and_cache_flash_diffkv_per_token_head_quant(
     )  # fmt: skip
 
 
+@overload
 def concat_and_cache_mla(
-    kv_c: jax.Array,
-    k_pe: jax.Array,
-    kv_cache: jax.Array | jax.Ref,
-    slot_mapping: jax.Array,
-    kv_cache_dtype: str = "auto",
-    scale: jax.Array | float | None = None,
+    kv_c: ArrayLike,
+    k_pe: ArrayLike,
+    kv_cache: jax.Ref,
+    slot_mapping: ArrayLike,
+    kv_cache_dtype: KVCacheDtype = ...,
+    scale: Scale | None = ...,
+    **options: Unpack[WhereOptions],
+) -> None: ...
+@overload
+def concat_and_cache_mla(
+    kv_c: ArrayLike,
+    k_pe: ArrayLike,
+    kv_cache: ArrayLike,
+    slot_mapping: ArrayLike,
+    kv_cache_dtype: KVCacheDtype = ...,
+    scale: Scale | None = ...,
+    **options: Unpack[WhereOptions],
+) -> jax.Array: ...
+def concat_and_cache_mla(
+    kv_c: ArrayLike,
+    k_pe: ArrayLike,
+    kv_cache: ArrayLike | jax.Ref,
+    slot_mapping: ArrayLike,
+    kv_cache_dtype: KVCacheDtype = "auto",
+    scale: Scale | None = None,
     *,
-    layer: int | jax.Array | None = None,
-    backend: str | None = None,
+    layer: Index | None = None,
+    backend: JaxBackend | None = None,
 ) -> jax.Array | None:
     """Writes the rows of multi-head latent attention: each token's latent vector, then its rotary part of the key.
 

@@ -1,43 +1,102 @@
 """The public functions that read a cache: attention over it, and a gather out of it."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
 
 from jaxkv import _read_primitive
-from jaxkv._arguments import as_array, as_indices, as_layer, as_scale
+from jaxkv._arguments import ArrayLike, Index, Scale, as_array, as_indices, as_layer, as_scale
 from jaxkv._primitive import spec_of
 from jaxkv._read_primitive import Operands, Options
 from jaxkv.ops import BACKENDS, static_scale
 from kvcore.checks import check_options
+from kvcore.choices import JaxBackend, KVCacheDtype, Layout
 from kvcore.layout import CacheLayout
 from kvcore.read_contract import Cache, check_attention_options, check_merge
 from kvcore.scales import scale_layout_of
 
+Caches = jax.Array | np.ndarray | jax.Ref | Sequence[ArrayLike | jax.Ref]
 
+
+class AttendOptions(TypedDict, total=False):
+    """Options of `PagedKVCache.attend`, for its overloads."""
+
+    query_start_loc: ArrayLike | None
+    scale: float | None
+    causal: bool
+    sliding_window: int | None
+    soft_cap: float | None
+    sinks: ArrayLike | None
+    layer: Index | None
+    backend: JaxBackend | None
+
+
+class AttentionOptions(AttendOptions, total=False):
+    """Options of `paged_attention`, for its overloads."""
+
+    kv_cache_dtype: KVCacheDtype
+    k_scale: Scale | jax.Ref | None
+    v_scale: Scale | jax.Ref | None
+    layout: Layout | None
+    scale_layout: str | CacheLayout | None
+    head_size_v: int | None
+
+
+@overload
 def paged_attention(
-    query: jax.Array,
-    caches: jax.Array | jax.Ref | Sequence[jax.Array | jax.Ref],
-    block_tables: jax.Array,
-    seq_lens: jax.Array,
+    query: ArrayLike,
+    caches: Caches,
+    block_tables: ArrayLike,
+    seq_lens: ArrayLike,
     *,
-    query_start_loc: jax.Array | None = None,
+    return_lse: Literal[False] = ...,
+    **options: Unpack[AttentionOptions],
+) -> jax.Array: ...
+@overload
+def paged_attention(
+    query: ArrayLike,
+    caches: Caches,
+    block_tables: ArrayLike,
+    seq_lens: ArrayLike,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[AttentionOptions],
+) -> tuple[jax.Array, jax.Array]: ...
+@overload
+def paged_attention(
+    query: ArrayLike,
+    caches: Caches,
+    block_tables: ArrayLike,
+    seq_lens: ArrayLike,
+    *,
+    return_lse: bool,
+    **options: Unpack[AttentionOptions],
+) -> jax.Array | tuple[jax.Array, jax.Array]: ...
+def paged_attention(
+    query: ArrayLike,
+    caches: Caches,
+    block_tables: ArrayLike,
+    seq_lens: ArrayLike,
+    *,
+    query_start_loc: ArrayLike | None = None,
     scale: float | None = None,
     causal: bool = True,
     sliding_window: int | None = None,
     soft_cap: float | None = None,
-    sinks: jax.Array | None = None,
-    kv_cache_dtype: str = "auto",
-    k_scale: jax.Array | float | None = None,
-    v_scale: jax.Array | float | None = None,
-    layout: str | CacheLayout | None = None,
+    sinks: ArrayLike | None = None,
+    kv_cache_dtype: KVCacheDtype = "auto",
+    k_scale: Scale | jax.Ref | None = None,
+    v_scale: Scale | jax.Ref | None = None,
+    layout: Layout | None = None,
     scale_layout: str | CacheLayout | None = None,
-    layer: int | jax.Array | None = None,
+    layer: Index | None = None,
     head_size_v: int | None = None,
     return_lse: bool = False,
-    backend: str | None = None,
+    backend: JaxBackend | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Attention of new tokens over a paged KV cache: decode, speculative decoding, chunked prefill, or any mix.
 
@@ -112,21 +171,21 @@ def paged_attention(
 
 
 def gather_kv(
-    caches: jax.Array | jax.Ref | Sequence[jax.Array | jax.Ref],
-    block_tables: jax.Array,
-    seq_lens: jax.Array,
+    caches: Caches,
+    block_tables: ArrayLike,
+    seq_lens: ArrayLike,
     max_len: int,
     *,
-    dtype: Any = None,
-    kv_cache_dtype: str = "auto",
-    k_scale: jax.Array | float | None = None,
-    v_scale: jax.Array | float | None = None,
-    layout: str | CacheLayout | None = None,
+    dtype: DTypeLike | None = None,
+    kv_cache_dtype: KVCacheDtype = "auto",
+    k_scale: Scale | jax.Ref | None = None,
+    v_scale: Scale | jax.Ref | None = None,
+    layout: Layout | None = None,
     scale_layout: str | CacheLayout | None = None,
-    layer: int | jax.Array | None = None,
+    layer: Index | None = None,
     head_size: int | None = None,
     head_size_v: int | None = None,
-    backend: str | None = None,
+    backend: JaxBackend | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Keys and values of sequences, out of a paged KV cache into contiguous arrays.
 
@@ -174,7 +233,7 @@ def gather_kv(
     return key, value
 
 
-def merge_attention(outs: jax.Array, lses: jax.Array) -> tuple[jax.Array, jax.Array]:
+def merge_attention(outs: ArrayLike, lses: ArrayLike) -> tuple[jax.Array, jax.Array]:
     """Joins attention over parts of the positions, as devices compute that share a context between them.
 
     A row of the result is `sum(exp(lse_p) * out_p) / sum(exp(lse_p))` over the parts p, and its log-sum-exp

@@ -3,14 +3,15 @@
 import jax
 import jax.numpy as jnp
 
-from jaxkv._arguments import as_array
+from jaxkv._arguments import ArrayLike, as_array
 from jaxkv._numbers import largest_of, scale_of
 from jaxkv._primitive import spec_of
+from kvcore.choices import Granularity, ScaledDtype
 from kvcore.contract import check_kv_scales
 
 
 def kv_scales(
-    key: jax.Array, value: jax.Array, kv_cache_dtype: str, granularity: str = "tensor"
+    key: ArrayLike, value: ArrayLike, kv_cache_dtype: ScaledDtype, granularity: Granularity = "tensor"
 ) -> tuple[jax.Array, jax.Array]:
     """Static scales with which a quantised cache holds numbers like these without saturating.
 

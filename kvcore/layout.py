@@ -294,7 +294,17 @@ class CacheLayout:
         name = next((n for n in _CONSTANTS if getattr(CacheLayout, n) == self), None)
         return f"CacheLayout.{name}" if name else f"CacheLayout({self.pattern!r})"
 
-    def describe(self, **extents: int | None) -> str:
+    def describe(
+        self,
+        *,
+        num_blocks: int,
+        block_size: int,
+        num_heads: int,
+        head_size: int,
+        head_size_v: int | None = None,
+        num_layers: int | None = None,
+        x: int | None = None,
+    ) -> str:
         """What memory looks like for these extents (the arguments of `shapes`), one line an array.
 
         >>> print(CacheLayout.HND.describe(num_blocks=1024, block_size=16, num_heads=8, head_size=128))
@@ -303,7 +313,10 @@ class CacheLayout:
 
         Each axis is `name size × stride`, slowest first; strides count elements.
         """
-        shapes = self.shapes(**extents)  # type: ignore[arg-type]
+        shapes = self.shapes(
+            num_blocks=num_blocks, block_size=block_size, num_heads=num_heads, head_size=head_size,
+            head_size_v=head_size_v, num_layers=num_layers, x=x,
+        )  # fmt: skip
         names = ("kv_cache",) if self.single_array else ("key_cache  ", "value_cache")
         return "\n".join(
             f"{name}  "

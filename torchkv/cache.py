@@ -1,12 +1,12 @@
 """PagedKVCache: a paged cache and how it is laid out, in one object, changed in place."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
 import torch
 from torch import Tensor
 
-from kvcore.layout import CacheLayout
+from kvcore.choices import FloatDtype, KVCacheDtype, Layout, TorchBackend
 from kvcore.paged_cache import CacheSpec
 from torchkv.ops import (
     concat_and_cache_mla,
@@ -15,7 +15,7 @@ from torchkv.ops import (
     reshape_and_cache_flash_diffkv_per_token_head_quant,
     reshape_and_cache_flash_per_token_head_quant,
 )
-from torchkv.read_ops import gather_kv, paged_attention
+from torchkv.read_ops import AttendOptions, gather_kv, paged_attention
 
 
 class PagedKVCache:
@@ -44,9 +44,9 @@ class PagedKVCache:
         head_size: int,
         num_layers: int | None = None,
         head_size_v: int | None = None,
-        dtype: torch.dtype | str = torch.bfloat16,
-        layout: str | CacheLayout = "NHD",
-        kv_cache_dtype: str = "auto",
+        dtype: torch.dtype | FloatDtype = torch.bfloat16,
+        layout: Layout = "NHD",
+        kv_cache_dtype: KVCacheDtype = "auto",
         k_scale: Tensor | float | None = None,
         v_scale: Tensor | float | None = None,
         per_token_head: bool = False,
@@ -106,7 +106,7 @@ class PagedKVCache:
         slot_mapping: Tensor,
         *,
         layer: int | Tensor | None = None,
-        backend: str | None = None,
+        backend: TorchBackend | None = None,
     ) -> None:
         """Writes keys and values of new tokens; arguments as in `reshape_and_cache_flash`.
 
@@ -132,18 +132,61 @@ class PagedKVCache:
             options |= {"layout": layout, "scale_layout": self.spec.scale_layout}
         op(key, value, *arrays, **options)
 
+    @overload
     def attend(
         self,
         query: Tensor,
         block_tables: Tensor,
         seq_lens: Tensor,
         *,
+        return_lse: Literal[False] = ...,
+        **options: Unpack[AttendOptions],
+    ) -> Tensor: ...
+    @overload
+    def attend(
+        self,
+        query: Tensor,
+        block_tables: Tensor,
+        seq_lens: Tensor,
+        *,
+        return_lse: Literal[True],
+        **options: Unpack[AttendOptions],
+    ) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def attend(
+        self,
+        query: Tensor,
+        block_tables: Tensor,
+        seq_lens: Tensor,
+        *,
+        return_lse: bool,
+        **options: Unpack[AttendOptions],
+    ) -> Tensor | tuple[Tensor, Tensor]: ...
+    def attend(
+        self,
+        query: Tensor,
+        block_tables: Tensor,
+        seq_lens: Tensor,
+        *,
+        query_start_loc: Tensor | None = None,
+        scale: float | None = None,
+        causal: bool = True,
+        sliding_window: int | None = None,
+        soft_cap: float | None = None,
+        sinks: Tensor | None = None,
         layer: int | Tensor | None = None,
-        **options: Any,
-    ) -> Any:
-        """Attention over the cache; arguments and results as in `paged_attention`, which names `options`."""
+        return_lse: bool = False,
+        out: Tensor | None = None,
+        lse: Tensor | None = None,
+        backend: TorchBackend | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Attention over the cache; arguments and results as in `paged_attention`."""
         self.spec.check_query(query.shape)
-        return paged_attention(query, self.caches, block_tables, seq_lens, layer=layer, **self._reading, **options)
+        return paged_attention(
+            query, self.caches, block_tables, seq_lens, query_start_loc=query_start_loc, scale=scale, causal=causal,
+            sliding_window=sliding_window, soft_cap=soft_cap, sinks=sinks, layer=layer, return_lse=return_lse,
+            out=out, lse=lse, backend=backend, **self._reading,
+        )  # fmt: skip
 
     def gather(
         self,
@@ -151,12 +194,16 @@ class PagedKVCache:
         seq_lens: Tensor,
         max_len: int,
         *,
+        dtype: torch.dtype | FloatDtype | None = None,
         layer: int | Tensor | None = None,
-        **options: Any,
+        out: tuple[Tensor, Tensor] | None = None,
+        backend: TorchBackend | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Contiguous keys and values; arguments and results as in `gather_kv`, which names `options`."""
-        reading = self._reading | {"head_size": self.spec.head_size}
-        return gather_kv(self.caches, block_tables, seq_lens, max_len, layer=layer, **reading, **options)
+        """Contiguous keys and values; arguments and results as in `gather_kv`."""
+        return gather_kv(
+            self.caches, block_tables, seq_lens, max_len, dtype=dtype, layer=layer, out=out, backend=backend,
+            head_size=self.spec.head_size, **self._reading,
+        )  # fmt: skip
 
     @property
     def nbytes(self) -> int:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kvcore.checks import check_options
+from kvcore.choices import Granularity, KVCacheDtype, Layout, PerTokenHeadDtype, ScaledDtype, TorchBackend
 from kvcore.contract import check_kv_scales
 from kvcore.layout import CacheLayout
 from kvcore.quantization import KV_CACHE_DTYPES
@@ -35,13 +36,13 @@ def reshape_and_cache_flash(
     key_cache: Tensor,
     value_cache: Tensor,
     slot_mapping: Tensor,
-    kv_cache_dtype: str = "auto",
+    kv_cache_dtype: KVCacheDtype = "auto",
     k_scale: Tensor | float | None = None,
     v_scale: Tensor | float | None = None,
     *,
-    layout: str | CacheLayout | None = None,
+    layout: Layout | None = None,
     layer: int | Tensor | None = None,
-    backend: str | None = None,
+    backend: TorchBackend | None = None,
 ) -> None:
     """Writes keys and values of new tokens into a paged KV cache, in place.
 
@@ -113,13 +114,13 @@ def reshape_and_cache_flash_diffkv(
     value: Tensor,
     kv_cache: Tensor,
     slot_mapping: Tensor,
-    kv_cache_dtype: str = "auto",
+    kv_cache_dtype: KVCacheDtype = "auto",
     k_scale: Tensor | float | None = None,
     v_scale: Tensor | float | None = None,
     *,
-    layout: str | CacheLayout | None = None,
+    layout: Layout | None = None,
     layer: int | Tensor | None = None,
-    backend: str | None = None,
+    backend: TorchBackend | None = None,
 ) -> None:
     """Writes keys and values of new tokens into one array that holds both, in place.
 
@@ -167,12 +168,12 @@ def reshape_and_cache_flash_per_token_head_quant(
     k_scale_cache: Tensor,
     v_scale_cache: Tensor,
     slot_mapping: Tensor,
-    kv_cache_dtype: str,
+    kv_cache_dtype: PerTokenHeadDtype,
     *,
-    layout: str | CacheLayout | None = None,
+    layout: Layout | None = None,
     scale_layout: str | CacheLayout | None = None,
     layer: int | Tensor | None = None,
-    backend: str | None = None,
+    backend: TorchBackend | None = None,
 ) -> None:
     """Quantises keys and values of new tokens, each token's head by a scale of its own, and writes both, in place.
 
@@ -231,12 +232,12 @@ def reshape_and_cache_flash_diffkv_per_token_head_quant(
     k_scale_cache: Tensor,
     v_scale_cache: Tensor,
     slot_mapping: Tensor,
-    kv_cache_dtype: str,
+    kv_cache_dtype: PerTokenHeadDtype,
     *,
-    layout: str | CacheLayout | None = None,
+    layout: Layout | None = None,
     scale_layout: str | CacheLayout | None = None,
     layer: int | Tensor | None = None,
-    backend: str | None = None,
+    backend: TorchBackend | None = None,
 ) -> None:
     """As `reshape_and_cache_flash_per_token_head_quant`, into one array that holds both keys and values.
 
@@ -282,12 +283,12 @@ def concat_and_cache_mla(
     k_pe: Tensor,
     kv_cache: Tensor,
     slot_mapping: Tensor,
-    kv_cache_dtype: str = "auto",
+    kv_cache_dtype: KVCacheDtype = "auto",
     scale: Tensor | float | None = None,
     skip_scale: bool = False,
     *,
     layer: int | Tensor | None = None,
-    backend: str | None = None,
+    backend: TorchBackend | None = None,
 ) -> None:
     """Writes rows of multi-head latent attention into a paged cache, kv_c and k_pe side by side, in place.
 
@@ -336,7 +337,9 @@ def concat_and_cache_mla(
     )
 
 
-def kv_scales(key: Tensor, value: Tensor, kv_cache_dtype: str, granularity: str = "tensor") -> tuple[Tensor, Tensor]:
+def kv_scales(
+    key: Tensor, value: Tensor, kv_cache_dtype: ScaledDtype, granularity: Granularity = "tensor"
+) -> tuple[Tensor, Tensor]:
     """Static scales for keys and values like these, so that none of them saturates: `absmax / m`.
 
     m is the format's largest number, or 6 · 448 for nvfp4, whose scales of 16 elements reach 448 then. Read back, an

@@ -1,12 +1,13 @@
 """The public functions that read a cache: attention over it, and a gather out of it."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
 
 from kvcore.checks import check_devices, check_options, check_result
+from kvcore.choices import FloatDtype, KVCacheDtype, Layout, TorchBackend
 from kvcore.layout import CacheLayout
 from kvcore.read_contract import check_attention_options
 from torchkv import _read_library
@@ -16,6 +17,62 @@ from torchkv._read import refuse_gradients
 from torchkv.ops import BACKENDS, op_options, scale_pattern, scale_tensor
 
 
+class AttendOptions(TypedDict, total=False):
+    """Options of `PagedKVCache.attend`, for its overloads."""
+
+    query_start_loc: Tensor | None
+    scale: float | None
+    causal: bool
+    sliding_window: int | None
+    soft_cap: float | None
+    sinks: Tensor | None
+    layer: int | Tensor | None
+    out: Tensor | None
+    lse: Tensor | None
+    backend: TorchBackend | None
+
+
+class AttentionOptions(AttendOptions, total=False):
+    """Options of `paged_attention`, for its overloads."""
+
+    kv_cache_dtype: KVCacheDtype
+    k_scale: Tensor | float | None
+    v_scale: Tensor | float | None
+    layout: Layout | None
+    scale_layout: str | CacheLayout | None
+    head_size_v: int | None
+
+
+@overload
+def paged_attention(
+    query: Tensor,
+    caches: Tensor | Sequence[Tensor],
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    *,
+    return_lse: Literal[False] = ...,
+    **options: Unpack[AttentionOptions],
+) -> Tensor: ...
+@overload
+def paged_attention(
+    query: Tensor,
+    caches: Tensor | Sequence[Tensor],
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[AttentionOptions],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def paged_attention(
+    query: Tensor,
+    caches: Tensor | Sequence[Tensor],
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    *,
+    return_lse: bool,
+    **options: Unpack[AttentionOptions],
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def paged_attention(
     query: Tensor,
     caches: Tensor | Sequence[Tensor],
@@ -28,17 +85,17 @@ def paged_attention(
     sliding_window: int | None = None,
     soft_cap: float | None = None,
     sinks: Tensor | None = None,
-    kv_cache_dtype: str = "auto",
+    kv_cache_dtype: KVCacheDtype = "auto",
     k_scale: Tensor | float | None = None,
     v_scale: Tensor | float | None = None,
-    layout: str | CacheLayout | None = None,
+    layout: Layout | None = None,
     scale_layout: str | CacheLayout | None = None,
     layer: int | Tensor | None = None,
     head_size_v: int | None = None,
     return_lse: bool = False,
     out: Tensor | None = None,
     lse: Tensor | None = None,
-    backend: str | None = None,
+    backend: TorchBackend | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of new tokens over a paged KV cache: decode, speculative decoding, chunked prefill, or any mix.
 
@@ -134,17 +191,17 @@ def gather_kv(
     seq_lens: Tensor,
     max_len: int,
     *,
-    dtype: torch.dtype | str | None = None,
-    kv_cache_dtype: str = "auto",
+    dtype: torch.dtype | FloatDtype | None = None,
+    kv_cache_dtype: KVCacheDtype = "auto",
     k_scale: Tensor | float | None = None,
     v_scale: Tensor | float | None = None,
-    layout: str | CacheLayout | None = None,
+    layout: Layout | None = None,
     scale_layout: str | CacheLayout | None = None,
     layer: int | Tensor | None = None,
     head_size: int | None = None,
     head_size_v: int | None = None,
     out: tuple[Tensor, Tensor] | None = None,
-    backend: str | None = None,
+    backend: TorchBackend | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Keys and values of sequences, out of a paged KV cache into contiguous tensors.
 

@@ -11,6 +11,7 @@ import numpy as np
 from jax.stages import Compiled
 
 from jaxkv import CacheLayout, PagedKVCache, kv_scales
+from kvcore.choices import Granularity, ScaledDtype
 
 from . import jax_model
 from .gguf_model import LlamaModel
@@ -62,7 +63,7 @@ class JaxLlama:
         """
         return JaxSession(self, batch, layout, kv_cache_dtype, scales, sampling)
 
-    def calibrate(self, batch: Batch, kv_cache_dtype: str, granularity: str) -> Scales:
+    def calibrate(self, batch: Batch, kv_cache_dtype: ScaledDtype, granularity: Granularity) -> Scales:
         """Static scales for keys and values like those of a batch's prompts, one or one a head for each layer.
 
         The prompts run over a cache that is not quantised, and what that holds is the sample.

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvcore.choices import Granularity, ScaledDtype
 from torchkv import CacheLayout, PagedKVCache, kv_scales
 
 from . import torch_model
@@ -61,7 +62,7 @@ class TorchLlama:
         return TorchSession(self, batch, layout, kv_cache_dtype, scales, sampling)
 
     @torch.inference_mode()
-    def calibrate(self, batch: Batch, kv_cache_dtype: str, granularity: str) -> Scales:
+    def calibrate(self, batch: Batch, kv_cache_dtype: ScaledDtype, granularity: Granularity) -> Scales:
         """Static scales for keys and values like those of a batch's prompts, one or one a head for each layer.
 
         The prompts run over a cache that is not quantised, and what that holds is the sample.

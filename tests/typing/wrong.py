@@ -1,0 +1,52 @@
+"""Wrong uses of both packages: type checkers report every line marked `# wrong`, and no other. It is not run."""
+
+import jax
+from torch import Tensor
+
+import jaxkv
+import torchkv
+
+
+def with_jax(x: jax.Array, ref: jax.Ref, cache: jaxkv.PagedKVCache) -> None:
+    jaxkv.reshape_and_cache_flash(x, x, x, x, x, "fp9")  # wrong
+    jaxkv.reshape_and_cache_flash(x, x, x, x, x, bakend="xla")  # wrong
+    jaxkv.reshape_and_cache_flash(x, x, x, x, x, backend="torch")  # wrong
+    jaxkv.reshape_and_cache_flash(x, x, ref, x, x)  # wrong
+    key_cache, value_cache = jaxkv.reshape_and_cache_flash(x, x, ref, ref, x)  # wrong
+    jaxkv.reshape_and_cache_flash_diffkv(x, x, ref, x).shape  # wrong
+    jaxkv.reshape_and_cache_flash_per_token_head_quant(x, x, x, x, x, x, x, "nvfp4")  # wrong
+    jaxkv.reshape_and_cache_flash_diffkv_per_token_head_quant(x, x, x, x, x, x, "auto")  # wrong
+    jaxkv.concat_and_cache_mla(x, x, x, x, layout="MLA")  # wrong
+    jaxkv.kv_scales(x, x, "auto")  # wrong
+    jaxkv.kv_scales(x, x, "int8", "token_head")  # wrong
+    jaxkv.paged_attention(x, (x, x), x, x, return_lse=True).shape  # wrong
+    jaxkv.paged_attention(x, (x, x), x, x, slding_window=9)  # wrong
+    jaxkv.paged_attention(x, (x, x), x, x, kv_cache_dtype="fp9")  # wrong
+    jaxkv.gather_kv(x, x, x, 9, kv_cache_dtype="fp9")  # wrong
+    jaxkv.PagedKVCache.create(num_blocks=1, block_size=1, num_heads=1, head_size=8, kv_cache_dtype="fp9")  # wrong
+    jaxkv.PagedKVCache.create(num_blocks=1, block_size=1, num_heads=1, head_sise=8)  # wrong
+    cache.write(x, x, x, layr=1)  # wrong
+    cache.attend(x, x, x, slding_window=9)  # wrong
+    cache.attend(x, x, x, kv_cache_dtype="fp8")  # wrong
+    cache.attend(x, x, x, return_lse=True).shape  # wrong
+    cache.gather(x, x, 9, head_size=8)  # wrong
+    cache.gather(x, x, 9, backend="torch")  # wrong
+    jaxkv.CacheLayout.HND.describe(num_blocks=1, block_size=1, num_heads=1, head_sise=8)  # wrong
+
+
+def with_torch(x: Tensor, cache: torchkv.PagedKVCache) -> None:
+    torchkv.reshape_and_cache_flash(x, x, x, x, x, "fp9")  # wrong
+    torchkv.reshape_and_cache_flash_diffkv(x, x, x, x, backend="xla")  # wrong
+    torchkv.reshape_and_cache_flash_per_token_head_quant(x, x, x, x, x, x, x, "nvfp4")  # wrong
+    torchkv.reshape_and_cache_flash_diffkv_per_token_head_quant(x, x, x, x, x, x, "auto")  # wrong
+    torchkv.concat_and_cache_mla(x, x, x, x, "fp9")  # wrong
+    torchkv.kv_scales(x, x, "auto")  # wrong
+    torchkv.kv_scales(x, x, "int8", "token_head")  # wrong
+    torchkv.paged_attention(x, (x, x), x, x, return_lse=True).shape  # wrong
+    torchkv.paged_attention(x, (x, x), x, x, slding_window=9)  # wrong
+    torchkv.gather_kv(x, x, x, 9, dtype="int8")  # wrong
+    torchkv.PagedKVCache.create(num_blocks=1, block_size=1, num_heads=1, head_size=8, dtype="fp8")  # wrong
+    cache.write(x, x, x, backend="xla")  # wrong
+    cache.attend(x, x, x, slding_window=9)  # wrong
+    cache.attend(x, x, x, return_lse=True).shape  # wrong
+    cache.gather(x, x, 9, head_size=8)  # wrong
