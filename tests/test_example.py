@@ -559,7 +559,7 @@ def test_bad_requests_say_why(arguments, message, cli, small_file, monkeypatch, 
     [
         (["x", "y", "--batch", "1"], "argument --batch: must be at least the number of prompts, 2, got 1"),
         (["x", "--layout", "block slot head"], "must name exactly one of the axes dim, dim/x and k+v"),
-        (["x", "--layout", "nowhere"], "has an unknown axis"),
+        (["x", "--layout", "nowhere"], "layout must be one of NHD, HND, "),
         (["x", "--layout", "mla"], "layout must have room for a Llama's values, got 'block slot latent'"),
         (["x", "--kv-cache-dtype", "fp8_ds_mla"], "invalid choice: 'fp8_ds_mla'"),
         (["x", "--granularity", "head"], "must be left out for --kv-cache-dtype auto, got head"),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kvcore.layout import CacheLayout
-from kvcore.paged_cache import CacheSpec
+from kvcore.paged_cache import CacheSpec, Described
 from torchkv.ops import (
     concat_and_cache_mla,
     reshape_and_cache_flash,
@@ -18,7 +18,7 @@ from torchkv.ops import (
 from torchkv.read_ops import gather_kv, paged_attention
 
 
-class PagedKVCache:
+class PagedKVCache(Described):
     """A paged KV cache: memory, layout and scales. A plain object, whose memory `write` changes in place.
 
     Attributes:
@@ -40,7 +40,8 @@ class PagedKVCache:
         *,
         num_blocks: int,
         block_size: int,
-        num_heads: int,
+        num_heads: int | None = None,
+        num_kv_heads: int | None = None,
         head_size: int,
         num_layers: int | None = None,
         head_size_v: int | None = None,
@@ -59,6 +60,7 @@ class PagedKVCache:
             num_blocks: Blocks, per layer.
             block_size: Slots per block.
             num_heads: KV heads.
+            num_kv_heads: Another name of num_heads; one of the two is given.
             head_size: Elements of a key head.
             num_layers: Layers, which `layer` picks from in all methods; None for a cache of one layer.
             head_size_v: Elements of a value head; None means `head_size`.
@@ -80,7 +82,7 @@ class PagedKVCache:
         name = str(dtype).removeprefix("torch.")
         spec = CacheSpec.create(
             num_layers, num_blocks, block_size, num_heads, head_size, head_size_v, name, layout, kv_cache_dtype,
-            per_token_head, scale_layout,
+            per_token_head, scale_layout, num_kv_heads,
         )  # fmt: skip
         for given, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
             if per_token_head and scale is not None:
@@ -157,11 +159,6 @@ class PagedKVCache:
         """Contiguous keys and values; arguments and results as in `gather_kv`, which names `options`."""
         reading = self._reading | {"head_size": self.spec.head_size}
         return gather_kv(self.caches, block_tables, seq_lens, max_len, layer=layer, **reading, **options)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the arrays."""
-        return self.spec.nbytes
 
     @property
     def _rows(self) -> Tensor:
