@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 import jaxkv
 import torchkv
@@ -155,7 +156,7 @@ def test_a_cache_tells_its_extents(module, convert):
 
 
 @BOTH
-@pytest.mark.parametrize("wrong", [5.0, "5", True, None])
+@pytest.mark.parametrize("wrong", [5.0, "5", None])
 def test_sizes_of_results_that_are_no_integers(wrong, module, convert):
     caches, tables, lens = (convert(draws(*NHD)), convert(draws(*NHD) + 1)), convert(TABLES), convert(LENS)
     with says(TypeError, f"max_len must be an int, got {wrong!r}"):
@@ -178,3 +179,94 @@ def test_a_result_of_an_unknown_dtype(module, convert):
     caches, tables, lens = (convert(draws(*NHD)), convert(draws(*NHD) + 1)), convert(TABLES), convert(LENS)
     with says(TypeError, "dtype must be float32, bfloat16 or float16, got fp8"):
         module.gather_kv(caches, tables, lens, 5, dtype="fp8")
+
+
+# ---- torch: what is no tensor
+
+
+def calls():
+    """Functions of torchkv with valid arguments by name, and the names of those that must be tensors."""
+    rows, slots, tables, lens = map(to_torch, (ROWS, SLOTS, TABLES, LENS))
+    write = {"key": rows, "value": rows, "key_cache": to_torch(draws(*NHD)), "value_cache": to_torch(draws(*NHD))}
+    diffkv = {"key": rows, "value": rows, "kv_cache": to_torch(draws(*NHD[:3], 2 * HEAD_SIZE))}
+    scales = {name: to_torch(draws(*NHD[:3])) for name in ("k_scale_cache", "v_scale_cache")}
+    mla = {"kv_c": rows[:, 0], "k_pe": rows[:, 1, :8], "kv_cache": to_torch(draws(BLOCKS, BLOCK_SIZE, 24))}
+    read = {"caches": tuple(write.values())[2:], "block_tables": tables, "seq_lens": lens}
+    starts, sinks, out = torch.tensor([0, 1, 2]), torch.ones(6), torch.ones(2, 3, 6)
+    return {
+        "reshape_and_cache_flash": write | {"slot_mapping": slots},
+        "reshape_and_cache_flash_diffkv": diffkv | {"slot_mapping": slots},
+        "reshape_and_cache_flash_per_token_head_quant": write | scales | {"slot_mapping": slots},
+        "reshape_and_cache_flash_diffkv_per_token_head_quant": diffkv | scales | {"slot_mapping": slots},
+        "concat_and_cache_mla": mla | {"slot_mapping": slots},
+        "paged_attention": {"query": to_torch(draws(2, 6, HEAD_SIZE))} | read | {
+            "query_start_loc": starts, "sinks": sinks
+        },
+        "gather_kv": read,
+        "merge_attention": {"outs": out[..., None], "lses": out},
+        "kv_scales": {"key": rows, "value": rows},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("function", calls())
+def test_lists_and_numpy_arrays_given_to_torch_are_one_line(function):
+    given = calls()[function]
+    options = {"max_len": 5} if function == "gather_kv" else {}
+    if "quant" in function or function == "kv_scales":
+        options["kv_cache_dtype"] = "int8"
+    if "quant" not in function and "cache_flash" in function:
+        options |= {"k_scale": 2.0}  # made into a tensor, on the device of the caches
+    for name, right in given.items():
+        if name == "caches":
+            continue
+        optional = "None or " if name in ("query_start_loc", "sinks") else ""
+        for wrong in (right.numpy(), right.tolist()):
+            text = f"{name} must be {optional}a torch.Tensor, got {type(wrong).__name__}"
+            with says(TypeError, text):
+                getattr(torchkv, function)(**given | {name: wrong} | options)
+        if not optional:
+            with pytest.raises(TypeError, match=f"^{name} must be a torch.Tensor, got None(Type)?$"):
+                getattr(torchkv, function)(**given | {name: None} | options)
+
+
+@pytest.mark.parametrize("function", ["paged_attention", "gather_kv"])
+def test_caches_that_are_no_tensors(function):
+    given = calls()[function] | ({"max_len": 5} if function == "gather_kv" else {})
+    key_cache, value_cache = given["caches"]
+    for caches, error, text in (
+        (key_cache.numpy(), TypeError, "caches must be a torch.Tensor or a sequence of them, got ndarray"),
+        (None, TypeError, "caches must be a torch.Tensor or a sequence of them, got NoneType"),
+        ((key_cache, value_cache.numpy()), TypeError, "caches[1] must be a torch.Tensor, got ndarray"),
+        ([key_cache.numpy(), value_cache], TypeError, "caches[0] must be a torch.Tensor, got ndarray"),
+        ((), ValueError, "caches must be (key_cache, value_cache) or one array, got 0 arrays"),
+    ):
+        with says(error, text):
+            getattr(torchkv, function)(**given | {"caches": caches, "k_scale": 2.0, "kv_cache_dtype": "auto"})
+
+
+def test_a_cache_given_lists_is_one_line():
+    cache = create(torchkv, num_heads=HEADS)
+    rows, slots, tables, lens = map(to_torch, (ROWS, SLOTS, TABLES, LENS))
+    with says(TypeError, "value must be a torch.Tensor, got list"):
+        cache.write(rows, rows.tolist(), slots)
+    with says(TypeError, "slot_mapping must be a torch.Tensor, got list"):
+        cache.write(rows.bfloat16(), rows.bfloat16(), slots.tolist())
+    with says(TypeError, "query must be a torch.Tensor, got list"):
+        cache.attend(rows[:2].tolist(), tables, lens)
+    with says(TypeError, "block_tables must be a torch.Tensor, got ndarray"):
+        cache.gather(TABLES, lens, 5)
+    with says(TypeError, "layer must be None or an int, got ndarray"):
+        cache.gather(tables, lens, 5, layer=np.array([0, 1]))
+
+
+@pytest.mark.parametrize("error", [RuntimeError, AttributeError])
+def test_errors_that_no_argument_explains_stay(error, monkeypatch):
+    def fail(*_):
+        raise error("of another kind")
+
+    monkeypatch.setattr("torchkv._torch.write", fail)
+    monkeypatch.setattr("torchkv._torch_read.gather", fail)
+    for function in ("reshape_and_cache_flash", "concat_and_cache_mla", "gather_kv"):
+        options = {"max_len": 5} if function == "gather_kv" else {}
+        with pytest.raises(error, match="^of another kind$"):
+            getattr(torchkv, function)(**calls()[function] | options)

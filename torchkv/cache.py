@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kvcore.layout import CacheLayout
 from kvcore.paged_cache import CacheSpec, Described
+from torchkv._call import check_tensors
 from torchkv.ops import (
     concat_and_cache_mla,
     reshape_and_cache_flash,
@@ -119,7 +120,11 @@ class PagedKVCache(Described):
         op: Callable[..., None]
         arrays: tuple[Any, ...]
         options: dict[str, Any] = {"layer": layer, "backend": backend}
-        self.spec.check_rows(key.shape, value.shape)
+        try:
+            self.spec.check_rows(key.shape, value.shape)
+        except AttributeError:
+            check_tensors(key=key, value=value)
+            raise
         if layout.latent:
             op, arrays = concat_and_cache_mla, (self._rows, slot_mapping, kv_cache_dtype, self.k_scale)
         elif self.spec.scale_layout is None:
@@ -144,7 +149,11 @@ class PagedKVCache(Described):
         **options: Any,
     ) -> Any:
         """Attention over the cache; arguments and results as in `paged_attention`, which names `options`."""
-        self.spec.check_query(query.shape)
+        try:
+            self.spec.check_query(query.shape)
+        except AttributeError:
+            check_tensors(query=query)
+            raise
         return paged_attention(query, self.caches, block_tables, seq_lens, layer=layer, **self._reading, **options)
 
     def gather(

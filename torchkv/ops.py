@@ -10,7 +10,7 @@ from kvcore.checks import check_options
 from kvcore.contract import check_kv_scales
 from kvcore.layout import CacheLayout
 from torchkv import _library
-from torchkv._call import spec_of
+from torchkv._call import check_tensors, explain, spec_of
 from torchkv._torch import scale_of
 
 BACKENDS = ("triton", "torch", "interpret")
@@ -78,7 +78,7 @@ def reshape_and_cache_flash(
     After `triton_reshape_and_cache_flash` of vLLM.
     """
     check_options(kv_cache_dtype, k_scale, v_scale, layer, backend, BACKENDS)
-    _library.flash(
+    arguments = (
         key,
         value,
         key_cache,
@@ -90,6 +90,11 @@ def reshape_and_cache_flash(
         *op_options(layout, layer),
         backend,
     )
+    try:
+        _library.flash(*arguments)
+    except (RuntimeError, AttributeError):
+        explain(_library.flash, arguments)
+        raise
 
 
 def reshape_and_cache_flash_diffkv(
@@ -129,7 +134,7 @@ def reshape_and_cache_flash_diffkv(
     After `triton_reshape_and_cache_flash_diffkv` of vLLM.
     """
     check_options(kv_cache_dtype, k_scale, v_scale, layer, backend, BACKENDS)
-    _library.diffkv(
+    arguments = (
         key,
         value,
         kv_cache,
@@ -140,6 +145,11 @@ def reshape_and_cache_flash_diffkv(
         *op_options(layout, layer),
         backend,
     )
+    try:
+        _library.diffkv(*arguments)
+    except (RuntimeError, AttributeError):
+        explain(_library.diffkv, arguments)
+        raise
 
 
 def reshape_and_cache_flash_per_token_head_quant(
@@ -190,7 +200,7 @@ def reshape_and_cache_flash_per_token_head_quant(
     """
     check_options(kv_cache_dtype, None, None, layer, backend, BACKENDS)
     layout, *layer_options = op_options(layout, layer)
-    _library.flash_quant(
+    arguments = (
         key,
         value,
         key_cache,
@@ -204,6 +214,11 @@ def reshape_and_cache_flash_per_token_head_quant(
         *layer_options,
         backend,
     )
+    try:
+        _library.flash_quant(*arguments)
+    except (RuntimeError, AttributeError):
+        explain(_library.flash_quant, arguments)
+        raise
 
 
 def reshape_and_cache_flash_diffkv_per_token_head_quant(
@@ -243,7 +258,7 @@ def reshape_and_cache_flash_diffkv_per_token_head_quant(
     """
     check_options(kv_cache_dtype, None, None, layer, backend, BACKENDS)
     layout, *layer_options = op_options(layout, layer)
-    _library.diffkv_quant(
+    arguments = (
         key,
         value,
         kv_cache,
@@ -256,6 +271,11 @@ def reshape_and_cache_flash_diffkv_per_token_head_quant(
         *layer_options,
         backend,
     )
+    try:
+        _library.diffkv_quant(*arguments)
+    except (RuntimeError, AttributeError):
+        explain(_library.diffkv_quant, arguments)
+        raise
 
 
 def concat_and_cache_mla(
@@ -300,7 +320,7 @@ def concat_and_cache_mla(
     if scale is not None and (isinstance(scale, (bool, np.bool_)) or not number):
         raise TypeError(f"scale must be a number or an array of float32, got {scale!r}")
     check_options(kv_cache_dtype, None, None, layer, backend, BACKENDS)
-    _library.mla(
+    arguments = (
         kv_c,
         k_pe,
         kv_cache,
@@ -310,6 +330,11 @@ def concat_and_cache_mla(
         *op_options(None, layer)[1:],
         backend,
     )
+    try:
+        _library.mla(*arguments)
+    except (RuntimeError, AttributeError):
+        explain(_library.mla, arguments)
+        raise
 
 
 def kv_scales(key: Tensor, value: Tensor, kv_cache_dtype: str, granularity: str = "tensor") -> tuple[Tensor, Tensor]:
@@ -339,6 +364,7 @@ def kv_scales(key: Tensor, value: Tensor, kv_cache_dtype: str, granularity: str 
         ValueError: a shape or choice does not fit.
         TypeError: a dtype does not fit.
     """
+    check_tensors(key=key, value=value)
     largest = check_kv_scales(spec_of(key), spec_of(value), kv_cache_dtype, granularity)
     axes = (0, 1, 2) if granularity == "tensor" else (0, 2)
     k_scale, v_scale = (scale_of(x.detach().abs().amax(axes).float(), largest) for x in (key, value))
@@ -352,8 +378,8 @@ def scale_tensor(scale: Any, cache: Tensor) -> Tensor | None:
     if isinstance(scale, np.generic):
         scale = scale.item()
     elif hasattr(scale, "shape"):  # an array of NumPy's, if of no axes
-        return torch.as_tensor(scale, device=cache.device)
-    return torch.full((), scale, dtype=torch.float32, device=cache.device)
+        return torch.as_tensor(scale, device=getattr(cache, "device", None))
+    return torch.full((), scale, dtype=torch.float32, device=getattr(cache, "device", None))  # a list is refused later
 
 
 def op_options(
