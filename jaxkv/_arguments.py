@@ -63,6 +63,25 @@ def as_layer(x: Any) -> Any:
     return as_indices(x) if isinstance(x, (list, tuple)) or hasattr(x, "shape") else x
 
 
+def as_static(name: str, x: Any) -> Any:
+    """A size that shapes depend on: an integer in an array as Python's, for which a traced one has no value.
+
+    Raises:
+        TypeError: it is traced.
+    """
+    if isinstance(x, jax.core.Tracer):
+        raise TypeError(f"{name} must be a static int, got a traced value: give {name!r} to jax.jit's static_argnames")
+    return int(x) if hasattr(x, "dtype") and x.shape == () and jnp.issubdtype(x.dtype, jnp.integer) else x
+
+
+def dtype_name(dtype: Any) -> str:
+    """The dtype's name; of what is none, what was given, for the contract to refuse."""
+    try:
+        return jnp.dtype(dtype).name
+    except TypeError:
+        return str(dtype)
+
+
 def _numbers(x: Any) -> np.ndarray | None:
     """Numbers in lists as an array of NumPy's; None where there are arrays among them."""
     return None if any(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(x)) else np.asarray(x)

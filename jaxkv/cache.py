@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxkv._arguments import ArrayLike, Index, Scale, as_array, as_scale
+from jaxkv._arguments import ArrayLike, Index, Scale, as_array, as_scale, dtype_name
 from jaxkv._primitive import spec_of, split_axes, used_spec
 from jaxkv.ops import (
     BACKENDS,
@@ -21,12 +21,12 @@ from jaxkv.ops import (
 from jaxkv.read_ops import AttendOptions, gather_kv, paged_attention
 from kvcore.checks import check_options, check_scale
 from kvcore.choices import JaxBackend, KVCacheDtype, Layout
-from kvcore.paged_cache import CacheSpec
+from kvcore.paged_cache import CacheSpec, Described
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["caches", "k_scale", "v_scale"], meta_fields=["spec"])
 @dataclass(frozen=True)
-class PagedKVCache:
+class PagedKVCache(Described):
     """A paged KV cache: arrays, layout and scales. A pytree: donate it, carry it through loops, shard it, return it.
 
     Attributes:
@@ -48,7 +48,8 @@ class PagedKVCache:
         *,
         num_blocks: int,
         block_size: int,
-        num_heads: int,
+        num_heads: int | None = None,
+        num_kv_heads: int | None = None,
         head_size: int,
         num_layers: int | None = None,
         head_size_v: int | None = None,
@@ -67,6 +68,7 @@ class PagedKVCache:
             num_blocks: Blocks, per layer.
             block_size: Slots per block.
             num_heads: KV heads.
+            num_kv_heads: Another name of num_heads; one of the two is given.
             head_size: Elements of a key head.
             num_layers: Layers, which `layer` picks from in all methods; None for a cache of one layer.
             head_size_v: Elements of a value head; None means `head_size`.
@@ -87,10 +89,9 @@ class PagedKVCache:
             ValueError: an extent, layout or choice does not fit.
             TypeError: a dtype or type does not fit.
         """
-        name = jnp.dtype(dtype).name
         spec = CacheSpec.create(
-            num_layers, num_blocks, block_size, num_heads, head_size, head_size_v, name, layout, kv_cache_dtype,
-            per_token_head, scale_layout,
+            num_layers, num_blocks, block_size, num_heads, head_size, head_size_v, dtype_name(dtype), layout,
+            kv_cache_dtype, per_token_head, scale_layout, num_kv_heads,
         )  # fmt: skip
         for given, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
             if per_token_head and scale is not None:
@@ -109,7 +110,7 @@ class PagedKVCache:
             check_options(kv_cache_dtype, *scales.values(), None, None, BACKENDS)
             for given, scale in scales.items():
                 if scale is not None:
-                    check_scale(given, spec_of(scale), num_heads)
+                    check_scale(given, spec_of(scale), spec.num_heads)
             return cls(caches, spec, **jax.tree.map(jnp.asarray, scales))
         shardings = [sharding] * 2
         if isinstance(sharding, jax.sharding.NamedSharding):
@@ -234,11 +235,6 @@ class PagedKVCache:
             self.caches, block_tables, seq_lens, max_len, dtype=dtype, layer=layer, backend=backend,
             head_size=self.spec.head_size, **self._reading,
         )  # fmt: skip
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the arrays."""
-        return self.spec.nbytes
 
     @property
     def _reading(self) -> dict[str, Any]:

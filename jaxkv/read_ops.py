@@ -9,7 +9,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxkv import _read_primitive
-from jaxkv._arguments import ArrayLike, Index, Scale, as_array, as_indices, as_layer, as_scale
+from jaxkv._arguments import ArrayLike, Index, Scale, as_array, as_indices, as_layer, as_scale, as_static, dtype_name
 from jaxkv._primitive import spec_of
 from jaxkv._read_primitive import Operands, Options
 from jaxkv.ops import BACKENDS, static_scale
@@ -162,7 +162,7 @@ def paged_attention(
         scale_layout=scale_layout,  # type: ignore[arg-type]  # likewise
         layer=static,
         head_size=None,
-        head_size_v=head_size_v,
+        head_size_v=as_static("head_size_v", head_size_v),
         backend=backend,
         attention=check_attention_options(scale, causal, sliding_window, soft_cap),
     )
@@ -223,11 +223,11 @@ def gather_kv(
         layout=layout,  # type: ignore[arg-type]  # resolved below
         scale_layout=scale_layout,  # type: ignore[arg-type]  # likewise
         layer=static,
-        head_size=head_size,
-        head_size_v=head_size_v,
+        head_size=as_static("head_size", head_size),
+        head_size_v=as_static("head_size_v", head_size_v),
         backend=backend,
-        max_len=max_len,
-        dtype=None if dtype is None else jnp.dtype(dtype).name,
+        max_len=as_static("max_len", max_len),
+        dtype=None if dtype is None else dtype_name(dtype),
     )
     key, value = _read(options, operands)
     return key, value

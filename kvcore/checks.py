@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kvcore.layout import CacheLayout, contiguous_strides
+from kvcore.layout import CacheLayout, Extents, contiguous_strides
 from kvcore.quantization import KV_CACHE_DTYPES
 
 
@@ -92,6 +92,26 @@ def layout_of(
             raise ValueError("layer must be given where key_cache and value_cache have 5 axes each, got None")
         chosen = CacheLayout.HEAD_MAJOR if rank == 5 else CacheLayout.NHD
     return chosen if layer is None else chosen.with_layer()
+
+
+def hnd_hint(layout: str | CacheLayout | None, chosen: CacheLayout, num_heads: int, extents: Extents) -> str:
+    """How errors about heads end where the caches have num_heads heads if they are read as HND, and no layout is given.
+
+    Args:
+        layout: As it was given.
+        chosen: What it stands for.
+        num_heads: That the other arrays have.
+        extents: Of the caches, read in the chosen layout.
+    """
+    name = {CacheLayout.NHD.with_layer(): "HND", CacheLayout.PACKED_NHD.with_layer(): "PACKED_HND"}
+    if layout is not None or chosen.with_layer() not in name or num_heads != extents.block_size:
+        return ""
+    stands_for = name[chosen.with_layer()]
+    size = "head_size" if stands_for == "HND" else "head_size + head_size_v"
+    if chosen.has_layer:
+        stands_for = CacheLayout.of(stands_for).with_layer().pattern
+    axes = f"{'num_layers, ' if chosen.has_layer else ''}num_blocks, num_heads, block_size, {size}"
+    return f"; for caches [{axes}] pass layout='{stands_for}'"
 
 
 def check_scale(name: str, scale: ArraySpec, num_heads: int) -> int:

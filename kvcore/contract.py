@@ -15,6 +15,7 @@ from kvcore.checks import (
     check_same_dtype,
     check_scale,
     either,
+    hnd_hint,
     layout_of,
     shape_of,
 )
@@ -120,7 +121,7 @@ def check_write(
             f"kv_cache_dtype must be {either(map(repr, PER_TOKEN_HEAD))} with scales for each token and head, "
             f"got {kv_cache_dtype!r}"
         )
-    layout = _layout(layout, caches, layer, quantised)
+    given, layout = layout, _layout(layout, caches, layer, quantised)
     check_rank("key", key, 3, "(num_tokens, num_heads, head_size)")
     check_rank("value", value, 3, "(num_tokens, num_heads, head_size_v)")
     mla = quantised == FP8_DS_MLA
@@ -136,7 +137,8 @@ def check_write(
     tokens, heads = key.shape[0], extents.num_heads
     size, size_v = extents.head_size * per_byte, extents.head_size_v * per_byte
     if tuple(key.shape[1:]) != (heads, size):
-        raise ValueError(f"key must have shape (num_tokens, {heads}, {size}), got {shape_of(key)}")
+        hint = hnd_hint(given, layout, key.shape[1], extents) if key.shape[2] == size else ""
+        raise ValueError(f"key must have shape (num_tokens, {heads}, {size}), got {shape_of(key)}{hint}")
     if tuple(value.shape) != (tokens, heads, size_v):
         raise ValueError(f"value must have shape ({tokens}, {heads}, {size_v}), got {shape_of(value)}")
     check_rank("slot_mapping", slot_mapping, 1, "(n,)")

@@ -88,6 +88,9 @@ class CacheLayout:
 
     Frozen, hashable and comparable; patterns that differ in white space only are equal.
 
+    A shape does not tell NHD from HND where num_heads is block_size: with the wrong one of the two nothing fails, and
+    tokens lie where other programs do not look for them. Name the layout of caches that come from elsewhere.
+
     Args:
         pattern: One pattern, for one array with a `kv` axis, a `(head kv)` axis or a `k+v` axis, or for two
             arrays of like order; or two patterns separated by a comma, for the key and the value cache.
@@ -120,11 +123,9 @@ class CacheLayout:
 
     @classmethod
     def of(cls, layout: "str | CacheLayout") -> "CacheLayout":
-        """The layout that a pattern or the name of a constant (`"HND"`) stands for; layouts pass through."""
+        """The layout that a pattern or a constant's name (`"HND"`, in any case) stands for; layouts pass through."""
         if isinstance(layout, CacheLayout):
             return layout
-        if isinstance(layout, str) and layout in _CONSTANTS:
-            return getattr(cls, layout)
         return _from_pattern(layout) if isinstance(layout, str) else cls(layout)
 
     @cached_property
@@ -185,7 +186,12 @@ class CacheLayout:
 
         Raises:
             ValueError: an extent is missing, superfluous, not positive, or does not fit its axis.
+            TypeError: an extent is no integer.
         """
+        check_integers(
+            num_blocks=num_blocks, block_size=block_size, num_heads=num_heads, head_size=head_size,
+            head_size_v=head_size_v, num_layers=num_layers, x=x,
+        )  # fmt: skip
         num_blocks, block_size, num_heads, head_size, head_size_v, num_layers, x = python_integers(
             num_blocks, block_size, num_heads, head_size, head_size_v, num_layers, x
         )
@@ -328,6 +334,13 @@ class CacheLayout:
         )
 
 
+def check_integers(**sizes: Any) -> None:
+    """Integers of Python, of NumPy, or as a framework traces them; None is left out."""
+    for name, size in sizes.items():
+        if size is not None and (isinstance(size, (bool, np.bool_)) or not hasattr(size, "__index__")):
+            raise TypeError(f"{name} must be an int, got {size!r}")
+
+
 def python_integers(*sizes: Any) -> tuple[Any, ...]:
     """The same sizes, with Python's integers for NumPy's, whose products would overflow."""
     return tuple(int(size) if isinstance(size, np.integer) else size for size in sizes)
@@ -344,6 +357,14 @@ def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
 
 @lru_cache
 def _from_pattern(pattern: str) -> CacheLayout:
+    name = pattern.strip().upper()
+    if name in _CONSTANTS:
+        return getattr(CacheLayout, name)
+    if name.isidentifier() and name.lower() not in _NAMES:
+        raise ValueError(
+            f"layout must be one of {', '.join(_CONSTANTS)}, or a pattern of the axes {', '.join(_NAMES)}, "
+            f"got '{pattern}'"
+        )
     return CacheLayout(pattern)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvcore.checks import ArraySpec, check_kv_cache_dtype, either
-from kvcore.layout import CacheLayout, python_integers
+from kvcore.layout import CacheLayout, check_integers, python_integers
 from kvcore.quantization import DS_MLA_LATENT, FLOATS, FP8_DS_MLA, KV_CACHE_DTYPES, PER_TOKEN_HEAD, stored_size
 from kvcore.scales import place_stored, scale_layout_of
 
@@ -45,7 +45,7 @@ class CacheSpec:
         num_layers: int | None,
         num_blocks: int,
         block_size: int,
-        num_heads: int,
+        num_heads: int | None,
         head_size: int,
         head_size_v: int | None,
         dtype: str,
@@ -53,16 +53,31 @@ class CacheSpec:
         kv_cache_dtype: str,
         per_token_head: bool = False,
         scale_layout: str | None = None,
+        num_kv_heads: int | None = None,
     ) -> "CacheSpec":
         """The description that `PagedKVCache.create` asks for.
 
         Raises:
             ValueError: an extent, layout or choice does not fit.
-            TypeError: dtype is no float, or layout no layout.
+            TypeError: dtype is no float, layout no layout, an extent no integer, or num_heads given twice or not.
         """
         check_kv_cache_dtype(kv_cache_dtype)
         if dtype not in FLOATS:
-            raise TypeError(f"dtype must be {either(FLOATS)}, got {dtype}")
+            formats = (n for n, f in KV_CACHE_DTYPES.items() if f is not None and dtype in (n, f.name))
+            stores = next(formats, None)
+            hint = "" if stores is None else f": what a quantised cache holds is kv_cache_dtype={stores!r}"
+            raise TypeError(f"dtype must be {either(FLOATS)}, the type of elements, got {dtype}{hint}")
+        if num_kv_heads is not None and num_heads is not None:
+            raise TypeError(
+                f"num_heads must be given once, also as num_kv_heads, got both: {num_heads!r} and {num_kv_heads!r}"
+            )
+        num_heads = num_kv_heads if num_heads is None else num_heads
+        if num_heads is None:
+            raise TypeError("num_heads must be given, got None")
+        check_integers(
+            num_layers=num_layers, num_blocks=num_blocks, block_size=block_size, num_heads=num_heads,
+            head_size=head_size, head_size_v=head_size_v,
+        )  # fmt: skip
         num_layers, num_blocks, block_size, num_heads, head_size, head_size_v = python_integers(
             num_layers, num_blocks, block_size, num_heads, head_size, head_size_v
         )
@@ -178,6 +193,47 @@ class CacheSpec:
             f"{layers}{self.num_blocks} blocks × {self.block_size} slots, {self.num_heads} heads × {sizes}, {holds}, "
             f"'{self.layout}', {_readable(self.nbytes)}"
         )
+
+
+class Described:
+    """The extents of a cache that has a `spec`, as properties. In JAX they are those of all devices' parts together."""
+
+    spec: CacheSpec
+
+    @property
+    def num_layers(self) -> int | None:
+        """Layers, or None for one layer without an axis of its own."""
+        return self.spec.num_layers
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks, per layer."""
+        return self.spec.num_blocks
+
+    @property
+    def block_size(self) -> int:
+        """Slots per block."""
+        return self.spec.block_size
+
+    @property
+    def num_heads(self) -> int:
+        """KV heads."""
+        return self.spec.num_heads
+
+    @property
+    def head_size(self) -> int:
+        """Elements of a key head."""
+        return self.spec.head_size
+
+    @property
+    def head_size_v(self) -> int:
+        """Elements of a value head."""
+        return self.spec.head_size_v
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays."""
+        return self.spec.nbytes
 
 
 def _readable(nbytes: int) -> str:

@@ -15,12 +15,13 @@ from kvcore.checks import (
     check_same_dtype,
     check_scale,
     either,
+    hnd_hint,
     is_integer,
     is_number,
     layout_of,
     shape_of,
 )
-from kvcore.layout import Address, CacheLayout, Placement
+from kvcore.layout import Address, CacheLayout, Placement, check_integers
 from kvcore.quantization import (
     DS_MLA_ROPE,
     FLOATS,
@@ -212,7 +213,10 @@ def check_attention(
     if head_size != cache.head_size:
         raise ValueError(f"query must have shape (num_tokens, num_q_heads, {cache.head_size}), got {shape_of(query)}")
     if heads == 0 or q_heads % heads:
-        raise ValueError(f"query must have a multiple of {heads} heads, as the cache has, got {q_heads}")
+        extents = cache.placement.extents
+        fits = extents.block_size > 0 and q_heads % extents.block_size == 0
+        hint = hnd_hint(layout, cache.layout, extents.block_size, extents) if fits else ""
+        raise ValueError(f"query must have a multiple of {heads} heads, as the cache has, got {q_heads}{hint}")
     _tables(block_tables, seq_lens)
     sequences = block_tables.shape[0]
     if query_start_loc is not None:
@@ -265,8 +269,9 @@ def check_gather(
     """
     cache = _cache(caches, kv_cache_dtype, k_scale, v_scale, layout, layer, head_size, head_size_v, scale_layout)
     _tables(block_tables, seq_lens)
-    if isinstance(max_len, (bool, np.bool_)) or not hasattr(max_len, "__index__"):
-        raise TypeError(f"max_len must be an int, got {max_len!r}")
+    check_integers(max_len=max_len)
+    if max_len is None:
+        raise TypeError("max_len must be an int, got None")
     if max_len < 0:
         raise ValueError(f"max_len must be at least 0, got {max_len}")
     if dtype is None:
@@ -311,6 +316,7 @@ def _cache(
         wanted = "one array" if chosen.single_array else "(key_cache, value_cache)"
         raise ValueError(f"caches must be {wanted} for layout '{chosen}', got {len(caches)} arrays")
     quantised = KV_CACHE_DTYPES[kv_cache_dtype]
+    check_integers(head_size=head_size, head_size_v=head_size_v)
     for name, size in (("head_size", head_size), ("head_size_v", head_size_v)):
         if quantised is not None and size is not None and quantised.name != "fp8_ds_mla":
             check_head_size(name, quantised, size)

@@ -391,7 +391,6 @@ UNKNOWN = "known are layer, block, slot, head, kv, dim, dim/x, x, k+v, latent"
         ("block slot head dim/x", "layout 'block slot head dim/x' must name axes dim/x and x together"),
         ("block slot head Dim", f"layout 'block slot head Dim' has an unknown axis 'Dim'; {UNKNOWN}"),
         ("batch slot head dim", f"layout 'batch slot head dim' has an unknown axis 'batch'; {UNKNOWN}"),
-        ("nhd", f"layout 'nhd' has an unknown axis 'nhd'; {UNKNOWN}"),
         (
             "block slot (head kv dim",
             f"layout 'block slot (head kv dim' has an unknown axis '(head'; {UNKNOWN}",

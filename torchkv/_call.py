@@ -1,7 +1,9 @@
 """One call of an op: its arguments under their names, and the contract's verdict on them."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -90,6 +92,50 @@ def check(call: Call) -> Write:
 def interpret_error(device: torch.device) -> ValueError:
     """The error for the backend "interpret" where memory is not the host's."""
     return ValueError(f"backend 'interpret' needs CPU tensors, got device {device}")
+
+
+def check_tensors(**given: Any) -> None:
+    """Tensors, all of them.
+
+    Raises:
+        TypeError: one is not.
+    """
+    for name, x in given.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+
+
+def explain(op: Any, args: Sequence[Any]) -> None:
+    """Raises a line on the first argument of a type that the op's schema does not have, where there is one.
+
+    For when torch's dispatcher has refused a call, with a page: asked before, each call would pay for it.
+
+    Raises:
+        TypeError: an argument is of a wrong type.
+    """
+    for argument, x in zip(op._schema.arguments, args, strict=False):
+        kind, name = str(argument.type), argument.name
+        optional = kind.startswith("Optional[")
+        kind = kind.removeprefix("Optional[").rstrip("]") if optional else kind
+        if optional and x is None:
+            continue
+        if kind == "List[Tensor]":
+            check_tensors(**{f"{name}[{i}]": tensor for i, tensor in enumerate(x)})
+            continue
+        wanted, types = _TYPES[kind]
+        if not isinstance(x, types) or (kind == "int" and isinstance(x, bool)):
+            got = repr(x) if isinstance(x, (int, float, str, type(None))) else type(x).__name__
+            raise TypeError(f"{name} must be {'None or ' if optional else ''}{wanted}, got {got}")
+
+
+_TYPES: dict[str, tuple[str, tuple[type, ...]]] = {
+    "Tensor": ("a torch.Tensor", (Tensor,)),
+    "int": ("an int", (int, np.integer, torch.SymInt)),
+    "float": ("a number", (int, float, np.number)),
+    "bool": ("True or False", (bool,)),
+    "str": ("a string", (str,)),
+}
+"""Types of schemas, as errors call them, and in Python."""
 
 
 def dtype_name(tensor: Tensor) -> str:

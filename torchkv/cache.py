@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from kvcore.choices import FloatDtype, KVCacheDtype, Layout, TorchBackend
-from kvcore.paged_cache import CacheSpec
+from kvcore.paged_cache import CacheSpec, Described
+from torchkv._call import check_tensors
 from torchkv.ops import (
     concat_and_cache_mla,
     reshape_and_cache_flash,
@@ -18,7 +19,7 @@ from torchkv.ops import (
 from torchkv.read_ops import AttendOptions, gather_kv, paged_attention
 
 
-class PagedKVCache:
+class PagedKVCache(Described):
     """A paged KV cache: memory, layout and scales. A plain object, whose memory `write` changes in place.
 
     Attributes:
@@ -40,7 +41,8 @@ class PagedKVCache:
         *,
         num_blocks: int,
         block_size: int,
-        num_heads: int,
+        num_heads: int | None = None,
+        num_kv_heads: int | None = None,
         head_size: int,
         num_layers: int | None = None,
         head_size_v: int | None = None,
@@ -59,6 +61,7 @@ class PagedKVCache:
             num_blocks: Blocks, per layer.
             block_size: Slots per block.
             num_heads: KV heads.
+            num_kv_heads: Another name of num_heads; one of the two is given.
             head_size: Elements of a key head.
             num_layers: Layers, which `layer` picks from in all methods; None for a cache of one layer.
             head_size_v: Elements of a value head; None means `head_size`.
@@ -80,7 +83,7 @@ class PagedKVCache:
         name = str(dtype).removeprefix("torch.")
         spec = CacheSpec.create(
             num_layers, num_blocks, block_size, num_heads, head_size, head_size_v, name, layout, kv_cache_dtype,
-            per_token_head, scale_layout,
+            per_token_head, scale_layout, num_kv_heads,
         )  # fmt: skip
         for given, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
             if per_token_head and scale is not None:
@@ -117,7 +120,11 @@ class PagedKVCache:
         op: Callable[..., None]
         arrays: tuple[Any, ...]
         options: dict[str, Any] = {"layer": layer, "backend": backend}
-        self.spec.check_rows(key.shape, value.shape)
+        try:
+            self.spec.check_rows(key.shape, value.shape)
+        except AttributeError:
+            check_tensors(key=key, value=value)
+            raise
         if layout.latent:
             op, arrays = concat_and_cache_mla, (self._rows, slot_mapping, kv_cache_dtype, self.k_scale)
         elif self.spec.scale_layout is None:
@@ -181,7 +188,11 @@ class PagedKVCache:
         backend: TorchBackend | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attention over the cache; arguments and results as in `paged_attention`."""
-        self.spec.check_query(query.shape)
+        try:
+            self.spec.check_query(query.shape)
+        except AttributeError:
+            check_tensors(query=query)
+            raise
         return paged_attention(
             query, self.caches, block_tables, seq_lens, query_start_loc=query_start_loc, scale=scale, causal=causal,
             sliding_window=sliding_window, soft_cap=soft_cap, sinks=sinks, layer=layer, return_lse=return_lse,
@@ -204,11 +215,6 @@ class PagedKVCache:
             self.caches, block_tables, seq_lens, max_len, dtype=dtype, layer=layer, out=out, backend=backend,
             head_size=self.spec.head_size, **self._reading,
         )  # fmt: skip
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the arrays."""
-        return self.spec.nbytes
 
     @property
     def _rows(self) -> Tensor:

@@ -12,7 +12,7 @@ from kvcore.contract import check_kv_scales
 from kvcore.layout import CacheLayout
 from kvcore.quantization import KV_CACHE_DTYPES
 from torchkv import _library
-from torchkv._call import dtype_name, spec_of
+from torchkv._call import check_tensors, dtype_name, explain, spec_of
 from torchkv._torch import scale_of
 
 BACKENDS = ("triton", "torch", "interpret")
@@ -95,7 +95,7 @@ def reshape_and_cache_flash(
     """
     kv_cache_dtype = format_of(kv_cache_dtype, "key_cache", key_cache)
     check_options(kv_cache_dtype, k_scale, v_scale, layer, backend, BACKENDS)
-    _library.flash(
+    arguments = (
         key,
         value,
         key_cache,
@@ -107,6 +107,11 @@ def reshape_and_cache_flash(
         *op_options(layout, layer),
         backend,
     )
+    try:
+        _library.flash(*arguments)
+    except (RuntimeError, AttributeError):
+        explain(_library.flash, arguments)
+        raise
 
 
 def reshape_and_cache_flash_diffkv(
@@ -147,7 +152,7 @@ def reshape_and_cache_flash_diffkv(
     """
     kv_cache_dtype = format_of(kv_cache_dtype, "kv_cache", kv_cache)
     check_options(kv_cache_dtype, k_scale, v_scale, layer, backend, BACKENDS)
-    _library.diffkv(
+    arguments = (
         key,
         value,
         kv_cache,
@@ -158,6 +163,11 @@ def reshape_and_cache_flash_diffkv(
         *op_options(layout, layer),
         backend,
     )
+    try:
+        _library.diffkv(*arguments)
+    except (RuntimeError, AttributeError):
+        explain(_library.diffkv, arguments)
+        raise
 
 
 def reshape_and_cache_flash_per_token_head_quant(
@@ -209,7 +219,7 @@ def reshape_and_cache_flash_per_token_head_quant(
     kv_cache_dtype = format_of(kv_cache_dtype, "key_cache", key_cache)
     check_options(kv_cache_dtype, None, None, layer, backend, BACKENDS)
     layout, *layer_options = op_options(layout, layer)
-    _library.flash_quant(
+    arguments = (
         key,
         value,
         key_cache,
@@ -223,6 +233,11 @@ def reshape_and_cache_flash_per_token_head_quant(
         *layer_options,
         backend,
     )
+    try:
+        _library.flash_quant(*arguments)
+    except (RuntimeError, AttributeError):
+        explain(_library.flash_quant, arguments)
+        raise
 
 
 def reshape_and_cache_flash_diffkv_per_token_head_quant(
@@ -263,7 +278,7 @@ def reshape_and_cache_flash_diffkv_per_token_head_quant(
     kv_cache_dtype = format_of(kv_cache_dtype, "kv_cache", kv_cache)
     check_options(kv_cache_dtype, None, None, layer, backend, BACKENDS)
     layout, *layer_options = op_options(layout, layer)
-    _library.diffkv_quant(
+    arguments = (
         key,
         value,
         kv_cache,
@@ -276,6 +291,11 @@ def reshape_and_cache_flash_diffkv_per_token_head_quant(
         *layer_options,
         backend,
     )
+    try:
+        _library.diffkv_quant(*arguments)
+    except (RuntimeError, AttributeError):
+        explain(_library.diffkv_quant, arguments)
+        raise
 
 
 def concat_and_cache_mla(
@@ -325,7 +345,7 @@ def concat_and_cache_mla(
     if scale is not None and (isinstance(scale, (bool, np.bool_)) or not number):
         raise TypeError(f"scale must be a number or an array of float32, got {scale!r}")
     check_options(kv_cache_dtype, None, None, layer, backend, BACKENDS)
-    _library.mla(
+    arguments = (
         kv_c,
         k_pe,
         kv_cache,
@@ -335,6 +355,11 @@ def concat_and_cache_mla(
         *op_options(None, layer)[1:],
         backend,
     )
+    try:
+        _library.mla(*arguments)
+    except (RuntimeError, AttributeError):
+        explain(_library.mla, arguments)
+        raise
 
 
 def kv_scales(
@@ -366,6 +391,7 @@ def kv_scales(
         ValueError: a shape or choice does not fit.
         TypeError: a dtype does not fit.
     """
+    check_tensors(key=key, value=value)
     largest = check_kv_scales(spec_of(key), spec_of(value), kv_cache_dtype, granularity)
     axes = (0, 1, 2) if granularity == "tensor" else (0, 2)
     k_scale, v_scale = (scale_of(x.detach().abs().amax(axes).float(), largest) for x in (key, value))
@@ -379,8 +405,8 @@ def scale_tensor(scale: Any, cache: Tensor) -> Tensor | None:
     if isinstance(scale, np.generic):
         scale = scale.item()
     elif hasattr(scale, "shape"):  # an array of NumPy's, if of no axes
-        return torch.as_tensor(scale, device=cache.device)
-    return torch.full((), scale, dtype=torch.float32, device=cache.device)
+        return torch.as_tensor(scale, device=getattr(cache, "device", None))
+    return torch.full((), scale, dtype=torch.float32, device=getattr(cache, "device", None))  # a list is refused later
 
 
 def format_of(kv_cache_dtype: str, name: str, cache: Tensor) -> str:

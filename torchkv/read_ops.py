@@ -1,7 +1,7 @@
 """The public functions that read a cache: attention over it, and a gather out of it."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from kvcore.choices import FloatDtype, KVCacheDtype, Layout, TorchBackend
 from kvcore.layout import CacheLayout
 from kvcore.read_contract import check_attention_options
 from torchkv import _read_library
-from torchkv._call import dtype_name, spec_of
+from torchkv._call import check_tensors, dtype_name, explain, spec_of
 from torchkv._memory import check_results_apart
 from torchkv._read import refuse_gradients
 from torchkv.ops import BACKENDS, op_options, scale_pattern, scale_tensor
@@ -175,11 +175,19 @@ def paged_attention(
         scale_pattern(scale_layout),
     )
     if out is not None:
-        results = out, query.new_empty(query.shape[:2], dtype=torch.float32) if lse is None else lse
-        _check_tensors(out=out, lse=results[1])
-        _read_library.attention_out(*results, *arguments)
+        try:
+            results = out, query.new_empty(query.shape[:2], dtype=torch.float32) if lse is None else lse
+            _read_library.attention_out(*results, *arguments)
+        except (RuntimeError, AttributeError):
+            check_tensors(out=out, **({} if lse is None else {"lse": lse}))
+            explain(_read_library.attention, arguments)
+            raise
     elif lse is None:
-        results = _read_library.attention(*arguments)
+        try:
+            results = _read_library.attention(*arguments)
+        except (RuntimeError, AttributeError):
+            explain(_read_library.attention, arguments)
+            raise
     else:
         raise ValueError("out must be given where lse is, got None")
     return results if return_lse else results[0]
@@ -254,11 +262,16 @@ def gather_kv(
         backend,
         scale_pattern(scale_layout),
     )
-    if out is None:
-        return _read_library.gather(*arguments)
-    key, value = out
-    _check_tensors(**{"out[0]": key, "out[1]": value})
-    _read_library.gather_out(key, value, *arguments)
+    try:
+        if out is None:
+            return _read_library.gather(*arguments)
+        key, value = out
+        _read_library.gather_out(key, value, *arguments)
+    except (RuntimeError, AttributeError):
+        if out is not None:
+            check_tensors(**{"out[0]": out[0], "out[1]": out[1]})
+        explain(_read_library.gather, arguments)
+        raise
     return key, value
 
 
@@ -287,6 +300,7 @@ def merge_attention(
         TypeError: a dtype of out or lse does not fit.
         NotImplementedError: out or lse is given, grad mode is on, and an argument requires gradients.
     """
+    check_tensors(outs=outs, lses=lses)
     if out is not None or lse is not None:
         _check_merged(outs, lses, out, lse)
     empty = torch.isinf(lses)
@@ -308,7 +322,7 @@ def merge_attention(
 
 def _check_merged(outs: Tensor, lses: Tensor, out: Tensor | None, lse: Tensor | None) -> None:
     given = {name: tensor for name, tensor in (("out", out), ("lse", lse)) if tensor is not None}
-    _check_tensors(**given)
+    check_tensors(**given)
     refuse_gradients("merge_attention with out or lse", outs, lses, out, lse)
     for name, tensor in given.items():
         like = outs if name == "out" else lses
@@ -318,12 +332,12 @@ def _check_merged(outs: Tensor, lses: Tensor, out: Tensor | None, lse: Tensor | 
         check_results_apart(tuple(given), tuple(given.values()), {"outs": outs, "lses": lses})
 
 
-def _check_tensors(**tensors: Any) -> None:
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-
-
 def as_list(caches: Tensor | Sequence[Tensor]) -> list[Tensor]:
     """One cache or two, as a list."""
-    return [caches] if isinstance(caches, Tensor) else list(caches)
+    if isinstance(caches, Tensor):
+        return [caches]
+    if not isinstance(caches, (list, tuple, Sequence)):
+        raise TypeError(f"caches must be a torch.Tensor or a sequence of them, got {type(caches).__name__}")
+    if len(caches) == 0:
+        raise ValueError("caches must be (key_cache, value_cache) or one array, got 0 arrays")
+    return list(caches)
