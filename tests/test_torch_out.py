@@ -10,6 +10,7 @@ import torch
 import torchkv
 from kvcore.plan import INTERPRETER
 from tests.arrays import to_torch
+from tests.gpu import DEVICE, captured
 from tests.reads import make_read
 from torchkv import _read_library, _read_triton
 from torchkv._launch import interpret
@@ -280,6 +281,52 @@ def test_gathers_launched_into_given_tensors(launched):
     assert launched == [{"key_ptr", "value_ptr"}, {"key_ptr"}]
     with pytest.raises(ValueError, match=r"^out\[0\] and out\[1\] must not overlap in memory$"):
         _read_triton.gather(call, (given[1], given[1]))
+
+
+# ---- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["decode", "window and sinks", "int8, a scale for each head"])
+def test_a_graph_writes_to_given_tensors(name):
+    case = read_case(name)
+    want = attend(case, backend="torch")
+    out, lse = (t.to(DEVICE) for t in results_of(case))
+    inputs = {}  # the same tensors in every call, as a graph wants it
+
+    def on_device(array):
+        return inputs.setdefault(id(array), to_torch(array, DEVICE))
+
+    def step():
+        return case.call(torchkv, on_device, out=out, lse=lse)
+
+    result, replay = captured(step)
+    out.fill_(7)
+    lse.fill_(7)
+    replay()
+    assert result.data_ptr() == out.data_ptr()
+    torch.testing.assert_close(out.cpu(), want[0], rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(lse.cpu(), want[1], rtol=2e-2, atol=2e-2)
+    new = case.call(torchkv, on_device, return_lse=True)
+    same((out, lse), new)
+    for offset in (1, 2, 4):  # what does not begin at a multiple of 16 bytes has a kernel of its own
+        given = [
+            torch.full((t.numel() + 4,), 7.0, device=DEVICE)[offset:][: t.numel()].view(t.shape) for t in (out, lse)
+        ]
+        same(case.call(torchkv, on_device, out=given[0], lse=given[1], return_lse=True), new)
+
+
+@pytest.mark.gpu
+def test_gathers_on_a_gpu_into_given_tensors():
+    args, options = gather_arguments(read_case())
+    args = (tuple(c.to(DEVICE) for c in args[0]), *(a.to(DEVICE) for a in args[1:3]), args[3])
+    want = torchkv.gather_kv(*args, **options)
+    memory = torch.full((2, want[0].numel() + 1), 7.0, device=DEVICE)
+    given = want[0].clone().fill_(7), memory[1, 1:].view(want[1].shape)
+    same(torchkv.gather_kv(*args, **options, out=given), want)
+    assert (memory[0] == 7).all()
+    with pytest.raises(ValueError, match=r"^out\[0\] and out\[1\] must not overlap in memory$"):
+        torchkv.gather_kv(*args, **options, out=(given[0], given[0]))
 
 
 # ---- transforms

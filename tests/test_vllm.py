@@ -12,6 +12,7 @@ import torch
 import torchkv
 from kvcore import reference
 from tests.arrays import from_torch
+from tests.gpu import DEVICE
 from torchkv import ops, read_ops
 from torchkv.integrations import vllm
 
@@ -135,7 +136,7 @@ def halves(cache, dtype=None):
 def scale_views(cache):
     """float32 views of the padding of 4 bytes after each head's elements."""
     half = cache.shape[-1] // 2
-    words = torch.tensor([], dtype=torch.float32).set_(cache.untyped_storage())
+    words = torch.tensor([], dtype=torch.float32, device=cache.device).set_(cache.untyped_storage())
     block, head, slot, _ = (s * cache.element_size() // 4 for s in cache.stride())
     first = cache.storage_offset() * cache.element_size() // 4
     return tuple(
@@ -446,6 +447,46 @@ def test_attention_into_tensors_with_gaps_and_of_another_dtype(backend):
     assert torch.equal(arguments["out"], want)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", MODES)
+def test_a_padded_cache_on_a_gpu(name):
+    mode, dtype = MODES[name]
+    cache, key, value, slots = filled_cache(padding=4)
+    there = cache.to(DEVICE)
+    for c, device in ((cache, "cpu"), (there, DEVICE)):
+        vllm.triton_reshape_and_cache_flash_per_token_head_quant(
+            key.to(device), value.to(device), *halves(c, dtype), *scale_views(c), slots.to(device), mode
+        )
+    assert torch.equal(there.cpu(), cache)
+    arguments = attention_arguments()
+    on_gpu = {n: a.to(DEVICE) if isinstance(a, torch.Tensor) else a for n, a in arguments.items()}
+    for c, given in ((cache, arguments), (there, on_gpu)):
+        k, v = halves(c, dtype)
+        scales = scale_views(c)
+        vllm.unified_attention(k=k, v=v, **given, kv_quant_mode=mode, k_scale_cache=scales[0], v_scale_cache=scales[1])
+    assert not (on_gpu["out"] == 7).any()
+    torch.testing.assert_close(on_gpu["out"].cpu(), arguments["out"], rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.gpu
+def test_rows_of_fp8_ds_mla_on_a_gpu():
+    torch.manual_seed(2)
+    kv_c = torch.randn(8, 512, dtype=torch.bfloat16) * torch.logspace(-6, 6, 8).bfloat16()[:, None]
+    kv_c[3, :5] = torch.tensor([torch.nan, torch.inf, -torch.inf, 0, 1])
+    kv_c[4, 128] = torch.nan
+    for width in (64, 0):
+        k_pe = torch.randn(8, 64, dtype=torch.bfloat16)[:, :width]
+        want = np.full((2, BLOCK_SIZE, 656), 0x55, np.uint8)
+        slots = torch.tensor([3, 9, 0, 15, 4, 5, 11, 12])
+        reference.concat_and_cache_mla(from_torch(kv_c), from_torch(k_pe), want, slots.numpy(), "fp8_ds_mla")
+        cache = torch.full((2, BLOCK_SIZE, 656), 0x55, dtype=torch.uint8, device=DEVICE)
+        scale = torch.ones((), device=DEVICE)
+        vllm.concat_and_cache_mla(
+            kv_c.to(DEVICE), k_pe.to(DEVICE), cache, slots.to(DEVICE), kv_cache_dtype="fp8_ds_mla", scale=scale
+        )
+        np.testing.assert_array_equal(cache.cpu().numpy(), want)
+
+
 # ---- merging
 
 
@@ -597,6 +638,8 @@ def test_names_of_dtypes_must_be_the_caches():
     with pytest.raises(TypeError) as error:
         torchkv.reshape_and_cache_flash(key, value, *caches, SLOTS, "half")
     assert str(error.value) == "key_cache must have dtype float16 for kv_cache_dtype 'half', got bfloat16"
+    with pytest.raises(ValueError, match=r"^kv_cache_dtype must be 'auto', .*, got \['half'\]$"):
+        torchkv.reshape_and_cache_flash(key, value, *caches, SLOTS, ["half"])  # type: ignore[arg-type]
     with pytest.raises(TypeError) as error:
         torchkv.concat_and_cache_mla(key[:, 0], value[:, 0], caches[0, ..., 0, :], SLOTS, "float")
     assert str(error.value) == "kv_cache must have dtype float32 for kv_cache_dtype 'float', got bfloat16"

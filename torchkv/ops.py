@@ -411,7 +411,7 @@ def scale_tensor(scale: Any, cache: Tensor) -> Tensor | None:
 
 def format_of(kv_cache_dtype: str, name: str, cache: Tensor) -> str:
     """A format's name here, of vLLM's name for it. Those of dtypes must name the cache's."""
-    if kv_cache_dtype in KV_CACHE_DTYPES or not isinstance(kv_cache_dtype, str):
+    if not isinstance(kv_cache_dtype, str) or kv_cache_dtype in KV_CACHE_DTYPES:  # what is no name has its error later
         return kv_cache_dtype
     known = VLLM_FORMATS.get(kv_cache_dtype, kv_cache_dtype)
     if known == "auto":
