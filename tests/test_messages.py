@@ -268,5 +268,5 @@ def test_errors_that_no_argument_explains_stay(error, monkeypatch):
     monkeypatch.setattr("torchkv._torch_read.gather", fail)
     for function in ("reshape_and_cache_flash", "concat_and_cache_mla", "gather_kv"):
         options = {"max_len": 5} if function == "gather_kv" else {}
-        with pytest.raises(error, match="^of another kind$"):
+        with pytest.raises(error, match=r"^of another kind$"):
             getattr(torchkv, function)(**calls()[function] | options)
