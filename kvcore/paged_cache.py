@@ -71,15 +71,15 @@ class CacheSpec:
             raise TypeError(
                 f"num_heads must be given once, also as num_kv_heads, got both: {num_heads!r} and {num_kv_heads!r}"
             )
-        num_heads = num_kv_heads if num_heads is None else num_heads
-        if num_heads is None:
+        heads = num_kv_heads if num_heads is None else num_heads
+        if heads is None:
             raise TypeError("num_heads must be given, got None")
         check_integers(
-            num_layers=num_layers, num_blocks=num_blocks, block_size=block_size, num_heads=num_heads,
+            num_layers=num_layers, num_blocks=num_blocks, block_size=block_size, num_heads=heads,
             head_size=head_size, head_size_v=head_size_v,
         )  # fmt: skip
-        num_layers, num_blocks, block_size, num_heads, head_size, head_size_v = python_integers(
-            num_layers, num_blocks, block_size, num_heads, head_size, head_size_v
+        num_layers, num_blocks, block_size, heads, head_size, head_size_v = python_integers(
+            num_layers, num_blocks, block_size, heads, head_size, head_size_v
         )
         chosen = CacheLayout.of(layout)
         if num_layers is None and chosen.has_layer:
@@ -99,7 +99,7 @@ class CacheSpec:
             num_layers,
             num_blocks,
             block_size,
-            num_heads,
+            heads,
             head_size,
             head_size if head_size_v is None else head_size_v,
             dtype if stored is None else "uint8",
