@@ -73,6 +73,7 @@ def kept_on_disk(compile_ttir: Callable[..., Any]) -> Callable[..., Any]:
     import jax_triton
     import triton
     from jax_triton import triton_lib
+    from triton import knobs
     from triton._C.libtriton import get_cache_invalidating_env_vars  # type: ignore
     from triton.backends.nvidia import compiler as nvidia
 
@@ -80,7 +81,7 @@ def kept_on_disk(compile_ttir: Callable[..., Any]) -> Callable[..., Any]:
     def load_or_compile(ttir: Any, backend: Any, options: Any, capability: int) -> Any:
         folder = cache_dir()
         # Who wants to see the steps wants them taken.
-        steps = options.debug or triton_lib._JAX_TRITON_DUMP_DIR or triton.knobs.compilation.always_compile
+        steps = options.debug or triton_lib._JAX_TRITON_DUMP_DIR or knobs.compilation.always_compile
         if folder is None or steps:
             return compile_ttir(ttir, backend, options, capability)
         ptx_version = nvidia.get_ptx_version_from_options(options, backend.target.arch)  # of ptxas, if none is given

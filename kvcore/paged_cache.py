@@ -1,8 +1,8 @@
 """What `PagedKVCache` is in both frameworks, but for the arrays: extents, storage, how it reads to a person."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 from kvcore.checks import ArraySpec, check_kv_cache_dtype, either
@@ -71,15 +71,15 @@ class CacheSpec:
             raise TypeError(
                 f"num_heads must be given once, also as num_kv_heads, got both: {num_heads!r} and {num_kv_heads!r}"
             )
-        num_heads = num_kv_heads if num_heads is None else num_heads
-        if num_heads is None:
+        heads = num_kv_heads if num_heads is None else num_heads
+        if heads is None:
             raise TypeError("num_heads must be given, got None")
         check_integers(
-            num_layers=num_layers, num_blocks=num_blocks, block_size=block_size, num_heads=num_heads,
+            num_layers=num_layers, num_blocks=num_blocks, block_size=block_size, num_heads=heads,
             head_size=head_size, head_size_v=head_size_v,
         )  # fmt: skip
-        num_layers, num_blocks, block_size, num_heads, head_size, head_size_v = python_integers(
-            num_layers, num_blocks, block_size, num_heads, head_size, head_size_v
+        num_layers, num_blocks, block_size, heads, head_size, head_size_v = python_integers(
+            num_layers, num_blocks, block_size, heads, head_size, head_size_v
         )
         chosen = CacheLayout.of(layout)
         if num_layers is None and chosen.has_layer:
@@ -99,7 +99,7 @@ class CacheSpec:
             num_layers,
             num_blocks,
             block_size,
-            num_heads,
+            heads,
             head_size,
             head_size if head_size_v is None else head_size_v,
             dtype if stored is None else "uint8",
@@ -165,6 +165,24 @@ class CacheSpec:
             head_size=1,
         )
         return tuple(shape[:-1] for shape in shapes)
+
+    def plain(self) -> dict[str, int | str | None]:
+        """The attributes by name, layouts as patterns: what can be saved, and compared with what was."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value.pattern if isinstance(value, CacheLayout) else value for name, value in values.items()}
+
+    def check_plain(self, saved: Any) -> None:
+        """Raises unless `saved` is `plain` of a spec like this one.
+
+        Raises:
+            TypeError: it is no dict.
+            ValueError: an attribute differs; the message names it.
+        """
+        if not isinstance(saved, Mapping):
+            raise TypeError(f"state's spec must be a dict, got {type(saved).__name__}")
+        for name, value in self.plain().items():
+            if name not in saved or saved[name] != value:
+                raise ValueError(f"state's {name} must be {value!r}, as in this cache, got {saved.get(name)!r}")
 
     @property
     def nbytes(self) -> int:

@@ -268,5 +268,91 @@ def test_errors_that_no_argument_explains_stay(error, monkeypatch):
     monkeypatch.setattr("torchkv._torch_read.gather", fail)
     for function in ("reshape_and_cache_flash", "concat_and_cache_mla", "gather_kv"):
         options = {"max_len": 5} if function == "gather_kv" else {}
-        with pytest.raises(error, match="^of another kind$"):
+        with says(error, "of another kind"):
             getattr(torchkv, function)(**calls()[function] | options)
+
+
+# ---- torch: a cache moved, saved and loaded
+
+KINDS = {
+    "two arrays": dict(num_layers=2),
+    "one array": dict(layout="PACKED_HND", head_size_v=8),
+    "latent": dict(layout="MLA", num_heads=1, head_size_v=12),
+    "static scales": dict(kv_cache_dtype="fp8", k_scale=0.5, v_scale=[2.0, 3.0]),
+    "computed scales": dict(kv_cache_dtype="int8", per_token_head=True),
+}
+
+
+def filled(**options):
+    """A cache whose every tensor holds something of its own."""
+    cache = create(torchkv, **options)
+    for i, tensor in enumerate(t for t in (*cache.caches, cache.k_scale, cache.v_scale) if t is not None):
+        tensor.copy_(torch.arange(tensor.numel()).reshape(tensor.shape) % 100 + i + 1)
+    return cache
+
+
+def contents(cache):
+    return [t if t is None else t.clone() for t in (*cache.caches, cache.k_scale, cache.v_scale)]
+
+
+@pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
+def test_a_cache_is_saved_and_loaded(options, tmp_path):
+    cache, other = filled(**options), create(torchkv, **options)
+    torch.save(cache.state_dict(), tmp_path / "cache.pt")
+    places = [t.data_ptr() for t in other.caches]
+    assert other.load_state_dict(torch.load(tmp_path / "cache.pt", weights_only=True)) is None
+    assert [t.data_ptr() for t in other.caches] == places
+    for got, want in zip(contents(other), contents(cache), strict=True):
+        assert (got is None and want is None) or torch.equal(got, want)
+
+
+@pytest.mark.parametrize(("options", "change", "error", "text"), [
+    ({}, dict(num_blocks=9), ValueError, "state's num_blocks must be 8, as in this cache, got 9"),
+    (
+        {}, dict(layout="HND"), ValueError,
+        "state's layout must be 'block slot head dim', as in this cache, got 'block head slot dim'",
+    ),
+    ({}, dict(dtype="float32"), ValueError, "state's dtype must be 'bfloat16', as in this cache, got 'float32'"),
+    (
+        KINDS["static scales"], dict(k_scale=None), ValueError,
+        "state's k_scale must be a torch.Tensor, as in this cache, got None",
+    ),
+    (KINDS["static scales"], dict(v_scale=1.0), ValueError, "state's v_scale must have shape (2,), got ()"),
+    (
+        {}, dict(layout="PACKED_NHD"), ValueError,
+        "state must have the entries key_cache, value_cache, k_scale, v_scale, spec, got kv_cache, k_scale, v_scale, "
+        "spec",
+    ),
+])  # fmt: skip
+def test_a_state_of_another_cache_is_refused_before_anything_is_copied(options, change, error, text):
+    cache = filled(**options)
+    before = contents(cache)
+    with says(error, text):
+        cache.load_state_dict(create(torchkv, **options | change).state_dict())
+    for got, want in zip(contents(cache), before, strict=True):
+        assert (got is None and want is None) or torch.equal(got, want)
+
+
+def test_a_state_that_was_changed_is_refused():
+    cache = filled()
+    _, values = cache.caches
+    for value_cache, error, text in (
+        ([1.0], TypeError, "be a torch.Tensor, got list"),
+        (values[1:], ValueError, "have shape (8, 4, 2, 16), got (7, 4, 2, 16)"),
+        (values.float(), TypeError, "have dtype bfloat16, got float32"),
+    ):
+        with says(error, f"state's value_cache must {text}"):
+            cache.load_state_dict(filled().state_dict() | {"value_cache": value_cache})
+    with says(TypeError, "state's spec must be a dict, got NoneType"):
+        cache.load_state_dict(filled().state_dict() | {"spec": None})
+
+
+@pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
+def test_a_cache_is_moved(options):
+    cache = filled(**options)
+    assert cache.to("cpu") is cache
+    moved = cache.to("meta")  # a device that every build has
+    assert moved.spec == cache.spec
+    for there, here in zip((*moved.caches, moved.k_scale, moved.v_scale), contents(cache), strict=True):
+        assert there is here is None or (there.device.type, there.shape) == ("meta", here.shape)
+    assert all(t.device.type == "cpu" for t in cache.caches)

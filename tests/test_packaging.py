@@ -5,6 +5,7 @@ import tomllib
 from importlib import metadata
 
 import pytest
+import yaml
 
 import jaxkv
 import kvcore
@@ -67,6 +68,21 @@ def test_readme_links_to_nothing_that_only_a_clone_has():
     links = re.findall(r"\]\((.*?)\)", (ROOT / "README.md").read_text())
     assert links
     assert all(link.startswith(("https://", "#")) for link in links)
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_files_that_pages_name_are_there(page):
+    names = re.findall(r"`([\w./]*/[\w.]*\.(?:py|md|yml)|\w+\.md|\.ci/\w+)`", (ROOT / page).read_text())
+    assert names
+    assert [name for name in names if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize(("workflow", "command"), [("ci", "bash .ci/run"), ("newest", "bash .ci/compiled")])
+def test_workflows_run_scripts_that_anybody_can_run(workflow, command):
+    text = (ROOT / f".github/workflows/{workflow}.yml").read_text()
+    yaml.safe_load(text)
+    assert command in text
+    assert (ROOT / command.split()[1]).is_file()
 
 
 def test_triton_comes_with_extras_only():

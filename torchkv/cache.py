@@ -1,6 +1,6 @@
 """PagedKVCache: a paged cache and how it is laid out, in one object, changed in place."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, Unpack, overload
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kvcore.choices import FloatDtype, KVCacheDtype, Layout, TorchBackend
 from kvcore.paged_cache import CacheSpec, Described
-from torchkv._call import check_tensors
+from torchkv._call import check_tensors, dtype_name
 from torchkv.ops import (
     concat_and_cache_mla,
     reshape_and_cache_flash,
@@ -215,6 +215,66 @@ class PagedKVCache(Described):
             self.caches, block_tables, seq_lens, max_len, dtype=dtype, layer=layer, out=out, backend=backend,
             head_size=self.spec.head_size, **self._reading,
         )  # fmt: skip
+
+    def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> "PagedKVCache":
+        """The cache on a device: itself where it is there already, else a copy, as with `Tensor.to`.
+
+        Args:
+            device: Where.
+            non_blocking: Whether a copy to or from pinned memory may still be under way afterwards.
+        """
+        moved = [None if t is None else t.to(device, non_blocking=non_blocking) for t in self._tensors.values()]
+        if all(new is old for new, old in zip(moved, self._tensors.values(), strict=True)):
+            return self
+        *caches, k_scale, v_scale = moved
+        return PagedKVCache(tuple(c for c in caches if c is not None), self.spec, k_scale, v_scale)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the cache holds, for `torch.save` and `load_state_dict`.
+
+        Returns:
+            The cache's own tensors, not copies, as "key_cache" and "value_cache", or as "kv_cache"; "k_scale" and
+            "v_scale", which may be None; and "spec": extents, layout and formats as numbers and strings, so that
+            `torch.load` reads it with weights_only.
+        """
+        return {**self._tensors, "spec": self.spec.plain()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Copies what `state_dict` gave into this cache, whose memory stays where it is. Devices may differ.
+
+        Args:
+            state: From a cache that was created like this one.
+
+        Raises:
+            ValueError: an entry is missing or superfluous, or an extent, a layout, a format or a shape is not this
+                cache's. Nothing was copied then.
+            TypeError: a dtype or type does not fit.
+        """
+        own = self._tensors
+        if state.keys() != own.keys() | {"spec"}:
+            raise ValueError(f"state must have the entries {', '.join([*own, 'spec'])}, got {', '.join(state)}")
+        self.spec.check_plain(state["spec"])
+        for name, tensor in own.items():
+            given = state[name]
+            if tensor is None or given is None:
+                if tensor is not given:
+                    wanted, got = ("None" if t is None else "a torch.Tensor" for t in (tensor, given))
+                    raise ValueError(f"state's {name} must be {wanted}, as in this cache, got {got}")
+                continue
+            check_tensors(**{f"state's {name}": given})
+            if given.shape != tensor.shape:
+                raise ValueError(f"state's {name} must have shape {tuple(tensor.shape)}, got {tuple(given.shape)}")
+            if given.dtype != tensor.dtype:
+                raise TypeError(f"state's {name} must have dtype {dtype_name(tensor)}, got {dtype_name(given)}")
+        with torch.no_grad():
+            for name, tensor in own.items():
+                if tensor is not None:
+                    tensor.copy_(state[name])
+
+    @property
+    def _tensors(self) -> dict[str, Tensor | None]:
+        names = ("key_cache", "value_cache") if len(self.caches) == 2 else ("kv_cache",)
+        return {**dict(zip(names, self.caches, strict=True)), "k_scale": self.k_scale, "v_scale": self.v_scale}
 
     @property
     def _rows(self) -> Tensor:
