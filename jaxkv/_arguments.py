@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from kvcore.checks import is_number
 
@@ -50,8 +51,9 @@ def as_indices(x: Any, lengths: bool = False) -> Any:
     target = np.dtype(np.int64 if jax.config.jax_enable_x64 and x.dtype.itemsize > 2 else np.int32)
     if np.can_cast(x.dtype, target):
         return x.astype(target)
+    dtype: Any = x.dtype
     limits, xp = np.iinfo(target), np if isinstance(x, (np.ndarray, np.generic)) else jnp
-    above, below = x > x.dtype.type(limits.max), x < x.dtype.type(max(limits.min, np.iinfo(x.dtype).min))
+    above, below = x > dtype.type(limits.max), x < dtype.type(max(limits.min, np.iinfo(dtype).min))
     high, low = (target.type(n) for n in ((limits.max, limits.min) if lengths else (-1, -1)))
     return xp.where(above, high, xp.where(below, low, x.astype(target)))
 
@@ -69,7 +71,7 @@ def as_static(name: str, x: Any) -> Any:
     Raises:
         TypeError: it is traced.
     """
-    if isinstance(x, jax.core.Tracer):
+    if isinstance(x, Tracer):
         raise TypeError(f"{name} must be a static int, got a traced value: give {name!r} to jax.jit's static_argnames")
     return int(x) if hasattr(x, "dtype") and x.shape == () and jnp.issubdtype(x.dtype, jnp.integer) else x
 

@@ -19,6 +19,7 @@ from jax._src import (
     compiler,  # private: only its handlers of errors see those of a partitioning
     dispatch,  # private: a lowering that emits custom_partitioning has to say that it needs devices
 )
+from jax.core import Tracer
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
@@ -96,7 +97,7 @@ def check_concrete(options: Any, arrays: Sequence[Any]) -> None:
 
     Within jit, XLA's partitioner is the first to know how they are: see `refusals`.
     """
-    if any(isinstance(a, jax.core.Tracer) or not isinstance(a.sharding, NamedSharding) for a in arrays):
+    if any(isinstance(a, Tracer) or not isinstance(a.sharding, NamedSharding) for a in arrays):
         return
     specs = [used_spec(a.sharding) for a in arrays]
     heads_split(options.kv_cache_dtype, options.layout, options.arrays, specs)

@@ -107,7 +107,7 @@ class PagedKVCache(Described):
 
         if spec.scale_layout is None:
             scales = {"k_scale": as_scale(k_scale), "v_scale": as_scale(v_scale)}
-            check_options(kv_cache_dtype, *scales.values(), None, None, BACKENDS)
+            check_options(kv_cache_dtype, scales["k_scale"], scales["v_scale"], None, None, BACKENDS)
             for given, scale in scales.items():
                 if scale is not None:
                     check_scale(given, spec_of(scale), spec.num_heads)

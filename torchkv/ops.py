@@ -409,7 +409,7 @@ def scale_tensor(scale: Any, cache: Tensor) -> Tensor | None:
     return torch.full((), scale, dtype=torch.float32, device=getattr(cache, "device", None))  # a list is refused later
 
 
-def format_of(kv_cache_dtype: str, name: str, cache: Tensor) -> str:
+def format_of(kv_cache_dtype: str, name: str, cache: Tensor) -> Any:
     """A format's name here, of vLLM's name for it. Those of dtypes must name the cache's."""
     if not isinstance(kv_cache_dtype, str) or kv_cache_dtype in KV_CACHE_DTYPES:  # what is no name has its error later
         return kv_cache_dtype

@@ -339,7 +339,7 @@ def unified_attention(
         sliding_window=window,
         soft_cap=softcap,
         sinks=sinks,
-        kv_cache_dtype=kv_cache_dtype,
+        kv_cache_dtype=kv_cache_dtype,  # type: ignore[arg-type]
         k_scale=k_scale,
         v_scale=v_scale,
         out=out if direct else None,
@@ -469,7 +469,7 @@ _FP8 = {
 }
 
 
-def _format(kv_cache_dtype: str, cache: Tensor) -> str:
+def _format(kv_cache_dtype: str, cache: Tensor) -> Any:
     """The name here of a format; `ops` understand vLLM's."""
     _check_device(cache)
     if kv_cache_dtype in ("fp8", "fp8_e4m3", "fp8_inc"):
@@ -480,7 +480,7 @@ def _format(kv_cache_dtype: str, cache: Tensor) -> str:
     return kv_cache_dtype
 
 
-def _format_of_triton(kv_cache_dtype: str, cache: Tensor) -> str:
+def _format_of_triton(kv_cache_dtype: str, cache: Tensor) -> Any:
     """Likewise, for vLLM's Triton kernels, which store what the cache's dtype says, and in uint8 e4m3."""
     if kv_cache_dtype.startswith("fp8") and cache.dtype in _FP8:
         _check_device(cache)
@@ -506,7 +506,7 @@ def _has_fnuz(device: torch.device) -> bool:
     return "gfx94" in torch.cuda.get_device_properties(device).gcnArchName
 
 
-def _per_token_head(kv_quant_mode: Any, cache: Tensor) -> str:
+def _per_token_head(kv_quant_mode: Any, cache: Tensor) -> Any:
     _check_device(cache)
     if isinstance(kv_quant_mode, str):
         kv_quant_mode = {"int8_per_token_head": INT8_PER_TOKEN_HEAD, "fp8_per_token_head": FP8_PER_TOKEN_HEAD}.get(
