@@ -68,8 +68,8 @@ BAD = {
         "value must have shape (num_tokens, num_heads, head_size_v), got (5, 48)",
     ),
     "heads of key": (
-        "flash", {"key": array((5, 4, 16))}, ValueError,
-        "key must have shape (num_tokens, 3, 16), got (5, 4, 16)",
+        "flash", {"key": array((5, 2, 16))}, ValueError,
+        "key must have shape (num_tokens, 3, 16), got (5, 2, 16)",
     ),
     "heads of key, one array": (
         "diffkv", {"key": array((5, 1, 16))}, ValueError,
