@@ -325,7 +325,7 @@ def test_no_gradients():
 # name: arguments that differ from a valid call, type, message
 BAD_CACHES = {
     "blocks": ({"num_blocks": 0}, ValueError, "axis block must have a positive size, got 0"),
-    "dtype": ({"dtype": "int8"}, TypeError, f"dtype must be {FLOATS}, got int8"),
+    "dtype": ({"dtype": "int32"}, TypeError, f"dtype must be {FLOATS}, the type of elements, got int32"),
     "format": (
         {"kv_cache_dtype": "int3"}, ValueError,
         f"kv_cache_dtype must be {FORMATS}, got 'int3'",

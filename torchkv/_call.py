@@ -113,6 +113,8 @@ def explain(op: Any, args: Sequence[Any]) -> None:
     Raises:
         TypeError: an argument is of a wrong type.
     """
+    if torch.compiler.is_compiling():  # dynamo cannot trace schemas; its own error has the reason
+        return
     for argument, x in zip(op._schema.arguments, args, strict=False):
         kind, name = str(argument.type), argument.name
         optional = kind.startswith("Optional[")
