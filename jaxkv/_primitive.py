@@ -29,7 +29,7 @@ from jax.sharding import PartitionSpec as P
 from jaxkv import _interpret, _xla
 from kvcore.checks import ArraySpec, no_triton_error
 from kvcore.contract import Write, check_write
-from kvcore.layout import Axis, CacheLayout
+from kvcore.layout import Axis, CacheLayout, array_names
 from kvcore.quantization import NVFP4
 from kvcore.scales import region_start
 
@@ -173,8 +173,8 @@ def _lower_local(platform: str) -> Any:
         backend = backend_on(platform, options.backend)
         if backend == "xla":
             return _xla.write(call, operands, options.layer, options.scale_layout)
-        names = ("key_cache", "value_cache") if len(options.layout.arrays) == 2 else ("kv_cache",)
-        names = (*names, "k_scale_cache", "v_scale_cache")[: len(operands.memory)]
+        num_caches = len(options.layout.arrays)
+        names = array_names(num_caches, len(operands.memory) - num_caches)
         check_static(platform, operands._replace(memory=dict(zip(names, operands.memory, strict=True))))
         if backend == "interpret":
             return _interpret.write(call, operands, options.layer)

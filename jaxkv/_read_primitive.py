@@ -38,7 +38,7 @@ from jaxkv._primitive import (
     varying_axes,
 )
 from kvcore import read_contract
-from kvcore.layout import Axis, CacheLayout
+from kvcore.layout import Axis, CacheLayout, array_names
 from kvcore.read_contract import Attention, Gather, check_attention, check_gather
 
 
@@ -152,7 +152,7 @@ def _lower_local(platform: str) -> Any:
         call = describe(options, operands)
         backend = backend_on(platform, options.backend)
         if backend != "xla":
-            names = ("key_cache", "value_cache") if len(operands.caches) == 2 else ("kv_cache",)
+            names = array_names(len(operands.caches))
             check_static(platform, operands._replace(caches=dict(zip(names, operands.caches, strict=True))))
         if backend == "triton":
             from jaxkv import _triton_read  # imports Triton, which only GPUs need

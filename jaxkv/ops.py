@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from jaxkv import _primitive
 from jaxkv._arguments import ArrayLike, Index, Scale, as_array, as_indices, as_layer, as_scale
 from jaxkv._primitive import Operands, Options, spec_of
-from kvcore.checks import check_options, check_scale, is_bool
+from kvcore.checks import check_options, check_scale, check_scale_type
 from kvcore.choices import JaxBackend, KVCacheDtype, Layout, PerTokenHeadDtype
 from kvcore.contract import check_mla, check_write, split_of_latent
-from kvcore.layout import CacheLayout
+from kvcore.layout import CacheLayout, array_names
 from kvcore.quantization import DS_MLA_ROPE
 from kvcore.scales import scale_layout_of
 
@@ -415,8 +415,7 @@ def write_latent(
     """`concat_and_cache_mla`, into a cache with its axes in the order of a latent layout."""
     layer, scale = as_layer(layer), as_scale(scale)
     check_options(kv_cache_dtype, None, None, layer, backend, BACKENDS)
-    if scale is not None and (is_bool(scale) or not hasattr(scale, "shape")):
-        raise TypeError(f"scale must be a number or an array of float32, got {scale!r}")
+    check_scale_type("scale", scale)
     kv_c, k_pe, kv_cache = as_array(kv_c), as_array(k_pe), _as_memory(kv_cache)
     axes, spec = layout.arrays[0], spec_of(kv_cache)
     order = [axes.index((name,)) for name in ("layer", "block", "slot", "latent") if (name,) in axes]
@@ -460,8 +459,7 @@ def _write(
     check_options(kv_cache_dtype, k_scale, v_scale, layer, backend, BACKENDS)
     key, value, slot_mapping = as_array(key), as_array(value), as_indices(slot_mapping)
     memory = tuple(map(_as_memory, (*caches, *scale_caches)))
-    names = ("key_cache", "value_cache") if len(caches) == 2 else ("kv_cache",)
-    names += ("k_scale_cache", "v_scale_cache")[: len(scale_caches)]
+    names = array_names(len(caches), len(scale_caches))
     refs = [isinstance(a, jax.Ref) for a in memory]
     if any(refs) and not all(refs):
         count, each = {2: ("two", "one"), 3: ("three", "some"), 4: ("four", "some")}[len(names)]

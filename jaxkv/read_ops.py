@@ -118,7 +118,8 @@ def paged_attention(
         seq_lens: `[num_seqs]` of int32 or int64: tokens of each sequence in the cache, the queries' own among them.
         query_start_loc: `[num_seqs + 1]` of int32 or int64: sequence s has the rows of query from `query_start_loc[s]`
             to below `query_start_loc[s + 1]`, and n is their difference. Of rows outside query nothing is computed, and
-            they count in n; a pair that descends is an empty sequence. None: one row each.
+            they count in n; a pair that descends is an empty sequence, and no sequence has rows before an earlier
+            start. None: one row each.
         scale: What logits are multiplied by; None means `head_size ** -0.5`.
         causal: Whether a query sees positions up to its own only.
         sliding_window: With causal, how many of the last positions a query sees, its own among them; None means all,

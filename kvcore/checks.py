@@ -41,13 +41,18 @@ def check_options(
     """
     check_kv_cache_dtype(kv_cache_dtype)
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
-        if scale is not None and not is_number(scale) and (is_bool(scale) or not hasattr(scale, "shape")):
-            raise TypeError(f"{name} must be a number or an array of float32, got {scale!r}")
+        check_scale_type(name, scale)
     number = isinstance(layer, int) or hasattr(layer, "__index__")  # in this order for torch.compile's integers
     if is_bool(layer) or not (layer is None or number or hasattr(layer, "shape")):
         raise TypeError(f"layer must be an int or an integer scalar, got {layer!r}")
     if backend is not None and backend not in backends:
         raise ValueError(f"backend must be None, {either(map(repr, backends))}, got {backend!r}")
+
+
+def check_scale_type(name: str, scale: Any) -> None:
+    """A number, an array, or None; before anything is made of it."""
+    if scale is not None and not is_number(scale) and (is_bool(scale) or not hasattr(scale, "shape")):
+        raise TypeError(f"{name} must be a number or an array of float32, got {scale!r}")
 
 
 def is_number(x: Any) -> bool:

@@ -19,7 +19,7 @@ from kvcore.checks import (
     layout_of,
     shape_of,
 )
-from kvcore.layout import CacheLayout, Placement
+from kvcore.layout import CacheLayout, Placement, array_names
 from kvcore.quantization import (
     BFLOAT16,
     DS_MLA_LATENT,
@@ -114,7 +114,7 @@ def check_write(
         ValueError: a shape, an extent, a choice or a device does not fit.
         TypeError: a dtype or a type does not fit.
     """
-    names = ("key_cache", "value_cache") if len(caches) == 2 else ("kv_cache",)
+    names = array_names(len(caches))
     quantised = KV_CACHE_DTYPES[kv_cache_dtype]
     if scale_caches and kv_cache_dtype not in PER_TOKEN_HEAD:
         raise ValueError(
@@ -152,7 +152,7 @@ def check_write(
         check_same_dtype("value_cache", caches[1], "key_cache", caches[0])
     stored = _format(kv_cache_dtype, key.dtype, caches[0].dtype, names[0])
     scales = where.scales
-    scale_names = ("k_scale_cache", "v_scale_cache")
+    scale_names = array_names(len(caches), 2)[len(caches) :]
     if scale_caches:
         if key.dtype not in FLOATS:
             raise TypeError(f"key must have dtype {either(FLOATS)} to be given scales, got {key.dtype}")

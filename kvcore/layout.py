@@ -252,7 +252,7 @@ class CacheLayout:
         Raises:
             ValueError: a rank or an extent does not fit, or elements overlap; the message names the axis.
         """
-        names = names or (("kv_cache",) if self.single_array else ("key_cache", "value_cache"))
+        names = names or array_names(len(self.arrays))
         if len(shapes) != len(self.arrays):
             raise ValueError(f"layout '{self}' describes {len(self.arrays)} arrays, got {len(shapes)} shapes")
         found = [
@@ -344,6 +344,12 @@ def check_integers(**sizes: Any) -> None:
 def python_integers(*sizes: Any) -> tuple[Any, ...]:
     """The same sizes, with Python's integers for NumPy's, whose products would overflow."""
     return tuple(int(size) if isinstance(size, np.integer) else size for size in sizes)
+
+
+def array_names(num_caches: int, num_scale_caches: int = 0) -> tuple[str, ...]:
+    """What schemas and errors call caches, and the scale caches that follow them."""
+    caches = ("key_cache", "value_cache") if num_caches == 2 else ("kv_cache",)
+    return (*caches, *("k_scale_cache", "v_scale_cache")[:num_scale_caches])
 
 
 def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:

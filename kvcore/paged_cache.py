@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from kvcore.checks import ArraySpec, check_kv_cache_dtype, either
-from kvcore.layout import CacheLayout, check_integers, python_integers
+from kvcore.layout import CacheLayout, array_names, check_integers, python_integers
 from kvcore.quantization import DS_MLA_LATENT, FLOATS, FP8_DS_MLA, KV_CACHE_DTYPES, PER_TOKEN_HEAD, stored_size
 from kvcore.scales import place_stored, scale_layout_of
 
@@ -107,7 +107,7 @@ class CacheSpec:
             scale_layout_of(scale_layout, chosen.has_layer) if per_token_head else None,
         )
         arrays = [ArraySpec(shape, spec.dtype) for shape in spec.shapes]  # raises where an extent does not fit
-        names = ("key_cache", "value_cache") if len(arrays) == 2 else ("kv_cache",)
+        names = array_names(len(arrays))
         place_stored(chosen, arrays, stored, head_size, spec.head_size_v if chosen.latent else None, names)
         return spec
 

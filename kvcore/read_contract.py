@@ -21,7 +21,7 @@ from kvcore.checks import (
     layout_of,
     shape_of,
 )
-from kvcore.layout import Address, CacheLayout, Placement, check_integers
+from kvcore.layout import Address, CacheLayout, Placement, array_names, check_integers
 from kvcore.quantization import (
     DS_MLA_ROPE,
     FLOATS,
@@ -320,12 +320,12 @@ def _cache(
     for name, size in (("head_size", head_size), ("head_size_v", head_size_v)):
         if quantised is not None and size is not None and quantised.name != "fp8_ds_mla":
             check_head_size(name, quantised, size)
-    where = place_stored(chosen, caches, quantised, head_size, head_size_v, _cache_names(caches))
+    where = place_stored(chosen, caches, quantised, head_size, head_size_v, array_names(len(caches)))
     extents = where.placement.extents
     if len(caches) == 2:
         check_same_dtype("value_cache", caches[1], "key_cache", caches[0])
     check_layer(layer, chosen, extents.num_layers)
-    stored = _format(kv_cache_dtype, caches[0].dtype, _cache_names(caches)[0])
+    stored = _format(kv_cache_dtype, caches[0].dtype, array_names(len(caches))[0])
     scales, steps = where.scales, [0, 0]
     if where.rope is not None:
         for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
@@ -356,11 +356,6 @@ def _cache(
     return cache
 
 
-def _cache_names(caches: Sequence[Any]) -> tuple[str, ...]:
-    """What errors call the arrays."""
-    return ("key_cache", "value_cache") if len(caches) == 2 else ("kv_cache",)
-
-
 def _format(kv_cache_dtype: str, cache: str, name: str) -> FloatFormat:
     quantised = KV_CACHE_DTYPES[kv_cache_dtype]
     if quantised is not None:
@@ -388,7 +383,7 @@ def _devices(
     v_scale: ArraySpec | None,
     layer: int | ArraySpec | None,
 ) -> None:
-    names = _cache_names(caches)
+    names = array_names(len(caches))
     more = [*named, *zip(names, caches, strict=True), ("k_scale", k_scale), ("v_scale", v_scale)]
     if isinstance(layer, ArraySpec):
         more.append(("layer", layer))

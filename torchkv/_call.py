@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvcore.checks import ArraySpec, check_devices, check_scale
 from kvcore.contract import Write, check_mla, check_write
+from kvcore.layout import array_names
 
 
 class Call(NamedTuple):
@@ -51,8 +52,8 @@ class Call(NamedTuple):
 
 def memory_names(num_written: int) -> tuple[str, ...]:
     """What schemas and errors call `Call.memory`, by its length."""
-    names = ("key_cache", "value_cache") if num_written % 2 == 0 else ("kv_cache",)
-    return names if num_written <= 2 else (*names, "k_scale_cache", "v_scale_cache")
+    num_caches = 2 - num_written % 2
+    return array_names(num_caches, num_written - num_caches)
 
 
 def check(call: Call) -> Write:

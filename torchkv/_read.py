@@ -9,6 +9,7 @@ from torch._C._functorch import is_batchedtensor
 from torch.autograd import forward_ad
 
 from kvcore.checks import ArraySpec, check_devices, check_result
+from kvcore.layout import array_names
 from kvcore.read_contract import Attention, Gather, Options, check_attention, check_gather
 from torchkv._call import spec_of
 
@@ -81,7 +82,7 @@ def gather_inputs(call: GatherCall) -> dict[str, Tensor | None]:
 
 
 def _named(caches: Sequence[Tensor]) -> dict[str, Tensor]:
-    return dict(zip(("key_cache", "value_cache") if len(caches) == 2 else ("kv_cache",), caches, strict=True))
+    return dict(zip(array_names(len(caches)), caches, strict=True))
 
 
 def refuse_gradients(name: str, *tensors: Tensor | None) -> None:

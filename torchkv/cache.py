@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kvcore.choices import FloatDtype, KVCacheDtype, Layout, TorchBackend
+from kvcore.layout import array_names
 from kvcore.paged_cache import CacheSpec, Described
 from torchkv._call import check_tensors, dtype_name
 from torchkv.ops import (
@@ -273,7 +274,7 @@ class PagedKVCache(Described):
 
     @property
     def _tensors(self) -> dict[str, Tensor | None]:
-        names = ("key_cache", "value_cache") if len(self.caches) == 2 else ("kv_cache",)
+        names = array_names(len(self.caches))
         return {**dict(zip(names, self.caches, strict=True)), "k_scale": self.k_scale, "v_scale": self.v_scale}
 
     @property

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvcore.checks import check_options
+from kvcore.checks import check_options, check_scale_type
 from kvcore.choices import Granularity, KVCacheDtype, Layout, PerTokenHeadDtype, ScaledDtype, TorchBackend
 from kvcore.contract import check_kv_scales
 from kvcore.layout import CacheLayout
@@ -341,9 +341,7 @@ def concat_and_cache_mla(
     if skip_scale:
         scale = None
     kv_cache_dtype = format_of(kv_cache_dtype, "kv_cache", kv_cache)
-    number = isinstance(scale, (int, float)) or hasattr(scale, "shape")
-    if scale is not None and (isinstance(scale, (bool, np.bool_)) or not number):
-        raise TypeError(f"scale must be a number or an array of float32, got {scale!r}")
+    check_scale_type("scale", scale)
     check_options(kv_cache_dtype, None, None, layer, backend, BACKENDS)
     arguments = (
         kv_c,
