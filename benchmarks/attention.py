@@ -17,7 +17,7 @@ import torchkv
 from benchmarks import peers, report
 from benchmarks.attention_inputs import BLOCK_SIZE, Case, Inputs
 from benchmarks.timing import jax_time, torch_time
-from kvcore.quantization import KV_CACHE_DTYPES
+from kvcore.formats import KV_CACHE_DTYPES
 
 COPY_BYTES = 2**28  # larger buffers copy slower on an H100
 TOLERANCE = 2**-7  # of the largest element of the result

@@ -9,8 +9,8 @@ from typing import Any, cast
 import torch
 
 import torchkv
+from kvcore.cache_spec import CacheSpec
 from kvcore.choices import ScaledDtype
-from kvcore.paged_cache import CacheSpec
 
 BLOCK_SIZE = 16
 L2_BYTES = 2**28  # what has to lie between two uses of a block, for it to come from memory and not from the L2 cache

@@ -14,7 +14,7 @@ import torch
 import torchkv
 from benchmarks import report
 from benchmarks.timing import host_time, jax_time, torch_time
-from kvcore.paged_cache import CacheSpec
+from kvcore.cache_spec import CacheSpec
 
 BLOCK_SIZE, HEADS = 16, 8
 SETS = 4  # inputs, and places in the cache, that calls take turns with, so that nothing stays in the L2 cache

@@ -47,8 +47,8 @@ from llama.paging import Batch, plan_batch
 from llama.session import FORMATS, Report, Sampling, cache_arguments, granularities, piece_length, run
 from llama.text import TextStream
 
+from kvcore.cache_spec import CacheSpec
 from kvcore.layout import CacheLayout
-from kvcore.paged_cache import CacheSpec
 
 if TYPE_CHECKING:
     from llama.jax_session import JaxLlama

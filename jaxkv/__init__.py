@@ -22,15 +22,15 @@ with installed.needed("jax", installed.JAX):
     import jax as _  # noqa: F401, the parts below import it without a word
 
 from jaxkv.cache import PagedKVCache
-from jaxkv.ops import (
+from jaxkv.read import gather_kv, merge_attention, paged_attention
+from jaxkv.scales import kv_scales
+from jaxkv.write import (
     concat_and_cache_mla,
     reshape_and_cache_flash,
     reshape_and_cache_flash_diffkv,
     reshape_and_cache_flash_diffkv_per_token_head_quant,
     reshape_and_cache_flash_per_token_head_quant,
 )
-from jaxkv.read_ops import gather_kv, merge_attention, paged_attention
-from jaxkv.scales import kv_scales
 from kvcore.layout import CacheLayout
 from kvcore.slots import check_tables, find_duplicate_slots
 

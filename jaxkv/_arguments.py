@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from kvcore.checks import is_number
+from kvcore.contract.checks import is_number
 
 ArrayLike = jax.Array | np.ndarray | list[Any]
 Scale = ArrayLike | float | np.floating[Any] | np.integer[Any]

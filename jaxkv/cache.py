@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxkv._arguments import ArrayLike, Index, Scale, as_array, as_scale, dtype_name
-from jaxkv._primitive import spec_of, split_axes, used_spec
-from jaxkv.ops import (
+from jaxkv._primitive.write import spec_of, split_axes, used_spec
+from jaxkv.read import AttendOptions, gather_kv, paged_attention
+from jaxkv.write import (
     BACKENDS,
     reshape_and_cache_flash,
     reshape_and_cache_flash_diffkv,
@@ -18,10 +19,9 @@ from jaxkv.ops import (
     reshape_and_cache_flash_per_token_head_quant,
     write_latent,
 )
-from jaxkv.read_ops import AttendOptions, gather_kv, paged_attention
-from kvcore.checks import check_options, check_scale
+from kvcore.cache_spec import CacheSpec, Described
 from kvcore.choices import JaxBackend, KVCacheDtype, Layout
-from kvcore.paged_cache import CacheSpec, Described
+from kvcore.contract.checks import check_options, check_scale
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["caches", "k_scale", "v_scale"], meta_fields=["spec"])

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxkv._arguments import ArrayLike, as_array
-from jaxkv._numbers import largest_of, scale_of
-from jaxkv._primitive import spec_of
+from jaxkv._primitive.write import spec_of
+from jaxkv._xla.formats import largest_of, scale_of
 from kvcore.choices import Granularity, ScaledDtype
-from kvcore.contract import check_kv_scales
+from kvcore.contract.scales import check_kv_scales
 
 
 def kv_scales(

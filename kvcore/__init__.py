@@ -1,6 +1,6 @@
 """The framework-free core of jaxkv and torchkv: layouts, contract, plans, kernels, oracle.
 
-Imports neither jax nor torch. Triton is imported by `kvcore.kernels`, `kvcore.compiler` and `kvcore.interpreter` only.
+Imports neither jax nor torch. Triton is imported by `kvcore.kernels` and `kvcore.run` only.
 """
 
 from typing import TYPE_CHECKING

@@ -19,7 +19,7 @@ KVCacheDtype = Literal[
     "nvfp4",
     "fp8_ds_mla",
 ]
-"""What a cache may hold: `kvcore.quantization.KV_CACHE_DTYPES`."""
+"""What a cache may hold: `kvcore.formats.KV_CACHE_DTYPES`."""
 
 ScaledDtype = Literal[
     "fp8", "fp8_e4m3", "fp8_e5m2", "fp8_e4m3fnuz", "fp8_e5m2fnuz", "int8", "int4", "nvfp4"
@@ -27,19 +27,19 @@ ScaledDtype = Literal[
 """Of these, the formats with static scales, which `kv_scales` computes."""
 
 PerTokenHeadDtype = Literal["fp8", "fp8_e4m3", "fp8_e5m2", "fp8_e4m3fnuz", "fp8_e5m2fnuz", "int8", "int4"]
-"""Of these, the formats with a scale for each token and head: `kvcore.quantization.PER_TOKEN_HEAD`."""
+"""Of these, the formats with a scale for each token and head: `kvcore.formats.PER_TOKEN_HEAD`."""
 
 FloatDtype = Literal["float16", "bfloat16", "float32"]
-"""What is not quantised: `kvcore.quantization.FLOATS`."""
+"""What is not quantised: `kvcore.formats.FLOATS`."""
 
 Granularity = Literal["tensor", "head"]
 """How many static scales there are: one, or one a head."""
 
 JaxBackend = Literal["triton", "xla", "interpret"]
-"""`jaxkv.ops.BACKENDS`."""
+"""`jaxkv.write.BACKENDS`."""
 
 TorchBackend = Literal["triton", "torch", "interpret"]
-"""`torchkv.ops.BACKENDS`."""
+"""`torchkv.write.BACKENDS`."""
 
 LayoutName = Literal[
     "NHD",

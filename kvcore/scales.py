@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from math import prod
 from typing import NamedTuple
 
-from kvcore.checks import ArraySpec, shape_of
-from kvcore.layout import Address, Axis, CacheLayout, Extents, Placement
-from kvcore.quantization import (
+from kvcore.arrays import ArraySpec
+from kvcore.contract.checks import shape_of
+from kvcore.formats import (
     DS_MLA_GROUP,
     DS_MLA_LATENT,
     DS_MLA_ROPE,
@@ -28,6 +28,7 @@ from kvcore.quantization import (
     NVFP4_GROUP,
     FloatFormat,
 )
+from kvcore.layout import Address, Axis, CacheLayout, Extents, Placement
 
 
 class Scales(NamedTuple):

@@ -38,7 +38,7 @@ def pytest_pyfunc_call(pyfuncitem):
     """Without a GPU, a test of kernels that got to its end has run all but them: it counts as skipped."""
     result = yield
     if pyfuncitem.get_closest_marker("gpu"):
-        from tests.gpu import needs_gpu
+        from tests.cases.gpu import needs_gpu
 
         needs_gpu()
     return result

@@ -23,7 +23,8 @@ from torchkv.integrations.vllm import (
     triton_reshape_and_cache_flash_per_token_head_quant,
     unified_attention,
 )
-from torchkv.ops import (
+from torchkv.read import gather_kv, merge_attention, paged_attention
+from torchkv.write import (
     concat_and_cache_mla,
     kv_scales,
     reshape_and_cache_flash,
@@ -31,7 +32,6 @@ from torchkv.ops import (
     reshape_and_cache_flash_diffkv_per_token_head_quant,
     reshape_and_cache_flash_per_token_head_quant,
 )
-from torchkv.read_ops import gather_kv, merge_attention, paged_attention
 
 __all__ = [
     "CacheLayout",

@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvcore.checks import ArraySpec, check_devices, check_scale
-from kvcore.contract import Write, check_mla, check_write
+from kvcore.arrays import ArraySpec
+from kvcore.contract.checks import check_devices, check_scale
+from kvcore.contract.write import Write, check_mla, check_write
 from kvcore.layout import array_names
 
 

@@ -6,7 +6,7 @@ from math import gcd
 
 from torch import Tensor
 
-from kvcore.quantization import FP8_DS_MLA, FloatFormat
+from kvcore.formats import FP8_DS_MLA, FloatFormat
 
 
 def check_apart(names: Sequence[str], tensors: Sequence[Tensor]) -> None:

@@ -6,18 +6,18 @@ from typing import Any, Literal, Unpack, overload
 import torch
 from torch import Tensor
 
+from kvcore.cache_spec import CacheSpec, Described
 from kvcore.choices import FloatDtype, KVCacheDtype, Layout, TorchBackend
 from kvcore.layout import array_names
-from kvcore.paged_cache import CacheSpec, Described
 from torchkv._call import check_tensors, dtype_name
-from torchkv.ops import (
+from torchkv.read import AttendOptions, gather_kv, paged_attention
+from torchkv.write import (
     concat_and_cache_mla,
     reshape_and_cache_flash,
     reshape_and_cache_flash_diffkv,
     reshape_and_cache_flash_diffkv_per_token_head_quant,
     reshape_and_cache_flash_per_token_head_quant,
 )
-from torchkv.read_ops import AttendOptions, gather_kv, paged_attention
 
 
 class PagedKVCache(Described):

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from kvcore.cache_spec import CacheSpec
+from kvcore.formats import KV_CACHE_DTYPES, PER_TOKEN_HEAD
 from kvcore.layout import CacheLayout
-from kvcore.paged_cache import CacheSpec
-from kvcore.quantization import KV_CACHE_DTYPES, PER_TOKEN_HEAD
 
 from .gguf_model import InputError, LlamaConfig
 from .paging import BLOCK_SIZE, Batch

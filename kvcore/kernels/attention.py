@@ -22,10 +22,10 @@ its denominator, and `merge_attention_kernel` joins them.
 import triton
 import triton.language as tl
 
+from .address import dim_offset, layer_index, slot_offset
 from .decode import decode, decode_lane, narrow, widen
 from .encode import encode, spread
 from .reduce import maximum, minimum, total
-from .rows import dim_offset, layer_index, slot_offset
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -556,9 +556,9 @@ def paged_attention_kernel(
     K: tl.constexpr,              # kvcore.plan_attention.CacheRows
     V: tl.constexpr,
     HIGH: tl.constexpr,           # … of the part of fp8_ds_mla in bfloat16, or None
-    KS: tl.constexpr,             # kvcore.plan.ScaleRows of computed scales, or None
+    KS: tl.constexpr,             # kvcore.plan.rows.ScaleRows of computed scales, or None
     VS: tl.constexpr,
-    CACHE: tl.constexpr,          # kvcore.quantization.FloatFormat of the cache
+    CACHE: tl.constexpr,          # kvcore.formats.FloatFormat of the cache
     HIGH_FORMAT: tl.constexpr,    # … of the part that HIGH describes
     COMPUTE: tl.constexpr,        # … in which K, V and the weights are multiplied
     OUT: tl.constexpr,            # … to round the result to with integers, or None for the target's cast

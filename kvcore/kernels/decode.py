@@ -16,7 +16,7 @@ def widen(x):
 
 @triton.jit
 def narrow(x, COMPUTE: tl.constexpr):
-    """Floats as floats of COMPUTE, a kvcore.quantization.FloatFormat."""
+    """Floats as floats of COMPUTE, a kvcore.formats.FloatFormat."""
     if COMPUTE.bits == 32:
         x = widen(x)
     elif COMPUTE.mantissa_bits == 7:
@@ -28,7 +28,7 @@ def narrow(x, COMPUTE: tl.constexpr):
 
 @triton.jit
 def decode(x, FORMAT: tl.constexpr, HARDWARE: tl.constexpr):
-    """Elements of FORMAT, a kvcore.quantization.FloatFormat, as floats of a type that has them all.
+    """Elements of FORMAT, a kvcore.formats.FloatFormat, as floats of a type that has them all.
 
     Quantised ones are bytes; of those of 4 bits the lower halves count. HARDWARE: whether the target converts e4m3.
     """

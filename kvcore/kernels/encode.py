@@ -9,7 +9,7 @@ from .reduce import maximum
 
 @triton.jit
 def encode(x, scale, FORMAT: tl.constexpr, HARDWARE_FP8: tl.constexpr):
-    """Bits of `x / scale` in FORMAT (a kvcore.quantization.FloatFormat), rounded once, to nearest even."""
+    """Bits of `x / scale` in FORMAT (a kvcore.formats.FloatFormat), rounded once, to nearest even."""
     x = widen(x)
     if scale is not None:
         x = tl.div_rn(x, scale)  # IEEE division; `/` is not

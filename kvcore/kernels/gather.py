@@ -10,9 +10,7 @@ A program takes TOKENS positions of a sequence (axis 0 of the grid) and one stre
 import triton
 import triton.language as tl
 
-from .decode import decode, widen
-from .encode import encode
-from .rows import (
+from .address import (
     cache_offsets,
     columns,
     dim_offset,
@@ -22,6 +20,8 @@ from .rows import (
     slot_offset,
     token_offsets,
 )
+from .decode import decode, widen
+from .encode import encode
 
 
 @triton.jit
@@ -98,15 +98,15 @@ def gather_kv_kernel(
     num_layers,
     key_ptr,           # [num_seqs, max_len, num_heads, head_size]
     value_ptr,         # [num_seqs, max_len, num_heads, head_size_v]
-    K: tl.constexpr,             # kvcore.plan.Rows of key and key cache
+    K: tl.constexpr,             # kvcore.plan.rows.Rows of key and key cache
     V: tl.constexpr,
-    KS: tl.constexpr,            # kvcore.plan.ScaleRows of computed scales, or None
+    KS: tl.constexpr,            # kvcore.plan.rows.ScaleRows of computed scales, or None
     VS: tl.constexpr,
-    ROPE: tl.constexpr,          # kvcore.plan.Rows of the part of fp8_ds_mla in bfloat16, or None
+    ROPE: tl.constexpr,          # kvcore.plan.rows.Rows of the part of fp8_ds_mla in bfloat16, or None
     BLOCK_SIZE: tl.constexpr,
     TABLE_STEP: tl.constexpr,    # elements from one entry of a row of block_tables to the next
     LENS_STRIDE: tl.constexpr,
-    CACHE: tl.constexpr,         # kvcore.quantization.FloatFormat of the cache
+    CACHE: tl.constexpr,         # kvcore.formats.FloatFormat of the cache
     OUT: tl.constexpr,           # … of key and value, or None to copy bits
     HARDWARE: tl.constexpr,      # whether the target converts e4m3
     LAYER_IS_POINTER: tl.constexpr,

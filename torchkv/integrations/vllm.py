@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcore.quantization import KV_CACHE_DTYPES
-from torchkv import ops, read_ops
+from kvcore.formats import KV_CACHE_DTYPES
+from torchkv import read as read_ops
+from torchkv import write as ops
 from torchkv._call import dtype_name
-from torchkv.ops import VLLM_FORMATS
+from torchkv.write import VLLM_FORMATS
 
 __all__ = [
     "UnsupportedError",

@@ -1,0 +1,305 @@
+"""The public functions that read a cache: attention over it, and a gather out of it."""
+
+from collections.abc import Sequence
+from typing import Any, Literal, TypedDict, Unpack, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from jaxkv._arguments import ArrayLike, Index, Scale, as_array, as_indices, as_layer, as_scale, as_static, dtype_name
+from jaxkv._primitive import read as _read_primitive
+from jaxkv._primitive.read import Operands, Options
+from jaxkv._primitive.write import spec_of
+from jaxkv.write import BACKENDS, static_scale
+from kvcore.choices import JaxBackend, KVCacheDtype, Layout
+from kvcore.contract.checks import check_options
+from kvcore.contract.read import Cache, check_attention_options, check_merge
+from kvcore.layout import CacheLayout
+from kvcore.scales import scale_layout_of
+
+Caches = jax.Array | np.ndarray | jax.Ref | Sequence[ArrayLike | jax.Ref]
+
+
+class AttendOptions(TypedDict, total=False):
+    """Options of `PagedKVCache.attend`, for its overloads."""
+
+    query_start_loc: ArrayLike | None
+    scale: float | None
+    causal: bool
+    sliding_window: int | None
+    soft_cap: float | None
+    sinks: ArrayLike | None
+    layer: Index | None
+    backend: JaxBackend | None
+
+
+class AttentionOptions(AttendOptions, total=False):
+    """Options of `paged_attention`, for its overloads."""
+
+    kv_cache_dtype: KVCacheDtype
+    k_scale: Scale | jax.Ref | None
+    v_scale: Scale | jax.Ref | None
+    layout: Layout | None
+    scale_layout: str | CacheLayout | None
+    head_size_v: int | None
+
+
+@overload
+def paged_attention(
+    query: ArrayLike,
+    caches: Caches,
+    block_tables: ArrayLike,
+    seq_lens: ArrayLike,
+    *,
+    return_lse: Literal[False] = ...,
+    **options: Unpack[AttentionOptions],
+) -> jax.Array: ...
+@overload
+def paged_attention(
+    query: ArrayLike,
+    caches: Caches,
+    block_tables: ArrayLike,
+    seq_lens: ArrayLike,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[AttentionOptions],
+) -> tuple[jax.Array, jax.Array]: ...
+@overload
+def paged_attention(
+    query: ArrayLike,
+    caches: Caches,
+    block_tables: ArrayLike,
+    seq_lens: ArrayLike,
+    *,
+    return_lse: bool,
+    **options: Unpack[AttentionOptions],
+) -> jax.Array | tuple[jax.Array, jax.Array]: ...
+def paged_attention(
+    query: ArrayLike,
+    caches: Caches,
+    block_tables: ArrayLike,
+    seq_lens: ArrayLike,
+    *,
+    query_start_loc: ArrayLike | None = None,
+    scale: float | None = None,
+    causal: bool = True,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: ArrayLike | None = None,
+    kv_cache_dtype: KVCacheDtype = "auto",
+    k_scale: Scale | jax.Ref | None = None,
+    v_scale: Scale | jax.Ref | None = None,
+    layout: Layout | None = None,
+    scale_layout: str | CacheLayout | None = None,
+    layer: Index | None = None,
+    head_size_v: int | None = None,
+    return_lse: bool = False,
+    backend: JaxBackend | None = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """Attention of new tokens over a paged KV cache: decode, speculative decoding, chunked prefill, or any mix.
+
+    Query i of a sequence with n queries stands at position `seq_len - n + i`. Rows that see nothing are zeros, and
+    their log-sum-exp is -inf, or the sink: rows of sequences of length 0, with causal those at negative positions (left
+    padding), and rows of no sequence. Entries of block_tables past a sequence's length are never read; one in range
+    that is no block of the cache reads nothing: its positions are left out. So are positions beyond the table: a length
+    above `max_blocks * block_size` is no error, and attends to what is there. Outside jit, `check_tables` finds such
+    tables. What unused slots hold, NaN too, has no effect.
+
+    It runs inside jit, scan, while_loop, vmap and shard_map; what is launched depends on shapes only, never on lengths.
+    With the cache split over heads, each device attends with its own. Not differentiable.
+
+    Args:
+        query: `[num_tokens, num_q_heads, head_size]` of float16, bfloat16 or float32; num_q_heads a multiple of the
+            cache's heads. Query head h attends over KV head `h // (num_q_heads / num_heads)`.
+        caches: `(key_cache, value_cache)`, or one array for layouts that hold both.
+        block_tables: `[num_seqs, max_blocks]` of int32 or int64: the blocks of each sequence, in order.
+        seq_lens: `[num_seqs]` of int32 or int64: tokens of each sequence in the cache, the queries' own among them.
+        query_start_loc: `[num_seqs + 1]` of int32 or int64: sequence s has the rows of query from `query_start_loc[s]`
+            to below `query_start_loc[s + 1]`, and n is their difference. Of rows outside query nothing is computed, and
+            they count in n; a pair that descends is an empty sequence, and no sequence has rows before an earlier
+            start. None: one row each.
+        scale: What logits are multiplied by; None means `head_size ** -0.5`.
+        causal: Whether a query sees positions up to its own only.
+        sliding_window: With causal, how many of the last positions a query sees, its own among them; None means all,
+            like 2³¹ - 1 or more.
+        soft_cap: A logit x becomes `soft_cap * tanh(x / soft_cap)`; None or 0 means no cap.
+        sinks: `[num_q_heads]`: one more logit of each head in the softmax's denominator.
+        kv_cache_dtype: "auto", or the format of a quantised cache, as it was written.
+        k_scale: By what quantised keys are multiplied: float32 of one element, or one a head, `[num_heads]`, also
+            traced, or a number; None means 1. Or the scale cache (array or Ref) that a
+            `…_per_token_head_quant` wrote, with float32 scales of each token and head.
+        v_scale: Likewise, for values.
+        layout: As in `reshape_and_cache_flash`; for one array, None means `block slot head k+v`, or
+            `block slot latent` where it has 3 axes (4 with `layer`).
+        scale_layout: Of scale caches, as in `reshape_and_cache_flash_per_token_head_quant`.
+        layer: Index into the layout's `layer` axis. Out of range in a traced integer, nothing is read.
+        head_size_v: Elements of a value; needed where V is the first part of K (`block slot latent`), but for
+            "fp8_ds_mla", where it is 512.
+        return_lse: Whether the log-sum-exp is returned, too.
+        backend: None runs "triton" on CUDA and ROCm, "xla" elsewhere. "interpret" runs the Triton kernel in its
+            interpreter, through a host callback, for tests.
+
+    Returns:
+        `[num_tokens, num_q_heads, head_size_v]` of query's dtype; with return_lse also the natural logarithm of the
+        softmax's denominator, `[num_tokens, num_q_heads]` float32, -inf where nothing is seen, with which
+        `merge_attention` joins results over parts of the positions.
+
+    Raises:
+        ValueError: a shape, layout or choice does not fit.
+        TypeError: a dtype does not fit.
+        NotImplementedError: on differentiation.
+    """
+    k_scale, v_scale, layer = as_scale(k_scale), as_scale(v_scale), as_layer(layer)
+    check_options(kv_cache_dtype, k_scale, v_scale, layer, backend, BACKENDS)
+    operands, static = _operands(caches, block_tables, seq_lens, k_scale, v_scale, layer)
+    operands = operands._replace(query=as_array(query), sinks=None if sinks is None else as_array(sinks))
+    if query_start_loc is not None:
+        operands = operands._replace(query_start_loc=as_indices(query_start_loc, lengths=True))
+    options = Options(
+        kv_cache_dtype=kv_cache_dtype,
+        layout=layout,  # type: ignore[arg-type]  # resolved below
+        scale_layout=scale_layout,  # type: ignore[arg-type]  # likewise
+        layer=static,
+        head_size=None,
+        head_size_v=as_static("head_size_v", head_size_v),
+        backend=backend,
+        attention=check_attention_options(scale, causal, sliding_window, soft_cap),
+    )
+    out, lse = _read(options, operands)
+    return (out, lse) if return_lse else out
+
+
+def gather_kv(
+    caches: Caches,
+    block_tables: ArrayLike,
+    seq_lens: ArrayLike,
+    max_len: int,
+    *,
+    dtype: DTypeLike | None = None,
+    kv_cache_dtype: KVCacheDtype = "auto",
+    k_scale: Scale | jax.Ref | None = None,
+    v_scale: Scale | jax.Ref | None = None,
+    layout: Layout | None = None,
+    scale_layout: str | CacheLayout | None = None,
+    layer: Index | None = None,
+    head_size: int | None = None,
+    head_size_v: int | None = None,
+    backend: JaxBackend | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Keys and values of sequences, out of a paged KV cache into contiguous arrays.
+
+    Args:
+        caches: `(key_cache, value_cache)`, or one array for layouts that hold both.
+        block_tables: `[num_seqs, max_blocks]` of int32 or int64: the blocks of each sequence, in order.
+        seq_lens: `[num_seqs]` of int32 or int64: tokens of each sequence in the cache.
+        max_len: Positions of a sequence in the result.
+        dtype: float16, bfloat16 or float32; None means the cache's own, or bfloat16 where it is quantised.
+        kv_cache_dtype: As in `paged_attention`.
+        k_scale: As in `paged_attention`.
+        v_scale: As in `paged_attention`.
+        layout: As in `paged_attention`.
+        scale_layout: As in `paged_attention`.
+        layer: Index into the layout's `layer` axis. Out of range in a traced integer, nothing is read.
+        head_size: Elements of a key; needed for layouts with an axis `k+v`.
+        head_size_v: As in `paged_attention`.
+        backend: None, "triton", "xla" or "interpret".
+
+    Returns:
+        Key `[num_seqs, max_len, num_heads, head_size]` and value `[num_seqs, max_len, num_heads, head_size_v]`: the
+        cache's bits, or `round(float32(x) * scale)`, where nvfp4 has `float32(x) * block's scale` for x. Zeros past
+        each length, and where block_tables has no block of the cache.
+
+    Raises:
+        ValueError: a shape, layout or choice does not fit.
+        TypeError: a dtype does not fit.
+        NotImplementedError: on differentiation.
+    """
+    k_scale, v_scale, layer = as_scale(k_scale), as_scale(v_scale), as_layer(layer)
+    check_options(kv_cache_dtype, k_scale, v_scale, layer, backend, BACKENDS)
+    operands, static = _operands(caches, block_tables, seq_lens, k_scale, v_scale, layer)
+    options = Options(
+        kv_cache_dtype=kv_cache_dtype,
+        layout=layout,  # type: ignore[arg-type]  # resolved below
+        scale_layout=scale_layout,  # type: ignore[arg-type]  # likewise
+        layer=static,
+        head_size=as_static("head_size", head_size),
+        head_size_v=as_static("head_size_v", head_size_v),
+        backend=backend,
+        max_len=as_static("max_len", max_len),
+        dtype=None if dtype is None else dtype_name(dtype),
+    )
+    key, value = _read(options, operands)
+    return key, value
+
+
+def merge_attention(outs: ArrayLike, lses: ArrayLike) -> tuple[jax.Array, jax.Array]:
+    """Joins attention over parts of the positions, as devices compute that share a context between them.
+
+    A row of the result is `sum(exp(lse_p) * out_p) / sum(exp(lse_p))` over the parts p, and its log-sum-exp
+    `log(sum(exp(lse_p)))`. A part whose log-sum-exp there is -inf or +inf (which other kernels give) saw no positions:
+    it is left out, whatever it holds, NaN too. Of a row without any part the result is zeros, and -inf. A log-sum-exp
+    that is NaN makes the row NaN.
+
+    Args:
+        outs: `[parts, num_tokens, num_q_heads, head_size_v]`, from `paged_attention` over each part.
+        lses: `[parts, num_tokens, num_q_heads]` float32, from the same calls. Sinks belong to one part only.
+
+    Returns:
+        What one call over all the positions gives: result of outs' dtype, and log-sum-exp. Differentiable.
+
+    Raises:
+        ValueError: a shape does not fit.
+        TypeError: a dtype does not fit.
+    """
+    outs, lses = as_array(outs), as_array(lses)
+    check_merge(spec_of(outs), spec_of(lses))
+    return _merge(jnp.asarray(outs), jnp.asarray(lses))
+
+
+@jax.jit
+def _merge(outs: jax.Array, lses: jax.Array) -> tuple[jax.Array, jax.Array]:
+    empty = jnp.isinf(lses)
+    top = jnp.max(lses, axis=0, initial=jnp.finfo(jnp.float32).min, where=~empty)
+    # Zeros in place of infinities and of what empty parts hold, so that gradients have no NaN of theirs either.
+    weights = jnp.where(empty, 0, jnp.exp(jnp.where(empty, 0, lses - top[None])))
+    total = jnp.sum(weights, axis=0)
+    nothing = total == 0
+    total = jnp.where(nothing, 1, total)
+    parts = jnp.where(empty[..., None], 0, outs.astype(jnp.float32))
+    out = jnp.sum(parts * weights[..., None], axis=0) / total[..., None]
+    return out.astype(outs.dtype), jnp.where(nothing, -jnp.inf, top + jnp.log(total))
+
+
+def _operands(
+    caches: Any, block_tables: Any, seq_lens: Any, k_scale: Any, v_scale: Any, layer: Any
+) -> tuple[Operands, int | None]:
+    """The arrays of a call, not yet JAX's, and a static layer."""
+    arrays = caches if isinstance(caches, Sequence) else (caches,)
+    in_memory = hasattr(layer, "shape")
+    return Operands(
+        query=None,
+        caches=tuple(map(as_array, arrays)),
+        block_tables=as_indices(block_tables),
+        seq_lens=as_indices(seq_lens, lengths=True),
+        query_start_loc=None,
+        sinks=None,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        layer=layer if in_memory else None,
+    ), None if in_memory else layer
+
+
+def _read(options: Options, operands: Operands) -> list[jax.Array]:
+    """Checks a call, gives scales and layer an axis, and drops scales without effect."""
+    cache: Cache = _read_primitive.describe(options, operands).cache
+    operands = jax.tree.map(jnp.asarray, operands)
+    own = cache.scales is not None and not cache.scales.inside
+    scale_layout = scale_layout_of(options.scale_layout, cache.layout.has_layer) if own else None
+    k_scale, v_scale = (static_scale(s, cache.scaled) for s in (operands.k_scale, operands.v_scale))
+    layer = None if operands.layer is None else jnp.reshape(operands.layer, 1)
+    return _read_primitive.read(
+        options._replace(layout=cache.layout, scale_layout=scale_layout),
+        operands._replace(k_scale=k_scale, v_scale=v_scale, layer=layer),
+    )

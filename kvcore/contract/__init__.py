@@ -1,0 +1,1 @@
+"""Every check of arguments, and every error text, once for both frameworks."""

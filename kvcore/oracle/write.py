@@ -1,0 +1,179 @@
+"""The oracle: NumPy, plain loops, no regard for speed. What it writes is what every implementation must write.
+
+Arrays are NumPy's; bfloat16 and the fp8 dtypes are those that ml_dtypes registers (JAX brings it along).
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from kvcore.formats import (
+    BFLOAT16,
+    DS_MLA_GROUP,
+    DS_MLA_LATENT,
+    DS_MLA_ROPE,
+    E4M3,
+    FLOATS,
+    FP8,
+    KV_CACHE_DTYPES,
+    NVFP4,
+)
+from kvcore.layout import CacheLayout
+from kvcore.oracle.formats import Scale, convert, encode_floats, quantise, quantise_ds_mla, quantise_nvfp4, scale_of
+from kvcore.oracle.views import scale_views, views
+
+
+def reshape_and_cache_flash(
+    key: np.ndarray,
+    value: np.ndarray,
+    key_cache: np.ndarray,
+    value_cache: np.ndarray,
+    slot_mapping: np.ndarray,
+    kv_cache_dtype: str = "auto",
+    k_scale: Scale = None,
+    v_scale: Scale = None,
+    *,
+    layout: str | CacheLayout = "NHD",
+    layer: int | None = None,
+) -> None:
+    """Writes key and value into the two caches, in place."""
+    layout = CacheLayout.of(layout)
+    caches = (key_cache, value_cache)
+    _write(key, value, caches, slot_mapping, kv_cache_dtype, (k_scale, v_scale), layout, layer)
+
+
+def reshape_and_cache_flash_diffkv(
+    key: np.ndarray,
+    value: np.ndarray,
+    kv_cache: np.ndarray,
+    slot_mapping: np.ndarray,
+    kv_cache_dtype: str = "auto",
+    k_scale: Scale = None,
+    v_scale: Scale = None,
+    *,
+    layout: str | CacheLayout = "PACKED_NHD",
+    layer: int | None = None,
+) -> None:
+    """Writes key and value into the one cache, in place."""
+    layout = CacheLayout.of(layout)
+    _write(key, value, (kv_cache,), slot_mapping, kv_cache_dtype, (k_scale, v_scale), layout, layer)
+
+
+def reshape_and_cache_flash_per_token_head_quant(
+    key: np.ndarray,
+    value: np.ndarray,
+    key_cache: np.ndarray,
+    value_cache: np.ndarray,
+    k_scale_cache: np.ndarray,
+    v_scale_cache: np.ndarray,
+    slot_mapping: np.ndarray,
+    kv_cache_dtype: str,
+    *,
+    layout: str | CacheLayout = "NHD",
+    scale_layout: str | None = None,
+    layer: int | None = None,
+) -> None:
+    """Writes key and value into the two caches, and a scale for each token's head into the scale caches, in place."""
+    layout = CacheLayout.of(layout)
+    scales = (k_scale_cache, v_scale_cache)
+    caches = (key_cache, value_cache)
+    _write(key, value, caches, slot_mapping, kv_cache_dtype, (None, None), layout, layer, scales, scale_layout)
+
+
+def reshape_and_cache_flash_diffkv_per_token_head_quant(
+    key: np.ndarray,
+    value: np.ndarray,
+    kv_cache: np.ndarray,
+    k_scale_cache: np.ndarray,
+    v_scale_cache: np.ndarray,
+    slot_mapping: np.ndarray,
+    kv_cache_dtype: str,
+    *,
+    layout: str | CacheLayout = "PACKED_NHD",
+    scale_layout: str | None = None,
+    layer: int | None = None,
+) -> None:
+    """Writes key and value into the one cache, and a scale for each token's head into the scale caches, in place."""
+    layout = CacheLayout.of(layout)
+    scales = (k_scale_cache, v_scale_cache)
+    _write(key, value, (kv_cache,), slot_mapping, kv_cache_dtype, (None, None), layout, layer, scales, scale_layout)
+
+
+def concat_and_cache_mla(
+    kv_c: np.ndarray,
+    k_pe: np.ndarray,
+    kv_cache: np.ndarray,
+    slot_mapping: np.ndarray,
+    kv_cache_dtype: str = "auto",
+    scale: float | None = None,
+    *,
+    layer: int | None = None,
+) -> None:
+    """Writes rows of MLA into the cache `[(num_layers,) num_blocks, block_size, …]`, in place."""
+    key, value = kv_c[:, None], k_pe[:, None]
+    if kv_cache_dtype != "fp8_ds_mla":
+        layout = CacheLayout.PACKED_NHD if layer is None else CacheLayout.PACKED_NHD.with_layer()
+        rows = (kv_cache[..., None, :],)
+        _write(key, value, rows, slot_mapping, kv_cache_dtype, (scale, scale), layout, layer)
+        return
+    cache_rows = kv_cache if layer is not None else kv_cache[None]
+    num_layers, num_blocks, block_size, _ = cache_rows.shape
+    for token, slot in enumerate(slot_mapping):
+        if 0 <= slot < num_blocks * block_size and 0 <= (layer or 0) < num_layers:
+            row = cache_rows[layer or 0, slot // block_size, slot % block_size]
+            elements, scales = quantise_ds_mla(kv_c[token].reshape(-1, DS_MLA_GROUP))
+            row[:DS_MLA_LATENT] = elements.reshape(-1)
+            row[DS_MLA_LATENT : -2 * DS_MLA_ROPE] = scales.view(np.uint8)
+            rope = k_pe[token] if k_pe.dtype.name == "bfloat16" else encode_floats(k_pe[token], BFLOAT16)
+            row[-2 * DS_MLA_ROPE :] = rope.view(np.uint8) if rope.size else 0
+
+
+def kv_scales(
+    key: np.ndarray, value: np.ndarray, kv_cache_dtype: str, granularity: str = "tensor"
+) -> tuple[np.ndarray, np.ndarray]:
+    """Static scales for keys and values like these: float32 of shape () or (num_heads,)."""
+    stored = KV_CACHE_DTYPES[kv_cache_dtype]
+    assert stored is not None
+    largest = stored.largest * (E4M3.largest if stored == NVFP4 else 1)
+    axis = (0, 1, 2) if granularity == "tensor" else (0, 2)
+    k_scale, v_scale = (scale_of(np.abs(x.astype(np.float32)).max(axis), largest) for x in (key, value))
+    return k_scale, v_scale
+
+
+def _write(
+    key: np.ndarray,
+    value: np.ndarray,
+    caches: Sequence[np.ndarray],
+    slot_mapping: np.ndarray,
+    kv_cache_dtype: str,
+    static: tuple[Scale, Scale],
+    layout: CacheLayout,
+    layer: int | None,
+    scale_caches: Sequence[np.ndarray] = (),
+    scale_layout: str | None = None,
+) -> None:
+    stored = KV_CACHE_DTYPES[kv_cache_dtype] or (FLOATS | FP8)[caches[0].dtype.name]
+    sides = views(caches, layout, key.shape[2], None, stored)
+    scales = scale_views(scale_caches, scale_layout, layout) if len(scale_caches) else (None, None)
+    for rows, (elements, blocks), scale, own in zip((key, value), sides, static, scales, strict=True):
+        num_layers, num_blocks, block_size, num_heads, chunks, x = elements.shape
+        if not 0 <= (layer or 0) < num_layers:
+            continue
+        for token, slot in enumerate(slot_mapping):
+            if not 0 <= slot < num_blocks * block_size:
+                continue
+            at = (layer or 0, *divmod(int(slot), block_size))
+            for head in range(num_heads):
+                row = rows[token, head]
+                one = scale[head] if np.ndim(scale) and len(scale) > 1 else scale  # type: ignore[index,arg-type]
+                if own is not None:
+                    units, own[(*at, head)] = quantise(row, stored)
+                elif blocks is not None:
+                    units, of_blocks = quantise_nvfp4(row, one)
+                    blocks[(*at, head)] = of_blocks.reshape(-1, 1)
+                else:
+                    units = convert(row, elements.dtype, kv_cache_dtype, one)
+                elements[(*at, head)] = units.view(elements.dtype).reshape(chunks, x)
+
+
+# ---- views

@@ -1,0 +1,88 @@
+"""Launch plan of `gather_kv_kernel`. As `kvcore.plan`: plain integers, from shapes, never from data."""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+from kvcore.arrays import ArraySpec
+from kvcore.contract.read import Gather
+from kvcore.formats import DS_MLA_ROPE
+from kvcore.plan.kernel import EXACT, KernelPlan, Target, has_e4m3
+from kvcore.plan.rows import plan_rows, plan_tile, plan_warps, power_of_two, row_programs, scale_rows
+
+
+class GatherPlan(NamedTuple):
+    """How to launch `gather_kv_kernel`.
+
+    Attributes:
+        kernel: What to launch.
+        grid: Programs along each axis.
+    """
+
+    kernel: KernelPlan
+    grid: tuple[int, int, int]
+
+
+POINTERS = (
+    "key_cache_ptr", "value_cache_ptr", "block_tables_ptr", "seq_lens_ptr", "k_scale_ptr", "v_scale_ptr", "layer",
+)  # fmt: skip
+"""Pointer arguments of the kernel, in order. Scales and layer may be None."""
+
+SCALARS: dict[str, str] = dict.fromkeys(("max_len", "max_blocks", "table_stride", "num_blocks", "num_layers"), "i32")
+"""Run-time integers that follow the pointers, and their types. Then come key_ptr and value_ptr."""
+
+
+def scalars(call: Gather) -> tuple[int, ...]:
+    """Values of `SCALARS`."""
+    extents, tables = call.cache.placement.extents, call.block_tables
+    return call.max_len, tables.shape[1], tables.steps[0], extents.num_blocks, extents.num_layers or 1
+
+
+@lru_cache(maxsize=4096)
+def plan_gather(call: Gather, target: Target, layer_is_pointer: bool = False) -> GatherPlan:
+    """The plan for a gather on a target.
+
+    Args:
+        call: From `kvcore.contract.read.check_gather`.
+        target: What to compile for.
+        layer_is_pointer: Whether the kernel loads the layer's index from memory.
+    """
+    cache, at = call.cache, call.cache.placement
+    extents, pack, scales = at.extents, call.cache.format.per_byte, call.cache.scales
+    copies = cache.format == call.format
+    tokens, columns = plan_tile(at, (1024 if copies else 2048) // pack, target)
+    key, value = (ArraySpec(shape[1:], call.format.name) for shape in call.shapes)
+    heads, (k_step, v_step) = extents.num_heads, cache.head_scales
+    merge = scales is None
+    key_rows = plan_rows(key, heads, extents.head_size, at.key, columns, pack, k_step, merge)
+    value_rows = plan_rows(value, heads, extents.head_size_v, at.value, columns, pack, v_step, merge)
+    rope = None
+    if cache.rope is not None:
+        rope = plan_rows(key, heads, DS_MLA_ROPE, cache.rope, power_of_two(DS_MLA_ROPE), merge=False)
+    key_scales = value_scales = None
+    if scales is not None:
+        key_scales = scale_rows(scales, scales.placement.key, extents.head_size * pack, cache.format)
+        value_scales = scale_rows(scales, scales.placement.value, extents.head_size_v * pack, cache.format)
+    kernel = KernelPlan(
+        module="gather",
+        name="gather_kv_kernel",
+        num_warps=plan_warps(tokens * columns * pack * call.format.bits // 8, target),
+        scalars=SCALARS,
+        constexprs={
+            "K": key_rows,
+            "V": value_rows,
+            "KS": key_scales,
+            "VS": value_scales,
+            "ROPE": rope,
+            "BLOCK_SIZE": extents.block_size,
+            "TABLE_STEP": call.block_tables.steps[1],
+            "LENS_STRIDE": call.seq_lens.steps[0],
+            "CACHE": call.cache.format,
+            "OUT": None if copies else call.format,
+            "HARDWARE": has_e4m3(target),
+            "LAYER_IS_POINTER": layer_is_pointer,
+            "TOKENS": tokens,
+        },
+        options=EXACT,
+    )
+    per_seq = -(-call.max_len // tokens)
+    return GatherPlan(kernel, (call.block_tables.shape[0] * per_seq, row_programs(key_rows, value_rows), 1))

@@ -1,0 +1,61 @@
+"""A kernel of a plan, and what it is compiled for."""
+
+from typing import Any, NamedTuple
+
+from kvcore.formats import E4M3, E5M2, FloatFormat
+
+
+class Target(NamedTuple):
+    """What a kernel is compiled for.
+
+    Attributes:
+        backend: "cuda", "hip" or "interpret".
+        arch: Compute capability as an integer (90), or the name of a gfx architecture.
+        warp_size: Threads that run in step.
+    """
+
+    backend: str
+    arch: int | str
+    warp_size: int = 32
+
+
+INTERPRETER = Target("interpret", 0)
+
+
+EXACT = {"enable_fp_fusion": False}
+"""Options for arithmetic that is exact as written: a fused multiply-add would round once where it rounds twice."""
+
+
+class KernelPlan(NamedTuple):
+    """A kernel, and all that its compilation depends on but for the types of its pointers.
+
+    Attributes:
+        module: Name of its module in `kvcore.kernels`.
+        name: Its name there.
+        num_warps: Warps per program.
+        scalars: Its run-time integers, which follow the pointers, and their types.
+        constexprs: Its compile-time arguments, by name.
+        options: Options of the compiler.
+    """
+
+    module: str
+    name: str
+    num_warps: int
+    scalars: dict[str, str]
+    constexprs: dict[str, Any]
+    options: dict[str, Any]
+
+
+def has_e4m3(target: Target) -> bool:
+    """Whether the target converts e4m3 to other floats, which is exact."""
+    return target.backend == "cuda" and isinstance(target.arch, int) and target.arch >= 89
+
+
+def converts_exactly(stored: FloatFormat, target: Target) -> bool:
+    """Whether the compiler's cast from float32 saturates and rounds once, to nearest even.
+
+    True from sm_90 on (checked over all 2³² patterns on an H100). sm_89 rounds twice before Triton 3.9, sm_80 has no
+    instruction, and the interpreter truncates: there the kernels encode with integer arithmetic.
+    """
+    converts = stored._replace(name="") in (E4M3._replace(name=""), E5M2._replace(name=""))
+    return converts and target.backend == "cuda" and isinstance(target.arch, int) and target.arch >= 90

@@ -1,0 +1,155 @@
+"""Launch plans: a write and a target → grid, tile, warps and kernel arguments, as plain integers.
+
+Both frameworks launch what a plan says, so that they provably start the same kernel with the same arguments. Plans
+depend on shapes, strides and dtypes only, never on data.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from kvcore.contract.write import Write
+from kvcore.formats import FLOATS
+from kvcore.plan.kernel import EXACT, KernelPlan, Target, converts_exactly
+from kvcore.plan.rows import plan_rows, plan_tile, plan_warps, power_of_two, row_programs, scale_rows
+
+
+class WritePlan(NamedTuple):
+    """How to launch a write.
+
+    Attributes:
+        kernel: What to launch.
+        token_rows: Rows of a token: 1, or its heads.
+        rows: Rows per program.
+        row_programs: Programs that share a row.
+    """
+
+    kernel: KernelPlan
+    token_rows: int
+    rows: int
+    row_programs: int
+
+    def grid(self, num_tokens: int) -> tuple[int, int, int]:
+        """Programs along each axis for `num_tokens` entries of slot_mapping."""
+        return -(-num_tokens * self.token_rows // self.rows), self.row_programs, 1
+
+
+SCALARS = {"num_tokens": "i32", "num_slots": "i64", "num_layers": "i32"}
+"""Run-time integers that follow the pointers, in the kernels' order, and their types."""
+
+
+def pointers(write: Write) -> tuple[str, ...]:
+    """Names of a kernel's pointer arguments, in order. All but the first three and slot_mapping_ptr may be None."""
+    caches = ("kv_cache_ptr",) if write.layout.single_array else ("key_cache_ptr", "value_cache_ptr")
+    if write.by_head:
+        caches = ("key_cache_ptr", "value_cache_ptr", "k_scale_cache_ptr", "v_scale_cache_ptr")
+    return ("key_ptr", "value_ptr", *caches, "slot_mapping_ptr", "k_scale_ptr", "v_scale_ptr", "layer")
+
+
+def arguments(
+    write: Write,
+    key: Any,
+    value: Any,
+    caches: Sequence[Any],
+    scale_caches: Sequence[Any],
+    slot_mapping: Any,
+    k_scale: Any,
+    v_scale: Any,
+    layer: Any,
+) -> list[Any]:
+    """What the kernel gets for `pointers`: arrays, or whatever stands for them. None for scales without effect."""
+    memory = list(caches)
+    if write.by_head:
+        memory = [*caches, None][:2] + [*scale_caches, None, None][:2]
+    scales = (k_scale, v_scale) if write.scaled else (None, None)
+    return [key, value, *memory, slot_mapping, *scales, layer]
+
+
+def scalars(write: Write, num_tokens: int) -> tuple[int, int, int]:
+    """Values of `SCALARS`. `num_tokens` is the length of slot_mapping."""
+    extents = write.placement.extents
+    return num_tokens, extents.num_slots, extents.num_layers or 1
+
+
+@lru_cache(maxsize=4096)
+def plan_write(write: Write, target: Target, layer_is_pointer: bool = False) -> WritePlan:
+    """The plan for a write on a target.
+
+    Args:
+        write: From `kvcore.contract.write.check_write`. Its number of tokens does not matter.
+        target: What to compile for.
+        layer_is_pointer: Whether the kernel loads the layer's index from memory.
+    """
+    if write.by_head:
+        return _plan_by_head(write, target, layer_is_pointer)
+    extents, pack = write.placement.extents, write.format.per_byte
+    # Twice the tokens where stores are half as wide as loads.
+    elements = 2048 if write.format.bits < 8 * _itemsize(write.key.dtype) else 1024
+    tokens, columns = plan_tile(write.placement, elements // pack, target)
+    key = plan_rows(write.key, extents.num_heads, extents.head_size, write.placement.key, columns, pack)
+    value = plan_rows(write.value, extents.num_heads, extents.head_size_v, write.placement.value, columns, pack)
+    kernel = KernelPlan(
+        module="write",
+        name="reshape_and_cache_kernel_flash" + ("_diffkv" if write.layout.single_array else ""),
+        num_warps=plan_warps(tokens * columns * pack * _itemsize(write.key.dtype), target),
+        scalars=SCALARS,
+        constexprs={
+            "K": key,
+            "V": value,
+            "BLOCK_SIZE": extents.block_size,
+            "SLOT_STRIDE": write.slot_mapping.steps[0],
+            "FORMAT": None if write.copies else write.format,
+            "HARDWARE_FP8": converts_exactly(write.format, target),
+            "LAYER_IS_POINTER": layer_is_pointer,
+            "TOKENS": tokens,
+        },
+        options=EXACT,
+    )
+    return WritePlan(kernel, 1, tokens, row_programs(key, value))
+
+
+def _plan_by_head(write: Write, target: Target, layer_is_pointer: bool) -> WritePlan:
+    """The plan for a write whose heads have a scale each: a program takes whole heads."""
+    extents, scales = write.placement.extents, write.scales
+    k_step, v_step = write.head_scales if write.scaled else (0, 0)
+    at, heads = write.placement, extents.num_heads
+    pack, pack_v = write.format.per_byte, write.format_v.per_byte
+    widths = [max(16, power_of_two(size * n)) for size, n in ((extents.head_size, pack), (extents.head_size_v, pack_v))]
+    # Measured on an H100: few rows, and 16 elements a thread, so that what rows share is computed less often.
+    rows = max(1, (65536 if target.backend == "interpret" else 1024) // max(widths))
+    key = plan_rows(write.key, heads, extents.head_size, at.key, widths[0] // pack, pack, k_step, merge=False)
+    value = plan_rows(
+        write.value, heads, extents.head_size_v, at.value, widths[1] // pack_v, pack_v, v_step, merge=False
+    )
+    key_scales = value_scales = None
+    if scales is not None:
+        key_scales = scale_rows(scales, scales.placement.key, widths[0], write.format)
+        if write.format_v == write.format:
+            value_scales = scale_rows(scales, scales.placement.value, widths[1], write.format)
+    kernel = KernelPlan(
+        module="quantize",
+        name="quantize_and_cache_kernel",
+        num_warps=plan_warps(rows * max(widths), target),
+        scalars=SCALARS,
+        constexprs={
+            "K": key,
+            "V": value,
+            "KS": key_scales,
+            "VS": value_scales,
+            "BLOCK_SIZE": extents.block_size,
+            "SLOT_STRIDE": write.slot_mapping.steps[0],
+            "FORMAT": write.format,
+            "FORMAT_V": None if write.format_v.name == write.value.dtype else write.format_v,
+            "SCALE_FORMAT": None if scales is None else scales.format,
+            "HARDWARE_FP8": converts_exactly(write.format, target),
+            "HARDWARE_SCALES": scales is not None and converts_exactly(scales.format, target),
+            "LAYER_IS_POINTER": layer_is_pointer,
+            "ROWS": rows,
+        },
+        options=EXACT,
+    )
+    return WritePlan(kernel, heads, rows, 1)
+
+
+def _itemsize(dtype: str) -> int:
+    return FLOATS[dtype].bits // 8 if dtype in FLOATS else 1

@@ -1,0 +1,1 @@
+"""Kernels of a plan, compiled or interpreted: neither torch nor JAX is needed."""

@@ -1,0 +1,90 @@
+"""Run the kernels in Triton's interpreter, on host memory, whether or not the process also compiles them.
+
+Triton decides when a kernel is decorated. So the package of kernels is loaded a second time, under a name of its
+own, with interpretation switched on; the compiled twin stays as it is.
+"""
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from kvcore import kernels
+from kvcore.formats import FP8
+from kvcore.plan.kernel import KernelPlan
+from kvcore.run.compiler import LOCK
+
+_NAME = "kvcore._interpreted_kernels"
+
+
+class Pointer:
+    """Address and dtype of host memory, as the interpreter expects them of a torch tensor; nothing is copied.
+
+    Args:
+        address: Where the first element lies, in bytes.
+        dtype: Name of the elements' dtype ("bfloat16").
+    """
+
+    def __init__(self, address: int, dtype: str) -> None:
+        self._address = address
+        self.dtype = "uint8" if dtype in FP8 or dtype == "int8" else dtype  # the kernels handle these as bytes
+
+    def data_ptr(self) -> int:
+        return self._address
+
+    # The interpreter copies tensors to the host and back. Memory that is there already needs neither.
+
+    def untyped_storage(self) -> "Pointer":
+        return self
+
+    def cpu(self) -> "Pointer":
+        return self
+
+    def new_empty(self, _size: int, device: str) -> "Pointer":
+        return Pointer(self._address, self.dtype)
+
+    def set_(self, *_: Any) -> None: ...
+
+    def copy_(self, _: "Pointer") -> None: ...
+
+    def storage_offset(self) -> int:
+        return 0
+
+    def size(self) -> tuple[int, ...]:
+        return ()
+
+    def stride(self) -> tuple[int, ...]:
+        return ()
+
+
+def run(kernel: KernelPlan, grid: tuple[int, int, int], arguments: Sequence[Any]) -> None:
+    """Interprets a kernel.
+
+    Args:
+        kernel: From a plan for `kvcore.plan.kernel.INTERPRETER`.
+        grid: Programs along each axis.
+        arguments: `Pointer`, integer or None for each pointer and scalar of the kernel, in order.
+    """
+    if 0 in grid:
+        return
+    with LOCK, np.errstate(all="ignore"):  # NaN and infinity are input like any other
+        getattr(_interpreted(kernel.module), kernel.name)[grid](*arguments, **kernel.constexprs)
+
+
+@cache
+def _interpreted(module: str) -> ModuleType:
+    from triton import knobs
+
+    if _NAME not in sys.modules:
+        spec = importlib.util.spec_from_file_location(
+            _NAME, kernels.__file__, submodule_search_locations=list(kernels.__path__)
+        )
+        assert spec is not None
+        sys.modules[_NAME] = importlib.util.module_from_spec(spec)
+    with knobs.runtime.scope():
+        knobs.runtime.interpret = True
+        return importlib.import_module(f"{_NAME}.{module}")

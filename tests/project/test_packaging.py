@@ -1,0 +1,162 @@
+"""What the distribution says of itself, and what is said where something that it does not bring is missing."""
+
+import re
+import tomllib
+from importlib import metadata
+
+import pytest
+import yaml
+
+import jaxkv
+import kvcore
+import torchkv
+from tests.project.test_imports import JAX_WRITE, ROOT, TORCH_WRITE, packages, run
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def refused(code, error, hidden):
+    """The message of the error that code ends with, in a process without the hidden packages."""
+    indented = code.strip().replace("\n", "\n    ")
+    code = (
+        f"try:\n    {indented}\nexcept {error} as error:\n    print('message:', error)\nelse:\n    raise SystemExit(1)"
+    )
+    return run(code, hidden, text=True).partition("message: ")[2].splitlines()[0]
+
+
+@pytest.mark.parametrize("package", [jaxkv, torchkv, kvcore], ids=lambda package: package.__name__)
+def test_version_is_the_distributions(package):
+    assert package.__version__ == metadata.version("jaxkv") == PROJECT["version"]
+    with pytest.raises(AttributeError, match=f"module '{package.__name__}' has no attribute 'versoin'"):
+        _ = package.versoin
+
+
+@pytest.mark.parametrize("package", ["jaxkv", "torchkv", "kvcore"])
+def test_version_of_a_copy_that_was_not_installed_is_no_attribute(package):
+    code = f"""
+from importlib import metadata
+def missing(name):
+    raise metadata.PackageNotFoundError(name)
+metadata.version = missing
+import {package}
+assert not hasattr({package}, "__version__")
+"""
+    run(code)
+
+
+def test_changelog_has_the_version():
+    newest = re.search(r"^## \[(.*?)\]", (ROOT / "CHANGELOG.md").read_text().replace("## [Unreleased]", ""), re.M)
+    assert newest is not None
+    assert newest[1] == PROJECT["version"]
+
+
+def test_licence_is_a_whole_apache_licence():
+    text = (ROOT / "LICENSE").read_text()
+    assert PROJECT["license"] == "Apache-2.0"
+    assert "LICENSE" in PROJECT["license-files"]
+    for part in (
+        "Version 2.0, January 2004",
+        "1. Definitions.",
+        "9. Accepting Warranty",
+        "END OF TERMS AND CONDITIONS",
+    ):
+        assert part in text
+
+
+def test_readme_links_to_nothing_that_only_a_clone_has():
+    # An index shows README without the files beside it, and there is no address of a repository to link to.
+    links = re.findall(r"\]\((.*?)\)", (ROOT / "README.md").read_text())
+    assert links
+    assert all(link.startswith(("https://", "#")) for link in links)
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_files_that_pages_name_are_there(page):
+    names = re.findall(r"`([\w./]*/[\w.]*\.(?:py|md|yml)|\w+\.md|\.ci/\w+)`", (ROOT / page).read_text())
+    assert names
+    assert [name for name in names if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize(("workflow", "command"), [("ci", "bash .ci/run"), ("newest", "bash .ci/compiled")])
+def test_workflows_run_scripts_that_anybody_can_run(workflow, command):
+    text = (ROOT / f".github/workflows/{workflow}.yml").read_text()
+    yaml.safe_load(text)
+    assert command in text
+    assert (ROOT / command.split()[1]).is_file()
+
+
+def test_triton_comes_with_extras_only():
+    extras = PROJECT["optional-dependencies"]
+    assert PROJECT["dependencies"] == ["numpy>=2.0"]
+    assert not any("triton" in requirement for requirement in extras["jax"])
+    for extra in ("triton", "torch"):
+        assert any(requirement.startswith("triton") for requirement in extras[extra])
+    assert "jaxkv[triton]" in extras["cuda13"]
+
+
+# --- What is missing ------------------------------------------------------------------------------
+
+TRITON = (
+    "Triton is not installed, and its kernels are what runs on CUDA and ROCm devices and with backend 'interpret': "
+    "install jaxkv[cuda13] for JAX on an NVIDIA GPU, jaxkv[triton] beside a JAX of your own, jaxkv[torch] for torch"
+)
+JAX_TRITON = (
+    "jax-triton is not installed, and JAX starts Triton's kernels with it on CUDA and ROCm devices: "
+    "install jaxkv[cuda13] for JAX on an NVIDIA GPU, jaxkv[triton] beside a JAX of your own"
+)
+
+
+def test_jaxkv_without_jax_names_the_extra():
+    message = "jax is not installed, and jaxkv needs it: install jaxkv[jax], or jaxkv[cuda13] for an NVIDIA GPU"
+    assert refused("import jaxkv", "ModuleNotFoundError", {"jax"}) == message
+
+
+def test_torchkv_without_torch_names_the_extra():
+    message = "torch is not installed, and torchkv needs it: install jaxkv[torch]"
+    assert refused("import torchkv", "ModuleNotFoundError", {"torch"}) == message
+
+
+@pytest.mark.parametrize("package", ["jax", "torch"])
+def test_a_framework_that_is_broken_is_not_called_missing(package):
+    code = f"import {package}kv"
+    missing = {"jax": "ml_dtypes", "torch": "typing_extensions"}[package]
+    message = refused(code, "ModuleNotFoundError", {missing})
+    assert message.startswith(f"No module named '{missing}")
+
+
+@pytest.mark.parametrize("platform", ["cuda", "rocm"])
+@pytest.mark.parametrize(("hidden", "message"), [("triton", TRITON), ("jax_triton", JAX_TRITON)])
+@pytest.mark.parametrize("op", ["write", "attend", "gather"])
+def test_jax_on_a_gpu_without_triton_is_an_error_and_no_slow_path(op, hidden, message, platform):
+    code = f"""
+import jax, jax.numpy as jnp, jaxkv
+cache = jaxkv.PagedKVCache.create(num_blocks=3, block_size=4, num_heads=2, head_size=8)
+row, tables, lengths = jnp.ones((1, 2, 8)), jnp.zeros((1, 2), jnp.int32), jnp.ones(1, jnp.int32)
+ops = {{
+    "write": lambda cache: cache.write(row, row, lengths),
+    "attend": lambda cache: cache.attend(row, tables, lengths),
+    "gather": lambda cache: cache.gather(tables, lengths, 4),
+}}
+jax.jit(ops[{op!r}]).trace(cache).lower(lowering_platforms=({platform!r},))
+"""
+    assert refused(code, "ModuleNotFoundError", {hidden}) == message
+
+
+def test_interpreting_without_triton_names_the_extra():
+    for code in (
+        "import jaxkv" + JAX_WRITE.replace("]))", ']), backend="interpret")'),
+        "import torchkv" + TORCH_WRITE.replace("[5]))", '[5]), backend="interpret")'),
+    ):
+        assert code.count("interpret") == 1
+        assert refused(code, "ModuleNotFoundError", {"triton"}) == TRITON
+
+
+def test_torch_on_a_gpu_without_triton_names_the_extra():
+    for name in ("load(None, {}, frozenset())", "target()"):
+        code = f"from torchkv import _launch\n_launch.{name}"
+        assert refused(code, "ModuleNotFoundError", {"triton"}) == TRITON
+
+
+def test_jaxkv_on_a_cpu_imports_only_what_its_extra_brings():
+    modules = run("import jaxkv" + JAX_WRITE, {"triton", "jax_triton", "torch", "torchkv"})
+    assert not packages(modules) & {"gguf", "tokenizers", "transformers", "jinja2"}

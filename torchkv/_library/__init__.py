@@ -1,0 +1,1 @@
+"""The ops, registered with torch.library."""

@@ -1,0 +1,83 @@
+"""Compiled kernels on torch's current device, started by integer pointers, past Triton's own launcher."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvcore.plan.kernel import KernelPlan, Target
+from torchkv._call import dtype_name
+
+
+class Kernel(NamedTuple):
+    """A compiled kernel and what its launches have in common."""
+
+    compiled: Any  # triton's CompiledKernel; holds the loaded binary
+    run: Callable[..., None]
+    hooks: Any  # triton.knobs.runtime
+    constexprs: tuple[None, ...]
+
+
+_kernels: dict[tuple[Any, ...], Kernel] = {}
+
+
+def load(kernel: KernelPlan, pointers: Mapping[str, str | None], aligned: frozenset[str]) -> Kernel:
+    """Compiles for the current device, once. Arguments are those of `kvcore.run.compiler.compile_kernel`."""
+    from kvcore.run.compiler import LOCK, compile_kernel, knobs, readable_errors, with_cache
+
+    wanted = (
+        kernel.module, kernel.name, kernel.num_warps, *kernel.constexprs.items(), *kernel.options.items(),
+        *pointers.items(), aligned, torch.cuda.current_device(),
+    )  # fmt: skip
+    with LOCK:  # of threads that want the same, one compiles
+        if wanted not in _kernels:
+            compiled = compile_kernel(kernel, target(), pointers, aligned)
+            with readable_errors():
+                run = with_cache(lambda: compiled.run)  # loads it, and with older Tritons compiles a launcher
+            _kernels[wanted] = Kernel(compiled, run, knobs.runtime, (None,) * len(kernel.constexprs))
+        return _kernels[wanted]
+
+
+def start(kernel: Kernel, grid: tuple[int, int, int], device: int, arguments: Sequence[Any]) -> None:
+    """Starts a kernel on the current stream. `device` is the current device's index, pointers are addresses."""
+    arguments = (*arguments, *kernel.constexprs)
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    enter, leave, metadata = kernel.hooks.launch_enter_hook, kernel.hooks.launch_exit_hook, None
+    if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a profiler listens
+        metadata = kernel.compiled.launch_metadata(grid, stream, *arguments)
+    else:
+        enter = leave = None
+    compiled = kernel.compiled
+    kernel.run(*grid, stream, compiled.function, compiled.packed_metadata, metadata, enter, leave, *arguments)
+
+
+def target() -> Target:
+    """What torch's current device is."""
+    from kvcore.run.compiler import LOCK, readable_errors, with_cache  # first: says so where there is no Triton
+
+    from triton.runtime import driver  # isort: skip
+
+    with LOCK, readable_errors():
+        found: Any = with_cache(lambda: driver.active).get_current_target()  # at first it compiles its utilities
+    return Target(found.backend, found.arch, found.warp_size)
+
+
+def interpret(kernel: KernelPlan, grid: tuple[int, int, int], arguments: Sequence[Any]) -> None:
+    """Runs a kernel in Triton's interpreter, on the memory of CPU tensors."""
+    from kvcore.run import interpreter
+
+    def pointer(argument: Any) -> Any:
+        if not isinstance(argument, Tensor):
+            return argument
+        return interpreter.Pointer(argument.data_ptr(), dtype_name(argument))
+
+    interpreter.run(kernel, grid, list(map(pointer, arguments)))
+
+
+def signature(tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    """All of tensors that a launch depends on: of their addresses, what they are multiples of."""
+    return tuple(
+        None if t is None else (t.dtype, t.shape, t.stride(), t.device, t.data_ptr() & 15 == 0, t.data_ptr() & 3)
+        for t in tensors
+    )
