@@ -117,7 +117,7 @@ def test_kernels_are_compiled_while_others_are_interpreted():
     """To interpret, Triton patches the language that compiling reads."""
     run("""
 import torch, torchkv
-from tests.test_first_launch import H100, compile_kernel, in_threads, write_kernel
+from tests.write.test_first_launch import H100, compile_kernel, in_threads, write_kernel
 
 def call(i):
     if i % 2:
@@ -138,7 +138,7 @@ assert in_threads(6, call) == [None] * 6, in_threads(6, call)
 def test_first_calls_of_torch_from_ten_threads(backend):
     run(f"""
 import torch, torchkv
-from tests.test_first_launch import in_threads
+from tests.write.test_first_launch import in_threads
 
 def call(i):
     n = 1 + i // 2  # threads in pairs ask for the same
@@ -159,7 +159,7 @@ assert results == [True] * 10, results
 def test_first_calls_of_jax_from_ten_threads(backend):
     run(f"""
 import jax, jax.numpy as jnp, numpy as np, jaxkv
-from tests.test_first_launch import in_threads
+from tests.write.test_first_launch import in_threads
 
 def call(i):
     n = 1 + i // 2
