@@ -127,7 +127,7 @@ def test_every_module_has_a_place_in_the_order():
 def test_imports_of_every_kind_are_seen():
     code = "import kvcore.layout\ndef f():\n    from kvcore import formats\n    from .plan.rows import Rows\n"
     assert set(imported("kvcore.scales", ast.parse(code))) == {"kvcore.layout", "kvcore.formats", "kvcore.plan.rows"}
-    assert {"kvcore.kernels.decode", "kvcore.kernels.reduce"} <= GRAPH["kvcore.kernels.encode"]
+    assert "kvcore.kernels.decode" in GRAPH["kvcore.kernels.encode"]  # a relative one
     assert "kvcore.run.interpreter" in GRAPH["torchkv._triton.launch"]  # inside a function
 
 
