@@ -11,7 +11,7 @@ import yaml
 import jaxkv
 import kvcore
 import torchkv
-from tests.project.test_imports import JAX_WRITE, ROOT, TORCH_WRITE, packages, run
+from tests.cases.processes import JAX_WRITE, ROOT, TORCH_WRITE, packages, run
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
