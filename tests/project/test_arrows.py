@@ -104,11 +104,15 @@ def arrows() -> set[tuple[str, str]]:
 
 def drawing() -> str:
     """The arrows between parts, one line for each part, lowest first."""
-    parts = sorted({part_of(module) for module in MODULES}, key=lambda part: (part.split(".")[0], level_of(part), part))
+
+    def place(part: str) -> tuple[str, int, str]:
+        return part.split(".")[0], level_of(part), part
+
+    parts = sorted({part_of(module) for module in MODULES}, key=place)
     lines = []
     for part in parts:
         targets = {part_of(name) for module, name in arrows() if part_of(module) == part} - {part}
-        inside = sorted((name for name in targets if name.split(".")[0] == part.split(".")[0]), key=level_of)
+        inside = sorted((name for name in targets if name.split(".")[0] == part.split(".")[0]), key=place)
         names = [name.split(".")[-1] for name in inside] + sorted(targets - set(inside))
         lines.append(f"{part:<22} → {', '.join(names)}" if names else part)
     return "\n".join(lines)
