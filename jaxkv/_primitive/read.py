@@ -38,7 +38,9 @@ def _compute(
     call: Attention | Gather, options: ReadOptions, operands: ReadOperands, backend: str, platform: str
 ) -> tuple[jax.Array, ...]:
     if backend == "xla":
-        return (xla.gather if isinstance(call, Gather) else xla.attention)(call, options, operands)
+        if isinstance(call, Gather):
+            return xla.gather(call, options, operands)
+        return xla.attention(call, options, operands)
     if backend == "interpret":
         return interpret.read(call, options, operands)
     from jaxkv._triton import launch  # imports Triton, which only GPUs need

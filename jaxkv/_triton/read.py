@@ -21,8 +21,9 @@ def launch_read(
     launch: Callable[..., Any],
 ) -> Any:
     """Launches a read with `launch`, that of `jaxkv._triton.launch` or of `jaxkv._triton.interpret`; its results."""
-    launch_op = _launch_gather if isinstance(call, Gather) else _launch_attention
-    return launch_op(call, options, operands, target, launch)
+    if isinstance(call, Gather):
+        return _launch_gather(call, options, operands, target, launch)
+    return _launch_attention(call, options, operands, target, launch)
 
 
 def _launch_attention(
