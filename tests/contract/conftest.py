@@ -3,7 +3,7 @@
 import pytest
 
 import torchkv
-from jaxkv._primitive import write as _primitive
+from jaxkv._primitive.write import write_p
 from kvcore.run import interpreter
 
 
@@ -21,7 +21,7 @@ def launches(monkeypatch):
 
         monkeypatch.setattr(owner, name, recorded)
 
-    record(_primitive.write_p, "bind")
+    record(write_p, "bind")
     record(torchkv._torch.write, "_encode")
     record(interpreter, "run")
     return seen
