@@ -157,7 +157,6 @@ def _plan_by_head(write: Write, target: Target, layer_is_pointer: bool) -> Write
             "SLOT_STRIDE": write.slot_mapping.steps[0],
             "FORMAT": write.cache.format,
             "FORMAT_V": None if write.format_v.name == write.value.dtype else write.format_v,
-            "SCALE_FORMAT": None if scales is None else scales.format,
             "HARDWARE_FP8": converts_exactly(write.cache.format, target),
             "HARDWARE_SCALES": scales is not None and converts_exactly(scales.format, target),
             "LAYER_IS_POINTER": layer_is_pointer,

@@ -27,7 +27,7 @@ def test_every_element_has_one_lane(layout, num_tokens):
     assert tokens * plan.rows >= num_tokens > (tokens - 1) * plan.rows
     for side in (plan.kernel.constexprs["K"], plan.kernel.constexprs["V"]):
         assert side.columns & (side.columns - 1) == 0
-        assert rows * side.columns >= side.num_heads * side.head_size
+        assert rows * side.columns >= side.num_heads * side.head_units
 
 
 def test_rows_without_gaps_are_one_long_head():
