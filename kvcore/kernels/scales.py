@@ -42,7 +42,7 @@ def power_scales(x, inside, LARGEST: tl.constexpr, LEAST: tl.constexpr, ROWS: tl
     """
     top = _largest_magnitudes(tl.where(x == x, x, 0.0), inside, ROWS, COLUMNS, GROUP)
     scale = tl.div_rn(top.to(tl.float32, bitcast=True), tl.full(top.shape, LARGEST, tl.float32))
-    # A float whose mantissa is 0 is a power of two. The largest mantissa, added to any other, carries into the exponent.
+    # A float whose mantissa is 0 is a power of two. Any other mantissa plus the largest one carries into the exponent.
     bits = (scale.to(tl.int32, bitcast=True) + _MANTISSA) & _INFINITY
     return tl.maximum(bits, LEAST).to(tl.float32, bitcast=True)
 

@@ -24,8 +24,8 @@ _FAR_BELOW = tl.constexpr(-(2**30))
 _CHUNK = tl.constexpr(1024)  # entries of query_start_loc or of a block table that are loaded at a time
 
 
-class Rows(NamedTuple):
-    """Query rows of one sequence, for one KV head. Row first, first + 1, … below length * q_per_kv exist."""
+class RowTile(NamedTuple):
+    """A program's query rows: first, first + 1, … of one sequence, for one KV head, below length * q_per_kv."""
 
     head: tl.tensor  # the KV head
     seq: tl.tensor
@@ -74,7 +74,7 @@ def find_rows(query_start_loc_ptr, seq_lens_ptr, num_tokens, num_seqs, P: tl.con
         length = end - start
         seq_len = tl.load(seq_lens_ptr + seq * Q.lens_stride)
     seq_len = tl.minimum(tl.maximum(seq_len, 0), _LONGEST).to(tl.int32)
-    return Rows(head, seq, start, length, first), end, seq_len
+    return RowTile(head, seq, start, length, first), end, seq_len
 
 
 @triton.jit

@@ -215,7 +215,9 @@ def test_every_kernel_says_whether_multiply_and_add_may_fuse(monkeypatch, target
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", default)
     for kernel in launched:
         fuses = kernel.options["enable_fp_fusion"]
-        assert fuses is (kernel.module == "attention"), kernel.name  # whose results are rounded, not bits to be kept
+        assert fuses is (kernel.module in ("attention", "merge")), (
+            kernel.name
+        )  # whose results are rounded, not bits to be kept
         jax_launch.launch(kernel, (1, 1, 1), [], target)
         assert seen["backend_options"]["enable_fp_fusion"] is fuses
         backend = make_backend(GPUTarget(*target))
