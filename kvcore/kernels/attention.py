@@ -19,7 +19,7 @@ scales of groups within a head are multiplied with elements.
 Where positions are split, each program leaves a partial result and the logarithm of its normalizer, which
 `merge_attention_kernel` merges.
 
-P is kvcore.plan.constants.AttentionConstants, T the Tile of it that is used.
+P is kvcore.plan.attention_constants.AttentionConstants, T the Tile of it that is used.
 """
 
 from typing import NamedTuple
@@ -177,7 +177,7 @@ def paged_attention_kernel(
     num_layers,
     out_ptr,              # [num_tokens, num_q_heads, head_size_v]; P.split: […, splits, head_size_v] float32
     lse_ptr,              # [num_tokens, num_q_heads] float32; P.split: [num_tokens, num_q_heads, splits], to base 2
-    P: tl.constexpr,      # kvcore.plan.constants.AttentionConstants
+    P: tl.constexpr,      # kvcore.plan.attention_constants.AttentionConstants
 ):  # fmt: skip
     """Attention of a tile of rows over one split of the positions."""
     TILE: tl.constexpr = P.tile

@@ -1,7 +1,7 @@
 """The two products of attention: of query with K, and of weights with V.
 
-K and V come in words; each element of a word is multiplied on its own. C is kvcore.plan.constants.CacheRows, P all
-constants.
+K and V come in words; each element of a word is multiplied on its own. P is
+kvcore.plan.attention_constants.AttentionConstants, C the CacheRows of what is multiplied.
 """
 
 import triton

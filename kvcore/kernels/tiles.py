@@ -5,7 +5,7 @@
     weights   [ROWS, POSITIONS]    2^(logit - running maximum)
     acc       [ROWS, head_size_v]  a sum over positions, weights · V
 
-P is kvcore.plan.constants.AttentionConstants, T the Tile of it that is used.
+P is kvcore.plan.attention_constants.AttentionConstants, T the Tile of it that is used.
 """
 
 from typing import NamedTuple

@@ -4,7 +4,7 @@ A word holds one, two or four elements: tensor cores take 16-bit words from shar
 be carried one by one. Each element of a word has a product of its own with those elements of query that it meets, or a
 sum of its own of values.
 
-C is kvcore.plan.constants.CacheRows, of K, of V or of the rotary part.
+C is kvcore.plan.attention_constants.CacheRows, of K, of V or of the rotary part.
 """
 
 from typing import NamedTuple

@@ -2,7 +2,7 @@
 
 from kvcore.contract.read import Attention
 from kvcore.formats import FloatFormat
-from kvcore.plan.constants import Tile
+from kvcore.plan.attention_constants import Tile
 from kvcore.plan.kernel import Target
 from kvcore.plan.rows import power_of_two
 
