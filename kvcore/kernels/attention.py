@@ -114,7 +114,7 @@ def _store_result(arrays, sums, rows, token, q_head, inside, P: tl.constexpr):
     Returns 0.0, or NaN if a sum is not finite.
     """
     Q: tl.constexpr = P.query
-    V: tl.constexpr = P.value
+    V: tl.constexpr = P.v
     VS: tl.constexpr = V.scales
     m, l, acc, v_scale_max = sums
     sink = None

@@ -25,8 +25,8 @@ class Query(NamedTuple):
     """Rows of query."""
 
     main: tl.tuple
-    rest: tl.tuple  # or None
-    rope: tl.tuple  # or None
+    rest: tl.tuple  # empty if there is none
+    rope: tl.tuple  # empty if there is none
     scale: tl.tensor  # [ROWS]: times products with K: logits to base 2; never negative
     position: tl.tensor  # [ROWS]: where the row's token stands in its sequence; one number where rows see the same
 
@@ -34,11 +34,11 @@ class Query(NamedTuple):
 @triton.jit
 def load_query(query_ptr, k_scale_ptr, head, row_offset, inside, position, P: tl.constexpr, T: tl.constexpr):
     """The rows at offsets `[ROWS]` of query, of those that are inside, for a KV head."""
-    K: tl.constexpr = P.key
+    K: tl.constexpr = P.k
     ROPE: tl.constexpr = P.rope
     main = _load_piece(query_ptr, row_offset, inside, 0, 0, K.main, K, P)
-    rest = None
-    rope = None
+    rest = ()
+    rope = ()
     if K.rest > 0:
         rest = _load_piece(query_ptr, row_offset, inside, 0, K.main, K.rest, K, P)
     if ROPE is not None:
@@ -59,18 +59,18 @@ def load_query(query_ptr, k_scale_ptr, head, row_offset, inside, position, P: tl
         # Each row is divided by a power of two near its largest magnitude, so that float16 can hold it: exact, but for
         # elements that are 2^-24 of the largest.
         largest = _largest(main, K)
-        if rest is not None:
+        if K.rest > 0:
             largest = tl.maximum(largest, _largest(rest, K))
-        if rope is not None:
+        if ROPE is not None:
             largest = tl.maximum(largest, _largest(rope, ROPE))
         power = tl.minimum(largest.to(tl.uint32, bitcast=True) & _EXPONENT, _LARGEST_POWER)
         factor = factor * (_SUM - power).to(tl.float32, bitcast=True)
         scale = scale * power.to(tl.float32, bitcast=True)
 
     main = _times(main, factor, K, COMPUTE)
-    if rest is not None:
+    if K.rest > 0:
         rest = _times(rest, factor, K, COMPUTE)
-    if rope is not None:
+    if ROPE is not None:
         rope = _times(rope, factor, ROPE, COMPUTE)
     return Query(main, rest, rope, scale, position)
 

@@ -33,7 +33,7 @@ class Sums(NamedTuple):
 @triton.jit
 def no_sums(P: tl.constexpr, T: tl.constexpr):
     """The sums of no positions."""
-    V: tl.constexpr = P.value
+    V: tl.constexpr = P.v
     ELEMENTS: tl.constexpr = V.elements_per_word
     m = tl.full([T.rows], float("-inf"), tl.float32)
     l = tl.full([T.rows], 0.0, tl.float32)
@@ -46,15 +46,15 @@ def no_sums(P: tl.constexpr, T: tl.constexpr):
 @triton.jit
 def _scores(query, k, pages, slots, MASKED: tl.constexpr, P: tl.constexpr, T: tl.constexpr):
     """Scores of a tile, `[ROWS, POSITIONS]`, before they are scaled; `k` are the main words of K."""
-    K: tl.constexpr = P.key
+    K: tl.constexpr = P.k
     KS: tl.constexpr = K.scales
     ROPE: tl.constexpr = P.rope
-    k_scales = load_word_scales(pages.key_cache_ptr, pages, slots, 0, K.main, T.positions, K, P.compute)
+    k_scales = load_word_scales(pages.key_cache_ptr, pages, slots, 0, K.main, T.positions, K, P)
     scores = tl.full([T.rows, T.positions], 0.0, tl.float32)
     scores = add_scores(scores, query.main, k, k_scales, K, P)
     if K.rest > 0:
         k = load_words(pages.key_cache_ptr, pages, slots, K.main, K.rest, MASKED, K)
-        k_scales = load_word_scales(pages.key_cache_ptr, pages, slots, K.main, K.rest, T.positions, K, P.compute)
+        k_scales = load_word_scales(pages.key_cache_ptr, pages, slots, K.main, K.rest, T.positions, K, P)
         scores = add_scores(scores, query.rest, k, k_scales, K, P)
     if ROPE is not None:
         rope_ptr = pages.key_cache_ptr.to(tl.pointer_type(tl.bfloat16))
@@ -117,8 +117,8 @@ def fold_tiles(
         P: All constants.
         T: The tile.
     """
-    K: tl.constexpr = P.key
-    V: tl.constexpr = P.value
+    K: tl.constexpr = P.k
+    V: tl.constexpr = P.v
     VS: tl.constexpr = V.scales
     OPTIONS: tl.constexpr = P.options
     SCALED: tl.constexpr = MASKED or OPTIONS.soft_cap is not None
@@ -141,7 +141,7 @@ def fold_tiles(
             logits = tl.where(seen, logits, float("-inf"))
         m, l, weights, shrink = fold_logits(m, l, logits, query.scale, SCALED, MASKED, P.weight_bits)
 
-        v_scales = load_word_scales(pages.value_cache_ptr, pages, slots, 0, V.main, T.positions, V, P.compute)
+        v_scales = load_word_scales(pages.value_cache_ptr, pages, slots, 0, V.main, T.positions, V, P)
         v_scale = None
         if VS is not None:
             if not VS.inside:

@@ -93,12 +93,13 @@ def load_position_scales(scale_cache_ptr, pages, slots, S: tl.constexpr):
 
 @triton.jit
 def load_word_scales(cache_ptr, pages, slots, FIRST: tl.constexpr, SIZE: tl.constexpr, POSITIONS: tl.constexpr,
-                     C: tl.constexpr, COMPUTE: tl.constexpr):  # fmt: skip
+                     C: tl.constexpr, P: tl.constexpr):  # fmt: skip
     """The scales of words FIRST … FIRST + SIZE - 1, `[POSITIONS, SIZE]`, out of the cache's own memory.
 
-    None where scales do not lie there. Those of 8 bits are floats of COMPUTE, which has all their products with
+    None where scales do not lie there. Those of 8 bits are floats of P.compute, which has all their products with
     elements; others are float32.
     """
+    COMPUTE: tl.constexpr = P.compute
     S: tl.constexpr = C.scales
     scale = None
     if S is not None:

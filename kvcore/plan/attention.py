@@ -175,14 +175,14 @@ def _constants(
     min_tiles: int,
 ) -> AttentionConstants:
     """What the kernel knows when it is compiled."""
-    key, value, rope = _cache_rows(call, even_addresses)
+    k, v, rope = _cache_rows(call, even_addresses)
     compute, ragged = _compute(call, target), call.query_start_loc is not None
     return AttentionConstants(
         query=_query_rows(call),
-        key=key,
-        value=value,
+        k=k,
+        v=v,
         rope=rope,
-        v_in_k=call.cache.layout.latent and value.words == key.main,
+        v_in_k=call.cache.layout.latent and v.words == k.main,
         block_size=call.cache.extents.block_size,
         layer_is_pointer=layer_is_pointer,
         options=call.options,

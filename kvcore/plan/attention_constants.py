@@ -52,13 +52,13 @@ class Tile(NamedTuple):
 
 
 class AttentionConstants(NamedTuple):
-    """All constants of `paged_attention_kernel`."""
+    """All constants of `paged_attention_kernel`. None may be called value: Triton 3.6 would take that of the constexpr."""
 
     query: QueryRows
-    key: CacheRows
-    value: CacheRows
-    rope: CacheRows | None  # the rotary part of fp8_ds_mla, which follows key's elements in a head of query
-    v_in_k: bool  # whether value is the main part of key, so that it is loaded once
+    k: CacheRows
+    v: CacheRows
+    rope: CacheRows | None  # the rotary part of fp8_ds_mla, which follows K's elements in a head of query
+    v_in_k: bool  # whether V is the main piece of K, so that it is loaded once
     block_size: int
     layer_is_pointer: bool  # whether the layer's index is loaded from memory
     options: AttentionOptions
