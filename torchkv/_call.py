@@ -1,9 +1,7 @@
 """One call of an op: its arguments under their names, and the contract's verdict on them."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,6 +9,7 @@ from kvcore.arrays import ArraySpec
 from kvcore.contract.checks import check_devices, check_scale
 from kvcore.contract.write import Write, check_mla, check_write
 from kvcore.layout import array_names
+from torchkv._arguments import spec_of
 
 
 class Call(NamedTuple):
@@ -94,62 +93,6 @@ def check(call: Call) -> Write:
 def interpret_error(device: torch.device) -> ValueError:
     """The error for the backend "interpret" where memory is not the host's."""
     return ValueError(f"backend 'interpret' needs CPU tensors, got device {device}")
-
-
-def check_tensors(**given: Any) -> None:
-    """Tensors, all of them.
-
-    Raises:
-        TypeError: one is not.
-    """
-    for name, x in given.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-
-
-def explain(op: Any, args: Sequence[Any]) -> None:
-    """Raises a line on the first argument of a type that the op's schema does not have, where there is one.
-
-    For when torch's dispatcher has refused a call, with a page: asked before, each call would pay for it.
-
-    Raises:
-        TypeError: an argument is of a wrong type.
-    """
-    if torch.compiler.is_compiling():  # dynamo cannot trace schemas; its own error has the reason
-        return
-    for argument, x in zip(op._schema.arguments, args, strict=False):
-        kind, name = str(argument.type), argument.name
-        optional = kind.startswith("Optional[")
-        kind = kind.removeprefix("Optional[").rstrip("]") if optional else kind
-        if optional and x is None:
-            continue
-        if kind == "List[Tensor]":
-            check_tensors(**{f"{name}[{i}]": tensor for i, tensor in enumerate(x)})
-            continue
-        wanted, types = _TYPES[kind]
-        if not isinstance(x, types) or (kind == "int" and isinstance(x, bool)):
-            got = repr(x) if isinstance(x, (int, float, str, type(None))) else type(x).__name__
-            raise TypeError(f"{name} must be {'None or ' if optional else ''}{wanted}, got {got}")
-
-
-_TYPES: dict[str, tuple[str, tuple[type, ...]]] = {
-    "Tensor": ("a torch.Tensor", (Tensor,)),
-    "int": ("an int", (int, np.integer, torch.SymInt)),
-    "float": ("a number", (int, float, np.number)),
-    "bool": ("True or False", (bool,)),
-    "str": ("a string", (str,)),
-}
-"""Types of schemas, as errors call them, and in Python."""
-
-
-def dtype_name(tensor: Tensor) -> str:
-    """The dtype's name, as NumPy and JAX have it."""
-    return str(tensor.dtype).removeprefix("torch.")
-
-
-def spec_of(tensor: Tensor) -> ArraySpec:
-    """What the contract asks of a tensor."""
-    return ArraySpec(tuple(tensor.shape), dtype_name(tensor), tensor.stride(), str(tensor.device))
 
 
 def _with_head(rows: ArraySpec) -> ArraySpec:

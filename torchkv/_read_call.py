@@ -12,7 +12,7 @@ from kvcore.arrays import ArraySpec
 from kvcore.contract.checks import check_devices, check_result
 from kvcore.contract.read import Attention, Gather, Options, check_attention, check_gather
 from kvcore.layout import array_names
-from torchkv._call import spec_of
+from torchkv._arguments import maybe_spec, spec_of
 
 Results = tuple[Tensor, Tensor]
 """Result and log-sum-exp, or key and value."""
@@ -114,12 +114,12 @@ def describe_attention(call: AttentionCall) -> Attention:
         [spec_of(c) for c in call.caches],
         spec_of(call.block_tables),
         spec_of(call.seq_lens),
-        _maybe(call.query_start_loc),
-        _maybe(call.sinks),
+        maybe_spec(call.query_start_loc),
+        maybe_spec(call.sinks),
         Options(call.scale, call.causal, call.sliding_window, call.soft_cap),
         call.kv_cache_dtype,
-        _maybe(call.k_scale),
-        _maybe(call.v_scale),
+        maybe_spec(call.k_scale),
+        maybe_spec(call.v_scale),
         call.layout,
         call.layer if call.layer_index is None else spec_of(call.layer_index),
         call.head_size_v,
@@ -136,8 +136,8 @@ def describe_gather(call: GatherCall) -> Gather:
         call.max_len,
         call.dtype,
         call.kv_cache_dtype,
-        _maybe(call.k_scale),
-        _maybe(call.v_scale),
+        maybe_spec(call.k_scale),
+        maybe_spec(call.v_scale),
         call.layout,
         call.layer if call.layer_index is None else spec_of(call.layer_index),
         call.head_size,
@@ -178,7 +178,3 @@ def _check_results(
     for name, spec, (shape, dtype) in zip(names, specs, wanted, strict=True):
         check_result(name, spec, shape, dtype)
     check_devices(list(zip(names, specs, strict=True)), *home)
-
-
-def _maybe(tensor: Tensor | None) -> ArraySpec | None:
-    return None if tensor is None else spec_of(tensor)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kvcore.plan.kernel import KernelPlan, Target
-from torchkv._call import dtype_name
+from torchkv._arguments import dtype_name
 
 
 class Kernel(NamedTuple):

@@ -15,7 +15,7 @@ from kvcore.contract.read import Attention, Gather
 from kvcore.plan import attention as plan_attention
 from kvcore.plan import gather as plan_gather
 from kvcore.plan.kernel import INTERPRETER
-from torchkv._call import dtype_name
+from torchkv._arguments import dtype_name
 from torchkv._memory import check_address, check_results_apart
 from torchkv._read_call import (
     ATTENTION_RESULTS,

@@ -13,7 +13,8 @@ from torch import Tensor
 from kvcore.contract.write import Write
 from kvcore.plan.kernel import INTERPRETER
 from kvcore.plan.write import arguments, plan_write, pointers, scalars
-from torchkv._call import Call, check, dtype_name, memory_names
+from torchkv._arguments import dtype_name
+from torchkv._call import Call, check, memory_names
 from torchkv._memory import check_address, overlap_error, share_elements, span
 from torchkv._triton.launch import Kernel, interpret, load, start, target
 
