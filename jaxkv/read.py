@@ -14,8 +14,9 @@ from jaxkv._primitive.read import Operands, Options
 from jaxkv._primitive.write import spec_of
 from jaxkv.write import BACKENDS, static_scale
 from kvcore.choices import JaxBackend, KVCacheDtype, Layout
+from kvcore.contract.cache import Cache
 from kvcore.contract.checks import check_options
-from kvcore.contract.read import Cache, check_attention_options, check_merge
+from kvcore.contract.read import check_attention_options, check_merge
 from kvcore.layout import CacheLayout
 from kvcore.scales import scale_layout_of
 

@@ -11,11 +11,13 @@ import jax.numpy as jnp
 from jaxkv._arguments import ArrayLike, Index, Scale, as_array, as_indices, as_layer, as_scale
 from jaxkv._primitive import write as _primitive
 from jaxkv._primitive.write import Operands, Options, spec_of
+from kvcore.arrays import array_names
 from kvcore.choices import JaxBackend, KVCacheDtype, Layout, PerTokenHeadDtype
+from kvcore.contract.cache import CacheArguments
 from kvcore.contract.checks import check_options, check_scale, check_scale_type
 from kvcore.contract.write import check_mla, check_write, split_of_latent
 from kvcore.formats import DS_MLA_ROPE
-from kvcore.layout import CacheLayout, array_names
+from kvcore.layout import CacheLayout
 from kvcore.scales import scale_layout_of
 
 BACKENDS = ("triton", "xla", "interpret")
@@ -472,23 +474,21 @@ def _write(
     specs = [spec_of(a) for a in memory[: len(caches)]]
     if whole is not None:
         specs = [specs[0]._replace(shape=whole)]
-    write = check_write(
-        spec_of(key),
-        spec_of(value),
-        specs,
-        spec_of(slot_mapping),
-        kv_cache_dtype,
-        None if k_scale is None else spec_of(k_scale),
-        None if v_scale is None else spec_of(v_scale),
-        layout,
-        layer if index is None else spec_of(index),
-        [spec_of(a) for a in memory[len(caches) :]],
-        scale_layout,
+    cache = CacheArguments(
+        caches=specs,
+        kv_cache_dtype=kv_cache_dtype,
+        k_scale=None if k_scale is None else spec_of(k_scale),
+        v_scale=None if v_scale is None else spec_of(v_scale),
+        layout=layout,
+        layer=layer if index is None else spec_of(index),
+        scale_caches=[spec_of(a) for a in memory[len(caches) :]],
+        scale_layout=scale_layout,
     )
+    write = check_write(spec_of(key), spec_of(value), spec_of(slot_mapping), cache)
     options = Options(
         kv_cache_dtype=kv_cache_dtype,
-        layout=write.layout,
-        scale_layout=scale_layout_of(scale_layout, write.layout.has_layer) if scale_caches else None,
+        layout=write.cache.layout,
+        scale_layout=scale_layout_of(scale_layout, write.cache.layout.has_layer) if scale_caches else None,
         layer=layer if index is None else None,
         backend=backend,
     )

@@ -1,8 +1,9 @@
-"""What is known of an array without its data, whichever framework it is of."""
+"""What is known of arrays without their data, whichever framework they are of: specs, names, sizes."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-from kvcore.layout import contiguous_strides
+import numpy as np
 
 
 class ArraySpec(NamedTuple):
@@ -24,3 +25,39 @@ class ArraySpec(NamedTuple):
     def steps(self) -> tuple[int, ...]:
         """Strides, also where they are C order."""
         return self.strides or contiguous_strides(self.shape)
+
+
+def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """C-order strides, in elements."""
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= size
+    return tuple(reversed(strides))
+
+
+def shape_of(spec: ArraySpec) -> str:
+    """The shape, as errors print it."""
+    return str(tuple(spec.shape))
+
+
+def array_names(num_caches: int, num_scale_caches: int = 0) -> tuple[str, ...]:
+    """What schemas and errors call caches, and the scale caches that follow them."""
+    caches = ("key_cache", "value_cache") if num_caches == 2 else ("kv_cache",)
+    return (*caches, *("k_scale_cache", "v_scale_cache")[:num_scale_caches])
+
+
+def check_integers(**sizes: Any) -> None:
+    """Integers of Python, of NumPy, or as a framework traces them; None is left out.
+
+    Raises:
+        TypeError: one is no integer; the message has its name.
+    """
+    for name, size in sizes.items():
+        if size is not None and (isinstance(size, (bool, np.bool_)) or not hasattr(size, "__index__")):
+            raise TypeError(f"{name} must be an int, got {size!r}")
+
+
+def python_integers(*sizes: Any) -> tuple[Any, ...]:
+    """The same sizes, with Python's integers for NumPy's, whose products would overflow."""
+    return tuple(int(size) if isinstance(size, np.integer) else size for size in sizes)

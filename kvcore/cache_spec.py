@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from kvcore.arrays import ArraySpec
+from kvcore.arrays import ArraySpec, array_names, check_integers, python_integers
 from kvcore.contract.checks import check_kv_cache_dtype, either
 from kvcore.formats import DS_MLA_LATENT, FLOATS, FP8_DS_MLA, KV_CACHE_DTYPES, PER_TOKEN_HEAD, stored_size
-from kvcore.layout import CacheLayout, array_names, check_integers, python_integers
+from kvcore.layout import CacheLayout
 from kvcore.scales import place_stored, scale_layout_of
 
 

@@ -32,7 +32,7 @@ class FloatFormat(NamedTuple):
     unsigned_zero: bool = False
 
     @property
-    def per_byte(self) -> int:
+    def elements_per_unit(self) -> int:
         """Elements of a stored unit: 2 in a byte, or 1."""
         return 2 if self.bits == 4 else 1
 
@@ -109,7 +109,7 @@ def stored_size(stored: FloatFormat | None, head_size: int) -> int:
     check_head_size("head_size", stored, head_size)
     if stored == FP8_DS_MLA:
         return DS_MLA_ROW
-    return head_size // stored.per_byte + (head_size // NVFP4_GROUP if stored == NVFP4 else 0)
+    return head_size // stored.elements_per_unit + (head_size // NVFP4_GROUP if stored == NVFP4 else 0)
 
 
 def check_head_size(name: str, stored: FloatFormat, head_size: int) -> None:

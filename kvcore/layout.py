@@ -10,76 +10,17 @@ A layout is a pattern that names an array's axes from the slowest to the fastest
     block slot latent                                 MLA: one head; K is the whole row, V its first elements
     layer block slot head dim                         any of these for all layers at once
 
-Every one of them is affine, so an `Address` of nine integers serves all kernels and both frameworks.
 """
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar
 
-import numpy as np
-
-_NAMES = ("layer", "block", "slot", "head", "kv", "dim", "dim/x", "x", "k+v", "latent")
-_TOKEN = re.compile(r"\(\s*([^()]*?)\s*\)|(\S+)")
-
-Axis = tuple[str, ...]
-"""One axis of an array: a single name, or `kv` and another name in the order in which they vary."""
-
-
-class Extents(NamedTuple):
-    """Sizes of a cache. `num_layers` is None without a `layer` axis."""
-
-    num_layers: int | None
-    num_blocks: int
-    block_size: int
-    num_heads: int
-    head_size: int
-    head_size_v: int
-
-    @property
-    def num_slots(self) -> int:
-        """Slots of one layer: `num_blocks * block_size`."""
-        return self.num_blocks * self.block_size
-
-
-class Address(NamedTuple):
-    """Where K, or V, lives in its array. All numbers count elements.
-
-    Element (layer, block, slot, head, dim) is at
-    `offset + layer·L + block·B + slot·S + head·H + (dim // x)·D + (dim % x)·X`.
-    """
-
-    offset: int
-    layer: int
-    block: int
-    slot: int
-    head: int
-    dim: int
-    x: int
-    x_stride: int
-
-    def of(self, layer: int, block: int, slot: int, head: int, dim: int) -> int:
-        """Position of one element, in elements from the array's first."""
-        return (
-            self.offset
-            + layer * self.layer
-            + block * self.block
-            + slot * self.slot
-            + head * self.head
-            + dim // self.x * self.dim
-            + dim % self.x * self.x_stride
-        )
-
-
-class Placement(NamedTuple):
-    """A layout applied to arrays of known shape and strides."""
-
-    extents: Extents
-    key: Address
-    value: Address
+from kvcore.arrays import array_names, check_integers, contiguous_strides, python_integers
+from kvcore.pattern import AXES, CONSTANTS, Axis, parse, spell, validate
+from kvcore.placement import Extents, Placement, address_of, axis_table
 
 
 @dataclass(frozen=True)
@@ -117,9 +58,9 @@ class CacheLayout:
     def __post_init__(self) -> None:
         if not isinstance(self.pattern, str):
             raise TypeError(f"layout must be a pattern string or a CacheLayout, got {self.pattern!r}")
-        normal = ", ".join(_spell(_parse(p)) for p in self.pattern.split(","))
+        normal = ", ".join(spell(parse(p)) for p in self.pattern.split(","))
         object.__setattr__(self, "pattern", normal)
-        _validate(normal, self.arrays)
+        validate(normal, self.arrays)
 
     @classmethod
     def of(cls, layout: "str | CacheLayout") -> "CacheLayout":
@@ -131,7 +72,7 @@ class CacheLayout:
     @cached_property
     def arrays(self) -> tuple[tuple[Axis, ...], ...]:
         """Axes of each array, slowest first: one entry for a single array, two for key and value cache."""
-        parsed = tuple(_parse(p) for p in self.pattern.split(","))
+        parsed = tuple(parse(p) for p in self.pattern.split(","))
         names = [name for axis in parsed[0] for name in axis]
         return parsed if len(parsed) > 1 or not {"kv", "k+v", "latent"}.isdisjoint(names) else parsed * 2
 
@@ -256,7 +197,7 @@ class CacheLayout:
         if len(shapes) != len(self.arrays):
             raise ValueError(f"layout '{self}' describes {len(self.arrays)} arrays, got {len(shapes)} shapes")
         found = [
-            _axis_table(name, axes, tuple(shape), tuple(stride or contiguous_strides(shape)), apart or stride is None)
+            axis_table(name, axes, tuple(shape), tuple(stride or contiguous_strides(shape)), apart or stride is None)
             for name, axes, shape, stride in zip(
                 names, self.arrays, shapes, strides or [None] * len(shapes), strict=True
             )
@@ -291,13 +232,13 @@ class CacheLayout:
                     f"got {value_sizes[axis]}"
                 )
         extents = Extents(key_sizes.get("layer"), key_sizes["block"], key_sizes["slot"], key_sizes["head"], *dims)
-        return Placement(extents, _address(key_sizes, key, 0), _address(value_sizes, value, offset_v))
+        return Placement(extents, address_of(key_sizes, key, 0), address_of(value_sizes, value, offset_v))
 
     def __str__(self) -> str:
         return self.pattern
 
     def __repr__(self) -> str:
-        name = next((n for n in _CONSTANTS if getattr(CacheLayout, n) == self), None)
+        name = next((n for n in CONSTANTS if getattr(CacheLayout, n) == self), None)
         return f"CacheLayout.{name}" if name else f"CacheLayout({self.pattern!r})"
 
     def describe(
@@ -327,159 +268,24 @@ class CacheLayout:
         return "\n".join(
             f"{name}  "
             + " | ".join(
-                f"{_spell((axis,))} {size} × {stride}"
+                f"{spell((axis,))} {size} × {stride}"
                 for axis, size, stride in zip(axes, shape, contiguous_strides(shape), strict=True)
             )
             for name, axes, shape in zip(names, self.arrays, shapes, strict=True)
         )
 
 
-def check_integers(**sizes: Any) -> None:
-    """Integers of Python, of NumPy, or as a framework traces them; None is left out."""
-    for name, size in sizes.items():
-        if size is not None and (isinstance(size, (bool, np.bool_)) or not hasattr(size, "__index__")):
-            raise TypeError(f"{name} must be an int, got {size!r}")
-
-
-def python_integers(*sizes: Any) -> tuple[Any, ...]:
-    """The same sizes, with Python's integers for NumPy's, whose products would overflow."""
-    return tuple(int(size) if isinstance(size, np.integer) else size for size in sizes)
-
-
-def array_names(num_caches: int, num_scale_caches: int = 0) -> tuple[str, ...]:
-    """What schemas and errors call caches, and the scale caches that follow them."""
-    caches = ("key_cache", "value_cache") if num_caches == 2 else ("kv_cache",)
-    return (*caches, *("k_scale_cache", "v_scale_cache")[:num_scale_caches])
-
-
-def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
-    """C-order strides, in elements."""
-    strides, step = [], 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= size
-    return tuple(reversed(strides))
-
-
 @lru_cache
 def _from_pattern(pattern: str) -> CacheLayout:
     name = pattern.strip().upper()
-    if name in _CONSTANTS:
+    if name in CONSTANTS:
         return getattr(CacheLayout, name)
-    if name.isidentifier() and name.lower() not in _NAMES:
+    if name.isidentifier() and name.lower() not in AXES:
         raise ValueError(
-            f"layout must be one of {', '.join(_CONSTANTS)}, or a pattern of the axes {', '.join(_NAMES)}, "
-            f"got '{pattern}'"
+            f"layout must be one of {', '.join(CONSTANTS)}, or a pattern of the axes {', '.join(AXES)}, got '{pattern}'"
         )
     return CacheLayout(pattern)
 
 
-def _parse(pattern: str) -> tuple[Axis, ...]:
-    return tuple(tuple((group or name).split()) for group, name in _TOKEN.findall(pattern))
-
-
-def _spell(axes: Sequence[Axis]) -> str:
-    return " ".join(axis[0] if len(axis) == 1 else f"({' '.join(axis)})" for axis in axes)
-
-
-def _validate(pattern: str, arrays: tuple[tuple[Axis, ...], ...]) -> None:
-    if len(pattern.split(",")) > 2:
-        raise ValueError(f"layout must have one pattern or two, got {len(pattern.split(','))}: '{pattern}'")
-    for axes in arrays:
-        flat = [name for axis in axes for name in axis]
-        for name in flat:
-            if name not in _NAMES:
-                raise ValueError(f"layout '{pattern}' has an unknown axis '{name}'; known are {', '.join(_NAMES)}")
-            if flat.count(name) > 1:
-                raise ValueError(f"layout '{pattern}' must name axis {name} once, got it {flat.count(name)} times")
-        for name in ("block", "slot") if "latent" in flat else ("block", "slot", "head"):
-            if name not in flat:
-                raise ValueError(f"layout '{pattern}' must name axis {name}")
-        if "latent" in flat and not {"head", "kv", "k+v", "dim", "dim/x", "x"}.isdisjoint(flat):
-            raise ValueError(f"layout '{pattern}' may name only axes layer, block and slot beside latent")
-        if sum(name in flat for name in ("dim", "dim/x", "k+v", "latent")) != 1:
-            raise ValueError(f"layout '{pattern}' must name exactly one of the axes dim, dim/x and k+v")
-        if ("dim/x" in flat) != ("x" in flat):
-            raise ValueError(f"layout '{pattern}' must name axes dim/x and x together")
-        for name in ("kv", "k+v", "latent"):
-            if len(arrays) == 2 and name in flat:
-                raise ValueError(f"layout '{pattern}' has two arrays, so neither may have axis {name}")
-        if "kv" in flat and "k+v" in flat:
-            raise ValueError(f"layout '{pattern}' must name only one of the axes kv and k+v")
-        for axis in axes:
-            if len(axis) != 1 and (len(axis) != 2 or "kv" not in axis):
-                raise ValueError(f"layout '{pattern}' may join only kv with one other axis, got ({' '.join(axis)})")
-    if len({"layer" in [name for axis in axes for name in axis] for axes in arrays}) > 1:
-        raise ValueError(f"layout '{pattern}' must name axis layer for both arrays or for none")
-
-
-def _axis_table(
-    name: str, axes: tuple[Axis, ...], shape: tuple[int, ...], strides: tuple[int, ...], apart: bool
-) -> tuple[dict[str, int], dict[str, int]]:
-    """Sizes and strides by axis name, with joined axes taken apart, and `k+v` and `latent` called dim."""
-    if len(shape) != len(axes):
-        raise ValueError(f"{name} must have {len(axes)} axes ({_spell(axes)}), got shape {shape}")
-    sizes: dict[str, int] = {}
-    steps: dict[str, int] = {}
-    for axis, size, stride in zip(axes, shape, strides, strict=True):
-        if len(axis) == 2:
-            if size % 2:
-                raise ValueError(f"{name} axis {_spell((axis,))} must have an even size, got {size}")
-            slow, fast = axis
-            sizes |= {slow: 2, fast: size // 2} if slow == "kv" else {slow: size // 2, fast: 2}
-            steps |= {slow: stride * sizes[fast], fast: stride}
-        else:
-            key = "dim" if axis[0] in ("k+v", "latent") else axis[0]
-            sizes[key], steps[key] = size, stride
-    if ("latent",) in axes:
-        sizes["head"], steps["head"] = 1, 0
-    if sizes.get("kv", 2) != 2:
-        raise ValueError(f"{name} axis kv must have size 2, got {sizes['kv']}")
-    if not apart and 0 not in sizes.values():
-        _check_apart(name, sizes, steps)
-    return sizes, steps
-
-
-def _check_apart(name: str, sizes: dict[str, int], steps: dict[str, int]) -> None:
-    """Raises unless every axis steps over all that the axes inside it reach."""
-    inner = 1  # elements that the faster axes reach
-    for axis in sorted(sizes, key=lambda n: (steps[n], sizes[n])):
-        size, step = sizes[axis], steps[axis]
-        if size > 1 and step == 0:
-            raise ValueError(f"{name} axis {axis} with stride 0 puts its {size} elements in one place")
-        if size > 1 and step < inner:
-            raise ValueError(
-                f"{name} axis {axis} with stride {step} overlaps the axes inside it, which reach {inner} elements"
-            )
-        inner += (size - 1) * step
-
-
-def _address(sizes: dict[str, int], steps: dict[str, int], offset: int) -> Address:
-    packed = "x" in steps
-    return Address(
-        offset=offset,
-        layer=steps.get("layer", 0),
-        block=steps["block"],
-        slot=steps["slot"],
-        head=steps["head"],
-        dim=steps["dim/x" if packed else "dim"],
-        x=sizes["x"] if packed else 1,
-        x_stride=steps["x"] if packed else 0,
-    )
-
-
-_CONSTANTS = {
-    "NHD": "block slot head dim",
-    "HND": "block head slot dim",
-    "HEAD_MAJOR": "block head dim/x slot x, block head dim slot",
-    "PALLAS": "head block slot dim",
-    "KV_NHD": "kv block slot head dim",
-    "BLOCK_KV_NHD": "block kv slot head dim",
-    "BLOCK_KV_HND": "block kv head slot dim",
-    "PACKED_NHD": "block slot head k+v",
-    "PACKED_HND": "block head slot k+v",
-    "INTERLEAVED": "block slot (head kv) dim",
-    "MLA": "block slot latent",
-}
-for _name, _pattern in _CONSTANTS.items():
+for _name, _pattern in CONSTANTS.items():
     setattr(CacheLayout, _name, CacheLayout(_pattern))

@@ -14,8 +14,7 @@ from collections.abc import Sequence
 from math import prod
 from typing import NamedTuple
 
-from kvcore.arrays import ArraySpec
-from kvcore.contract.checks import shape_of
+from kvcore.arrays import ArraySpec, shape_of
 from kvcore.formats import (
     DS_MLA_GROUP,
     DS_MLA_LATENT,
@@ -28,7 +27,9 @@ from kvcore.formats import (
     NVFP4_GROUP,
     FloatFormat,
 )
-from kvcore.layout import Address, Axis, CacheLayout, Extents, Placement
+from kvcore.layout import CacheLayout
+from kvcore.pattern import Axis
+from kvcore.placement import Address, Extents, Placement
 
 
 class Scales(NamedTuple):
@@ -78,13 +79,13 @@ def place_stored(
         return _place_ds_mla(layout, caches[0], head_size_v, names[0])
     if stored == NVFP4:
         return _place_nvfp4(layout, caches, head_size, head_size_v, names)
-    per_byte = 1 if stored is None else stored.per_byte
+    elements_per_unit = 1 if stored is None else stored.elements_per_unit
     return Stored(
         layout.place(
             [c.shape for c in caches],
             [c.strides for c in caches],
-            head_size=None if head_size is None else head_size // per_byte,
-            head_size_v=None if head_size_v is None else head_size_v // per_byte,
+            head_size=None if head_size is None else head_size // elements_per_unit,
+            head_size_v=None if head_size_v is None else head_size_v // elements_per_unit,
             names=names,
         )
     )

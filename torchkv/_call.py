@@ -5,10 +5,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvcore.arrays import ArraySpec
+from kvcore.arrays import ArraySpec, array_names
+from kvcore.contract.cache import CacheArguments
 from kvcore.contract.checks import check_devices, check_scale
 from kvcore.contract.write import Write, check_mla, check_write
-from kvcore.layout import array_names
 from torchkv._arguments import spec_of
 
 
@@ -75,19 +75,17 @@ def check(call: Call) -> Write:
         key, value = _with_head(key), _with_head(value)
         if call.kv_cache_dtype != "fp8_ds_mla":  # which is a format of rows
             caches = [_with_head(caches[0])]
-    return check_write(
-        key,
-        value,
-        caches,
-        slot_mapping,
-        call.kv_cache_dtype,
-        k_scale,
-        v_scale,
-        call.layout,
-        layer,
-        scale_caches,
-        call.scale_layout,
+    cache = CacheArguments(
+        caches=caches,
+        kv_cache_dtype=call.kv_cache_dtype,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        layout=call.layout,
+        layer=layer,
+        scale_caches=scale_caches,
+        scale_layout=call.scale_layout,
     )
+    return check_write(key, value, slot_mapping, cache)
 
 
 def interpret_error(device: torch.device) -> ValueError:

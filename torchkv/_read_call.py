@@ -8,10 +8,10 @@ from torch import Tensor
 from torch._C._functorch import is_batchedtensor
 from torch.autograd import forward_ad
 
-from kvcore.arrays import ArraySpec
+from kvcore.arrays import ArraySpec, array_names
+from kvcore.contract.cache import CacheArguments
 from kvcore.contract.checks import check_devices, check_result
-from kvcore.contract.read import Attention, Gather, Options, check_attention, check_gather
-from kvcore.layout import array_names
+from kvcore.contract.read import Attention, AttentionOptions, Gather, check_attention, check_gather
 from torchkv._arguments import maybe_spec, spec_of
 
 Results = tuple[Tensor, Tensor]
@@ -111,38 +111,39 @@ def describe_attention(call: AttentionCall) -> Attention:
     """What the contract says of a call; tensors may be fake."""
     return check_attention(
         spec_of(call.query),
-        [spec_of(c) for c in call.caches],
         spec_of(call.block_tables),
         spec_of(call.seq_lens),
         maybe_spec(call.query_start_loc),
         maybe_spec(call.sinks),
-        Options(call.scale, call.causal, call.sliding_window, call.soft_cap),
-        call.kv_cache_dtype,
-        maybe_spec(call.k_scale),
-        maybe_spec(call.v_scale),
-        call.layout,
-        call.layer if call.layer_index is None else spec_of(call.layer_index),
+        AttentionOptions(call.scale, call.causal, call.sliding_window, call.soft_cap),
+        _cache_of(call),
         call.head_size_v,
-        call.scale_layout,
     )
 
 
 def describe_gather(call: GatherCall) -> Gather:
     """What the contract says of a call; tensors may be fake."""
     return check_gather(
-        [spec_of(c) for c in call.caches],
         spec_of(call.block_tables),
         spec_of(call.seq_lens),
         call.max_len,
         call.dtype,
-        call.kv_cache_dtype,
-        maybe_spec(call.k_scale),
-        maybe_spec(call.v_scale),
-        call.layout,
-        call.layer if call.layer_index is None else spec_of(call.layer_index),
+        _cache_of(call),
         call.head_size,
         call.head_size_v,
-        call.scale_layout,
+    )
+
+
+def _cache_of(call: AttentionCall | GatherCall) -> CacheArguments:
+    """The cache of a call, as the contract is told of it."""
+    return CacheArguments(
+        caches=[spec_of(c) for c in call.caches],
+        kv_cache_dtype=call.kv_cache_dtype,
+        k_scale=maybe_spec(call.k_scale),
+        v_scale=maybe_spec(call.v_scale),
+        layout=call.layout,
+        layer=call.layer if call.layer_index is None else spec_of(call.layer_index),
+        scale_layout=call.scale_layout,
     )
 
 

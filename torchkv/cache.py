@@ -6,9 +6,9 @@ from typing import Any, Literal, Unpack, overload
 import torch
 from torch import Tensor
 
+from kvcore.arrays import array_names
 from kvcore.cache_spec import CacheSpec, Described
 from kvcore.choices import FloatDtype, KVCacheDtype, Layout, TorchBackend
-from kvcore.layout import array_names
 from torchkv._arguments import check_tensors, dtype_name
 from torchkv.read import AttendOptions, gather_kv, paged_attention
 from torchkv.write import (

@@ -38,9 +38,12 @@ from jaxkv._primitive.write import (
 )
 from jaxkv._triton import interpret as _interpret
 from jaxkv._xla import read as _xla_read
+from kvcore.arrays import array_names
 from kvcore.contract import read as read_contract
+from kvcore.contract.cache import CacheArguments
 from kvcore.contract.read import Attention, Gather, check_attention, check_gather
-from kvcore.layout import Axis, CacheLayout, array_names
+from kvcore.layout import CacheLayout
+from kvcore.pattern import Axis
 
 
 class Operands(NamedTuple):
@@ -67,7 +70,7 @@ class Options(NamedTuple):
     head_size: int | None
     head_size_v: int | None
     backend: str | None
-    attention: read_contract.Options | None = None  # None: a gather
+    attention: read_contract.AttentionOptions | None = None  # None: a gather
     max_len: int = 0
     dtype: str | None = None
     compute_capability: int | None = None
@@ -107,17 +110,24 @@ def _read_explicit(options: Options, operands: Operands) -> list[Any]:
 
 def describe(options: Options, operands: Operands) -> Any:
     """The contract's description of a call, for the shapes at hand: an `Attention` or a `Gather`."""
-    x: Any = jax.tree.map(spec_of, operands)
-    cache = (options.kv_cache_dtype, x.k_scale, x.v_scale, options.layout)
-    layer = options.layer if x.layer is None else x.layer
+    specs: Any = jax.tree.map(spec_of, operands)
+    cache = CacheArguments(
+        caches=specs.caches,
+        kv_cache_dtype=options.kv_cache_dtype,
+        k_scale=specs.k_scale,
+        v_scale=specs.v_scale,
+        layout=options.layout,
+        layer=options.layer if specs.layer is None else specs.layer,
+        scale_layout=options.scale_layout,
+    )
     if options.attention is None:
         return check_gather(
-            x.caches, x.block_tables, x.seq_lens, options.max_len, options.dtype, *cache, layer, options.head_size,
-            options.head_size_v, options.scale_layout,
+            specs.block_tables, specs.seq_lens, options.max_len, options.dtype, cache, options.head_size,
+            options.head_size_v,
         )  # fmt: skip
     return check_attention(
-        x.query, x.caches, x.block_tables, x.seq_lens, x.query_start_loc, x.sinks, options.attention, *cache, layer,
-        options.head_size_v, options.scale_layout,
+        specs.query, specs.block_tables, specs.seq_lens, specs.query_start_loc, specs.sinks, options.attention, cache,
+        options.head_size_v,
     )  # fmt: skip
 
 
@@ -237,7 +247,7 @@ def _split(options: Options, operands: Operands, heads: Any) -> tuple[tuple[P, .
 
 def _num_heads(options: Options, operands: Operands) -> int:
     """KV heads of the caches."""
-    return describe(options, operands).cache.placement.extents.num_heads
+    return describe(options, operands).cache.extents.num_heads
 
 
 def _sharding_rule(options: Options, operands: Operands) -> tuple[str, dict[str, int]]:

@@ -28,11 +28,13 @@ from jax.sharding import PartitionSpec as P
 
 from jaxkv._triton import interpret as _interpret
 from jaxkv._xla import write as _xla
-from kvcore.arrays import ArraySpec
+from kvcore.arrays import ArraySpec, array_names
+from kvcore.contract.cache import CacheArguments
 from kvcore.contract.checks import no_triton_error
 from kvcore.contract.write import Write, check_write
 from kvcore.formats import NVFP4
-from kvcore.layout import Axis, CacheLayout, array_names
+from kvcore.layout import CacheLayout
+from kvcore.pattern import Axis
 from kvcore.scales import region_start
 
 
@@ -135,12 +137,19 @@ def vary(x: Any, axes: frozenset[str]) -> Any:
 
 def describe(options: Options, operands: Operands) -> Write:
     """The contract's description of a call, for the shapes at hand."""
-    x: Any = jax.tree.map(spec_of, operands)
-    count = len(options.layout.arrays)
-    return check_write(
-        x.key, x.value, x.memory[:count], x.slot_mapping, options.kv_cache_dtype, x.k_scale, x.v_scale, options.layout,
-        options.layer if x.layer is None else x.layer, x.memory[count:], options.scale_layout,
-    )  # fmt: skip
+    specs: Any = jax.tree.map(spec_of, operands)
+    num_caches = len(options.layout.arrays)
+    cache = CacheArguments(
+        caches=specs.memory[:num_caches],
+        kv_cache_dtype=options.kv_cache_dtype,
+        k_scale=specs.k_scale,
+        v_scale=specs.v_scale,
+        layout=options.layout,
+        layer=options.layer if specs.layer is None else specs.layer,
+        scale_caches=specs.memory[num_caches:],
+        scale_layout=options.scale_layout,
+    )
+    return check_write(specs.key, specs.value, specs.slot_mapping, cache)
 
 
 def spec_of(x: Any) -> ArraySpec:

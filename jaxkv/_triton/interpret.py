@@ -25,7 +25,7 @@ Run = Callable[[KernelPlan, tuple[int, int, int], Sequence[Any]], None]
 def write(call: Write, operands: "_primitive.Operands", layer: int | None) -> list[jax.Array]:
     """The new caches and scale caches."""
     plan = plan_write(call, INTERPRETER, layer_is_pointer=operands.layer is not None)
-    count = len(call.layout.arrays)
+    count = len(call.cache.layout.arrays)
 
     def on_host(run: Run, x: "_primitive.Operands") -> list[np.ndarray]:
         memory = [a.copy() for a in x.memory]

@@ -23,7 +23,7 @@ def write(
     if 0 in plan.grid(n):
         return list(operands.memory)
     refs = [jax.new_ref(as_bytes(array)) for array in operands.memory]
-    count = len(call.layout.arrays)
+    count = len(call.cache.layout.arrays)
     pointers = arguments(
         call, as_bytes(operands.key), as_bytes(operands.value), refs[:count], refs[count:], operands.slot_mapping,
         operands.k_scale, operands.v_scale, layer if operands.layer is None else operands.layer,

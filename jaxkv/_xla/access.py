@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kvcore.contract.read import Cache
-from kvcore.contract.write import Write
+from kvcore.contract.cache import Cache
 from kvcore.formats import DS_MLA_ROW, FP8, FP8_DS_MLA, NVFP4
-from kvcore.layout import Axis, CacheLayout, Extents, Placement
+from kvcore.layout import CacheLayout
+from kvcore.pattern import Axis
+from kvcore.placement import Extents, Placement
 from kvcore.scales import region_start
 
 
@@ -35,26 +36,26 @@ class Part(NamedTuple):
 
 
 def parts_of(
-    call: Write | Cache, shapes: Sequence[tuple[int, ...]], scale_layout: CacheLayout | None, kv: int
+    cache: Cache, shapes: Sequence[tuple[int, ...]], scale_layout: CacheLayout | None, kv: int
 ) -> tuple[Part, Part | None]:
     """The elements of K (`kv` 0) or V (1), and their scales, unless these are static or between the elements.
 
     Args:
-        call: Describes the arrays.
+        cache: Describes the arrays.
         shapes: Of the caches, then of the scale caches.
         scale_layout: Of the scale caches.
         kv: Which.
     """
-    layout, extents = call.layout, call.placement.extents
+    layout, extents = cache.layout, cache.extents
     i = kv if len(layout.arrays) == 2 else 0
-    if call.format == NVFP4:
-        assert call.scales is not None
+    if cache.format == NVFP4:
+        assert cache.scales is not None
         elements, scales = (
-            _region(i, kv, layout.arrays[i], shapes[i], p) for p in (call.placement, call.scales.placement)
+            _region(i, kv, layout.arrays[i], shapes[i], p) for p in (cache.placement, cache.scales.placement)
         )
         return elements, scales
-    start = {"kv": kv, "k+v": extents.head_size if layout.packed and kv else 0}
-    units = DS_MLA_ROW if call.format == FP8_DS_MLA else (extents.head_size, extents.head_size_v)[kv]
+    start = {"kv": kv, "k+v": extents.head_units if layout.packed and kv else 0}
+    units = DS_MLA_ROW if cache.format == FP8_DS_MLA else (extents.head_units, extents.head_units_v)[kv]
     elements = Part(i, _sizes(layout.arrays[i], shapes[i]), start, {}, units, extents)
     if scale_layout is None:
         return elements, None
@@ -72,7 +73,7 @@ def _region(array: int, kv: int, axes: Sequence[Axis], shape: Sequence[int], pla
         size *= sizes.pop(name)
     steps = {name: step for name, step in (("slot", at.slot), ("head", at.head)) if name in inside}
     start = {"kv": kv, "region": at.offset % max(size, 1)}
-    return Part(array, sizes | {"region": size}, start, steps, (extents.head_size, extents.head_size_v)[kv], extents)
+    return Part(array, sizes | {"region": size}, start, steps, (extents.head_units, extents.head_units_v)[kv], extents)
 
 
 def _sizes(axes: Sequence[Axis], shape: Sequence[int]) -> dict[str, int]:

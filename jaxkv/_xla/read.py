@@ -15,7 +15,8 @@ from jax import lax
 from jaxkv._primitive.write import vary, varying_axes
 from jaxkv._xla.access import Part, parts_of, take
 from jaxkv._xla.formats import decode, encode, from_bytes, times
-from kvcore.contract.read import Attention, Cache, Gather
+from kvcore.contract.cache import Cache
+from kvcore.contract.read import Attention, Gather
 from kvcore.formats import BFLOAT16, DS_MLA_GROUP, DS_MLA_LATENT, DS_MLA_ROPE, E4M3, FP8_DS_MLA, NVFP4, NVFP4_GROUP
 from kvcore.layout import CacheLayout
 
@@ -55,7 +56,7 @@ def attention(
     call: Attention, operands: "Operands", layer: int | None, scale_layout: CacheLayout | None
 ) -> tuple[jax.Array, jax.Array]:
     """The result, in query's dtype, and the log-sum-exp of each row: online softmax in float32."""
-    x, extents = _narrow(operands), call.cache.placement.extents
+    x, extents = _narrow(operands), call.cache.extents
     num_tokens, q_heads, _ = call.query.shape
     sinks = jnp.full(q_heads, -jnp.inf, jnp.float32) if x.sinks is None else x.sinks.astype(jnp.float32)
     if 0 in (num_tokens, q_heads, extents.num_blocks, *call.block_tables.shape):
@@ -138,7 +139,7 @@ def _places(start: jax.Array, num_tokens: int, width: int) -> tuple[jax.Array, j
 
 
 def _online_softmax(call: Attention, source: "_Source", index: jax.Array, queries: _Queries) -> _Softmax:
-    cache, extents, options = call.cache, call.cache.placement.extents, call.options
+    cache, extents, options = call.cache, call.cache.extents, call.options
     window = options.sliding_window
     position, table = queries.position, queries.block_tables
     (count, heads, rows, _), width = queries.query.shape, position.shape[1]
@@ -219,7 +220,7 @@ def _tile(source: "_Source", layer: jax.Array, block: jax.Array) -> tuple[jax.Ar
     """Keys and values of blocks `[tiles, blocks]` as `[tiles, num_heads, positions, dim]` float32."""
     cache = source.cache
     # With heads among the indices, the gather leaves elements in the order in which the products want them.
-    head = jnp.arange(cache.placement.extents.num_heads, dtype=jnp.int32)
+    head = jnp.arange(cache.extents.num_heads, dtype=jnp.int32)
     at = {"layer": layer, "block": block[:, None, :], "head": head[:, None]}
 
     def read(kv: int) -> jax.Array:
@@ -312,7 +313,7 @@ def gather(
     call: Gather, operands: "Operands", layer: int | None, scale_layout: CacheLayout | None
 ) -> tuple[jax.Array, jax.Array]:
     """Keys and values, `[num_seqs, max_len, num_heads, dim]`. Bits as the oracle's."""
-    x, extents = _narrow(operands), call.cache.placement.extents
+    x, extents = _narrow(operands), call.cache.extents
     if 0 in (*call.shapes[0], extents.num_blocks, call.block_tables.shape[1]):
         key, value = (jnp.zeros(shape, call.format.name) for shape in call.shapes)
         return key, value

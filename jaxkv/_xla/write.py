@@ -31,11 +31,11 @@ def write(call: Write, operands: "Operands", layer: int | None, scale_layout: Ca
         return memory
     shapes = [a.shape for a in memory]
     key, value = (x[: slots.shape[0]] for x in (operands.key, operands.value))
-    if call.format == FP8_DS_MLA:
-        part, _ = parts_of(call, shapes, None, 0)
+    if call.cache.format == FP8_DS_MLA:
+        part, _ = parts_of(call.cache, shapes, None, 0)
         return [put(memory[0], part, at, _rows_of_mla(key, value, call))]
     for kv, (rows, scale) in enumerate(((key, operands.k_scale), (value, operands.v_scale))):
-        for part, units in zip(parts_of(call, shapes, scale_layout, kv), _encode(rows, call, scale), strict=True):
+        for part, units in zip(parts_of(call.cache, shapes, scale_layout, kv), _encode(rows, call, scale), strict=True):
             if part is not None and units is not None:
                 memory[part.array] = put(memory[part.array], part, at, units)
     return memory
@@ -43,14 +43,14 @@ def write(call: Write, operands: "Operands", layer: int | None, scale_layout: Ca
 
 def _encode(x: jax.Array, call: Write, scale: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
     """Bits of elements, and of scales that are computed."""
-    stored = call.format
+    stored = call.cache.format
     if call.copies:
         return x, None
     x = x.astype(jnp.float32)
     scale = None if scale is None else scale.reshape(-1, 1)  # of heads, or of all
     if stored == NVFP4:
         return quantise_nvfp4(x, jnp.ones((1, 1), jnp.float32) if scale is None else scale)
-    if call.scales is not None:
+    if call.cache.scales is not None:
         return quantise(x, stored)
     return pack(encode(x if scale is None else divide(x, scale), stored), stored), None
 

@@ -5,9 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from kvcore.arrays import ArraySpec
+from kvcore.arrays import ArraySpec, contiguous_strides, shape_of
 from kvcore.formats import KV_CACHE_DTYPES
-from kvcore.layout import CacheLayout, Extents, contiguous_strides
+from kvcore.layout import CacheLayout
+from kvcore.placement import Extents
 
 
 def check_options(
@@ -66,8 +67,6 @@ def layout_of(
 ) -> CacheLayout:
     """The layout that is meant; None stands for the usual one of such caches."""
     if layout is not None:
-        if not isinstance(layout, (str, CacheLayout)):
-            raise TypeError(f"layout must be a pattern string or a CacheLayout, got {layout!r}")
         return CacheLayout.of(layout)
     rank = len(caches[0].shape) - (layer is not None)
     if len(caches) == 1:
@@ -136,11 +135,6 @@ def check_same_dtype(name: str, spec: ArraySpec, other_name: str, other: ArraySp
     """The other array's dtype."""
     if spec.dtype != other.dtype:
         raise TypeError(f"{name} must have dtype {other.dtype}, as {other_name}, got {spec.dtype}")
-
-
-def shape_of(spec: ArraySpec) -> str:
-    """The shape, as errors print it."""
-    return str(tuple(spec.shape))
 
 
 def _say(layer: int | ArraySpec) -> str:

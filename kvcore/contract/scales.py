@@ -1,18 +1,8 @@
 """The contract of `kv_scales`."""
 
-from kvcore.arrays import ArraySpec
-from kvcore.contract.checks import (
-    check_rank,
-    either,
-    shape_of,
-)
-from kvcore.formats import (
-    E4M3,
-    FLOATS,
-    KV_CACHE_DTYPES,
-    NVFP4,
-    PER_TOKEN_HEAD,
-)
+from kvcore.arrays import ArraySpec, shape_of
+from kvcore.contract.checks import check_rank, either
+from kvcore.formats import E4M3, FLOATS, KV_CACHE_DTYPES, NVFP4, PER_TOKEN_HEAD
 
 
 def check_kv_scales(key: ArraySpec, value: ArraySpec, kv_cache_dtype: str, granularity: str) -> float:

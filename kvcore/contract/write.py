@@ -1,24 +1,22 @@
-"""The contract of the cache ops: every check, every error message, once for both frameworks.
+"""The contract of the ops that write a cache: every check, every error message, once for both frameworks.
 
 A framework describes its arrays with `ArraySpec` and gets back a `Write`: everything static about a call. Shapes
 and choices raise ValueError, dtypes and types TypeError, before anything is launched.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
-from kvcore.arrays import ArraySpec
-from kvcore.contract.checks import (
-    check_devices,
-    check_layer,
-    check_rank,
-    check_same_dtype,
-    check_scale,
-    either,
-    hnd_hint,
-    layout_of,
-    shape_of,
+from kvcore.arrays import ArraySpec, shape_of
+from kvcore.contract.cache import (
+    Cache,
+    CacheArguments,
+    check_cache_devices,
+    check_per_token_head,
+    check_scale_caches,
+    check_static_scales,
+    check_stored_dtype,
 )
+from kvcore.contract.checks import check_layer, check_rank, check_same_dtype, either, hnd_hint, layout_of
 from kvcore.formats import (
     BFLOAT16,
     DS_MLA_LATENT,
@@ -27,115 +25,113 @@ from kvcore.formats import (
     FP8,
     FP8_DS_MLA,
     KV_CACHE_DTYPES,
-    PER_TOKEN_HEAD,
     FloatFormat,
     check_head_size,
-    storage_of,
     stored_size,
 )
-from kvcore.layout import CacheLayout, Placement, array_names
-from kvcore.scales import Scales, place_scale_caches, place_stored, scale_layout_of
+from kvcore.layout import CacheLayout
+from kvcore.placement import Placement
+from kvcore.scales import Stored, place_stored
 
 
 class Write(NamedTuple):
-    """A cache write that fulfils the contract; hashable, and all that a plan or an implementation needs.
+    """A write that fulfils the contract; hashable, and all that a plan or an implementation needs.
 
     Attributes:
-        layout: The caches' layout, never None.
-        placement: Extents and addresses of K and V, counted in stored units: elements, or bytes of two.
+        cache: What is written.
         key: The spec of key.
         value: The spec of value.
         slot_mapping: The spec of slot_mapping.
-        cache_dtype: dtype of the caches.
-        format: What is stored.
         scaled: Whether inputs are divided by static scales.
-        head_scales: Steps from one head's static scale to the next, of k_scale and v_scale; 0: one scale for all heads.
-        scales: The scales that are computed, or None.
     """
 
-    layout: CacheLayout
-    placement: Placement
+    cache: Cache
     key: ArraySpec
     value: ArraySpec
     slot_mapping: ArraySpec
-    cache_dtype: str
-    format: FloatFormat
     scaled: bool
-    head_scales: tuple[int, int]
-    scales: Scales | None
+
+    @property
+    def placement(self) -> Placement:
+        """Where the rows of key and of value go. Of fp8_ds_mla, value is the rotary part."""
+        extents, key, _ = self.cache.placement
+        if self.cache.rope is None:
+            return self.cache.placement
+        return Placement(extents._replace(head_units_v=DS_MLA_ROPE), key, self.cache.rope)
 
     @property
     def format_v(self) -> FloatFormat:
         """What is stored of value."""
-        return BFLOAT16 if self.format == FP8_DS_MLA else self.format
+        return BFLOAT16 if self.cache.format == FP8_DS_MLA else self.cache.format
 
     @property
     def by_head(self) -> bool:
         """Whether each head has a scale of its own, computed or static."""
-        return self.scales is not None or (self.scaled and any(self.head_scales))
+        return self.cache.scales is not None or (self.scaled and any(self.cache.head_scales))
 
     @property
     def copies(self) -> bool:
         """Whether inputs are stored as they are, bit for bit."""
-        return self.format.name == self.key.dtype
+        return self.cache.format.name == self.key.dtype
 
 
-def check_write(
-    key: ArraySpec,
-    value: ArraySpec,
-    caches: Sequence[ArraySpec],
-    slot_mapping: ArraySpec,
-    kv_cache_dtype: str,
-    k_scale: ArraySpec | None,
-    v_scale: ArraySpec | None,
-    layout: str | CacheLayout | None,
-    layer: int | ArraySpec | None,
-    scale_caches: Sequence[ArraySpec] = (),
-    scale_layout: str | CacheLayout | None = None,
-) -> Write:
+def check_write(key: ArraySpec, value: ArraySpec, slot_mapping: ArraySpec, arguments: CacheArguments) -> Write:
     """Checks the arguments of a write into two caches, or (`…_diffkv`) into one.
 
     Args:
         key: `(num_tokens, num_heads, head_size)`.
         value: `(num_tokens, num_heads, head_size_v)`.
-        caches: The key and the value cache, or the one array with both.
         slot_mapping: `(n,)`, n ≤ num_tokens.
-        kv_cache_dtype: A name of `KV_CACHE_DTYPES`.
-        k_scale: One float32 element, or one a head, or None.
-        v_scale: Likewise.
-        layout: Pattern, layout, or None for the default.
-        layer: A static index, the spec of a traced one, or None.
-        scale_caches: Those of key and value, where each token's head has a scale of its own.
-        scale_layout: Their pattern, or None for the default.
+        arguments: The cache that is written.
 
     Raises:
         ValueError: a shape, an extent, a choice or a device does not fit.
         TypeError: a dtype or a type does not fit.
     """
-    names = array_names(len(caches))
-    quantised = KV_CACHE_DTYPES[kv_cache_dtype]
-    if scale_caches and kv_cache_dtype not in PER_TOKEN_HEAD:
-        raise ValueError(
-            f"kv_cache_dtype must be {either(map(repr, PER_TOKEN_HEAD))} with scales for each token and head, "
-            f"got {kv_cache_dtype!r}"
-        )
-    given, layout = layout, _layout(layout, caches, layer, quantised)
+    if arguments.scale_caches:
+        check_per_token_head(arguments.kv_cache_dtype)
+    layout, quantised = _layout(arguments), arguments.quantised
     check_rank("key", key, 3, "(num_tokens, num_heads, head_size)")
     check_rank("value", value, 3, "(num_tokens, num_heads, head_size_v)")
-    mla = quantised == FP8_DS_MLA
-    if quantised is not None and not mla:
+    if quantised is not None and quantised != FP8_DS_MLA:
         check_head_size("key's head_size", quantised, key.shape[2])
         check_head_size("value's head_size", quantised, value.shape[2])
-    where = place_stored(layout, caches, quantised, key.shape[2], None, names)
-    placement, per_byte = where.placement, 1 if quantised is None else quantised.per_byte
-    if where.rope is not None:  # the second part of an MLA row
-        placement = Placement(placement.extents._replace(head_size_v=DS_MLA_ROPE), placement.key, where.rope)
-    extents = placement.extents
+    stored = place_stored(layout, arguments.caches, quantised, key.shape[2], None, arguments.names)
+    extents = stored.placement.extents
+    _check_rows(key, value, slot_mapping, arguments, layout, stored)
+    if len(arguments.caches) == 2:
+        check_same_dtype("value_cache", arguments.caches[1], "key_cache", arguments.caches[0])
+    held = _check_dtypes(key, arguments)
+    scales = stored.scales
+    if arguments.scale_caches:
+        if key.dtype not in FLOATS:
+            raise TypeError(f"key must have dtype {either(FLOATS)} to be given scales, got {key.dtype}")
+        scales = check_scale_caches(arguments, layout, extents)
+    head_scales = check_static_scales(arguments, extents.num_heads)
+    check_layer(arguments.layer, layout, extents.num_layers)
+    check_cache_devices(arguments, [("key", key), ("value", value), ("slot_mapping", slot_mapping)])
+    cache = Cache(layout, stored.placement, arguments.caches[0].dtype, held, head_scales, scales, stored.rope)
+    divided = cache.scaled and key.dtype not in FP8 and not arguments.scale_caches
+    has_scale = arguments.k_scale is not None or arguments.v_scale is not None
+    return Write(cache, key, value, slot_mapping, scaled=divided and has_scale)
 
-    tokens, heads = key.shape[0], extents.num_heads
-    size, size_v = extents.head_size * per_byte, extents.head_size_v * per_byte
+
+def _check_rows(
+    key: ArraySpec,
+    value: ArraySpec,
+    slot_mapping: ArraySpec,
+    arguments: CacheArguments,
+    layout: CacheLayout,
+    stored: Stored,
+) -> None:
+    """Key, value and slot_mapping have the shapes that the cache asks for."""
+    extents, per_unit = stored.placement.extents, 1
+    if arguments.quantised is not None:
+        per_unit = arguments.quantised.elements_per_unit
+    tokens, heads, size = key.shape[0], extents.num_heads, extents.head_units * per_unit
+    size_v = DS_MLA_ROPE if stored.rope is not None else extents.head_units_v * per_unit
     if tuple(key.shape[1:]) != (heads, size):
-        hint = hnd_hint(given, layout, key.shape[1], extents) if key.shape[2] == size else ""
+        hint = hnd_hint(arguments.layout, layout, key.shape[1], extents) if key.shape[2] == size else ""
         raise ValueError(f"key must have shape (num_tokens, {heads}, {size}), got {shape_of(key)}{hint}")
     if tuple(value.shape) != (tokens, heads, size_v):
         raise ValueError(f"value must have shape ({tokens}, {heads}, {size_v}), got {shape_of(value)}")
@@ -144,41 +140,7 @@ def check_write(
         raise ValueError(f"slot_mapping must have at most num_tokens = {tokens} entries, got {slot_mapping.shape[0]}")
     if slot_mapping.dtype not in ("int32", "int64"):
         raise TypeError(f"slot_mapping must have dtype int32 or int64, got {slot_mapping.dtype}")
-
     check_same_dtype("value", value, "key", key)
-    if len(caches) == 2:
-        check_same_dtype("value_cache", caches[1], "key_cache", caches[0])
-    stored = _format(kv_cache_dtype, key.dtype, caches[0].dtype, names[0])
-    scales = where.scales
-    scale_names = array_names(len(caches), 2)[len(caches) :]
-    if scale_caches:
-        if key.dtype not in FLOATS:
-            raise TypeError(f"key must have dtype {either(FLOATS)} to be given scales, got {key.dtype}")
-        chosen = scale_layout_of(scale_layout, layout.has_layer)
-        scales = place_scale_caches(chosen, scale_caches, extents, scale_names)
-    scaled = stored.name not in FLOATS and key.dtype not in FP8 and not scale_caches and not mla
-    steps = [
-        0 if scale is None else check_scale(name, scale, heads)
-        for name, scale in (("k_scale", k_scale), ("v_scale", v_scale))
-    ]
-    check_layer(layer, layout, extents.num_layers)
-    named = [("key", key), ("value", value), *zip(names, caches, strict=True), ("slot_mapping", slot_mapping)]
-    named += [("k_scale", k_scale), ("v_scale", v_scale), *zip(scale_names, scale_caches, strict=False)]
-    if isinstance(layer, ArraySpec):
-        named.append(("layer", layer))
-    check_devices(named, names[0], caches[0])
-    return Write(
-        layout=layout,
-        placement=placement,
-        key=key,
-        value=value,
-        slot_mapping=slot_mapping,
-        cache_dtype=caches[0].dtype,
-        format=stored,
-        scaled=scaled and (k_scale is not None or v_scale is not None),
-        head_scales=(steps[0], steps[1]),
-        scales=scales,
-    )
 
 
 def check_mla(kv_c: ArraySpec, k_pe: ArraySpec, kv_cache: ArraySpec, kv_cache_dtype: str, layer: object) -> None:
@@ -218,17 +180,14 @@ def split_of_latent(rank: int) -> int:
     return rank // 32 * 16
 
 
-def _layout(
-    layout: str | CacheLayout | None,
-    caches: Sequence[ArraySpec],
-    layer: int | ArraySpec | None,
-    quantised: FloatFormat | None,
-) -> CacheLayout:
+def _layout(arguments: CacheArguments) -> CacheLayout:
+    """The layout to write in."""
+    caches, layout = arguments.caches, arguments.layout
     if layout is None and len(caches) == 1:  # whatever its rank: no other single array is written by default
-        layout = CacheLayout.MLA if quantised == FP8_DS_MLA else CacheLayout.PACKED_NHD
-        layout = layout if layer is None else layout.with_layer()
-    chosen = layout_of(layout, caches, layer)
-    if chosen.latent and quantised != FP8_DS_MLA:
+        layout = CacheLayout.MLA if arguments.quantised == FP8_DS_MLA else CacheLayout.PACKED_NHD
+        layout = layout if arguments.layer is None else layout.with_layer()
+    chosen = layout_of(layout, caches, arguments.layer)
+    if chosen.latent and arguments.quantised != FP8_DS_MLA:
         raise ValueError(
             f"layout must have a place for K and for V, got '{chosen}', where V is a part of K; "
             "'block slot head k+v' is the same memory to write to, in two parts"
@@ -245,26 +204,15 @@ def _layout(
     return chosen
 
 
-def _format(kv_cache_dtype: str, given: str, cache: str, cache_name: str) -> FloatFormat:
-    quantised = KV_CACHE_DTYPES[kv_cache_dtype]
-    if given not in FLOATS and given not in FP8:
-        raise TypeError(f"key must have dtype {either([*FLOATS, *FP8])}, got {given}")
-    if quantised is not None:
-        if cache not in storage_of(quantised):
-            raise TypeError(
-                f"{cache_name} must have dtype {either(storage_of(quantised))} "
-                f"for kv_cache_dtype {kv_cache_dtype!r}, got {cache}"
-            )
-        if given in FP8 and given != quantised.name:
-            raise TypeError(
-                f"key must have dtype {either([*FLOATS, quantised.name])} "
-                f"for kv_cache_dtype {kv_cache_dtype!r}, got {given}"
-            )
-        return quantised
-    allowed = FLOATS if given in FLOATS else {given: FP8[given]}
-    if cache not in allowed:
+def _check_dtypes(key: ArraySpec, arguments: CacheArguments) -> FloatFormat:
+    """What the cache holds; key's dtype and the caches' fit each other."""
+    if key.dtype not in FLOATS and key.dtype not in FP8:
+        raise TypeError(f"key must have dtype {either([*FLOATS, *FP8])}, got {key.dtype}")
+    allowed = FLOATS if key.dtype in FLOATS else {key.dtype: FP8[key.dtype]}
+    held = check_stored_dtype(arguments, allowed, f" and key of dtype {key.dtype}")
+    if arguments.quantised is not None and key.dtype in FP8 and key.dtype != held.name:
         raise TypeError(
-            f"{cache_name} must have dtype {either(allowed)} for kv_cache_dtype 'auto' and key of dtype {given}, "
-            f"got {cache}"
+            f"key must have dtype {either([*FLOATS, held.name])} "
+            f"for kv_cache_dtype {arguments.kv_cache_dtype!r}, got {key.dtype}"
         )
-    return allowed[cache]
+    return held

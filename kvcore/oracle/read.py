@@ -64,7 +64,7 @@ class _Reader:
     ) -> None:
         self.units, self.stored, self.blocks, self.own, self.scale = units, stored, blocks, own, scale
         self.num_heads = units.shape[3]
-        self.head_size = units.shape[4] * units.shape[5] * stored.per_byte
+        self.head_size = units.shape[4] * units.shape[5] * stored.elements_per_unit
 
     def __call__(self, layer: int, block: int | np.ndarray, place: int | np.ndarray) -> np.ndarray:
         """Rows `[…, head, dim]`; block and place may be arrays."""

@@ -4,11 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kvcore.formats import (
-    NVFP4,
-    NVFP4_GROUP,
-    FloatFormat,
-)
+from kvcore.formats import NVFP4, NVFP4_GROUP, FloatFormat
 from kvcore.layout import CacheLayout
 from kvcore.scales import region_start, scale_layout_of
 
@@ -25,7 +21,9 @@ def views(
     Each is `[layer, block, slot, head, dim // x, x]`. Head sizes count elements.
     """
     if stored != NVFP4:
-        units = _sides(caches, layout, head_size // stored.per_byte, (head_size_v or 0) // stored.per_byte)
+        units = _sides(
+            caches, layout, head_size // stored.elements_per_unit, (head_size_v or 0) // stored.elements_per_unit
+        )
         return [(u, None) for u in units]
     regions = [_regions(c, axes) for c, axes in zip(caches, layout.arrays, strict=True)]
     elements = _sides([r[0] for r in regions], layout, head_size // 2, (head_size_v or 0) // 2)

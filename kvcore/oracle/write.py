@@ -7,17 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kvcore.formats import (
-    BFLOAT16,
-    DS_MLA_GROUP,
-    DS_MLA_LATENT,
-    DS_MLA_ROPE,
-    E4M3,
-    FLOATS,
-    FP8,
-    KV_CACHE_DTYPES,
-    NVFP4,
-)
+from kvcore.formats import BFLOAT16, DS_MLA_GROUP, DS_MLA_LATENT, DS_MLA_ROPE, E4M3, FLOATS, FP8, KV_CACHE_DTYPES, NVFP4
 from kvcore.layout import CacheLayout
 from kvcore.oracle.formats import Scale, convert, encode_floats, quantise, quantise_ds_mla, quantise_nvfp4, scale_of
 from kvcore.oracle.views import scale_views, views

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from kvcore.arrays import ArraySpec
 from kvcore.contract.read import Attention
 from kvcore.formats import BFLOAT16, DS_MLA_ROPE, FLOAT16, FLOAT32, FLOATS, FP8_DS_MLA, NVFP4, FloatFormat
-from kvcore.layout import Address, Extents
+from kvcore.placement import Address, Extents
 from kvcore.plan.kernel import KernelPlan, Target, has_e4m3
 from kvcore.plan.rows import power_of_two, scale_rows
 
@@ -86,7 +86,7 @@ SCALARS: dict[str, str] = dict.fromkeys(
 
 def scalars(call: Attention) -> tuple[int, ...]:
     """Values of `SCALARS`."""
-    extents, tables = call.cache.placement.extents, call.block_tables
+    extents, tables = call.cache.extents, call.block_tables
     tail = (extents.num_blocks, extents.num_layers or 1)
     return (call.query.shape[0], *tables.shape, tables.steps[0], *tail)
 
@@ -110,9 +110,9 @@ def plan_attention(
         layer_is_pointer: Whether the kernel loads the layer's index from memory.
         even_addresses: Whether the caches begin at even addresses.
     """
-    extents, options = call.cache.placement.extents, call.options
+    extents, options = call.cache.extents, call.options
     tokens, q_heads, _ = call.query.shape
-    cache, per_byte = call.cache, call.cache.format.per_byte
+    cache, elements_per_unit = call.cache, call.cache.format.elements_per_unit
     sequences = call.block_tables.shape[0]
     max_len = call.block_tables.shape[1] * extents.block_size
     group = q_heads // extents.num_heads
@@ -126,18 +126,18 @@ def plan_attention(
     min_tiles = max(1, 256 // tile)
     splits = _splits(programs, -(-max_len // tile), min_tiles, target)
     key, value = cache.placement[1:]
-    sides = ((key, extents.head_size), (value, extents.head_size_v))
+    sides = ((key, extents.head_units), (value, extents.head_units_v))
     words = [_word(call, at, size) if even_addresses else 1 for at, size in sides]
     if cache.layout.latent:  # V is a part of K's tile
         words = [min(words)] * 2
     word, word_v = words
-    low, high = _pieces(extents.head_size // word)
+    low, high = _pieces(extents.head_units // word)
     rope = None
     if cache.rope is not None:
-        low, high = extents.head_size // word, DS_MLA_ROPE
+        low, high = extents.head_units // word, DS_MLA_ROPE
         rope = _cache_rows(extents, cache.rope, DS_MLA_ROPE, 1, 1, high, 0)
-    low_v = max(16, power_of_two(extents.head_size_v // word_v))
-    v_in_k = cache.layout.latent and extents.head_size_v == low * word
+    low_v = max(16, power_of_two(extents.head_units_v // word_v))
+    v_in_k = cache.layout.latent and extents.head_units_v == low * word
     key_scales = value_scales = None
     if cache.scales is not None:
         key_scales = scale_rows(cache.scales, cache.scales.placement.key, cache.head_size, cache.format)
@@ -166,8 +166,8 @@ def plan_attention(
                 k_scale_stride=cache.head_scales[0],
                 v_scale_stride=cache.head_scales[1],
             ),
-            "K": _cache_rows(extents, key, extents.head_size, word, per_byte, low, high),
-            "V": _cache_rows(extents, value, extents.head_size_v, word_v, per_byte, low_v, 0),
+            "K": _cache_rows(extents, key, extents.head_units, word, elements_per_unit, low, high),
+            "V": _cache_rows(extents, value, extents.head_units_v, word_v, elements_per_unit, low_v, 0),
             "HIGH": rope,
             "KS": key_scales,
             "VS": value_scales,
@@ -230,7 +230,7 @@ def _converts_in_hardware(stored: FloatFormat, target: Target) -> bool:
 
 def _tile(call: Attention, target: Target, compute: FloatFormat) -> tuple[int, int, int, int]:
     """Rows, positions, stages and warps of a program. Measured on an H100: see docs/benchmarks.md."""
-    extents = call.cache.placement.extents
+    extents = call.cache.extents
     tokens, q_heads, head_size = call.query.shape
     group = q_heads // extents.num_heads
     widest = max(head_size, call.cache.head_size_v)
@@ -286,13 +286,15 @@ def _pieces(head_size: int) -> tuple[int, int]:
     return (low, high) if low >= 16 and low + high < whole else (whole, 0)
 
 
-def _cache_rows(extents: Extents, at: Address, units: int, word: int, per_byte: int, low: int, high: int) -> CacheRows:
+def _cache_rows(
+    extents: Extents, at: Address, units: int, word: int, elements_per_unit: int, low: int, high: int
+) -> CacheRows:
     """Rows of heads of `units` stored units, read in words of `word` of them."""
     last = at.of(
         (extents.num_layers or 1) - 1, extents.num_blocks - 1, extents.block_size - 1, extents.num_heads - 1, units - 1
     )
     return CacheRows(
-        pack=word * per_byte,
+        pack=word * elements_per_unit,
         word=word,
         head_size=units // word,
         low=low,

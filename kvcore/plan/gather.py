@@ -33,7 +33,7 @@ SCALARS: dict[str, str] = dict.fromkeys(("max_len", "max_blocks", "table_stride"
 
 def scalars(call: Gather) -> tuple[int, ...]:
     """Values of `SCALARS`."""
-    extents, tables = call.cache.placement.extents, call.block_tables
+    extents, tables = call.cache.extents, call.block_tables
     return call.max_len, tables.shape[1], tables.steps[0], extents.num_blocks, extents.num_layers or 1
 
 
@@ -47,21 +47,21 @@ def plan_gather(call: Gather, target: Target, layer_is_pointer: bool = False) ->
         layer_is_pointer: Whether the kernel loads the layer's index from memory.
     """
     cache, at = call.cache, call.cache.placement
-    extents, pack, scales = at.extents, call.cache.format.per_byte, call.cache.scales
+    extents, pack, scales = at.extents, call.cache.format.elements_per_unit, call.cache.scales
     copies = cache.format == call.format
     tokens, columns = plan_tile(at, (1024 if copies else 2048) // pack, target)
     key, value = (ArraySpec(shape[1:], call.format.name) for shape in call.shapes)
     heads, (k_step, v_step) = extents.num_heads, cache.head_scales
     merge = scales is None
-    key_rows = plan_rows(key, heads, extents.head_size, at.key, columns, pack, k_step, merge)
-    value_rows = plan_rows(value, heads, extents.head_size_v, at.value, columns, pack, v_step, merge)
+    key_rows = plan_rows(key, heads, extents.head_units, at.key, columns, pack, k_step, merge)
+    value_rows = plan_rows(value, heads, extents.head_units_v, at.value, columns, pack, v_step, merge)
     rope = None
     if cache.rope is not None:
         rope = plan_rows(key, heads, DS_MLA_ROPE, cache.rope, power_of_two(DS_MLA_ROPE), merge=False)
     key_scales = value_scales = None
     if scales is not None:
-        key_scales = scale_rows(scales, scales.placement.key, extents.head_size * pack, cache.format)
-        value_scales = scale_rows(scales, scales.placement.value, extents.head_size_v * pack, cache.format)
+        key_scales = scale_rows(scales, scales.placement.key, extents.head_units * pack, cache.format)
+        value_scales = scale_rows(scales, scales.placement.value, extents.head_units_v * pack, cache.format)
     kernel = KernelPlan(
         module="gather",
         name="gather_kv_kernel",

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from kvcore.arrays import ArraySpec
 from kvcore.formats import DS_MLA_SMALLEST_SCALE, FP8_DS_MLA, SMALLEST_SCALE, FloatFormat
-from kvcore.layout import Address, Placement
+from kvcore.placement import Address, Placement
 from kvcore.plan.kernel import Target
 from kvcore.scales import Scales
 
@@ -99,7 +99,7 @@ def plan_tile(placement: Placement, elements: int, target: Target) -> tuple[int,
     power of two that covers a row: idle lanes cost less than narrow accesses or more programs would.
     """
     extents, key, value = placement
-    row = power_of_two(extents.num_heads * max(extents.head_size, extents.head_size_v))
+    row = power_of_two(extents.num_heads * max(extents.head_units, extents.head_units_v))
     if target.backend == "interpret":
         return 32, min(row, 1024)  # a program costs milliseconds, an element next to nothing
     if value.slot == 1 or key.slot == key.x:

@@ -40,7 +40,7 @@ SCALARS = {"num_tokens": "i32", "num_slots": "i64", "num_layers": "i32"}
 
 def pointers(write: Write) -> tuple[str, ...]:
     """Names of a kernel's pointer arguments, in order. All but the first three and slot_mapping_ptr may be None."""
-    caches = ("kv_cache_ptr",) if write.layout.single_array else ("key_cache_ptr", "value_cache_ptr")
+    caches = ("kv_cache_ptr",) if write.cache.layout.single_array else ("key_cache_ptr", "value_cache_ptr")
     if write.by_head:
         caches = ("key_cache_ptr", "value_cache_ptr", "k_scale_cache_ptr", "v_scale_cache_ptr")
     return ("key_ptr", "value_ptr", *caches, "slot_mapping_ptr", "k_scale_ptr", "v_scale_ptr", "layer")
@@ -82,15 +82,15 @@ def plan_write(write: Write, target: Target, layer_is_pointer: bool = False) -> 
     """
     if write.by_head:
         return _plan_by_head(write, target, layer_is_pointer)
-    extents, pack = write.placement.extents, write.format.per_byte
+    extents, pack = write.placement.extents, write.cache.format.elements_per_unit
     # Twice the tokens where stores are half as wide as loads.
-    elements = 2048 if write.format.bits < 8 * _itemsize(write.key.dtype) else 1024
+    elements = 2048 if write.cache.format.bits < 8 * _itemsize(write.key.dtype) else 1024
     tokens, columns = plan_tile(write.placement, elements // pack, target)
-    key = plan_rows(write.key, extents.num_heads, extents.head_size, write.placement.key, columns, pack)
-    value = plan_rows(write.value, extents.num_heads, extents.head_size_v, write.placement.value, columns, pack)
+    key = plan_rows(write.key, extents.num_heads, extents.head_units, write.placement.key, columns, pack)
+    value = plan_rows(write.value, extents.num_heads, extents.head_units_v, write.placement.value, columns, pack)
     kernel = KernelPlan(
         module="write",
-        name="reshape_and_cache_kernel_flash" + ("_diffkv" if write.layout.single_array else ""),
+        name="reshape_and_cache_kernel_flash" + ("_diffkv" if write.cache.layout.single_array else ""),
         num_warps=plan_warps(tokens * columns * pack * _itemsize(write.key.dtype), target),
         scalars=SCALARS,
         constexprs={
@@ -98,8 +98,8 @@ def plan_write(write: Write, target: Target, layer_is_pointer: bool = False) -> 
             "V": value,
             "BLOCK_SIZE": extents.block_size,
             "SLOT_STRIDE": write.slot_mapping.steps[0],
-            "FORMAT": None if write.copies else write.format,
-            "HARDWARE_FP8": converts_exactly(write.format, target),
+            "FORMAT": None if write.copies else write.cache.format,
+            "HARDWARE_FP8": converts_exactly(write.cache.format, target),
             "LAYER_IS_POINTER": layer_is_pointer,
             "TOKENS": tokens,
         },
@@ -110,22 +110,24 @@ def plan_write(write: Write, target: Target, layer_is_pointer: bool = False) -> 
 
 def _plan_by_head(write: Write, target: Target, layer_is_pointer: bool) -> WritePlan:
     """The plan for a write whose heads have a scale each: a program takes whole heads."""
-    extents, scales = write.placement.extents, write.scales
-    k_step, v_step = write.head_scales if write.scaled else (0, 0)
+    extents, scales = write.placement.extents, write.cache.scales
+    k_step, v_step = write.cache.head_scales if write.scaled else (0, 0)
     at, heads = write.placement, extents.num_heads
-    pack, pack_v = write.format.per_byte, write.format_v.per_byte
-    widths = [max(16, power_of_two(size * n)) for size, n in ((extents.head_size, pack), (extents.head_size_v, pack_v))]
+    pack, pack_v = write.cache.format.elements_per_unit, write.format_v.elements_per_unit
+    widths = [
+        max(16, power_of_two(size * n)) for size, n in ((extents.head_units, pack), (extents.head_units_v, pack_v))
+    ]
     # Measured on an H100: few rows, and 16 elements a thread, so that what rows share is computed less often.
     rows = max(1, (65536 if target.backend == "interpret" else 1024) // max(widths))
-    key = plan_rows(write.key, heads, extents.head_size, at.key, widths[0] // pack, pack, k_step, merge=False)
+    key = plan_rows(write.key, heads, extents.head_units, at.key, widths[0] // pack, pack, k_step, merge=False)
     value = plan_rows(
-        write.value, heads, extents.head_size_v, at.value, widths[1] // pack_v, pack_v, v_step, merge=False
+        write.value, heads, extents.head_units_v, at.value, widths[1] // pack_v, pack_v, v_step, merge=False
     )
     key_scales = value_scales = None
     if scales is not None:
-        key_scales = scale_rows(scales, scales.placement.key, widths[0], write.format)
-        if write.format_v == write.format:
-            value_scales = scale_rows(scales, scales.placement.value, widths[1], write.format)
+        key_scales = scale_rows(scales, scales.placement.key, widths[0], write.cache.format)
+        if write.format_v == write.cache.format:
+            value_scales = scale_rows(scales, scales.placement.value, widths[1], write.cache.format)
     kernel = KernelPlan(
         module="quantize",
         name="quantize_and_cache_kernel",
@@ -138,10 +140,10 @@ def _plan_by_head(write: Write, target: Target, layer_is_pointer: bool) -> Write
             "VS": value_scales,
             "BLOCK_SIZE": extents.block_size,
             "SLOT_STRIDE": write.slot_mapping.steps[0],
-            "FORMAT": write.format,
+            "FORMAT": write.cache.format,
             "FORMAT_V": None if write.format_v.name == write.value.dtype else write.format_v,
             "SCALE_FORMAT": None if scales is None else scales.format,
-            "HARDWARE_FP8": converts_exactly(write.format, target),
+            "HARDWARE_FP8": converts_exactly(write.cache.format, target),
             "HARDWARE_SCALES": scales is not None and converts_exactly(scales.format, target),
             "LAYER_IS_POINTER": layer_is_pointer,
             "ROWS": rows,

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcore.layout import _CONSTANTS as LAYOUTS
+from kvcore.layout import CONSTANTS as LAYOUTS
 from tests.cases.reads import CPU_IMPLEMENTATIONS, assert_near_oracle, attend_jax, attend_torch, make_read, oracle
 
 

@@ -13,12 +13,12 @@ from jax.sharding import PartitionSpec as P
 
 import jaxkv
 import torchkv
-from kvcore.layout import _CONSTANTS
+from kvcore.layout import CONSTANTS
 from kvcore.layout import CacheLayout as Layout
 from tests.cases.arrays import from_torch, random_normal, to_torch
 
 LAYERS, BLOCKS, BLOCK_SIZE, HEADS, GROUP, HEAD_SIZE = 3, 12, 4, 2, 3, 16
-WRITABLE = [name for name in _CONSTANTS if not Layout.of(name).latent]
+WRITABLE = [name for name in CONSTANTS if not Layout.of(name).latent]
 
 
 def create(module, **options):

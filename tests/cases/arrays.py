@@ -7,8 +7,9 @@ import ml_dtypes
 import numpy as np
 
 from kvcore.formats import KV_CACHE_DTYPES, stored_size
-from kvcore.layout import _CONSTANTS, CacheLayout
+from kvcore.layout import CacheLayout
 from kvcore.oracle import write as reference
+from kvcore.pattern import CONSTANTS
 
 DTYPES = {
     "float32": np.dtype(np.float32),
@@ -23,7 +24,7 @@ DTYPES = {
 }
 
 
-LAYOUTS = [name for name in _CONSTANTS if not CacheLayout.of(name).latent]
+LAYOUTS = [name for name in CONSTANTS if not CacheLayout.of(name).latent]
 """Names of the layouts with a place for K and for V."""
 
 

@@ -1,6 +1,7 @@
 """Descriptions of writes, for tests that launch nothing."""
 
 from kvcore.arrays import ArraySpec
+from kvcore.contract.cache import CacheArguments
 from kvcore.contract.write import Write, check_write
 from kvcore.layout import CacheLayout
 
@@ -39,11 +40,8 @@ def describe(
     return check_write(
         ArraySpec((num_tokens, num_heads, head_size), dtype),
         ArraySpec((num_tokens, num_heads, head_size_v), dtype),
-        [ArraySpec(shape, cache_dtype or dtype) for shape in shapes],
         ArraySpec((num_tokens,), "int32"),
-        kv_cache_dtype,
-        scale,
-        scale,
-        layout,
-        layer,
+        CacheArguments(
+            [ArraySpec(shape, cache_dtype or dtype) for shape in shapes], kv_cache_dtype, scale, scale, layout, layer
+        ),
     )

@@ -5,7 +5,8 @@ import pytest
 pytest.importorskip("triton")
 
 from kvcore.arrays import ArraySpec
-from kvcore.contract.read import Options, check_attention, check_gather
+from kvcore.contract.cache import CacheArguments
+from kvcore.contract.read import AttentionOptions, check_attention, check_gather
 from kvcore.contract.write import check_write
 from kvcore.formats import KV_CACHE_DTYPES, stored_size
 from kvcore.layout import CacheLayout
@@ -59,8 +60,10 @@ def test_writes_compile(name, granularity, target):
     scale = scales(name, granularity)
     own = granularity == "token_head"
     write = check_write(
-        ArraySpec((9, *key), FLOAT), ArraySpec((9, *value), FLOAT), caches, integers(9), name,
-        None if own else scale, None if own else scale, None, None, [scale] * 2 if own else (),
+        ArraySpec((9, *key), FLOAT), ArraySpec((9, *value), FLOAT), integers(9),
+        CacheArguments(
+            caches, name, None if own else scale, None if own else scale, scale_caches=[scale] * 2 if own else ()
+        ),
     )  # fmt: skip
     names = pointers(write)
     pointees = dict.fromkeys(names) | {"key_ptr": FLOAT, "value_ptr": FLOAT, "slot_mapping_ptr": "int32"}
@@ -89,8 +92,9 @@ def test_attention_fits(name, granularity, target):
     scale = scales(name, granularity)
     q_heads = 128 if heads == 1 else 32
     call = check_attention(
-        ArraySpec((8, q_heads, head_size), FLOAT), caches, integers(8, 64), integers(8), None, None,
-        Options(None, True, None, None), name, scale, scale, layout, None, head_size_v if heads == 1 else None,
+        ArraySpec((8, q_heads, head_size), FLOAT), integers(8, 64), integers(8), None, None,
+        AttentionOptions(None, True, None, None), CacheArguments(caches, name, scale, scale, layout),
+        head_size_v if heads == 1 else None,
     )  # fmt: skip
     plan = plan_attention(call, TARGETS[target][0])
     of_scale = None if scale is None else "float32"
@@ -116,7 +120,7 @@ def test_gather_compiles(name, granularity, target):
     caches, heads, head_size, head_size_v, layout = arrays(name)
     scale = scales(name, granularity)
     call = check_gather(
-        caches, integers(8, 64), integers(8), 100, FLOAT, name, scale, scale, layout, None, head_size,
+        integers(8, 64), integers(8), 100, FLOAT, CacheArguments(caches, name, scale, scale, layout), head_size,
         head_size_v if heads == 1 else None,
     )  # fmt: skip
     of_scale = None if scale is None else "float32"

@@ -5,7 +5,8 @@ import re
 import pytest
 
 from kvcore.arrays import ArraySpec
-from kvcore.contract.read import Options, check_attention, check_gather
+from kvcore.contract.cache import CacheArguments
+from kvcore.contract.read import AttentionOptions, check_attention, check_gather
 from kvcore.layout import CacheLayout
 from kvcore.plan.attention import plan_attention
 from kvcore.plan.gather import plan_gather
@@ -38,9 +39,10 @@ def compile_attention(target, head, kv_cache_dtype="auto", ragged=False, index="
     dtype = "bfloat16" if kv_cache_dtype == "auto" else "uint8"
     call = check_attention(
         ArraySpec((512 if ragged else 8, q_heads, head_size), "bfloat16"),
-        caches(layout, head_size, head_size_v, heads, dtype), integers(8, 64, dtype=index), integers(8, dtype=index),
-        integers(9, dtype=index) if ragged else None, None, Options(None, True, None, None), kv_cache_dtype, None,
-        None, layout, None, head_size_v,
+        integers(8, 64, dtype=index), integers(8, dtype=index), integers(9, dtype=index) if ragged else None, None,
+        AttentionOptions(None, True, None, None),
+        CacheArguments(caches(layout, head_size, head_size_v, heads, dtype), kv_cache_dtype, layout=layout),
+        head_size_v,
     )  # fmt: skip
     plan = plan_attention(call, target)
     pointers = {
@@ -84,8 +86,8 @@ def test_gather_compiles(name, kv_cache_dtype):
     target, _ = TARGETS[name]
     dtype = "bfloat16" if kv_cache_dtype == "auto" else "uint8"
     call = check_gather(
-        caches("NHD", 128, 128, 8, dtype), integers(8, 64), integers(8), 100, "bfloat16", kv_cache_dtype, None, None,
-        None, None, None, None,
+        integers(8, 64), integers(8), 100, "bfloat16",
+        CacheArguments(caches("NHD", 128, 128, 8, dtype), kv_cache_dtype), None, None,
     )  # fmt: skip
     plan = plan_gather(call, target)
     pointers = {

@@ -36,8 +36,8 @@ def compile_for(target, layout, *, aligned=True, **options):
     names = pointers(write)
     pointees = dict.fromkeys(names)
     for name in names[:-4]:
-        pointees[name] = write.cache_dtype if "cache" in name else write.key.dtype
-    pointees |= {"slot_mapping_ptr": "int32", "layer": "scalar" if write.layout.has_layer else None}
+        pointees[name] = write.cache.dtype if "cache" in name else write.key.dtype
+    pointees |= {"slot_mapping_ptr": "int32", "layer": "scalar" if write.cache.layout.has_layer else None}
     if write.scaled:
         pointees |= {"k_scale_ptr": "float32", "v_scale_ptr": "float32"}
     sixteen = (

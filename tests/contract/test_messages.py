@@ -10,7 +10,8 @@ import torch
 
 import jaxkv
 import torchkv
-from kvcore.layout import _CONSTANTS, CacheLayout
+from kvcore.layout import CacheLayout
+from kvcore.pattern import CONSTANTS
 from tests.cases.arrays import random_normal, to_torch
 
 BLOCKS, BLOCK_SIZE, HEADS, HEAD_SIZE = 6, 4, 3, 16
@@ -68,7 +69,7 @@ def test_other_heads_get_no_hint_of_the_other_order(module, convert):
             module.reshape_and_cache_flash(rows, rows, *caches, slots, layout=layout)
 
 
-@pytest.mark.parametrize("name", _CONSTANTS)
+@pytest.mark.parametrize("name", CONSTANTS)
 def test_layout_names_in_any_case(name):
     for spelled in (name.lower(), name.title(), f" {name} "):
         assert CacheLayout.of(spelled) == getattr(CacheLayout, name)
@@ -87,7 +88,7 @@ def test_ops_take_layout_names_in_any_case(module, convert):
 @BOTH
 def test_an_unknown_layout_name_lists_the_names(module, convert):
     text = (
-        f"layout must be one of {', '.join(_CONSTANTS)}, or a pattern of the axes layer, block, slot, head, kv, dim, "
+        f"layout must be one of {', '.join(CONSTANTS)}, or a pattern of the axes layer, block, slot, head, kv, dim, "
         "dim/x, x, k+v, latent, got 'NDH'"
     )
     with says(ValueError, text):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from kvcore.layout import _CONSTANTS as LAYOUTS
+from kvcore.layout import CONSTANTS as LAYOUTS
 from kvcore.oracle import read as reference_attention
 from tests.cases.arrays import DTYPES, bits, from_torch, to_torch
 from tests.cases.reads import make_read

@@ -11,7 +11,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from kvcore.layout import _CONSTANTS as LAYOUTS
+from kvcore.layout import CONSTANTS as LAYOUTS
 from tests.attention.test_attention import CASTS, LENGTHS, MEANINGS
 from tests.cases import gpu
 from tests.cases.gpu import DEVICE, HAS_GPU, captured, needs_gpu, params, shorter

@@ -8,7 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvcore.layout import Address, CacheLayout, contiguous_strides
+from kvcore.arrays import contiguous_strides
+from kvcore.layout import CacheLayout
+from kvcore.placement import Address
 
 CONSTANTS = {
     "NHD": "block slot head dim",
@@ -382,10 +384,10 @@ UNKNOWN = "known are layer, block, slot, head, kv, dim, dim/x, x, k+v, latent"
         ("slot head dim", "layout 'slot head dim' must name axis block"),
         ("block head dim", "layout 'block head dim' must name axis slot"),
         ("block slot dim", "layout 'block slot dim' must name axis head"),
-        ("block slot head", "layout 'block slot head' must name exactly one of the axes dim, dim/x and k+v"),
+        ("block slot head", "layout 'block slot head' must name exactly one of the axes dim, dim/x, k+v and latent"),
         (
             "block slot head dim k+v",
-            "layout 'block slot head dim k+v' must name exactly one of the axes dim, dim/x and k+v",
+            "layout 'block slot head dim k+v' must name exactly one of the axes dim, dim/x, k+v and latent",
         ),
         ("block slot head dim x", "layout 'block slot head dim x' must name axes dim/x and x together"),
         ("block slot head dim/x", "layout 'block slot head dim/x' must name axes dim/x and x together"),

@@ -669,7 +669,7 @@ def test_bad_requests_say_why_before_weights_are_read(arguments, message, cli, s
         (["x", "--temperature", "-1"], "argument --temperature: must be 0 or a finite number above, got -1"),
         (["x", "--temperature", "nan"], "argument --temperature: must be 0 or a finite number above, got nan"),
         (["x", "--seed", "4294967296"], "argument --seed: must be from 0 to 2^32 - 1, got 4294967296"),
-        (["x", "--layout", "block slot head"], "must name exactly one of the axes dim, dim/x and k+v"),
+        (["x", "--layout", "block slot head"], "must name exactly one of the axes dim, dim/x, k+v and latent"),
         (["x", "--layout", "nowhere"], "layout must be one of NHD, HND, "),
         (["x", "--layout", "mla"], "layout must have room for a Llama's values, got 'block slot latent'"),
         (["x", "--kv-cache-dtype", "fp8_ds_mla"], "invalid choice: 'fp8_ds_mla'"),

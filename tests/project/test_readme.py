@@ -20,8 +20,8 @@ def test_quickstart(block):
 
 
 def test_every_layout_is_listed():
-    from kvcore.layout import _CONSTANTS
+    from kvcore.layout import CONSTANTS
 
-    for name, pattern in _CONSTANTS.items():
+    for name, pattern in CONSTANTS.items():
         assert f"`{name}`" in README.read_text()
         assert f"`{pattern}`" in README.read_text()

@@ -23,7 +23,8 @@ from kvcore.arrays import ArraySpec
 from kvcore.contract.checks import either
 from kvcore.contract.scales import check_kv_scales
 from kvcore.formats import FLOATS, KV_CACHE_DTYPES, NVFP4, PER_TOKEN_HEAD
-from kvcore.layout import _CONSTANTS, CacheLayout
+from kvcore.layout import CacheLayout
+from kvcore.pattern import CONSTANTS
 from tests.project.test_readme import BLOCKS
 
 ROOT = Path(__file__).parents[2]
@@ -99,7 +100,7 @@ def test_choices_are_those_that_decide_at_run_time():
     assert set(get_args(choices.FloatDtype)) == set(FLOATS)
     assert get_args(choices.JaxBackend) == jaxkv.write.BACKENDS
     assert get_args(choices.TorchBackend) == torchkv.write.BACKENDS
-    assert get_args(choices.LayoutName) == tuple(_CONSTANTS)
+    assert get_args(choices.LayoutName) == tuple(CONSTANTS)
 
 
 def test_choices_of_scales_are_those_that_the_contract_names():

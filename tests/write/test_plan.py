@@ -80,7 +80,7 @@ def test_both_frameworks_compile_the_same_launch(monkeypatch, layout):
     plan = plan_write(write, H100)
     calls = {}
     monkeypatch.setattr(jax_launch.jt, "triton_call", lambda *args, **named: calls.update(jax=(args, named)))
-    num_caches = len(write.layout.arrays)
+    num_caches = len(write.cache.layout.arrays)
     any_array = jnp.zeros(1)
     jax_half.write(
         write,

@@ -61,7 +61,7 @@ def _define(
         if call.backend == "triton":
             raise no_triton_error(call.key.device.type)
         check_apart(names, call.memory)
-        check_address(call.memory[0], write.format)
+        check_address(call.memory[0], write.cache.format)
         if call.backend == "interpret":
             _triton.interpret_write(write, call)
             _bump(call)
@@ -78,7 +78,7 @@ def _define(
         if call.backend == "interpret":
             raise interpret_error(call.key.device)
         check_apart(names, call.memory)
-        check_address(call.memory[0], write.format)
+        check_address(call.memory[0], write.cache.format)
         with torch.no_grad():
             _torch.write(write, call)
 

@@ -10,9 +10,10 @@ from typing import NamedTuple, TypeGuard
 import torch
 from torch import Tensor
 
-from kvcore.contract.read import Attention, Cache, Gather
+from kvcore.contract.cache import Cache
+from kvcore.contract.read import Attention, Gather
 from kvcore.formats import BFLOAT16, DS_MLA_ROPE, FloatFormat
-from kvcore.layout import Placement
+from kvcore.placement import Placement
 from torchkv._torch.write import BITS, decode, encode, view_of
 
 _TILE = 1024
@@ -60,7 +61,7 @@ class _Queries(NamedTuple):
 
 def attention(call: Attention, x: AttentionTensors) -> tuple[Tensor, Tensor]:
     """The result, in query's dtype, and the log-sum-exp of each row: online softmax in float32."""
-    extents = call.cache.placement.extents
+    extents = call.cache.extents
     num_tokens, q_heads, _ = call.query.shape
     nothing = x.query.new_full((q_heads,), -torch.inf, dtype=torch.float32) if x.sinks is None else x.sinks.float()
     if 0 in (num_tokens, q_heads, extents.num_blocks, *call.block_tables.shape):
@@ -141,7 +142,7 @@ def _places(start: Tensor, num_tokens: int, width: int) -> tuple[Tensor, Tensor]
 
 
 def _online_softmax(call: Attention, x: AttentionTensors, queries: _Queries) -> _Softmax:
-    extents, options = call.cache.placement.extents, call.options
+    extents, options = call.cache.extents, call.options
     query, position, length, table = queries
     count, heads, rows, _ = query.shape
     window, width = options.sliding_window, position.shape[1]
@@ -211,7 +212,7 @@ def _sum_of_seen(weight: Tensor, seen: Tensor, value: Tensor) -> Tensor:
 def _tile(cache: Cache, sides: Sequence["_Side"], block: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values of blocks `[tiles, blocks]` as `[tiles, num_heads, positions, dim]`, but for static scales."""
     # With heads among the indices, elements come in the order in which the products want them.
-    head = torch.arange(cache.placement.extents.num_heads, device=block.device)
+    head = torch.arange(cache.extents.num_heads, device=block.device)
     index = (block.unsqueeze(1), head.unsqueeze(1))
 
     def pick(x: Tensor) -> Tensor:
@@ -250,14 +251,14 @@ def _sides(
     def view(array: Tensor | None, stored: FloatFormat, placement: Placement, kv: int) -> Tensor:
         assert array is not None  # the contract has seen to it
         extents, key, value = placement
-        at, size = (value, extents.head_size_v) if kv else (key, extents.head_size)
+        at, size = (value, extents.head_units_v) if kv else (key, extents.head_units)
         return view_of(array, BITS[stored.bits], at, extents, size)[layer]
 
     def side(kv: int) -> _Side:
         units, scales = view(arrays[-kv], cache.format, cache.placement, kv), cache.scales
         rope = None
         if cache.rope is not None and kv == 0:
-            extents = cache.placement.extents
+            extents = cache.extents
             rope = view_of(arrays[0], BITS[BFLOAT16.bits], cache.rope, extents, DS_MLA_ROPE)[layer]
         if scales is None:
             return _Side(units, cache.format, None, cache.format, rope)
@@ -300,7 +301,7 @@ def gather(
     layer: int | Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Keys and values, `[num_seqs, max_len, num_heads, dim]`. Bits as the oracle's."""
-    extents = call.cache.placement.extents
+    extents = call.cache.extents
     max_blocks, block_size, dtype = block_tables.shape[1], extents.block_size, getattr(torch, call.format.name)
     at_layer = _layer(layer)
     if 0 in (*call.shapes[0], max_blocks, extents.num_blocks) or not 0 <= at_layer < (extents.num_layers or 1):

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from kvcore.contract.write import Write
 from kvcore.formats import DS_MLA_SMALLEST_SCALE, E4M3, FLOAT32, FLOATS, FP8_DS_MLA, NVFP4, SMALLEST_SCALE, FloatFormat
-from kvcore.layout import Address, Extents
+from kvcore.placement import Address, Extents
 from kvcore.scales import Scales
 from torchkv._call import Call
 from torchkv._memory import span
@@ -16,7 +16,7 @@ BITS = {4: torch.uint8, 8: torch.uint8, 16: torch.int16, 32: torch.int32}
 
 def write(write: Write, call: Call) -> None:
     """Writes with advanced indexing. Bits as the oracle's."""
-    extents, scales = write.placement.extents, write.scales
+    extents, scales = write.cache.extents, write.cache.scales
     layer = call.layer or 0 if call.layer_index is None else int(call.layer_index)
     if not 0 <= layer < (extents.num_layers or 1):
         return
@@ -31,7 +31,7 @@ def write(write: Write, call: Call) -> None:
 
     scale_arrays = call.scale_caches or call.caches
     for side, rows, stored, static in (
-        (0, call.key, write.format, call.k_scale),
+        (0, call.key, write.cache.format, call.k_scale),
         (-1, call.value, write.format_v, call.v_scale),
     ):
         x = rows[token].unsqueeze(-2) if call.rows else rows[token]

@@ -60,7 +60,7 @@ _launches: dict[tuple[Any, ...], Any] = {}
 def _find(wanted: tuple[Any, ...], layer: int | None, prepare: Callable[[], Any]) -> Any:
     """The launch for such tensors and options. A number for the layer is not among them: its range is."""
     found = _launches.get(wanted)
-    if found is None or not (layer is None or 0 <= layer < found.call.cache.placement.extents.num_layers):
+    if found is None or not (layer is None or 0 <= layer < found.call.cache.extents.num_layers):
         found = prepare()  # raises where the contract does
         if len(_launches) >= _MOST_LAUNCHES:  # shapes that never come back
             _launches.clear()

@@ -103,7 +103,7 @@ def _run(found: _Launcher, call: Call, device: int, n: int, addresses: list[Any]
 
 
 def _compile(write: Write, call: Call) -> _Launcher:
-    check_address(call.memory[0], write.format)
+    check_address(call.memory[0], write.cache.format)
     plan = plan_write(write, target(), layer_is_pointer=call.layer_index is not None)
     pointees: dict[str, str | None] = {}
     aligned = []
