@@ -13,7 +13,7 @@ from kvcore.contract.write import Write
 from kvcore.plan import attention as plan_attention
 from kvcore.plan import gather as plan_gather
 from kvcore.plan.kernel import INTERPRETER, KernelPlan
-from kvcore.plan.write import arguments, plan_write, scalars
+from kvcore.plan.write import arguments, plan_write
 
 if TYPE_CHECKING:
     from jaxkv._primitive import read as _read_primitive
@@ -30,11 +30,11 @@ def write(call: Write, operands: "_primitive.Operands", layer: int | None) -> li
     def on_host(run: Run, x: "_primitive.Operands") -> list[np.ndarray]:
         memory = [a.copy() for a in x.memory]
         n = len(x.slot_mapping)
-        pointers = arguments(
+        inputs = arguments(
             call, x.key, x.value, memory[:count], memory[count:], x.slot_mapping, x.k_scale, x.v_scale,
-            layer if x.layer is None else x.layer,
+            layer if x.layer is None else x.layer, n,
         )  # fmt: skip
-        run(plan.kernel, plan.grid(n), [*pointers, *scalars(call, n)])
+        run(plan.kernel, plan.grid(n), inputs)
         return memory
 
     return _call(on_host, [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in operands.memory], operands)
@@ -50,15 +50,16 @@ def attention(call: Attention, operands: "_read_primitive.Operands", layer: int 
         out, lse = np.empty(shape, dtype), np.empty(shape[:2], np.float32)
         parts = np.empty((*shape[:2], plan.splits, shape[2]), np.float32)
         part_lse = np.empty((*shape[:2], plan.splits), np.float32)
-        scales = (x.k_scale, x.v_scale) if call.cache.scaled else (None, None)
-        given = [
-            x.query, x.caches[0], x.caches[-1], x.block_tables, x.seq_lens, x.query_start_loc, x.sinks, *scales,
-            layer if x.layer is None else x.layer, *plan_attention.scalars(call),
-            *((out, lse) if plan.splits == 1 else (parts, part_lse)),
-        ]  # fmt: skip
-        run(plan.attend, plan.grid, given)
-        if plan.splits > 1:
-            run(plan.merge, plan.merge_grid, [parts, part_lse, x.sinks, plan.splits, out, lse])
+        inputs = plan_attention.arguments(
+            call, x.query, x.caches, x.block_tables, x.seq_lens, x.query_start_loc, x.sinks, x.k_scale, x.v_scale,
+            layer if x.layer is None else x.layer,
+        )  # fmt: skip
+        if plan.splits == 1:
+            run(plan.attend, plan.grid, [*inputs, out, lse])
+        else:
+            run(plan.attend, plan.grid, [*inputs, parts, part_lse])
+            merged = plan_attention.merge_arguments(parts, part_lse, x.sinks, plan.splits)
+            run(plan.merge, plan.merge_grid, [*merged, out, lse])
         return [out, lse]
 
     return _call(on_host, [jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct(shape[:2], "float32")], operands)
@@ -71,12 +72,10 @@ def gather(call: Gather, operands: "_read_primitive.Operands", layer: int | None
 
     def on_host(run: Run, x: "_read_primitive.Operands") -> list[np.ndarray]:
         out = [np.empty(r.shape, r.dtype) for r in results]
-        scales = (x.k_scale, x.v_scale) if call.cache.scaled else (None, None)
-        given = [
-            x.caches[0], x.caches[-1], x.block_tables, x.seq_lens, *scales, layer if x.layer is None else x.layer,
-            *plan_gather.scalars(call), *out,
-        ]  # fmt: skip
-        run(plan.kernel, plan.grid, given)
+        inputs = plan_gather.arguments(
+            call, x.caches, x.block_tables, x.seq_lens, x.k_scale, x.v_scale, layer if x.layer is None else x.layer
+        )
+        run(plan.kernel, plan.grid, [*inputs, *out])
         return out
 
     return _call(on_host, results, operands)

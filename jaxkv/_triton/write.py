@@ -7,7 +7,7 @@ from jax import lax
 
 from jaxkv._triton.launch import as_bytes, launch, target_of
 from kvcore.contract.write import Write
-from kvcore.plan.write import arguments, plan_write, scalars
+from kvcore.plan.write import arguments, plan_write
 
 if TYPE_CHECKING:
     from jaxkv._primitive.write import Operands
@@ -24,10 +24,10 @@ def write(
         return list(operands.memory)
     refs = [jax.new_ref(as_bytes(array)) for array in operands.memory]
     count = len(call.cache.layout.arrays)
-    pointers = arguments(
+    inputs = arguments(
         call, as_bytes(operands.key), as_bytes(operands.value), refs[:count], refs[count:], operands.slot_mapping,
-        operands.k_scale, operands.v_scale, layer if operands.layer is None else operands.layer,
+        operands.k_scale, operands.v_scale, layer if operands.layer is None else operands.layer, n,
     )  # fmt: skip
-    launch(plan.kernel, plan.grid(n), [*pointers, *scalars(call, n)], target)
+    launch(plan.kernel, plan.grid(n), inputs, target)
     new = [jax.freeze(ref) for ref in refs]
     return [lax.bitcast_convert_type(n, a.dtype) for n, a in zip(new, operands.memory, strict=True)]

@@ -1,5 +1,6 @@
 """Launch plans of the kernels that read a cache. As `kvcore.plan`: plain integers, from shapes, never from data."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -81,14 +82,63 @@ POINTERS = (
 SCALARS: dict[str, str] = dict.fromkeys(
     ("num_tokens", "num_seqs", "max_blocks", "table_stride", "num_blocks", "num_layers"), "i32"
 )
-"""Run-time integers that follow the pointers, and their types. Then come out_ptr and lse_ptr."""
+"""Run-time integers that follow the pointers, and their types. Then come the results, out_ptr and lse_ptr."""
+
+MERGE_POINTERS = ("part_ptr", "part_lse_ptr", "sinks_ptr")
+"""Pointer arguments of `merge_attention_kernel`, in order. sinks_ptr may be None."""
+
+MERGE_SCALARS = {"splits": "i32"}
+"""Run-time integers that follow the pointers, and their types. Then come the results, out_ptr and lse_ptr."""
+
+
+def arguments(
+    call: Attention,
+    query: Any,
+    caches: Sequence[Any],
+    block_tables: Any,
+    seq_lens: Any,
+    query_start_loc: Any,
+    sinks: Any,
+    k_scale: Any,
+    v_scale: Any,
+    layer: Any,
+) -> list[Any]:
+    """All that `paged_attention_kernel` is launched with but its results, in its order.
+
+    These are values of `POINTERS`, then of `SCALARS`. The results follow: out and lse of the op or, where the plan
+    splits positions, those of the parts, which `merge_arguments` begins with.
+
+    Args:
+        call: What the kernel does.
+        query: The array, or whatever stands for it: an address, the dtype. So are all up to layer.
+        caches: The key and the value cache, or the one array of both.
+        block_tables: As it is passed to the op.
+        seq_lens: As it is passed to the op.
+        query_start_loc: As it is passed to the op.
+        sinks: As it is passed to the op.
+        k_scale: As it is passed to the op. The kernel gets None for a scale that has no effect.
+        v_scale: As it is passed to the op.
+        layer: The array of one index, or the index, or None.
+    """
+    scales = (k_scale, v_scale) if call.cache.scaled else (None, None)
+    return [
+        query, caches[0], caches[-1], block_tables, seq_lens, query_start_loc, sinks, *scales, layer, *scalars(call),
+    ]  # fmt: skip
 
 
 def scalars(call: Attention) -> tuple[int, ...]:
     """Values of `SCALARS`."""
     extents, tables = call.cache.extents, call.block_tables
-    tail = (extents.num_blocks, extents.num_layers or 1)
-    return (call.query.shape[0], *tables.shape, tables.steps[0], *tail)
+    num_seqs, max_blocks = tables.shape
+    return call.query.shape[0], num_seqs, max_blocks, tables.steps[0], extents.num_blocks, extents.num_layers or 1
+
+
+def merge_arguments(part: Any, part_lse: Any, sinks: Any, splits: int) -> list[Any]:
+    """All that `merge_attention_kernel` is launched with but its results, in its order.
+
+    These are values of `MERGE_POINTERS`, then of `MERGE_SCALARS`. The results follow: out and lse of the op.
+    """
+    return [part, part_lse, sinks, splits]
 
 
 _SHARED_MEMORY = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
@@ -196,7 +246,7 @@ def plan_attention(
         module="attention",
         name="merge_attention_kernel",
         num_warps=4,
-        scalars={"splits": "i32"},
+        scalars=MERGE_SCALARS,
         constexprs={
             "NUM_HEADS": q_heads,
             "HEAD_SIZE": cache.head_size_v,

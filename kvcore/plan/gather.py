@@ -1,7 +1,8 @@
 """Launch plan of `gather_kv_kernel`. As `kvcore.plan`: plain integers, from shapes, never from data."""
 
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kvcore.arrays import ArraySpec
 from kvcore.contract.read import Gather
@@ -28,7 +29,34 @@ POINTERS = (
 """Pointer arguments of the kernel, in order. Scales and layer may be None."""
 
 SCALARS: dict[str, str] = dict.fromkeys(("max_len", "max_blocks", "table_stride", "num_blocks", "num_layers"), "i32")
-"""Run-time integers that follow the pointers, and their types. Then come key_ptr and value_ptr."""
+"""Run-time integers that follow the pointers, and their types. Then come the results, key_ptr and value_ptr."""
+
+
+def arguments(
+    call: Gather,
+    caches: Sequence[Any],
+    block_tables: Any,
+    seq_lens: Any,
+    k_scale: Any,
+    v_scale: Any,
+    layer: Any,
+) -> list[Any]:
+    """All that the kernel is launched with but its results, in its order: values of `POINTERS`, then of `SCALARS`.
+
+    The results follow: key and value.
+
+    Args:
+        call: What the kernel does.
+        caches: The key and the value cache, or the one array of both: the arrays, or whatever stands for them: an
+            address, the dtype. So are all up to layer.
+        block_tables: As it is passed to the op.
+        seq_lens: As it is passed to the op.
+        k_scale: As it is passed to the op. The kernel gets None for a scale that has no effect.
+        v_scale: As it is passed to the op.
+        layer: The array of one index, or the index, or None.
+    """
+    scales = (k_scale, v_scale) if call.cache.scaled else (None, None)
+    return [caches[0], caches[-1], block_tables, seq_lens, *scales, layer, *scalars(call)]
 
 
 def scalars(call: Gather) -> tuple[int, ...]:

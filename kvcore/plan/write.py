@@ -56,13 +56,28 @@ def arguments(
     k_scale: Any,
     v_scale: Any,
     layer: Any,
+    num_tokens: int,
 ) -> list[Any]:
-    """What the kernel gets for `pointers`: arrays, or whatever stands for them. None for scales without effect."""
+    """All that the kernel is launched with, in its order: values of `pointers`, then of `SCALARS`.
+
+    Args:
+        write: What the kernel does.
+        key: The array, or whatever stands for it: an address, the dtype. So are all up to layer.
+        value: As it is passed to the op.
+        caches: The key and the value cache, or the one array of both.
+        scale_caches: Those of key and of value, or none.
+        slot_mapping: As it is passed to the op.
+        k_scale: As it is passed to the op. The kernel gets None for a scale that has no effect.
+        v_scale: As it is passed to the op.
+        layer: The array of one index, or the index, or None.
+        num_tokens: Entries of slot_mapping.
+    """
     memory = list(caches)
-    if write.by_head:
-        memory = [*caches, None][:2] + [*scale_caches, None, None][:2]
+    if write.by_head:  # the kernel has four pointers, whatever there is
+        memory += [None] if write.cache.layout.single_array else []
+        memory += scale_caches or (None, None)
     scales = (k_scale, v_scale) if write.scaled else (None, None)
-    return [key, value, *memory, slot_mapping, *scales, layer]
+    return [key, value, *memory, slot_mapping, *scales, layer, *scalars(write, num_tokens)]
 
 
 def scalars(write: Write, num_tokens: int) -> tuple[int, int, int]:

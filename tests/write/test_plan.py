@@ -1,11 +1,13 @@
 """Both frameworks launch what the plan says: the same kernel, grid, warps and arguments."""
 
+import contextlib
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import jaxkv
 from kvcore.plan.kernel import Target
 from kvcore.plan.write import SCALARS, plan_write, pointers, scalars
 from tests.cases.arrays import LAYOUTS, make_case, run_jax, run_torch
@@ -110,6 +112,68 @@ def test_both_frameworks_compile_the_same_launch(monkeypatch, layout):
     static = {name: value for (place,), value in source.constants.items() for name in [kernel_names[place]]}
     assert {k: static[k] for k in plan.kernel.constexprs} == {k: named[k] for k in plan.kernel.constexprs}
     assert set(kernel_names) == {*pointees, *SCALARS, *plan.kernel.constexprs}
+
+
+WRITES = {
+    "two arrays": dict(),
+    "one array, a layer": dict(layout="PACKED_HND", num_layers=3, layer=1),
+    "fp8": dict(kv_cache_dtype="fp8"),
+    "fp8, a scale a head": dict(kv_cache_dtype="fp8", scales="head"),
+    "int8, a scale a token and head": dict(kv_cache_dtype="int8", per_token_head=True),
+    "int8, one array": dict(kv_cache_dtype="int8", layout="PACKED_NHD", per_token_head=True),
+    "nvfp4": dict(kv_cache_dtype="nvfp4", head_size=48),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_both_launchers_pass_the_same_arguments(monkeypatch, name):
+    """Seen without a GPU. Where JAX passes an array torch passes its address."""
+    import jax.numpy as jnp
+    import torch
+
+    from jaxkv._primitive import write as jax_primitive
+    from jaxkv._triton import write as jax_half
+    from kvcore.run.compiler import compile_kernel, kernel_function
+    from torchkv._triton import write as torch_half
+
+    launched = {}
+
+    def load(kernel, pointees, aligned):
+        compile_kernel(kernel, H100, pointees, aligned)  # raises where an argument lacks a type
+        return kernel
+
+    def start(kernel, grid, device, arguments):
+        launched["torch"] = kernel, grid, list(arguments)
+
+    def launch(kernel, grid, arguments, target):
+        launched["jax"] = kernel, grid, [a if a is None or isinstance(a, int) else "array" for a in arguments]
+
+    def write(options, operands):
+        return jax_half.write(jax_primitive.describe(options, operands), operands, options.layer, "cuda", 90)
+
+    for attribute, value in (("_launchers", {}), ("load", load), ("start", start), ("target", lambda: H100)):
+        monkeypatch.setattr(torch_half, attribute, value)
+    monkeypatch.setattr(torch_half, "interpret_write", lambda write, call: torch_half.launch(call))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(jax_half, "launch", launch)
+    monkeypatch.setattr(jax_primitive, "write", write)
+    case = make_case(np.random.default_rng(0), **WRITES[name])
+    case.slot_mapping = case.slot_mapping.astype(np.int32)  # JAX has no int64 by default
+    run_torch(case, "interpret")
+    case.call(jaxkv, jnp.asarray, list(map(jnp.asarray, case.memory)))
+
+    (kernel, grid, ours), (jax_kernel, jax_grid, theirs) = launched["torch"], launched["jax"]
+    assert (kernel, grid) == (jax_kernel, jax_grid)
+    names = kernel_function(kernel).arg_names
+    assert set(names[len(ours) :]) == set(kernel.constexprs)
+    for name, address, argument in zip(names, ours, theirs, strict=False):
+        if argument == "array":
+            assert isinstance(address, int), name
+            assert name not in kernel.scalars, name
+        else:
+            assert address == argument, name
+    assert len(ours) == len(theirs)
 
 
 @pytest.mark.parametrize("default", ["0", "1"])

@@ -39,7 +39,6 @@ _Start = Callable[[tuple[int, int, int], Sequence[Any]], None]
 class _AttentionLaunch(NamedTuple):
     call: Attention
     plan: plan_attention.AttentionPlan
-    scalars: tuple[int, ...]
     attend: _Start
     merge: _Start | None
     apart: set[tuple[int, ...]]  # addresses of results and inputs that were seen to share nothing
@@ -48,7 +47,6 @@ class _AttentionLaunch(NamedTuple):
 class _GatherLaunch(NamedTuple):
     call: Gather
     plan: plan_gather.GatherPlan
-    scalars: tuple[int, ...]
     gather: _Start
     apart: set[tuple[int, ...]]
 
@@ -88,37 +86,39 @@ def attention(call: AttentionCall, given: Results | None = None) -> Results:
 
     They are new tensors, or those given for them.
     """
-    tensors = _attention_tensors(call)
+    tensors = (
+        call.query, *call.caches, call.block_tables, call.seq_lens, call.query_start_loc, call.sinks, call.k_scale,
+        call.v_scale, call.layer_index,
+    )  # fmt: skip
     wanted = (
         "attention", *signature(tensors), given and signature(given), call.scale, call.causal,
         call.sliding_window, call.soft_cap, call.kv_cache_dtype, call.layout, call.layer is None, call.head_size_v,
         call.scale_layout,
     )  # fmt: skip
-    found = _find(wanted, call.layer, lambda: _prepare_attention(call, tensors, given))
+    found = _find(wanted, call.layer, lambda: _prepare_attention(call, given))
     if given is not None:
         _check_apart(found.apart, ATTENTION_RESULTS, given, attention_inputs(call))
     with _current(call.query.device):
-        return _run_attention(found, call, tensors, given)
+        return _run_attention(found, call, given)
 
 
 def interpret_attention(described: Attention, call: AttentionCall, given: Results | None = None) -> Results:
     """Runs the kernels in Triton's interpreter, on the tensors' own memory."""
     plan = plan_attention.plan_attention(described, INTERPRETER, call.layer_index is not None)
     kernels = (partial(interpret, kernel) for kernel in (plan.attend, plan.merge))
-    found = _AttentionLaunch(described, plan, plan_attention.scalars(described), *kernels, apart=set())
-    return _run_attention(found, call, _attention_tensors(call), given)
+    found = _AttentionLaunch(described, plan, *kernels, apart=set())
+    return _run_attention(found, call, given)
 
 
-def _attention_tensors(call: AttentionCall) -> list[Tensor | None]:
-    """Tensors in the kernel's order."""
-    caches = (call.caches[0], call.caches[-1])
-    rest = (call.block_tables, call.seq_lens, call.query_start_loc, call.sinks, call.k_scale, call.v_scale)
-    return [call.query, *caches, *rest, call.layer_index]
+def _attention_arguments(described: Attention, call: AttentionCall) -> list[Any]:
+    """What the kernel is launched with, but for its results."""
+    return plan_attention.arguments(
+        described, call.query, call.caches, call.block_tables, call.seq_lens, call.query_start_loc, call.sinks,
+        call.k_scale, call.v_scale, call.layer if call.layer_index is None else call.layer_index,
+    )  # fmt: skip
 
 
-def _prepare_attention(
-    call: AttentionCall, tensors: Sequence[Tensor | None], given: Results | None
-) -> _AttentionLaunch:
+def _prepare_attention(call: AttentionCall, given: Results | None) -> _AttentionLaunch:
     described = describe_attention(call)
     if given is not None:
         check_attention_results(described, given)
@@ -126,38 +126,36 @@ def _prepare_attention(
     with torch.cuda.device(call.query.device):
         even = all(c.data_ptr() % 2 == 0 for c in call.caches)
         plan = plan_attention.plan_attention(described, target(), call.layer_index is not None, even)
-        pointers = _pointees(plan_attention.POINTERS, tensors, call.layer, described.cache.scaled)
-        aligned = _aligned(plan_attention.POINTERS, tensors)
+        arguments = _attention_arguments(described, call)
+        pointees = _pointees(plan_attention.POINTERS, arguments)
+        aligned = _aligned(plan_attention.POINTERS, arguments)
         result: dict[str, str | None] = {"out_ptr": dtype_name(call.query), "lse_ptr": "float32"}
         parts: dict[str, str | None] = {"part_ptr": "float32", "part_lse_ptr": "float32"}
         aligned_result = frozenset(result) if given is None else _aligned(tuple(result), given)
         merge = None
         if plan.splits > 1:
-            pointees = {**parts, "sinks_ptr": pointers["sinks_ptr"], **result}
-            merge = partial(_start, load(plan.merge, pointees, (aligned & {"sinks_ptr"}) | {*parts} | aligned_result))
+            merged = {**parts, "sinks_ptr": pointees["sinks_ptr"], **result}
+            merge = partial(_start, load(plan.merge, merged, (aligned & {"sinks_ptr"}) | {*parts} | aligned_result))
             result["out_ptr"], aligned_result = "float32", frozenset(result)  # the parts, which are new
-        attend = partial(_start, load(plan.attend, pointers | result, aligned | aligned_result))
-    return _AttentionLaunch(described, plan, plan_attention.scalars(described), attend, merge, set())
+        attend = partial(_start, load(plan.attend, pointees | result, aligned | aligned_result))
+    return _AttentionLaunch(described, plan, attend, merge, set())
 
 
-def _run_attention(
-    found: _AttentionLaunch, call: AttentionCall, tensors: Sequence[Tensor | None], given: Results | None
-) -> Results:
+def _run_attention(found: _AttentionLaunch, call: AttentionCall, given: Results | None) -> Results:
     shape, plan, query = found.call.out_shape, found.plan, call.query
     out, lse = given or (query.new_empty(shape), query.new_empty(shape[:2], dtype=torch.float32))
     if 0 in shape[:2]:
         return out, lse
-    inputs = [*tensors[:-1], call.layer if call.layer_index is None else call.layer_index]
-    if not found.call.cache.scaled:
-        inputs[7] = inputs[8] = None
+    arguments = _attention_arguments(found.call, call)
     if plan.splits == 1:
-        found.attend(plan.grid, [*inputs, *found.scalars, out, lse])
+        found.attend(plan.grid, [*arguments, out, lse])
         return out, lse
     assert found.merge is not None
     parts = query.new_empty((*shape[:2], plan.splits, shape[2]), dtype=torch.float32)
     part_lse = query.new_empty((*shape[:2], plan.splits), dtype=torch.float32)
-    found.attend(plan.grid, [*inputs, *found.scalars, parts, part_lse])
-    found.merge(plan.merge_grid, [parts, part_lse, call.sinks, plan.splits, out, lse])
+    found.attend(plan.grid, [*arguments, parts, part_lse])
+    merged = plan_attention.merge_arguments(parts, part_lse, call.sinks, plan.splits)
+    found.merge(plan.merge_grid, [*merged, out, lse])
     return out, lse
 
 
@@ -166,77 +164,72 @@ def _run_attention(
 
 def gather(call: GatherCall, given: Results | None = None) -> Results:
     """Launches `gather_kv` on the current stream of the caches' device; into new tensors, or those given."""
-    tensors = _gather_tensors(call)
+    tensors = (*call.caches, call.block_tables, call.seq_lens, call.k_scale, call.v_scale, call.layer_index)
     wanted = (
         "gather", *signature(tensors), given and signature(given), call.max_len, call.dtype,
         call.kv_cache_dtype, call.layout, call.layer is None, call.head_size, call.head_size_v, call.scale_layout,
     )  # fmt: skip
-    found = _find(wanted, call.layer, lambda: _prepare_gather(call, tensors, given))
+    found = _find(wanted, call.layer, lambda: _prepare_gather(call, given))
     if given is not None:
         _check_apart(found.apart, GATHER_RESULTS, given, gather_inputs(call))
     with _current(call.caches[0].device):
-        return _run_gather(found, call, tensors, given)
+        return _run_gather(found, call, given)
 
 
 def interpret_gather(described: Gather, call: GatherCall, given: Results | None = None) -> Results:
     """Runs the kernel in Triton's interpreter, on the tensors' own memory."""
     plan = plan_gather.plan_gather(described, INTERPRETER, call.layer_index is not None)
-    found = _GatherLaunch(described, plan, plan_gather.scalars(described), partial(interpret, plan.kernel), set())
-    return _run_gather(found, call, _gather_tensors(call), given)
+    found = _GatherLaunch(described, plan, partial(interpret, plan.kernel), set())
+    return _run_gather(found, call, given)
 
 
-def _gather_tensors(call: GatherCall) -> list[Tensor | None]:
-    """Tensors in the kernel's order."""
-    caches = (call.caches[0], call.caches[-1])
-    return [*caches, call.block_tables, call.seq_lens, call.k_scale, call.v_scale, call.layer_index]
+def _gather_arguments(described: Gather, call: GatherCall) -> list[Any]:
+    """What the kernel is launched with, but for its results."""
+    return plan_gather.arguments(
+        described, call.caches, call.block_tables, call.seq_lens, call.k_scale, call.v_scale,
+        call.layer if call.layer_index is None else call.layer_index,
+    )  # fmt: skip
 
 
-def _prepare_gather(call: GatherCall, tensors: Sequence[Tensor | None], given: Results | None) -> _GatherLaunch:
+def _prepare_gather(call: GatherCall, given: Results | None) -> _GatherLaunch:
     described = describe_gather(call)
     if given is not None:
         check_gather_results(described, given)
     check_address(call.caches[0], described.cache.format)
     with torch.cuda.device(call.caches[0].device):
         plan = plan_gather.plan_gather(described, target(), call.layer_index is not None)
-        pointers = _pointees(plan_gather.POINTERS, tensors, call.layer, described.cache.scaled)
+        arguments = _gather_arguments(described, call)
+        pointees = _pointees(plan_gather.POINTERS, arguments)
         result = dict.fromkeys(("key_ptr", "value_ptr"), described.format.name)
-        aligned = _aligned(plan_gather.POINTERS, tensors)
+        aligned = _aligned(plan_gather.POINTERS, arguments)
         aligned |= frozenset(result) if given is None else _aligned(tuple(result), given)
-        kernel = load(plan.kernel, pointers | result, aligned)
-    return _GatherLaunch(described, plan, plan_gather.scalars(described), partial(_start, kernel), set())
+        kernel = load(plan.kernel, pointees | result, aligned)
+    return _GatherLaunch(described, plan, partial(_start, kernel), set())
 
 
-def _run_gather(
-    found: _GatherLaunch, call: GatherCall, tensors: Sequence[Tensor | None], given: Results | None
-) -> Results:
+def _run_gather(found: _GatherLaunch, call: GatherCall, given: Results | None) -> Results:
     dtype = getattr(torch, found.call.format.name)
     key, value = given or (call.caches[0].new_empty(shape, dtype=dtype) for shape in found.call.shapes)
     if 0 not in found.plan.grid:
-        inputs = [*tensors[:-1], call.layer if call.layer_index is None else call.layer_index]
-        if not found.call.cache.scaled:
-            inputs[4] = inputs[5] = None
-        found.gather(found.plan.grid, [*inputs, *found.scalars, key, value])
+        found.gather(found.plan.grid, [*_gather_arguments(found.call, call), key, value])
     return key, value
 
 
 # ---- both
 
 
-def _pointees(
-    names: Sequence[str], tensors: Sequence[Tensor | None], layer: int | None, scaled: bool
-) -> dict[str, str | None]:
-    """What each pointer argument points to."""
-    pointees = {n: None if t is None else dtype_name(t) for n, t in zip(names, tensors, strict=True)}
-    if not scaled:
-        pointees["k_scale_ptr"] = pointees["v_scale_ptr"] = None
-    if layer is not None:
-        pointees["layer"] = "scalar"
-    return pointees
+def _pointees(names: Sequence[str], arguments: Sequence[Any]) -> dict[str, str | None]:
+    """What each pointer argument points to; "scalar" for a number in its place."""
+    return {
+        name: dtype_name(a) if isinstance(a, Tensor) else None if a is None else "scalar"
+        for name, a in zip(names, arguments, strict=False)
+    }
 
 
-def _aligned(names: Sequence[str], tensors: Sequence[Tensor | None]) -> frozenset[str]:
+def _aligned(names: Sequence[str], arguments: Sequence[Any]) -> frozenset[str]:
     """Pointers that are multiples of 16."""
-    return frozenset(n for n, t in zip(names, tensors, strict=True) if t is not None and t.data_ptr() % 16 == 0)
+    named = zip(names, arguments, strict=False)
+    return frozenset(name for name, a in named if isinstance(a, Tensor) and a.data_ptr() % 16 == 0)
 
 
 def _current(device: torch.device) -> AbstractContextManager[Any]:

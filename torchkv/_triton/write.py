@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvcore.contract.write import Write
 from kvcore.plan.kernel import INTERPRETER
-from kvcore.plan.write import arguments, plan_write, pointers, scalars
+from kvcore.plan.write import arguments, plan_write, pointers
 from torchkv._arguments import dtype_name
 from torchkv._call import Call, check, memory_names
 from torchkv._memory import check_address, overlap_error, share_elements, span
@@ -108,14 +108,15 @@ def _compile(write: Write, call: Call) -> _Launcher:
     pointees: dict[str, str | None] = {}
     aligned = []
     given = _arguments(write, call)
-    for name, argument in zip(pointers(write), given, strict=True):
+    names = pointers(write)
+    for name, argument in zip(names, given, strict=False):
         pointees[name] = None if argument is None else "scalar"
         if isinstance(argument, Tensor):
             pointees[name] = dtype_name(argument)
             # Not of scales and layer: the launcher's signature does not say how they are aligned.
             if name not in ("k_scale_ptr", "v_scale_ptr", "layer") and argument.data_ptr() % 16 == 0:
                 aligned.append(name)
-    _, num_slots, num_layers = scalars(write, 0)
+    *_, num_slots, num_layers = given
     spans = [span(m) * m.element_size() for m in call.memory]
     return _Launcher(
         kernel=load(plan.kernel, pointees, frozenset(aligned)),
@@ -125,17 +126,16 @@ def _compile(write: Write, call: Call) -> _Launcher:
         num_slots=num_slots,
         num_layers=num_layers,
         scaled=write.scaled,
-        gaps=tuple(i for i, argument in enumerate(given[:-3]) if argument is None),
+        gaps=tuple(i for i, _ in enumerate(names[:-3]) if given[i] is None),
         pairs=tuple((i, j, spans[i], spans[j]) for i, j in combinations(range(len(spans)), 2)),
         apart=set(),
     )
 
 
-def _arguments(write: Write, call: Call) -> list[Tensor | int | None]:
-    layer = call.layer if call.layer_index is None else call.layer_index
+def _arguments(write: Write, call: Call) -> list[Any]:
     return arguments(
         write, call.key, call.value, call.caches, call.scale_caches, call.slot_mapping, call.k_scale, call.v_scale,
-        layer,
+        call.layer if call.layer_index is None else call.layer_index, call.slot_mapping.shape[0],
     )  # fmt: skip
 
 
@@ -143,4 +143,4 @@ def interpret_write(write: Write, call: Call) -> None:
     """Runs the kernel in Triton's interpreter, on the tensors' own memory."""
     n = call.slot_mapping.shape[0]
     plan = plan_write(write, INTERPRETER, layer_is_pointer=call.layer_index is not None)
-    interpret(plan.kernel, plan.grid(n), [*_arguments(write, call), *scalars(write, n)])
+    interpret(plan.kernel, plan.grid(n), _arguments(write, call))
