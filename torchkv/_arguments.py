@@ -6,10 +6,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor
+from torch.autograd import forward_ad
 
 from kvcore.arrays import ArraySpec
+from kvcore.contract.cache import check_cache_count, stored_dtype_error
 from kvcore.formats import KV_CACHE_DTYPES
 from kvcore.layout import CacheLayout
+from kvcore.scales import check_scale_layout_type
 
 BACKENDS = ("triton", "torch", "interpret")
 """What `backend` may be, beside None."""
@@ -57,8 +61,7 @@ def as_caches(caches: Tensor | Sequence[Tensor]) -> list[Tensor]:
         return [caches]
     if not isinstance(caches, (list, tuple, Sequence)):
         raise TypeError(f"caches must be a torch.Tensor or a sequence of them, got {type(caches).__name__}")
-    if len(caches) == 0:
-        raise ValueError("caches must be (key_cache, value_cache) or one array, got 0 arrays")
+    check_cache_count(len(caches))
     return list(caches)
 
 
@@ -91,9 +94,7 @@ def as_format(kv_cache_dtype: str, name: str, cache: Tensor) -> Any:
     if stored == "auto":
         dtype = _VLLM_DTYPES.get(kv_cache_dtype, kv_cache_dtype)
         if dtype_name(cache) != dtype:
-            raise TypeError(
-                f"{name} must have dtype {dtype} for kv_cache_dtype {kv_cache_dtype!r}, got {dtype_name(cache)}"
-            )
+            raise stored_dtype_error(name, [dtype], kv_cache_dtype, dtype_name(cache))
     return stored
 
 
@@ -106,8 +107,8 @@ def as_scale_pattern(scale_layout: str | CacheLayout | None) -> str | None:
     """A layout of scale caches as its pattern. As a `CacheLayout` it has an axis dim, of size 1, that they have not."""
     if isinstance(scale_layout, CacheLayout):
         return scale_layout.pattern.replace(" dim", "")
-    if scale_layout is not None and not isinstance(scale_layout, str):
-        raise TypeError(f"scale_layout must be a pattern string, got {scale_layout!r}")
+    if scale_layout is not None:
+        check_scale_layout_type(scale_layout)
     return scale_layout
 
 
@@ -126,6 +127,27 @@ def check_tensors(**tensors: Any) -> None:
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+
+
+def refuse_gradients(name: str, *tensors: Tensor | None) -> None:
+    """Raises where autograd follows one of the tensors, backward or forward: it would lose track of them in silence.
+
+    An autograd kernel in Python would cost each call more than all else. So the ops' own kernels ask, where tensors
+    still say whether they require gradients, and so do the public functions and the rules of vmap: below the other
+    transforms of torch.func, tensors no longer say it.
+    """
+    followed = False
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            followed = followed or (isinstance(tensor, Tensor) and tensor.requires_grad)
+    if forward_ad._current_level >= 0:
+        for tensor in tensors:  # what vmap maps cannot be unpacked; its rule asks again
+            if isinstance(tensor, Tensor) and not is_batchedtensor(tensor):
+                followed = followed or forward_ad.unpack_dual(tensor).tangent is not None
+    if followed:
+        raise NotImplementedError(
+            f"torchkv.{name} is not differentiable: detach its arguments, or call it under torch.no_grad()"
+        )
 
 
 def explain(op: Any, arguments: Sequence[Any]) -> None:

@@ -20,11 +20,11 @@ from torchkv._arguments import (
     check_tensors,
     dtype_name,
     explain,
+    refuse_gradients,
     spec_of,
 )
 from torchkv._library import read as _read_library
 from torchkv._memory import check_results_apart
-from torchkv._read_call import refuse_gradients
 
 
 class AttendOptions(TypedDict, total=False):

@@ -18,7 +18,7 @@ from torchkv._arguments import (
     spec_of,
 )
 from torchkv._library import write as _library
-from torchkv._torch.write import scale_of
+from torchkv._torch.formats import scale_of
 
 
 def reshape_and_cache_flash(
