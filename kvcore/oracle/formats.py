@@ -48,18 +48,18 @@ def quantise_ds_mla(tiles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def quantise_nvfp4(row: np.ndarray, scale: Scale) -> tuple[np.ndarray, np.ndarray]:
-    """A row of nvfp4: bytes of two elements, and the e4m3 scales of its blocks, `absmax / 6 / scale`.
+    """A head's row in nvfp4: bytes of two elements, and the e4m3 scales of its groups, `absmax / 6 / scale`.
 
-    Elements are multiplied by the reciprocal of the product of both scales, as NVIDIA's writers do; where a block's
+    Elements are multiplied by the reciprocal of the product of both scales, as NVIDIA's writers do; where a group's
     scale is zero, by zero.
     """
     with np.errstate(all="ignore"):
         x = row.astype(np.float32).reshape(-1, NVFP4_GROUP)
-        whole = np.float32(1 if scale is None else scale)
-        blocks = encode(np.abs(x).max(-1) / np.float32(NVFP4.largest) / whole, E4M3)
-        numbers = decode(blocks, E4M3)
-        factor = np.where(numbers == 0, np.float32(0), np.float32(1) / (numbers * whole))
-        return pack(encode(x * factor[:, None], NVFP4).reshape(-1), NVFP4), blocks
+        static = np.float32(1 if scale is None else scale)
+        group_scales = encode(np.abs(x).max(-1) / np.float32(NVFP4.largest) / static, E4M3)
+        decoded = decode(group_scales, E4M3)
+        factor = np.where(decoded == 0, np.float32(0), np.float32(1) / (decoded * static))
+        return pack(encode(x * factor[:, None], NVFP4).reshape(-1), NVFP4), group_scales
 
 
 def scale_of(absmax: np.ndarray, largest: float) -> np.ndarray:

@@ -40,43 +40,49 @@ def gather_kv(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Keys and values `[num_seqs, max_len, num_heads, dim]`, and zeros where there are none."""
     stored = _stored(caches, kv_cache_dtype)
-    sides = _readers(caches, CacheLayout.of(layout), stored, head_size, head_size_v, (k_scale, v_scale), scale_layout)
+    readers = _readers(caches, CacheLayout.of(layout), stored, head_size, head_size_v, (k_scale, v_scale), scale_layout)
     out = []
-    for read in sides:
+    for read in readers:
         result = np.zeros((len(seq_lens), max_len, read.num_heads, read.head_size), dtype)
         for seq, positions in enumerate(_positions(read.units, block_tables, seq_lens, layer)):
             for n, block in positions:
                 if n < max_len:
-                    at = (layer or 0, block, n % read.units.shape[2])
+                    place = (layer or 0, block, n % read.units.shape[2])
                     if stored.name == dtype.name:
-                        result[seq, n] = read.units[at].reshape(read.num_heads, -1).view(dtype)
+                        result[seq, n] = read.units[place].reshape(read.num_heads, -1).view(dtype)
                     else:
-                        result[seq, n] = encode(read(*at), FLOATS[dtype.name]).view(dtype)
+                        result[seq, n] = encode(read(*place), FLOATS[dtype.name]).view(dtype)
         out.append(result)
     return out[0], out[1]
 
 
 class _Reader:
-    """Reads K, or V, as float32: `float32(element) * scale`, first by a block's scale, then by a static one."""
+    """Reads K, or V, as float32: `float32(element) * scale`, first by a group's scale, then by a static one."""
 
     def __init__(
-        self, units: np.ndarray, stored: FloatFormat, blocks: np.ndarray | None, own: np.ndarray | None, scale: Scale
+        self,
+        units: np.ndarray,
+        stored: FloatFormat,
+        group_scales: np.ndarray | None,
+        scale_cache: np.ndarray | None,
+        scale: Scale,
     ) -> None:
-        self.units, self.stored, self.blocks, self.own, self.scale = units, stored, blocks, own, scale
+        self.units, self.stored, self.group_scales, self.scale_cache = units, stored, group_scales, scale_cache
+        self.scale = scale
         self.num_heads = units.shape[3]
         self.head_size = units.shape[4] * units.shape[5] * stored.elements_per_unit
 
-    def __call__(self, layer: int, block: int | np.ndarray, place: int | np.ndarray) -> np.ndarray:
-        """Rows `[…, head, dim]`; block and place may be arrays."""
-        found = self.units[layer, block, place]
+    def __call__(self, layer: int, block: int | np.ndarray, offset: int | np.ndarray) -> np.ndarray:
+        """Rows `[…, head, dim]` of the slots at these offsets in blocks; block and offset may be arrays."""
+        units = self.units[layer, block, offset]
         with np.errstate(all="ignore"):
-            x = decode(np.ascontiguousarray(found.reshape(*found.shape[:-2], -1)), self.stored)
-            if self.blocks is not None:
-                of_blocks = self.blocks[layer, block, place]
-                of_blocks = decode(np.ascontiguousarray(of_blocks.reshape(*of_blocks.shape[:-2], -1)), E4M3)
-                x = x * np.repeat(of_blocks, NVFP4_GROUP, -1)
-            if self.own is not None:
-                return x * self.own[layer, block, place][..., None]
+            x = decode(np.ascontiguousarray(units.reshape(*units.shape[:-2], -1)), self.stored)
+            if self.group_scales is not None:
+                scales = self.group_scales[layer, block, offset]
+                scales = decode(np.ascontiguousarray(scales.reshape(*scales.shape[:-2], -1)), E4M3)
+                x = x * np.repeat(scales, NVFP4_GROUP, -1)
+            if self.scale_cache is not None:
+                return x * self.scale_cache[layer, block, offset][..., None]
             if self.scale is None or self.stored.name in FLOATS:
                 return x
             return x * np.asarray(self.scale, np.float32).reshape(-1, 1)
@@ -89,16 +95,16 @@ class _MlaReader(_Reader):
         super().__init__(units, FP8_DS_MLA, None, None, None)
         self.head_size = head_size
 
-    def __call__(self, layer: int, block: int | np.ndarray, place: int | np.ndarray) -> np.ndarray:
+    def __call__(self, layer: int, block: int | np.ndarray, offset: int | np.ndarray) -> np.ndarray:
         import ml_dtypes
 
-        row = np.ascontiguousarray(self.units[layer, block, place][..., 0])
+        row = np.ascontiguousarray(self.units[layer, block, offset][..., 0])
         with np.errstate(all="ignore"):
             latent = decode(row[..., :DS_MLA_LATENT], FP8_DS_MLA)
             scales = np.ascontiguousarray(row[..., DS_MLA_LATENT : -2 * DS_MLA_ROPE]).view(np.float32)
             rope = np.ascontiguousarray(row[..., -2 * DS_MLA_ROPE :]).view(ml_dtypes.bfloat16).astype(np.float32)
-            whole = np.concatenate([latent * np.repeat(scales, DS_MLA_GROUP, -1), rope], -1)
-        return whole[..., : self.head_size]
+            key = np.concatenate([latent * np.repeat(scales, DS_MLA_GROUP, -1), rope], -1)
+        return key[..., : self.head_size]
 
 
 def _readers(
@@ -113,11 +119,15 @@ def _readers(
     if stored == FP8_DS_MLA:
         units = logical_view(caches[0], layout.arrays[0])[0]
         return [_MlaReader(units, DS_MLA_LATENT + DS_MLA_ROPE), _MlaReader(units, DS_MLA_LATENT)]
-    own: list[np.ndarray | None] = [None, None]
+    scale_caches: list[np.ndarray | None] = [None, None]
     if any(np.ndim(s) > 2 for s in scales):  # type: ignore[arg-type]
-        own = list(scale_views(scales, scale_layout, layout))  # type: ignore[arg-type]
-    sides = views(caches, layout, head_size, head_size_v, stored)
-    return [_Reader(u, stored, b, o, s) for (u, b), o, s in zip(sides, own, scales, strict=True)]
+        scale_caches = list(scale_views(scales, scale_layout, layout))  # type: ignore[arg-type]
+    return [
+        _Reader(units, stored, group_scales, scale_cache, scale)
+        for (units, group_scales), scale_cache, scale in zip(
+            views(caches, layout, head_size, head_size_v, stored), scale_caches, scales, strict=True
+        )
+    ]
 
 
 def paged_attention(
@@ -152,7 +162,7 @@ def paged_attention(
     )
     scale = head_size**-0.5 if scale is None else scale
     block_size, num_heads = values.units.shape[2:4]
-    group = num_q_heads // num_heads
+    q_per_kv = num_q_heads // num_heads
     out = np.zeros((num_tokens, num_q_heads, values.head_size))
     lse = np.full((num_tokens, num_q_heads), -np.inf)
     if sinks is not None:
@@ -160,11 +170,9 @@ def paged_attention(
     starts = list(range(len(seq_lens) + 1)) if query_start_loc is None else query_start_loc.tolist()
     with np.errstate(all="ignore"):
         for seq, positions in enumerate(_positions(values.units, block_tables, seq_lens, layer)):
-            read = {n: (block, n % block_size) for n, block in positions}
-            n = np.array(list(read), np.int64)
-            at = np.array(list(read.values()), np.int64).reshape(-1, 2)
+            n, block = np.array(positions, np.int64).reshape(-1, 2).T
             k, v = (
-                read(layer or 0, at[:, 0], at[:, 1]).astype(np.float64)
+                read(layer or 0, block, n % block_size).astype(np.float64)
                 if len(n) else np.zeros((0, num_heads, read.head_size))
                 for read in (keys, values)
             )  # fmt: skip
@@ -175,7 +183,7 @@ def paged_attention(
                 if sliding_window is not None:
                     seen = seen & (n > position - sliding_window)
                 for head in range(num_q_heads):
-                    logits = k[seen, head // group] @ query[token, head].astype(np.float64) * scale
+                    logits = k[seen, head // q_per_kv] @ query[token, head].astype(np.float64) * scale
                     if soft_cap is not None:
                         logits = soft_cap * np.tanh(logits / soft_cap)
                     if sinks is not None:
@@ -185,7 +193,7 @@ def paged_attention(
                     top = logits.max()
                     weights = np.exp(logits - top)
                     lse[token, head] = top + np.log(weights.sum())
-                    out[token, head] = weights[: seen.sum()] / weights.sum() @ v[seen, head // group]
+                    out[token, head] = weights[: seen.sum()] / weights.sum() @ v[seen, head // q_per_kv]
     return out, lse
 
 
@@ -193,13 +201,13 @@ def _positions(view: np.ndarray, block_tables: np.ndarray, seq_lens: np.ndarray,
     """For each sequence its positions that exist, each with its block."""
     num_layers, num_blocks, block_size = view.shape[:3]
     for table, length in zip(block_tables, seq_lens, strict=True):
-        found = []
+        positions = []
         if 0 <= (layer or 0) < num_layers:
             for n in range(min(int(length), len(table) * block_size)):
                 block = int(table[n // block_size])
                 if 0 <= block < num_blocks:
-                    found.append((n, block))
-        yield found
+                    positions.append((n, block))
+        yield positions
 
 
 def _stored(caches: Sequence[np.ndarray], kv_cache_dtype: str) -> FloatFormat:

@@ -143,27 +143,33 @@ def _write(
     scale_layout: str | None = None,
 ) -> None:
     stored = KV_CACHE_DTYPES[kv_cache_dtype] or (FLOATS | FP8)[caches[0].dtype.name]
-    sides = views(caches, layout, key.shape[2], None, stored)
+    units_of = views(caches, layout, key.shape[2], None, stored)
     scales = scale_views(scale_caches, scale_layout, layout) if len(scale_caches) else (None, None)
-    for rows, (elements, blocks), scale, own in zip((key, value), sides, static, scales, strict=True):
-        num_layers, num_blocks, block_size, num_heads, chunks, x = elements.shape
+    for rows, (elements, group_scales), static_scale, scale_cache in zip(
+        (key, value), units_of, static, scales, strict=True
+    ):
+        num_layers, num_blocks, block_size, num_heads, runs, x = elements.shape
         if not 0 <= (layer or 0) < num_layers:
             continue
         for token, slot in enumerate(slot_mapping):
             if not 0 <= slot < num_blocks * block_size:
                 continue
-            at = (layer or 0, *divmod(int(slot), block_size))
+            place = (layer or 0, *divmod(int(slot), block_size))
             for head in range(num_heads):
-                row = rows[token, head]
-                one = scale[head] if np.ndim(scale) and len(scale) > 1 else scale  # type: ignore[index,arg-type]
-                if own is not None:
-                    units, own[(*at, head)] = quantise(row, stored)
-                elif blocks is not None:
-                    units, of_blocks = quantise_nvfp4(row, one)
-                    blocks[(*at, head)] = of_blocks.reshape(-1, 1)
+                row, scale = rows[token, head], _scale_of_head(static_scale, head)
+                if scale_cache is not None:
+                    units, scale_cache[(*place, head)] = quantise(row, stored)
+                elif group_scales is not None:
+                    units, computed = quantise_nvfp4(row, scale)
+                    group_scales[(*place, head)] = computed.reshape(-1, 1)
                 else:
-                    units = convert(row, elements.dtype, kv_cache_dtype, one)
-                elements[(*at, head)] = units.view(elements.dtype).reshape(chunks, x)
+                    units = convert(row, elements.dtype, kv_cache_dtype, scale)
+                elements[(*place, head)] = units.view(elements.dtype).reshape(runs, x)
+
+
+def _scale_of_head(scale: Scale, head: int) -> Scale:
+    """A head's static scale, of one for all heads or one for each."""
+    return scale[head] if isinstance(scale, np.ndarray) and scale.size > 1 else scale
 
 
 # ---- views
