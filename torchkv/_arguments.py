@@ -100,7 +100,11 @@ def as_format(kv_cache_dtype: str, name: str, cache: Tensor) -> Any:
 
 def as_pattern(layout: str | CacheLayout | None) -> str | None:
     """A layout as its pattern; names of constants stay as they are."""
-    return layout if layout is None or isinstance(layout, str) else CacheLayout.of(layout).pattern
+    if layout is None or isinstance(layout, str):
+        return layout
+    if not isinstance(layout, CacheLayout):
+        layout = CacheLayout.of(layout)  # raises: it is none
+    return layout.pattern
 
 
 def as_scale_pattern(scale_layout: str | CacheLayout | None) -> str | None:

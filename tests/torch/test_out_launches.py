@@ -61,7 +61,7 @@ def test_launches_into_given_tensors(launched):
 def test_split_launches_into_given_tensors(launched, monkeypatch):
     arguments, (out, lse) = op_arguments()
     plan_attention = _read_triton.plan_attention
-    monkeypatch.setattr(plan_attention, "_splits", lambda *_: 2)
+    monkeypatch.setattr(plan_attention, "choose_splits", lambda *_: 2)
     monkeypatch.setattr(plan_attention, "plan_attention", plan_attention.plan_attention.__wrapped__)
     call = AttentionCall(*arguments)
     want = _read_triton.attention(call)

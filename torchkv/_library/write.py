@@ -107,10 +107,12 @@ def _computed_call(
     kv_cache_dtype: str,
     layout: str | None,
     scale_layout: str | None,
-    *layer_and_backend: Any,
+    layer: int | None,
+    layer_index: Tensor | None,
+    backend: str | None,
 ) -> WriteCall:
     return WriteCall(
-        key, value, caches, scale_caches, slot_mapping, kv_cache_dtype, None, None, layout, *layer_and_backend,
+        key, value, caches, scale_caches, slot_mapping, kv_cache_dtype, None, None, layout, layer, layer_index, backend,
         scale_layout,
     )  # fmt: skip
 
