@@ -22,6 +22,6 @@ def launches(monkeypatch):
         monkeypatch.setattr(owner, name, recorded)
 
     record(write_p, "bind")
-    record(torchkv._torch.write, "_encode")
+    record(torchkv._torch.write, "bits_of")
     record(interpreter, "run")
     return seen

@@ -132,6 +132,7 @@ def test_both_launchers_pass_the_same_arguments(monkeypatch, name):
 
     from jaxkv._triton import launch as jax_launch
     from kvcore.run.compiler import compile_kernel, kernel_function
+    from torchkv._library import write as write_ops
     from torchkv._triton import write as torch_half
 
     launched = {}
@@ -149,9 +150,9 @@ def test_both_launchers_pass_the_same_arguments(monkeypatch, name):
     def write(options, operands):
         return jax_launch.write(options.describe(operands), options, operands, H100)
 
-    for attribute, value in (("_launchers", {}), ("load", load), ("start", start), ("target", lambda: H100)):
+    for attribute, value in (("_launches", {}), ("load", load), ("start", start), ("target", lambda: H100)):
         monkeypatch.setattr(torch_half, attribute, value)
-    monkeypatch.setattr(torch_half, "interpret_write", lambda write, call: torch_half.launch(call))
+    monkeypatch.setattr(write_ops._BACKENDS, "interpret", lambda write, call: torch_half.write(call))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(jax_launch, "launch", launch)

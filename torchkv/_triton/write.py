@@ -1,145 +1,154 @@
-"""Compile and launch the Triton kernels on CUDA and ROCm tensors, and interpret them on CPU tensors.
+"""Compile and launch the kernels that write on CUDA and ROCm tensors, and interpret them on CPU tensors.
 
 A launch is a dictionary look-up and a call of the compiled kernel with integer pointers. All that the contract and the
 plan depend on is in the dictionary's key, but for the number of tokens, so both run once a configuration.
 """
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import combinations
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
+from kvcore.contract.cache import check_cache_address
 from kvcore.contract.write import Write
+from kvcore.plan import write as plan_write
 from kvcore.plan.kernel import INTERPRETER
-from kvcore.plan.write import arguments, plan_write, pointers
-from torchkv._call import Call, check, dtype_name, memory_names
-from torchkv._memory import check_address, overlap_error, share_elements, span
-from torchkv._triton.launch import Kernel, interpret, load, start, target
+from torchkv._call import WriteCall, layer_of
+from torchkv._memory import check_apart, span
+from torchkv._triton.launch import Kernel, aligned_pointers, interpret, load, pointees, start, target
 
 
-class _Launcher(NamedTuple):
-    """A compiled kernel and what its launches have in common."""
+class _Pair(NamedTuple):
+    """Two tensors that are written to: their places among the addresses of a call, and the bytes that each reaches."""
+
+    first: int
+    second: int
+    first_span: int
+    second_span: int
+
+
+@dataclass(slots=True)
+class _Launch:
+    """A compiled kernel and what its launches have in common.
+
+    Attributes:
+        kernel: What is launched.
+        plan: How.
+        pointers: Picks the kernel's pointer arguments, in its order, among the inputs that `write` has.
+        num_slots: The kernel's scalar of this name.
+        num_layers: The kernel's scalar of this name.
+        pairs: Any two tensors that are written to.
+        apart: Places of two of them, and bytes from one to the other, at which none were seen to share memory.
+    """
 
     kernel: Kernel
-    token_rows: int
-    rows: int
-    row_programs: int
+    plan: plan_write.WritePlan
+    pointers: Callable[[Sequence[int | None]], tuple[int | None, ...]]
     num_slots: int
     num_layers: int
-    scaled: bool
-    gaps: tuple[int, ...]  # where the kernel gets None among the tensors
-    # Any two that are written to, and the bytes from the first to past the last element of each.
-    pairs: tuple[tuple[int, int, int, int], ...]
-    apart: set[tuple[int, int, int]]  # such two, and bytes between them at which they were seen to share nothing
+    pairs: list[_Pair]
+    apart: set[tuple[int, int, int]] = field(default_factory=set)
 
 
-_launchers: dict[tuple[Any, ...], _Launcher] = {}
+_launches: dict[tuple[Any, ...], _Launch] = {}
 
 
-def launch(call: Call) -> None:
-    """Launches on the current stream of the caches' device."""
-    (
-        key, value, memory, slot_mapping, kv_cache_dtype, k_scale, v_scale, layout, layer, layer_index, _, scale_layout,
-        rows,
-    ) = call  # fmt: skip
-    first, last = memory[0], memory[-1]
-    home = first.device
-    n = slot_mapping.shape[0]
-    addresses: list[Any] = [key.data_ptr(), value.data_ptr(), *[m.data_ptr() for m in memory], slot_mapping.data_ptr()]
+def write(call: WriteCall) -> None:
+    """Launches the write on the current stream of the caches' device."""
+    key, value, slot_mapping = call.key, call.value, call.slot_mapping
+    key_cache, value_cache, scale_caches = call.caches[0], call.caches[-1], call.scale_caches
+    k_scale, v_scale, layer, layer_index = call.k_scale, call.v_scale, call.layer, call.layer_index
+    device, tensors = key.device, (key, value, *call.caches, *scale_caches, slot_mapping)
+    addresses = [tensor.data_ptr() for tensor in tensors]
     signature = (
-        key.dtype, key.shape[1:], key.stride(), key.device,
+        key.dtype, key.shape[1:], key.stride(), device,
         value.dtype, value.shape[1:], value.stride(), value.device,
-        first.dtype, first.shape, first.stride(), home,
-        last is first or (last.dtype, last.shape, last.stride(), last.device),
+        key_cache.dtype, key_cache.shape, key_cache.stride(), key_cache.device, len(call.caches),
+        value_cache is key_cache or (value_cache.dtype, value_cache.shape, value_cache.stride(), value_cache.device),
+        *[(scales.dtype, scales.shape, scales.stride(), scales.device) for scales in scale_caches],
         slot_mapping.dtype, slot_mapping.dim(), slot_mapping.stride(), slot_mapping.device,
-        len(memory), kv_cache_dtype, layout, layer is None, scale_layout, rows,
-        *[address & 15 == 0 for address in addresses], addresses[2] & 3,
-        k_scale is None or (k_scale.dtype, shape := k_scale.shape, shape and k_scale.stride(), k_scale.device),
-        v_scale is None or (v_scale.dtype, shape := v_scale.shape, shape and v_scale.stride(), v_scale.device),
+        call.kv_cache_dtype, call.layout, layer is None, call.scale_layout, call.latent,
+        *[address % 16 == 0 for address in addresses], addresses[2] % 4,
+        k_scale is None or (k_scale.dtype, k_scale.shape, k_scale.stride(), k_scale.device),
+        v_scale is None or (v_scale.dtype, v_scale.shape, v_scale.stride(), v_scale.device),
         layer_index is None or (layer_index.dtype, layer_index.shape, layer_index.device),
-        len(memory) > 2 and tuple((m.dtype, m.shape, m.stride(), m.device) for m in memory[1:-1]),
     )  # fmt: skip
-    found = _launchers.get(signature)
-    # What the signature leaves out, the contract has to see again.
-    if found is None or not n <= key.shape[0] == value.shape[0] or not (layer is None or 0 <= layer < found.num_layers):
-        write = check(call)
-        with torch.cuda.device(home):
-            found = _launchers[signature] = _compile(write, call)
-    for i, j, span_i, span_j in found.pairs:
-        distance = addresses[2 + j] - addresses[2 + i]
-        if -span_j < distance < span_i and (i, j, distance) not in found.apart:
-            if share_elements(memory[i], memory[j]):
-                names = memory_names(len(memory))
-                raise overlap_error(names[i], names[j])
-            found.apart.add((i, j, distance))
-    if n == 0:
+    launch = _launches.get(signature)
+    # The contract has to see again what the signature leaves out: the numbers of tokens, and a static layer.
+    num_tokens = slot_mapping.shape[0]
+    if (
+        launch is None
+        or not num_tokens <= key.shape[0] == value.shape[0]
+        or not (layer is None or 0 <= layer < launch.num_layers)
+    ):
+        launch = _launches[signature] = _prepare(call)
+    for first, second, first_span, second_span in launch.pairs:
+        distance = addresses[second] - addresses[first]
+        if -second_span < distance < first_span and (first, second, distance) not in launch.apart:
+            check_apart(call.written_names, call.written)
+            launch.apart.add((first, second, distance))
+    if num_tokens == 0:
         return
 
-    # One more device guard costs more than the look-up: only where another device is current.
-    device = home.index
-    if device != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            _run(found, call, device, n, addresses)
-    else:
-        _run(found, call, device, n, addresses)
-
-
-def _run(found: _Launcher, call: Call, device: int, n: int, addresses: list[Any]) -> None:
-    grid = (-(-n * found.token_rows // found.rows), found.row_programs, 1)
-    for place in found.gaps:
-        addresses.insert(place, None)
-    arguments = (
+    inputs = (
         *addresses,
-        call.k_scale.data_ptr() if found.scaled and call.k_scale is not None else None,
-        call.v_scale.data_ptr() if found.scaled and call.v_scale is not None else None,
-        call.layer if call.layer_index is None else call.layer_index.data_ptr(),
-        n,
-        found.num_slots,
-        found.num_layers,
+        None if k_scale is None else k_scale.data_ptr(),
+        None if v_scale is None else v_scale.data_ptr(),
+        layer if layer_index is None else layer_index.data_ptr(),
+        None,
     )
-    start(found.kernel, grid, device, arguments)
+    arguments = (*launch.pointers(inputs), num_tokens, launch.num_slots, launch.num_layers)
+    grid, index = launch.plan.grid(num_tokens), device.index
+    if index == torch.cuda.current_device():  # a guard costs more than the question whether it is needed
+        start(launch.kernel, grid, index, arguments)
+    else:
+        with torch.cuda.device(device):
+            start(launch.kernel, grid, index, arguments)
 
 
-def _compile(write: Write, call: Call) -> _Launcher:
-    check_address(call.memory[0], write.cache.format)
-    plan = plan_write(write, target(), layer_is_pointer=call.layer_index is not None)
-    pointees: dict[str, str | None] = {}
-    aligned = []
-    given = _arguments(write, call)
-    names = pointers(write)
-    for name, argument in zip(names, given, strict=False):
-        pointees[name] = None if argument is None else "scalar"
-        if isinstance(argument, Tensor):
-            pointees[name] = dtype_name(argument)
-            # Not of scales and layer: the launcher's signature does not say how they are aligned.
-            if name not in ("k_scale_ptr", "v_scale_ptr", "layer") and argument.data_ptr() % 16 == 0:
-                aligned.append(name)
-    *_, num_slots, num_layers = given
-    spans = [span(m) * m.element_size() for m in call.memory]
-    return _Launcher(
-        kernel=load(plan.kernel, pointees, frozenset(aligned)),
-        token_rows=plan.token_rows,
-        rows=plan.rows,
-        row_programs=plan.row_programs,
+def _prepare(call: WriteCall) -> _Launch:
+    described = call.check()
+    check_cache_address(described.cache.format, call.caches[0].data_ptr())
+    names, values = plan_write.pointers(described), _arguments(described, call)
+    # Not of scales and layer: the signature does not say how they are aligned.
+    aligned = aligned_pointers(names, values) - {"k_scale_ptr", "v_scale_ptr", "layer"}
+    with torch.cuda.device(call.device):
+        plan = plan_write.plan_write(described, target(), layer_is_pointer=call.layer_index is not None)
+        kernel = load(plan.kernel, pointees(names, values), aligned)
+    _, num_slots, num_layers = plan_write.scalars(described, 0)
+    spans = [span(tensor) * tensor.element_size() for tensor in call.written]
+    return _Launch(
+        kernel=kernel,
+        plan=plan,
+        pointers=itemgetter(*_places(described, call)[: len(names)]),
         num_slots=num_slots,
         num_layers=num_layers,
-        scaled=write.scaled,
-        gaps=tuple(i for i, _ in enumerate(names[:-3]) if given[i] is None),
-        pairs=tuple((i, j, spans[i], spans[j]) for i, j in combinations(range(len(spans)), 2)),
-        apart=set(),
+        pairs=[_Pair(2 + i, 2 + j, spans[i], spans[j]) for i, j in combinations(range(len(spans)), 2)],
     )
 
 
-def _arguments(write: Write, call: Call) -> list[Any]:
-    return arguments(
-        write, call.key, call.value, call.caches, call.scale_caches, call.slot_mapping, call.k_scale, call.v_scale,
-        call.layer if call.layer_index is None else call.layer_index, call.slot_mapping.shape[0],
+def _places(described: Write, call: WriteCall) -> list[int]:
+    """Where `write` has each of the kernel's arguments among its inputs. The last of these is None."""
+    num_caches, num_written = len(call.caches), len(call.written)
+    key, value, *written, slot_mapping, k_scale, v_scale, layer = range(6 + num_written)
+    places = plan_write.arguments(
+        described, key, value, written[:num_caches], written[num_caches:], slot_mapping, k_scale, v_scale, layer, 0
+    )
+    return [-1 if place is None else place for place in places]
+
+
+def _arguments(described: Write, call: WriteCall) -> list[Any]:
+    """What the kernel is launched with."""
+    return plan_write.arguments(
+        described, call.key, call.value, call.caches, call.scale_caches, call.slot_mapping, call.k_scale, call.v_scale,
+        layer_of(call), call.slot_mapping.shape[0],
     )  # fmt: skip
 
 
-def interpret_write(write: Write, call: Call) -> None:
+def interpret_write(described: Write, call: WriteCall) -> None:
     """Runs the kernel in Triton's interpreter, on the tensors' own memory."""
-    n = call.slot_mapping.shape[0]
-    plan = plan_write(write, INTERPRETER, layer_is_pointer=call.layer_index is not None)
-    interpret(plan.kernel, plan.grid(n), _arguments(write, call))
+    plan = plan_write.plan_write(described, INTERPRETER, layer_is_pointer=call.layer_index is not None)
+    interpret(plan.kernel, plan.grid(call.slot_mapping.shape[0]), _arguments(described, call))
