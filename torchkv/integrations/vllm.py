@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcore.formats import KV_CACHE_DTYPES
+from kvcore.contract.checks import either
+from kvcore.formats import FLOATS, KV_CACHE_DTYPES
 from torchkv import read as read_ops
 from torchkv import write as ops
 from torchkv._call import dtype_name
@@ -258,11 +259,11 @@ def unified_attention(
     the last sequence's become zeros.
 
     Args:
-        q: `[num_tokens, num_q_heads, head_size]`.
+        q: `[num_tokens, num_q_heads, head_size]`, not quantised.
         k: `[num_blocks, block_size, num_heads, head_size]`, in any order of memory; with the scales of tokens and heads
             also with padding after each head's elements.
         v: Likewise.
-        out: `[num_tokens, num_q_heads, head_size]`, written to.
+        out: `[num_tokens, num_q_heads, head_size]`, not quantised, written to.
         cu_seqlens_q: `[num_seqs + 1]`: where each sequence's rows of q begin.
         max_seqlen_q: Not used.
         seqused_k: `[num_seqs]`: tokens of each sequence in the cache.
@@ -289,8 +290,9 @@ def unified_attention(
         rswa_prefix_lens: None, or rswa_window is.
         rswa_window: None, or rswa_prefix_lens is.
         use_alibi_sqrt: Has no effect without alibi_slopes.
-        kv_quant_mode: NONE, FP8_PER_TENSOR, INT8_PER_TOKEN_HEAD or FP8_PER_TOKEN_HEAD of vLLM's enum, or its number.
-        k_scale_cache: With the latter two, `[num_blocks, block_size, num_heads]` of float32.
+        kv_quant_mode: NONE, FP8_PER_TENSOR, INT8_PER_TOKEN_HEAD or FP8_PER_TOKEN_HEAD of vLLM's enum, its number, or,
+            for the latter two, the format's name (`int8_per_token_head`).
+        k_scale_cache: Needed with the latter two, `[num_blocks, block_size, num_heads]` of float32.
         v_scale_cache: Likewise.
         chunk_lookback: Below 0 where there is a window.
         use_td: Not used.
@@ -302,6 +304,7 @@ def unified_attention(
         TypeError: a dtype does not fit.
     """
     _check_device(k)
+    _check_floats(q=q, out=out)
     absent = {
         "q_descale": q_descale, "alibi_slopes": alibi_slopes, "output_scale": output_scale, "qq_bias": qq_bias,
         "mm_prefix_range": mm_prefix_range,
@@ -318,13 +321,16 @@ def unified_attention(
         wanted = "causal must be True" if not causal else "chunk_lookback must be -1"
         raise UnsupportedError(f"{wanted} with a window, got {chunk_lookback if causal else causal}")
 
-    mode = int(kv_quant_mode)
+    mode = _mode(kv_quant_mode)
     kv_cache_dtype, k_scale, v_scale = "auto", None, None
     if mode == FP8_PER_TENSOR:
         kv_cache_dtype = _fp8(k)
         k_scale, v_scale = _one_row("k_descale", k_descale), _one_row("v_descale", v_descale)
     elif mode != NONE:
-        kv_cache_dtype, k_scale, v_scale = _per_token_head(kv_quant_mode, k), k_scale_cache, v_scale_cache
+        kv_cache_dtype, k_scale, v_scale = _per_token_head(mode, k), k_scale_cache, v_scale_cache
+        for name, scale_cache in (("k_scale_cache", k_scale), ("v_scale_cache", v_scale)):
+            if scale_cache is None:
+                raise ValueError(f"{name} must be given with the scales of tokens and heads, got None")
         k, v = k[..., : q.shape[-1]], v[..., : out.shape[-1]]
     if block_table.shape[0] > seqused_k.shape[0]:
         block_table = block_table[: seqused_k.shape[0]]
@@ -374,10 +380,12 @@ def merge_attn_states(
         output_scale: None.
 
     Raises:
-        UnsupportedError: output_scale is given, or tensors are on another device.
+        UnsupportedError: output_scale is given, or tensors are quantised or on another device.
         ValueError: a shape or device does not fit.
+        TypeError: a dtype does not fit.
     """
     _check_device(output)
+    _check_floats(output=output, prefix_output=prefix_output, suffix_output=suffix_output)
     if output_scale is not None:
         raise UnsupportedError(f"output_scale must be None, got {_say(output_scale)}")
     n = prefill_tokens_with_context
@@ -414,11 +422,12 @@ _HOMES = {
 def patch() -> ExitStack:
     """Puts this module's functions in the place of vLLM's, in all of vLLM's modules that are imported.
 
-    Where a call has an argument that torchkv lacks, vLLM's own function is called, so nothing is ignored. What vLLM
-    calls by other ways, such as `torch.ops._C_cache_ops`, stays as it is.
+    Where a call has an argument that torchkv lacks, vLLM's own function is called, so nothing is ignored. So it is for
+    attention over an fp8 cache on CUDA, where vLLM's layers quantise queries to fp8. What vLLM calls by other ways,
+    such as `torch.ops._C_cache_ops`, stays as it is.
 
     Returns:
-        What undoes it: `close()`, or the end of a `with`.
+        What undoes it, also in modules that vLLM imported since: `close()`, or the end of a `with`.
 
     Raises:
         ImportError: there is no vLLM, or one without these modules.
@@ -438,13 +447,17 @@ def patch() -> ExitStack:
             if not hasattr(theirs, "_torchkv"):  # patched before
                 found.append((theirs, _or_theirs(ours, theirs)))
     undo = ExitStack()
-    modules = [module for name, module in list(sys.modules.items()) if name.partition(".")[0] == "vllm"]
     for theirs, patched in found:
-        for module in modules:
-            for name in [n for n, member in vars(module).items() if member is theirs]:
-                setattr(module, name, patched)
-                undo.callback(setattr, module, name, theirs)
+        _replace(theirs, patched)
+        undo.callback(_replace, patched, theirs)
     return undo
+
+
+def _replace(old: Callable[..., Any], new: Callable[..., Any]) -> None:
+    """Puts one function in the place of another, under all of its names in vLLM's modules."""
+    for module in [m for name, m in list(sys.modules.items()) if m is not None and name.partition(".")[0] == "vllm"]:
+        for name in [n for n, member in vars(module).items() if member is old]:
+            setattr(module, name, new)
 
 
 def _or_theirs(ours: Callable[..., None], theirs: Callable[..., Any]) -> Callable[..., Any]:
@@ -509,10 +522,7 @@ def _has_fnuz(device: torch.device) -> bool:
 
 def _per_token_head(kv_quant_mode: Any, cache: Tensor) -> Any:
     _check_device(cache)
-    if isinstance(kv_quant_mode, str):
-        kv_quant_mode = {"int8_per_token_head": INT8_PER_TOKEN_HEAD, "fp8_per_token_head": FP8_PER_TOKEN_HEAD}.get(
-            kv_quant_mode, kv_quant_mode
-        )
+    kv_quant_mode = _mode(kv_quant_mode)
     if kv_quant_mode is None:
         kv_quant_mode = INT8_PER_TOKEN_HEAD if cache.dtype == torch.int8 else FP8_PER_TOKEN_HEAD
     if kv_quant_mode == INT8_PER_TOKEN_HEAD:
@@ -524,6 +534,14 @@ def _per_token_head(kv_quant_mode: Any, cache: Tensor) -> Any:
     if kv_quant_mode in (INT4_PER_TOKEN_HEAD, "int4_per_token_head"):
         why = ": vLLM's int4 is rotated and has zero points, which torchkv's has not"
     raise UnsupportedError(f"kv_quant_mode must be INT8_PER_TOKEN_HEAD or FP8_PER_TOKEN_HEAD, got {said}{why}")
+
+
+def _mode(kv_quant_mode: Any) -> Any:
+    """The mode of a format's name; others stay as they are."""
+    if isinstance(kv_quant_mode, str):
+        known = {"int8_per_token_head": INT8_PER_TOKEN_HEAD, "fp8_per_token_head": FP8_PER_TOKEN_HEAD}
+        return known.get(kv_quant_mode, kv_quant_mode)
+    return kv_quant_mode
 
 
 def _window(window_size: tuple[int, int] | None) -> int | None:
@@ -550,6 +568,13 @@ def _one_row(name: str, scale: Tensor | None) -> Tensor | None:
 def _check_device(tensor: Tensor) -> None:
     if tensor.device.type not in ("cpu", "cuda"):
         raise UnsupportedError(f"tensors must be on a CPU, CUDA or ROCm device, got {tensor.device}")
+
+
+def _check_floats(**tensors: Tensor) -> None:
+    """Not quantised: on CUDA, vLLM hands over queries in fp8 where the cache is fp8."""
+    for name, tensor in tensors.items():
+        if dtype_name(tensor) not in FLOATS:
+            raise UnsupportedError(f"{name} must have dtype {either(FLOATS)}, got {dtype_name(tensor)}")
 
 
 def _say(argument: Any) -> str:
