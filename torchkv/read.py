@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kvcore.choices import FloatDtype, KVCacheDtype, Layout, TorchBackend
 from kvcore.contract.checks import check_devices, check_options, check_result
-from kvcore.contract.read import check_attention_options
+from kvcore.contract.read import check_attention_options, check_merge
 from kvcore.layout import CacheLayout
 from torchkv._arguments import (
     BACKENDS,
@@ -308,16 +308,17 @@ def merge_attention(
         anything for are zeros with -inf; a row with a log-sum-exp of NaN is NaN.
 
     Raises:
-        ValueError: a shape or device of out or lse does not fit, or they overlap.
-        TypeError: a dtype of out or lse does not fit.
+        ValueError: a shape or device does not fit, or out or lse overlaps another tensor.
+        TypeError: a dtype does not fit.
         NotImplementedError: out or lse is given, grad mode is on, and an argument requires gradients.
     """
     check_tensors(outs=outs, lses=lses)
+    check_merge(spec_of(outs), spec_of(lses))
     if out is not None or lse is not None:
         _check_merged(outs, lses, out, lse)
     empty = torch.isinf(lses)
     lses = lses.masked_fill(empty, -torch.inf)
-    top = lses.detach().amax(0)
+    top = lses.detach().amax(0) if len(lses) else lses.new_zeros(lses.shape[1:])
     top = top.masked_fill(top == -torch.inf, 0)
     weights = torch.exp(lses - top)
     total = weights.sum(0)
