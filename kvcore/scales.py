@@ -12,7 +12,7 @@ Static scales are arrays of one element, or of one a head. Scales that the kerne
 
 from collections.abc import Sequence
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kvcore.arrays import ArraySpec, shape_of
 from kvcore.formats import (
@@ -107,8 +107,7 @@ def scale_layout_of(layout: str | CacheLayout | None, has_layer: bool) -> CacheL
         layout = ("layer " if has_layer else "") + "block slot head"
     if isinstance(layout, CacheLayout):  # one that this function made
         return layout
-    if not isinstance(layout, str):
-        raise TypeError(f"scale_layout must be a pattern string, got {layout!r}")
+    check_scale_layout_type(layout)
     wanted = {"layer", "block", "slot", "head"} if has_layer else {"block", "slot", "head"}
     for pattern in layout.split(","):
         if set(pattern.split()) != wanted or len(pattern.split()) != len(wanted):
@@ -116,6 +115,16 @@ def scale_layout_of(layout: str | CacheLayout | None, has_layer: bool) -> CacheL
                 f"scale_layout must name axes {', '.join(sorted(wanted))} once each, got '{pattern.strip()}'"
             )
     return CacheLayout(", ".join(f"{pattern} dim" for pattern in layout.split(",")))
+
+
+def check_scale_layout_type(layout: Any) -> None:
+    """Checks that a layout of scale caches is a pattern.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(layout, str):
+        raise TypeError(f"scale_layout must be a pattern string, got {layout!r}")
 
 
 def place_scale_caches(

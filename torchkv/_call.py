@@ -1,28 +1,50 @@
-"""One call of an op: its arguments under their names, and the contract's verdict on them."""
+"""Calls of the ops: their arguments under their names, and what the contract says of them.
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+Each kind of call has `check`, for which tensors may be fake, and `check_memory`, which looks at addresses.
+"""
 
-import numpy as np
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from kvcore.arrays import ArraySpec, array_names
-from kvcore.contract.cache import CacheArguments
-from kvcore.contract.checks import check_devices, check_scale
+from kvcore.contract.cache import CacheArguments, check_cache_address
+from kvcore.contract.checks import check_devices, check_result, check_scale
+from kvcore.contract.read import Attention, AttentionOptions, Gather, check_attention, check_gather
 from kvcore.contract.write import Write, check_mla, check_write
+from torchkv._arguments import maybe_spec, spec_of
+from torchkv._memory import check_apart, check_results_apart
+
+Results = tuple[Tensor, Tensor]
+"""Result and log-sum-exp, or key and value."""
 
 
-class Call(NamedTuple):
+class WriteCall(NamedTuple):
     """Arguments of an op that writes.
 
-    `memory` is all tensors that are written to: one cache or two, then scale caches, if there are any. `layer` is a
-    static index, `layer_index` one in memory; at most one of them is given.
+    Attributes:
+        key: Rows of K; kv_c where latent.
+        value: Rows of V; k_pe where latent.
+        caches: The key and the value cache, or the one with both.
+        scale_caches: Those of key and value, or none.
+        slot_mapping: As it is passed to the op, like all that follow.
+        kv_cache_dtype: A name of `KV_CACHE_DTYPES`.
+        k_scale: None where there are scale caches.
+        v_scale: None where there are scale caches.
+        layout: A pattern.
+        layer: A static index.
+        layer_index: An index in memory; it or layer is None.
+        backend: None, "triton", "torch" or "interpret".
+        scale_layout: A pattern.
+        latent: Whether it is `concat_and_cache_mla`, whose tensors have no axis for their single head.
     """
 
     key: Tensor
     value: Tensor
-    memory: tuple[Tensor, ...]
+    caches: tuple[Tensor, ...]
+    scale_caches: tuple[Tensor, ...]
     slot_mapping: Tensor
     kv_cache_dtype: str
     k_scale: Tensor | None
@@ -32,125 +54,240 @@ class Call(NamedTuple):
     layer_index: Tensor | None
     backend: str | None
     scale_layout: str | None = None
-    rows: bool = False
-    """Whether it is `concat_and_cache_mla`: rows of a single head, for which the tensors have no axis."""
+    latent: bool = False
 
     @property
-    def num_caches(self) -> int:
-        """Tensors of `memory` that are caches."""
-        return 2 - len(self.memory) % 2
+    def device(self) -> torch.device:
+        """Where the op runs."""
+        return self.key.device
 
     @property
-    def caches(self) -> tuple[Tensor, ...]:
-        """The key and the value cache, or the one with both."""
-        return self.memory[: self.num_caches]
+    def written(self) -> tuple[Tensor, ...]:
+        """All tensors that are written to."""
+        return self.caches + self.scale_caches
 
     @property
-    def scale_caches(self) -> tuple[Tensor, ...]:
-        """Those of key and value, or none."""
-        return self.memory[self.num_caches :]
+    def written_names(self) -> tuple[str, ...]:
+        """What errors call the tensors that are written to."""
+        return array_names(len(self.caches), len(self.scale_caches))
+
+    def check(self) -> Write:
+        """What the contract says of the call.
+
+        Raises:
+            ValueError: a shape, layout, choice or device does not fit.
+            TypeError: a dtype does not fit.
+        """
+        key, value, slot_mapping = spec_of(self.key), spec_of(self.value), spec_of(self.slot_mapping)
+        cache = CacheArguments(
+            caches=[spec_of(c) for c in self.caches],
+            kv_cache_dtype=self.kv_cache_dtype,
+            k_scale=maybe_spec(self.k_scale),
+            v_scale=maybe_spec(self.v_scale),
+            layout=self.layout,
+            layer=_layer_spec(self),
+            scale_caches=[spec_of(c) for c in self.scale_caches],
+            scale_layout=self.scale_layout,
+        )
+        if self.latent:
+            kv_cache, scale = cache.caches[0], cache.k_scale
+            check_mla(key, value, kv_cache, self.kv_cache_dtype, cache.layer)
+            if scale is not None:
+                check_scale("scale", scale, num_heads=1)
+            check_devices([("kv_c", key), ("k_pe", value), ("scale", scale)], "kv_cache", kv_cache)
+            key, value = _with_head(key), _with_head(value)
+            if self.kv_cache_dtype != "fp8_ds_mla":  # whose layout has no axis head either
+                cache = cache._replace(caches=[_with_head(kv_cache)])
+        return check_write(key, value, slot_mapping, cache)
+
+    def check_memory(self, write: Write) -> None:
+        """Raises a ValueError unless the tensors that are written to are apart, and lie where they can be read."""
+        check_apart(self.written_names, self.written)
+        check_cache_address(write.cache.format, self.caches[0].data_ptr())
 
 
-def memory_names(num_written: int) -> tuple[str, ...]:
-    """What schemas and errors call `Call.memory`, by its length."""
-    num_caches = 2 - num_written % 2
-    return array_names(num_caches, num_written - num_caches)
+class AttentionCall(NamedTuple):
+    """Arguments of `paged_attention`, in the order of its schema; layer is a static index, layer_index one in memory.
 
-
-def check(call: Call) -> Write:
-    """What the contract says of a call; tensors may be fake.
-
-    Raises:
-        ValueError: a shape, layout, choice or device does not fit.
-        TypeError: a dtype does not fit.
+    `results` are the tensors that `paged_attention_out` writes to.
     """
-    key, value, slot_mapping = spec_of(call.key), spec_of(call.value), spec_of(call.slot_mapping)
-    caches, scale_caches = ([spec_of(t) for t in tensors] for tensors in (call.caches, call.scale_caches))
-    k_scale, v_scale = (None if t is None else spec_of(t) for t in (call.k_scale, call.v_scale))
-    layer = call.layer if call.layer_index is None else spec_of(call.layer_index)
-    if call.rows:
-        check_mla(key, value, caches[0], call.kv_cache_dtype, layer)
-        if k_scale is not None:
-            check_scale("scale", k_scale, 1)
-        check_devices([("kv_c", key), ("k_pe", value), ("scale", k_scale)], "kv_cache", caches[0])
-        key, value = _with_head(key), _with_head(value)
-        if call.kv_cache_dtype != "fp8_ds_mla":  # which is a format of rows
-            caches = [_with_head(caches[0])]
-    cache = CacheArguments(
-        caches=caches,
+
+    query: Tensor
+    caches: list[Tensor]
+    block_tables: Tensor
+    seq_lens: Tensor
+    query_start_loc: Tensor | None
+    scale: float | None
+    causal: bool
+    sliding_window: int | None
+    soft_cap: float | None
+    sinks: Tensor | None
+    kv_cache_dtype: str
+    k_scale: Tensor | None
+    v_scale: Tensor | None
+    layout: str | None
+    layer: int | None
+    layer_index: Tensor | None
+    head_size_v: int | None
+    backend: str | None
+    scale_layout: str | None = None
+    results: Results | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the op runs."""
+        return self.query.device
+
+    @property
+    def inputs(self) -> dict[str, Tensor | None]:
+        """What is read, by the names of the arguments."""
+        return {
+            "query": self.query, **_named(self.caches), "block_tables": self.block_tables, "seq_lens": self.seq_lens,
+            "query_start_loc": self.query_start_loc, "sinks": self.sinks, "k_scale": self.k_scale,
+            "v_scale": self.v_scale, "layer": self.layer_index,
+        }  # fmt: skip
+
+    def check(self) -> Attention:
+        """What the contract says of the call.
+
+        Raises:
+            ValueError: a shape, layout, choice or device does not fit, or a tensor for a result is not contiguous.
+            TypeError: a dtype does not fit.
+        """
+        attention = check_attention(
+            spec_of(self.query),
+            spec_of(self.block_tables),
+            spec_of(self.seq_lens),
+            maybe_spec(self.query_start_loc),
+            maybe_spec(self.sinks),
+            AttentionOptions(self.scale, self.causal, self.sliding_window, self.soft_cap),
+            _cache_read(self),
+            self.head_size_v,
+        )
+        if self.results is not None:
+            shape = attention.out_shape
+            expected = [(shape, attention.query.dtype), (shape[:2], "float32")]
+            _check_results(ATTENTION_RESULTS, self.results, expected, ("query", attention.query))
+        return attention
+
+    def check_memory(self, attention: Attention) -> None:
+        """Raises a ValueError unless results are apart from what is read, and this lies where it can be read."""
+        check_cache_address(attention.cache.format, self.caches[0].data_ptr())
+        if self.results is not None:
+            check_results_apart(ATTENTION_RESULTS, self.results, self.inputs)
+
+
+class GatherCall(NamedTuple):
+    """Arguments of `gather_kv`, in the order of its schema; layer is a static index, layer_index one in memory.
+
+    `results` are the tensors that `gather_kv_out` writes to.
+    """
+
+    caches: list[Tensor]
+    block_tables: Tensor
+    seq_lens: Tensor
+    max_len: int
+    dtype: str | None
+    kv_cache_dtype: str
+    k_scale: Tensor | None
+    v_scale: Tensor | None
+    layout: str | None
+    layer: int | None
+    layer_index: Tensor | None
+    head_size: int | None
+    head_size_v: int | None
+    backend: str | None
+    scale_layout: str | None = None
+    results: Results | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the op runs."""
+        return self.caches[0].device
+
+    @property
+    def inputs(self) -> dict[str, Tensor | None]:
+        """What is read, by the names of the arguments."""
+        return {
+            **_named(self.caches), "block_tables": self.block_tables, "seq_lens": self.seq_lens,
+            "k_scale": self.k_scale, "v_scale": self.v_scale, "layer": self.layer_index,
+        }  # fmt: skip
+
+    def check(self) -> Gather:
+        """What the contract says of the call.
+
+        Raises:
+            ValueError: a shape, layout, choice or device does not fit, or a tensor for a result is not contiguous.
+            TypeError: a dtype does not fit.
+        """
+        gather = check_gather(
+            spec_of(self.block_tables),
+            spec_of(self.seq_lens),
+            self.max_len,
+            self.dtype,
+            _cache_read(self),
+            self.head_size,
+            self.head_size_v,
+        )
+        if self.results is not None:
+            expected = [(shape, gather.format.name) for shape in gather.shapes]
+            _check_results(GATHER_RESULTS, self.results, expected, ("block_tables", gather.block_tables))
+        return gather
+
+    def check_memory(self, gather: Gather) -> None:
+        """Raises a ValueError unless results are apart from what is read, and this lies where it can be read."""
+        check_cache_address(gather.cache.format, self.caches[0].data_ptr())
+        if self.results is not None:
+            check_results_apart(GATHER_RESULTS, self.results, self.inputs)
+
+
+Call = WriteCall | AttentionCall | GatherCall
+
+ATTENTION_RESULTS, GATHER_RESULTS = ("out", "lse"), ("out[0]", "out[1]")
+"""What errors call tensors that are given for results."""
+
+
+def layer_of(call: Call) -> int | Tensor | None:
+    """The layer: a static index, or one in memory."""
+    return call.layer if call.layer_index is None else call.layer_index
+
+
+def _layer_spec(call: Call) -> int | ArraySpec | None:
+    """The layer, as the contract is told of it."""
+    return call.layer if call.layer_index is None else spec_of(call.layer_index)
+
+
+def _cache_read(call: AttentionCall | GatherCall) -> CacheArguments:
+    """The cache that is read, as the contract is told of it."""
+    return CacheArguments(
+        caches=[spec_of(c) for c in call.caches],
         kv_cache_dtype=call.kv_cache_dtype,
-        k_scale=k_scale,
-        v_scale=v_scale,
+        k_scale=maybe_spec(call.k_scale),
+        v_scale=maybe_spec(call.v_scale),
         layout=call.layout,
-        layer=layer,
-        scale_caches=scale_caches,
+        layer=_layer_spec(call),
         scale_layout=call.scale_layout,
     )
-    return check_write(key, value, slot_mapping, cache)
 
 
-def interpret_error(device: torch.device) -> ValueError:
-    """The error for the backend "interpret" where memory is not the host's."""
-    return ValueError(f"backend 'interpret' needs CPU tensors, got device {device}")
+def _check_results(
+    names: Sequence[str],
+    results: Results,
+    expected: Sequence[tuple[tuple[int, ...], str]],
+    home: tuple[str, ArraySpec],
+) -> None:
+    """Checks tensors for results, against shapes and dtypes; they are on the device of `home`, a named input."""
+    specs = [spec_of(r) for r in results]
+    for name, spec, (shape, dtype) in zip(names, specs, expected, strict=True):
+        check_result(name, spec, shape, dtype)
+    check_devices(list(zip(names, specs, strict=True)), *home)
 
 
-def check_tensors(**given: Any) -> None:
-    """Tensors, all of them.
-
-    Raises:
-        TypeError: one is not.
-    """
-    for name, x in given.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-
-
-def explain(op: Any, args: Sequence[Any]) -> None:
-    """Raises a line on the first argument of a type that the op's schema does not have, where there is one.
-
-    For when torch's dispatcher has refused a call, with a page: asked before, each call would pay for it.
-
-    Raises:
-        TypeError: an argument is of a wrong type.
-    """
-    if torch.compiler.is_compiling():  # dynamo cannot trace schemas; its own error has the reason
-        return
-    for argument, x in zip(op._schema.arguments, args, strict=False):
-        kind, name = str(argument.type), argument.name
-        optional = kind.startswith("Optional[")
-        kind = kind.removeprefix("Optional[").rstrip("]") if optional else kind
-        if optional and x is None:
-            continue
-        if kind == "List[Tensor]":
-            check_tensors(**{f"{name}[{i}]": tensor for i, tensor in enumerate(x)})
-            continue
-        wanted, types = _TYPES[kind]
-        if not isinstance(x, types) or (kind == "int" and isinstance(x, bool)):
-            got = repr(x) if isinstance(x, (int, float, str, type(None))) else type(x).__name__
-            raise TypeError(f"{name} must be {'None or ' if optional else ''}{wanted}, got {got}")
-
-
-_TYPES: dict[str, tuple[str, tuple[type, ...]]] = {
-    "Tensor": ("a torch.Tensor", (Tensor,)),
-    "int": ("an int", (int, np.integer, torch.SymInt)),
-    "float": ("a number", (int, float, np.number)),
-    "bool": ("True or False", (bool,)),
-    "str": ("a string", (str,)),
-}
-"""Types of schemas, as errors call them, and in Python."""
-
-
-def dtype_name(tensor: Tensor) -> str:
-    """The dtype's name, as NumPy and JAX have it."""
-    return str(tensor.dtype).removeprefix("torch.")
-
-
-def spec_of(tensor: Tensor) -> ArraySpec:
-    """What the contract asks of a tensor."""
-    return ArraySpec(tuple(tensor.shape), dtype_name(tensor), tensor.stride(), str(tensor.device))
+def _named(caches: Sequence[Tensor]) -> Mapping[str, Tensor]:
+    return dict(zip(array_names(len(caches)), caches, strict=True))
 
 
 def _with_head(rows: ArraySpec) -> ArraySpec:
-    """As `unsqueeze(-2)`."""
+    """The spec of `rows.unsqueeze(-2)`: with an axis for a single head."""
     shape, steps = rows.shape, rows.steps
     return rows._replace(shape=(*shape[:-1], 1, shape[-1]), strides=(*steps[:-1], shape[-1] * steps[-1], steps[-1]))

@@ -1,4 +1,4 @@
-"""Whether strided tensors share an element, and where they begin."""
+"""Whether strided tensors share memory, and how much of it they reach."""
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
@@ -6,7 +6,7 @@ from math import gcd
 
 from torch import Tensor
 
-from kvcore.formats import FP8_DS_MLA, FloatFormat
+from kvcore.contract.checks import overlap_error
 
 
 def check_apart(names: Sequence[str], tensors: Sequence[Tensor]) -> None:
@@ -23,20 +23,6 @@ def check_results_apart(names: Sequence[str], results: Sequence[Tensor], inputs:
         for other, tensor in inputs.items():
             if tensor is not None and share_elements(result, tensor):
                 raise overlap_error(name, other)
-
-
-def overlap_error(first: str, second: str) -> ValueError:
-    """The error for tensors that share memory."""
-    return ValueError(f"{first} and {second} must not overlap in memory")
-
-
-def check_address(cache: Tensor, stored: FloatFormat) -> None:
-    """Raises a ValueError unless the scales in the cache lie where they can be read as float32."""
-    if stored == FP8_DS_MLA and cache.data_ptr() % 4:
-        raise ValueError(
-            "kv_cache must begin at a multiple of 4 bytes for kv_cache_dtype 'fp8_ds_mla', "
-            f"got address {cache.data_ptr():#x}"
-        )
 
 
 def share_elements(a: Tensor, b: Tensor) -> bool:

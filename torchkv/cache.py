@@ -9,7 +9,7 @@ from torch import Tensor
 from kvcore.arrays import array_names
 from kvcore.cache_spec import CacheSpec, Described
 from kvcore.choices import FloatDtype, KVCacheDtype, Layout, TorchBackend
-from torchkv._call import check_tensors, dtype_name
+from torchkv._arguments import check_tensors, dtype_name
 from torchkv.read import AttendOptions, gather_kv, paged_attention
 from torchkv.write import (
     concat_and_cache_mla,

@@ -10,11 +10,21 @@ from kvcore.choices import FloatDtype, KVCacheDtype, Layout, TorchBackend
 from kvcore.contract.checks import check_devices, check_options, check_result
 from kvcore.contract.read import check_attention_options
 from kvcore.layout import CacheLayout
-from torchkv._call import check_tensors, dtype_name, explain, spec_of
+from torchkv._arguments import (
+    BACKENDS,
+    as_caches,
+    as_layer,
+    as_pattern,
+    as_scale,
+    as_scale_pattern,
+    check_tensors,
+    dtype_name,
+    explain,
+    refuse_gradients,
+    spec_of,
+)
 from torchkv._library import read as _read_library
 from torchkv._memory import check_results_apart
-from torchkv._read_call import refuse_gradients
-from torchkv.write import BACKENDS, op_options, scale_pattern, scale_tensor
 
 
 class AttendOptions(TypedDict, total=False):
@@ -155,8 +165,8 @@ def paged_attention(
     """
     check_options(kv_cache_dtype, k_scale, v_scale, layer, backend, BACKENDS)
     options = check_attention_options(scale, causal, sliding_window, soft_cap)
-    caches = as_list(caches)
-    k_scale, v_scale = scale_tensor(k_scale, caches[0]), scale_tensor(v_scale, caches[0])
+    caches = as_caches(caches)
+    k_scale, v_scale = as_scale(k_scale, caches[0]), as_scale(v_scale, caches[0])
     refuse_gradients("paged_attention", query, *caches, sinks, k_scale, v_scale, out, lse)
     arguments = (
         query,
@@ -169,10 +179,11 @@ def paged_attention(
         kv_cache_dtype,
         k_scale,
         v_scale,
-        *op_options(layout, layer),
+        as_pattern(layout),
+        *as_layer(layer),
         head_size_v,
         backend,
-        scale_pattern(scale_layout),
+        as_scale_pattern(scale_layout),
     )
     if out is not None:
         try:
@@ -242,8 +253,8 @@ def gather_kv(
         NotImplementedError: grad mode is on, and an argument requires gradients.
     """
     check_options(kv_cache_dtype, k_scale, v_scale, layer, backend, BACKENDS)
-    caches = as_list(caches)
-    k_scale, v_scale = scale_tensor(k_scale, caches[0]), scale_tensor(v_scale, caches[0])
+    caches = as_caches(caches)
+    k_scale, v_scale = as_scale(k_scale, caches[0]), as_scale(v_scale, caches[0])
     if out is not None and not (isinstance(out, (tuple, list)) and len(out) == 2):
         raise TypeError(f"out must be two tensors, for key and value, got {type(out).__name__}")
     refuse_gradients("gather_kv", *caches, k_scale, v_scale, *(out or ()))
@@ -256,11 +267,12 @@ def gather_kv(
         kv_cache_dtype,
         k_scale,
         v_scale,
-        *op_options(layout, layer),
+        as_pattern(layout),
+        *as_layer(layer),
         head_size,
         head_size_v,
         backend,
-        scale_pattern(scale_layout),
+        as_scale_pattern(scale_layout),
     )
     try:
         if out is None:
@@ -330,14 +342,3 @@ def _check_merged(outs: Tensor, lses: Tensor, out: Tensor | None, lse: Tensor | 
         check_devices([(name, spec_of(tensor))], f"{name}s", spec_of(like))
     if not torch.compiler.is_compiling():  # where tensors have no addresses
         check_results_apart(tuple(given), tuple(given.values()), {"outs": outs, "lses": lses})
-
-
-def as_list(caches: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    """One cache or two, as a list."""
-    if isinstance(caches, Tensor):
-        return [caches]
-    if not isinstance(caches, (list, tuple, Sequence)):
-        raise TypeError(f"caches must be a torch.Tensor or a sequence of them, got {type(caches).__name__}")
-    if len(caches) == 0:
-        raise ValueError("caches must be (key_cache, value_cache) or one array, got 0 arrays")
-    return list(caches)

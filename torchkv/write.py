@@ -1,33 +1,24 @@
 """The public functions that write: vLLM's cache writes, for any layout and format."""
 
-from typing import Any
-
-import numpy as np
-import torch
 from torch import Tensor
 
 from kvcore.choices import Granularity, KVCacheDtype, Layout, PerTokenHeadDtype, ScaledDtype, TorchBackend
 from kvcore.contract.checks import check_options, check_scale_type
 from kvcore.contract.scales import check_kv_scales
-from kvcore.formats import KV_CACHE_DTYPES
 from kvcore.layout import CacheLayout
-from torchkv._call import check_tensors, dtype_name, explain, spec_of
+from torchkv._arguments import (
+    BACKENDS,
+    as_format,
+    as_layer,
+    as_pattern,
+    as_scale,
+    as_scale_pattern,
+    check_tensors,
+    explain,
+    spec_of,
+)
 from torchkv._library import write as _library
-from torchkv._torch.write import scale_of
-
-BACKENDS = ("triton", "torch", "interpret")
-
-VLLM_FORMATS = {
-    "fp8_inc": "fp8",
-    "int8_per_token_head": "int8",
-    "fp8_per_token_head": "fp8",
-    "bfloat16": "auto",
-    "float16": "auto",
-    "half": "auto",
-    "float32": "auto",
-    "float": "auto",
-}
-"""vLLM's names of formats, which the functions that write understand beside their own."""
+from torchkv._torch.formats import scale_of
 
 
 def reshape_and_cache_flash(
@@ -93,7 +84,7 @@ def reshape_and_cache_flash(
 
     After `triton_reshape_and_cache_flash` of vLLM.
     """
-    kv_cache_dtype = format_of(kv_cache_dtype, "key_cache", key_cache)
+    kv_cache_dtype = as_format(kv_cache_dtype, "key_cache", key_cache)
     check_options(kv_cache_dtype, k_scale, v_scale, layer, backend, BACKENDS)
     arguments = (
         key,
@@ -102,9 +93,10 @@ def reshape_and_cache_flash(
         value_cache,
         slot_mapping,
         kv_cache_dtype,
-        scale_tensor(k_scale, key_cache),
-        scale_tensor(v_scale, key_cache),
-        *op_options(layout, layer),
+        as_scale(k_scale, key_cache),
+        as_scale(v_scale, key_cache),
+        as_pattern(layout),
+        *as_layer(layer),
         backend,
     )
     try:
@@ -150,7 +142,7 @@ def reshape_and_cache_flash_diffkv(
 
     After `triton_reshape_and_cache_flash_diffkv` of vLLM.
     """
-    kv_cache_dtype = format_of(kv_cache_dtype, "kv_cache", kv_cache)
+    kv_cache_dtype = as_format(kv_cache_dtype, "kv_cache", kv_cache)
     check_options(kv_cache_dtype, k_scale, v_scale, layer, backend, BACKENDS)
     arguments = (
         key,
@@ -158,9 +150,10 @@ def reshape_and_cache_flash_diffkv(
         kv_cache,
         slot_mapping,
         kv_cache_dtype,
-        scale_tensor(k_scale, kv_cache),
-        scale_tensor(v_scale, kv_cache),
-        *op_options(layout, layer),
+        as_scale(k_scale, kv_cache),
+        as_scale(v_scale, kv_cache),
+        as_pattern(layout),
+        *as_layer(layer),
         backend,
     )
     try:
@@ -216,9 +209,8 @@ def reshape_and_cache_flash_per_token_head_quant(
 
     After `triton_reshape_and_cache_flash_per_token_head_quant` of vLLM.
     """
-    kv_cache_dtype = format_of(kv_cache_dtype, "key_cache", key_cache)
+    kv_cache_dtype = as_format(kv_cache_dtype, "key_cache", key_cache)
     check_options(kv_cache_dtype, None, None, layer, backend, BACKENDS)
-    layout, *layer_options = op_options(layout, layer)
     arguments = (
         key,
         value,
@@ -228,9 +220,9 @@ def reshape_and_cache_flash_per_token_head_quant(
         v_scale_cache,
         slot_mapping,
         kv_cache_dtype,
-        layout,
-        scale_pattern(scale_layout),
-        *layer_options,
+        as_pattern(layout),
+        as_scale_pattern(scale_layout),
+        *as_layer(layer),
         backend,
     )
     try:
@@ -275,9 +267,8 @@ def reshape_and_cache_flash_diffkv_per_token_head_quant(
 
     After `triton_reshape_and_cache_flash_per_token_head_quant` and `triton_reshape_and_cache_flash_diffkv` of vLLM.
     """
-    kv_cache_dtype = format_of(kv_cache_dtype, "kv_cache", kv_cache)
+    kv_cache_dtype = as_format(kv_cache_dtype, "kv_cache", kv_cache)
     check_options(kv_cache_dtype, None, None, layer, backend, BACKENDS)
-    layout, *layer_options = op_options(layout, layer)
     arguments = (
         key,
         value,
@@ -286,9 +277,9 @@ def reshape_and_cache_flash_diffkv_per_token_head_quant(
         v_scale_cache,
         slot_mapping,
         kv_cache_dtype,
-        layout,
-        scale_pattern(scale_layout),
-        *layer_options,
+        as_pattern(layout),
+        as_scale_pattern(scale_layout),
+        *as_layer(layer),
         backend,
     )
     try:
@@ -340,7 +331,7 @@ def concat_and_cache_mla(
     """
     if skip_scale:
         scale = None
-    kv_cache_dtype = format_of(kv_cache_dtype, "kv_cache", kv_cache)
+    kv_cache_dtype = as_format(kv_cache_dtype, "kv_cache", kv_cache)
     check_scale_type("scale", scale)
     check_options(kv_cache_dtype, None, None, layer, backend, BACKENDS)
     arguments = (
@@ -349,8 +340,8 @@ def concat_and_cache_mla(
         kv_cache,
         slot_mapping,
         kv_cache_dtype,
-        scale_tensor(scale, kv_cache),
-        *op_options(None, layer)[1:],
+        as_scale(scale, kv_cache),
+        *as_layer(layer),
         backend,
     )
     try:
@@ -394,50 +385,3 @@ def kv_scales(
     axes = (0, 1, 2) if granularity == "tensor" else (0, 2)
     k_scale, v_scale = (scale_of(x.detach().abs().amax(axes).float(), largest) for x in (key, value))
     return k_scale, v_scale
-
-
-def scale_tensor(scale: Any, cache: Tensor) -> Tensor | None:
-    """A scale as the op's schema can carry it."""
-    if scale is None or isinstance(scale, Tensor):
-        return scale
-    if isinstance(scale, np.generic):
-        scale = scale.item()
-    elif hasattr(scale, "shape"):  # an array of NumPy's, if of no axes
-        return torch.as_tensor(scale, device=getattr(cache, "device", None))
-    return torch.full((), scale, dtype=torch.float32, device=getattr(cache, "device", None))  # a list is refused later
-
-
-def format_of(kv_cache_dtype: str, name: str, cache: Tensor) -> Any:
-    """A format's name here, of vLLM's name for it. Those of dtypes must name the cache's."""
-    if not isinstance(kv_cache_dtype, str) or kv_cache_dtype in KV_CACHE_DTYPES:  # what is no name has its error later
-        return kv_cache_dtype
-    known = VLLM_FORMATS.get(kv_cache_dtype, kv_cache_dtype)
-    if known == "auto":
-        dtype = {"half": "float16", "float": "float32"}.get(kv_cache_dtype, kv_cache_dtype)
-        if dtype_name(cache) != dtype:
-            raise TypeError(
-                f"{name} must have dtype {dtype} for kv_cache_dtype {kv_cache_dtype!r}, got {dtype_name(cache)}"
-            )
-    return known
-
-
-def op_options(
-    layout: str | CacheLayout | None, layer: int | Tensor | None
-) -> tuple[str | None, int | None, Tensor | None]:
-    """Layout and layer as the op's schema can carry them: it knows strings and integers, no layouts and no unions."""
-    if isinstance(layout, CacheLayout):
-        layout = layout.pattern
-    elif layout is not None and not isinstance(layout, str):
-        raise TypeError(f"layout must be a pattern string or a CacheLayout, got {layout!r}")
-    if isinstance(layer, Tensor):
-        return layout, None, layer
-    return layout, int(layer) if isinstance(layer, np.integer) else layer, None
-
-
-def scale_pattern(scale_layout: str | CacheLayout | None) -> str | None:
-    """The scale caches' layout as the op's schema can carry it. A `CacheLayout` of theirs has an axis dim of size 1."""
-    if isinstance(scale_layout, CacheLayout):
-        return scale_layout.pattern.replace(" dim", "")
-    if scale_layout is not None and not isinstance(scale_layout, str):
-        raise TypeError(f"scale_layout must be a pattern string, got {scale_layout!r}")
-    return scale_layout

@@ -107,6 +107,28 @@ class Cache(NamedTuple):
         return self.extents.head_units_v * self.format.elements_per_unit
 
 
+def check_cache_count(num_caches: int) -> None:
+    """Checks that there is a key and a value cache, or one array with both.
+
+    Raises:
+        ValueError: there are more, or none.
+    """
+    if num_caches not in (1, 2):
+        raise ValueError(f"caches must be (key_cache, value_cache) or one array, got {num_caches} arrays")
+
+
+def check_cache_address(stored: FloatFormat, address: int) -> None:
+    """Checks that the scales in a cache that begins at this address lie where they can be read.
+
+    Raises:
+        ValueError: its rows hold float32 scales, and it begins at no multiple of 4 bytes.
+    """
+    if stored == FP8_DS_MLA and address % 4:
+        raise ValueError(
+            f"kv_cache must begin at a multiple of 4 bytes for kv_cache_dtype 'fp8_ds_mla', got address {address:#x}"
+        )
+
+
 def check_per_token_head(kv_cache_dtype: str) -> None:
     """Checks that a format can have a scale for each token and head.
 
@@ -137,16 +159,20 @@ def check_stored_dtype(arguments: CacheArguments, allowed: Mapping[str, FloatFor
     quantised, name, dtype = arguments.quantised, arguments.names[0], arguments.caches[0].dtype
     if quantised is None:
         if dtype not in allowed:
-            raise TypeError(
-                f"{name} must have dtype {either(allowed)} for kv_cache_dtype 'auto'{condition}, got {dtype}"
-            )
+            raise stored_dtype_error(name, allowed, "auto", dtype, condition)
         return allowed[dtype]
     if dtype not in storage_of(quantised):
-        raise TypeError(
-            f"{name} must have dtype {either(storage_of(quantised))} for kv_cache_dtype "
-            f"{arguments.kv_cache_dtype!r}, got {dtype}"
-        )
+        raise stored_dtype_error(name, storage_of(quantised), arguments.kv_cache_dtype, dtype)
     return quantised
+
+
+def stored_dtype_error(
+    name: str, allowed: Iterable[str], kv_cache_dtype: str, dtype: str, condition: str = ""
+) -> TypeError:
+    """The error for a cache whose dtype is none of those that go with kv_cache_dtype, and with the condition."""
+    return TypeError(
+        f"{name} must have dtype {either(allowed)} for kv_cache_dtype {kv_cache_dtype!r}{condition}, got {dtype}"
+    )
 
 
 def check_scale_caches(arguments: CacheArguments, layout: CacheLayout, extents: Extents) -> Scales:
@@ -228,8 +254,7 @@ def check_cache(arguments: CacheArguments, head_size: int | None, head_size_v: i
 def _layout(arguments: CacheArguments) -> CacheLayout:
     """The layout to read in."""
     caches = arguments.caches
-    if len(caches) not in (1, 2):
-        raise ValueError(f"caches must be (key_cache, value_cache) or one array, got {len(caches)} arrays")
+    check_cache_count(len(caches))
     layout = layout_of(arguments.layout, caches, arguments.layer)
     if len(layout.arrays) != len(caches):
         wanted = "one array" if layout.single_array else "(key_cache, value_cache)"

@@ -62,6 +62,16 @@ def no_triton_error(platform: str) -> ValueError:
     return ValueError(f"backend 'triton' needs a CUDA or ROCm device, got {platform}")
 
 
+def no_interpreter_error(device: str) -> ValueError:
+    """The error for the backend "interpret" where memory is not the host's."""
+    return ValueError(f"backend 'interpret' needs CPU tensors, got device {device}")
+
+
+def overlap_error(name: str, other: str) -> ValueError:
+    """The error for arrays that share memory and must not."""
+    return ValueError(f"{name} and {other} must not overlap in memory")
+
+
 def layout_of(
     layout: str | CacheLayout | None, caches: Sequence[ArraySpec], layer: int | ArraySpec | None
 ) -> CacheLayout:

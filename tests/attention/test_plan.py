@@ -18,6 +18,7 @@ from kvcore.run.compiler import compile_kernel, kernel_function
 from tests.cases.arrays import to_torch
 from tests.cases.reads import make_read
 from tests.gather.test_gather import gather
+from torchkv._call import AttentionCall, GatherCall
 from torchkv._library import read as _read_library
 from torchkv._triton import read as _read_triton
 
@@ -57,8 +58,8 @@ def launched(monkeypatch):
     monkeypatch.setattr(_read_triton, "_current", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(_read_triton.torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(_read_triton.torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(_read_library, "attention", lambda *a: _read_library._attention_on_gpu(*a))
-    monkeypatch.setattr(_read_library, "gather", lambda *a: _read_library._gather_on_gpu(*a))
+    monkeypatch.setattr(_read_library, "attention", lambda *a: _read_triton.attention(AttentionCall(*a)))
+    monkeypatch.setattr(_read_library, "gather", lambda *a: _read_triton.gather(GatherCall(*a)))
     monkeypatch.setattr(_triton_read, "launch", launch)
 
     def read(options, operands):
@@ -114,7 +115,7 @@ def test_a_launch_is_found_again_unless_the_layer_is_out_of_range(launched, monk
         return tensors.setdefault(id(array), to_torch(array.copy()))
 
     case.call(torchkv, convert)
-    monkeypatch.setattr(_read_triton, "describe_attention", lambda call: pytest.fail("described again"))
+    monkeypatch.setattr(AttentionCall, "check", lambda call: pytest.fail("checked again"))
     case.options["layer"] = 2
     case.call(torchkv, convert)
     assert [arguments[9] for _, _, arguments in launched["torch"]] == [1, 2]

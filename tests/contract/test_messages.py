@@ -265,8 +265,8 @@ def test_errors_that_no_argument_explains_stay(error, monkeypatch):
     def fail(*_):
         raise error("of another kind")
 
-    monkeypatch.setattr("torchkv._torch.write.write", fail)
-    monkeypatch.setattr("torchkv._torch.read.gather", fail)
+    monkeypatch.setattr("torchkv._library.write._BACKENDS.torch", fail)
+    monkeypatch.setattr("torchkv._library.read._GATHER_BACKENDS.torch", fail)
     for function in ("reshape_and_cache_flash", "concat_and_cache_mla", "gather_kv"):
         options = {"max_len": 5} if function == "gather_kv" else {}
         with says(error, "of another kind"):

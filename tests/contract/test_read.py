@@ -304,12 +304,10 @@ def test_triton_needs_a_gpu(op):
 def test_devices():
     arguments = convert(ATTEND, to_torch) | {"seq_lens": torch.zeros(3, dtype=torch.int32, device="meta")}
     with pytest.raises(ValueError, match="seq_lens must be on device cpu, as key_cache, got meta"):
-        torchkv._library.read.describe_attention(
-            torchkv._read_call.AttentionCall(
-                arguments["query"], list(arguments["caches"]), arguments["block_tables"], arguments["seq_lens"], None,
-                None, True, None, None, None, "auto", None, None, None, None, None, None, None,
-            )
-        )  # fmt: skip
+        torchkv._call.AttentionCall(
+            arguments["query"], list(arguments["caches"]), arguments["block_tables"], arguments["seq_lens"], None,
+            None, True, None, None, None, "auto", None, None, None, None, None, None, None,
+        ).check()  # fmt: skip
 
 
 def test_no_gradients():

@@ -428,7 +428,7 @@ def launches(monkeypatch):
         monkeypatch.setattr(owner, name, recorded)
 
     record(_primitive.write_p, "bind")
-    record(torchkv._torch.write, "_encode")
+    record(torchkv._torch.write, "bits_of")
     record(interpreter, "run")
     return seen
 

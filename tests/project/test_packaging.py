@@ -153,7 +153,7 @@ def test_interpreting_without_triton_names_the_extra():
 
 def test_torch_on_a_gpu_without_triton_names_the_extra():
     for name in ("load(None, {}, frozenset())", "target()"):
-        code = f"from torchkv import _launch\n_launch.{name}"
+        code = f"from torchkv._triton import launch\nlaunch.{name}"
         assert refused(code, "ModuleNotFoundError", {"triton"}) == TRITON
 
 

@@ -12,8 +12,8 @@ from kvcore.plan.kernel import INTERPRETER
 from tests.cases.arrays import to_torch
 from tests.cases.gpu import DEVICE, captured
 from tests.cases.reads import make_read
+from torchkv._call import AttentionCall, GatherCall
 from torchkv._library import read as _read_library
-from torchkv._read_call import AttentionCall, GatherCall
 from torchkv._triton import read as _read_triton
 from torchkv._triton.launch import interpret
 
@@ -240,7 +240,7 @@ def test_launches_into_given_tensors(launched):
     assert launched == [both]
     for offsets in ((0, 0), (1, 4), (4, 2), (4, 4)):
         given = part(out.shape, offsets[0]), part(lse.shape, offsets[1])
-        got = _read_triton.attention(call, given)
+        got = _read_triton.attention(call._replace(results=given))
         assert got[0] is given[0]
         assert got[1] is given[1]
         same(given, want)
@@ -249,9 +249,9 @@ def test_launches_into_given_tensors(launched):
 
     query = call.query
     with pytest.raises(ValueError, match=r"^out and query must not overlap in memory$"):
-        _read_triton.attention(call, (query, part(lse.shape, 0)))
+        _read_triton.attention(call._replace(results=(query, part(lse.shape, 0))))
     with pytest.raises(ValueError, match=r"^out must have shape \(4, 4, 32\), got \(4, 4, 16\)$"):
-        _read_triton.attention(call, (part((4, 4, 16), 0), part(lse.shape, 0)))
+        _read_triton.attention(call._replace(results=(part((4, 4, 16), 0), part(lse.shape, 0))))
     assert len(_read_triton._launches) == 4
 
 
@@ -263,7 +263,7 @@ def test_split_launches_into_given_tensors(launched, monkeypatch):
     call = AttentionCall(*arguments)
     want = _read_triton.attention(call)
     given = part(out.shape, 1), part(lse.shape, 0)
-    _read_triton.attention(call, given)
+    _read_triton.attention(call._replace(results=given))
     same(given, want)
     assert launched == [{"out_ptr", "lse_ptr"}] * 2 + [{"lse_ptr"}, {"out_ptr", "lse_ptr"}]
 
@@ -277,11 +277,11 @@ def test_gathers_launched_into_given_tensors(launched):
     )
     same(_read_triton.gather(call), want)
     given = part(want[0].shape, 4), part(want[1].shape, 1)
-    assert _read_triton.gather(call, given)[0] is given[0]
+    assert _read_triton.gather(call._replace(results=given))[0] is given[0]
     same(given, want)
     assert launched == [{"key_ptr", "value_ptr"}, {"key_ptr"}]
     with pytest.raises(ValueError, match=r"^out\[0\] and out\[1\] must not overlap in memory$"):
-        _read_triton.gather(call, (given[1], given[1]))
+        _read_triton.gather(call._replace(results=(given[1], given[1])))
 
 
 # ---- on a GPU

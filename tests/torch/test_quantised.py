@@ -28,11 +28,10 @@ from tests.cases.arrays import (
 )
 from tests.cases.reads import make_read, oracle
 from tests.torch.test_library import assert_bits, assert_no_copies, compiled_code, compiler  # noqa: F401
-from torchkv._call import Call
+from torchkv._call import AttentionCall, GatherCall, WriteCall
 from torchkv._library import read as _read_library
 from torchkv._library import write as _library
 from torchkv._memory import share_elements
-from torchkv._read_call import AttentionCall, GatherCall
 from torchkv._triton import read as _read_triton
 from torchkv._triton import write as _triton
 
@@ -522,7 +521,7 @@ def launched(monkeypatch):
         monkeypatch.setattr(module, "load", load)
         monkeypatch.setattr(module, "start", start)
         monkeypatch.setattr(module, "target", lambda: INTERPRETER)
-        monkeypatch.setattr(module, "_launchers" if module is _triton else "_launches", {})
+        monkeypatch.setattr(module, "_launches", {})
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     return compiled
@@ -530,9 +529,10 @@ def launched(monkeypatch):
 
 def call_of(case, memory, k_scale=None, v_scale=None):
     key, value, slots = inputs(case)
-    return Call(
-        key, value, tuple(memory), slots, case.kv_cache_dtype, k_scale, v_scale, case.layout.pattern, case.layer,
-        None, None, case.scale_layout,
+    count = len(case.caches)
+    return WriteCall(
+        key, value, tuple(memory[:count]), tuple(memory[count:]), slots, case.kv_cache_dtype, k_scale, v_scale,
+        case.layout.pattern, case.layer, None, None, case.scale_layout,
     )  # fmt: skip
 
 
@@ -553,7 +553,7 @@ def test_launches(options, launched, rng):
         memory = memory_of(case)
         scales = [] if case.scale_caches else [torch.as_tensor(s) for s in (case.k_scale, case.v_scale)]
         scales = [s.to(torch.float32) for s in scales]
-        _triton.launch(call_of(case, memory, *scales))
+        _triton.write(call_of(case, memory, *scales))
         assert_bits(memory, run_oracle(case))
     assert len(launched) == 1
 
@@ -565,13 +565,13 @@ def test_launches_of_rows(kv_cache_dtype, launched, rng):
     scale = torch.tensor(0.5) if kv_cache_dtype == "fp8" else None
     for layer in (1, 0):
         got = to_torch(cache.copy())
-        rows = (to_torch(kv_c), to_torch(k_pe), (got,), to_torch(slots), kv_cache_dtype, scale, scale, None, layer)
-        _triton.launch(Call(*rows, None, None, rows=True))
+        rows = (to_torch(kv_c), to_torch(k_pe), (got,), (), to_torch(slots), kv_cache_dtype, scale, scale, None, layer)
+        _triton.write(WriteCall(*rows, None, None, latent=True))
         want = mla_oracle(kv_c, k_pe, cache, slots, kv_cache_dtype, scale and scale.item(), layer=layer)
         assert_bits([got], [want])
     assert len(launched) == 1
     with pytest.raises(ValueError, match="key must have shape"):  # not mistaken for the rows of another op
-        _triton.launch(Call(*rows, None, None))
+        _triton.write(WriteCall(*rows, None, None))
 
 
 def test_launches_differ_by_the_strides_of_scales(launched, rng):
@@ -579,7 +579,7 @@ def test_launches_differ_by_the_strides_of_scales(launched, rng):
     k_scale, v_scale = to_torch(case.k_scale), to_torch(case.v_scale)
     for view in (lambda s: s, lambda s: s.repeat_interleave(2)[::2], lambda s: s[:1].expand(3), lambda s: s[1]):
         memory, scales = memory_of(case), [view(k_scale), view(v_scale)]
-        _triton.launch(call_of(case, memory, *scales))
+        _triton.write(call_of(case, memory, *scales))
         k, v = (from_torch(s).copy() for s in scales)
         assert_bits(memory, run_oracle(with_case(case, k_scale=k, v_scale=v)))
     assert len(launched) == 4
@@ -588,12 +588,12 @@ def test_launches_differ_by_the_strides_of_scales(launched, rng):
 def test_launches_see_overlaps_every_time(launched, rng):
     case = quantising(rng)
     memory = memory_of(case)
-    _triton.launch(call_of(case, memory))
+    _triton.write(call_of(case, memory))
     for i, j, names in ((2, 3, "k_scale_cache and v_scale_cache"), (0, 1, "key_cache and value_cache")):
         same = list(memory)
         same[j] = same[i]
         with pytest.raises(ValueError, match=f"{names} must not overlap in memory"):
-            _triton.launch(call_of(case, same))
+            _triton.write(call_of(case, same))
     assert_bits(memory, run_oracle(case))
 
 
@@ -606,12 +606,12 @@ def test_launches_see_addresses_every_time(launched, rng):
     )
     for offset in (4, 5, 6):
         got = memory[base + offset :][: cache.size].view(cache.shape)
-        rows = (to_torch(kv_c), to_torch(k_pe), (got,), to_torch(slots), "fp8_ds_mla", None, None, None, None)
+        rows = (to_torch(kv_c), to_torch(k_pe), (got,), (), to_torch(slots), "fp8_ds_mla", None, None, None, None)
         if offset == 4:
-            _triton.launch(Call(*rows, None, None, rows=True))
+            _triton.write(WriteCall(*rows, None, None, latent=True))
         else:
             with pytest.raises(ValueError, match="kv_cache must begin at a multiple of 4 bytes"):
-                _triton.launch(Call(*rows, None, None, rows=True))
+                _triton.write(WriteCall(*rows, None, None, latent=True))
     assert_bits([memory[base + 4 :][: cache.size].view(cache.shape)], [want])
 
 
@@ -669,7 +669,7 @@ def test_launches_that_write_differ_by_the_layout_of_scales(launched, rng):
     for scale_layout in ("block slot head", "slot block head", "block slot head"):
         case = quantising(rng, num_blocks=4, block_size=4, scale_layout=scale_layout)
         memory = memory_of(case)
-        _triton.launch(call_of(case, memory))
+        _triton.write(call_of(case, memory))
         assert_bits(memory, run_oracle(case))
     assert len(launched) == 2
 

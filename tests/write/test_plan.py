@@ -134,6 +134,7 @@ def test_both_launchers_pass_the_same_arguments(monkeypatch, name):
     from jaxkv._primitive import write as jax_primitive
     from jaxkv._triton import write as jax_half
     from kvcore.run.compiler import compile_kernel, kernel_function
+    from torchkv._library import write as write_ops
     from torchkv._triton import write as torch_half
 
     launched = {}
@@ -151,9 +152,9 @@ def test_both_launchers_pass_the_same_arguments(monkeypatch, name):
     def write(options, operands):
         return jax_half.write(jax_primitive.describe(options, operands), operands, options.layer, "cuda", 90)
 
-    for attribute, value in (("_launchers", {}), ("load", load), ("start", start), ("target", lambda: H100)):
+    for attribute, value in (("_launches", {}), ("load", load), ("start", start), ("target", lambda: H100)):
         monkeypatch.setattr(torch_half, attribute, value)
-    monkeypatch.setattr(torch_half, "interpret_write", lambda write, call: torch_half.launch(call))
+    monkeypatch.setattr(write_ops._BACKENDS, "interpret", lambda write, call: torch_half.write(call))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(jax_half, "launch", launch)

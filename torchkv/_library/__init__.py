@@ -1,1 +1,1 @@
-"""The ops, registered with torch.library."""
+"""Registration of the ops with torch.library: what all have in common, and what is particular to each."""

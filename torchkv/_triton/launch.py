@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kvcore.plan.kernel import KernelPlan, Target
-from torchkv._call import dtype_name
+from torchkv._arguments import dtype_name
 
 
 class Kernel(NamedTuple):
@@ -26,17 +26,17 @@ def load(kernel: KernelPlan, pointers: Mapping[str, str | None], aligned: frozen
     """Compiles for the current device, once. Arguments are those of `kvcore.run.compiler.compile_kernel`."""
     from kvcore.run.compiler import LOCK, compile_kernel, knobs, readable_errors, with_cache
 
-    wanted = (
+    key = (
         kernel.module, kernel.name, kernel.num_warps, *kernel.constexprs.items(), *kernel.options.items(),
         *pointers.items(), aligned, torch.cuda.current_device(),
     )  # fmt: skip
     with LOCK:  # of threads that want the same, one compiles
-        if wanted not in _kernels:
+        if key not in _kernels:
             compiled = compile_kernel(kernel, target(), pointers, aligned)
             with readable_errors():
                 run = with_cache(lambda: compiled.run)  # loads it, and with older Tritons compiles a launcher
-            _kernels[wanted] = Kernel(compiled, run, knobs.runtime, (None,) * len(kernel.constexprs))
-        return _kernels[wanted]
+            _kernels[key] = Kernel(compiled, run, knobs.runtime, (None,) * len(kernel.constexprs))
+        return _kernels[key]
 
 
 def start(kernel: Kernel, grid: tuple[int, int, int], device: int, arguments: Sequence[Any]) -> None:
@@ -59,8 +59,8 @@ def target() -> Target:
     from triton.runtime import driver  # isort: skip
 
     with LOCK, readable_errors():
-        found: Any = with_cache(lambda: driver.active).get_current_target()  # at first it compiles its utilities
-    return Target(found.backend, found.arch, found.warp_size)
+        gpu: Any = with_cache(lambda: driver.active).get_current_target()  # at first it compiles its utilities
+    return Target(gpu.backend, gpu.arch, gpu.warp_size)
 
 
 def interpret(kernel: KernelPlan, grid: tuple[int, int, int], arguments: Sequence[Any]) -> None:
@@ -78,6 +78,23 @@ def interpret(kernel: KernelPlan, grid: tuple[int, int, int], arguments: Sequenc
 def signature(tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
     """All of tensors that a launch depends on: of their addresses, what they are multiples of."""
     return tuple(
-        None if t is None else (t.dtype, t.shape, t.stride(), t.device, t.data_ptr() & 15 == 0, t.data_ptr() & 3)
+        None if t is None else (t.dtype, t.shape, t.stride(), t.device, t.data_ptr() % 16 == 0, t.data_ptr() % 4)
         for t in tensors
+    )
+
+
+def pointees(names: Sequence[str], arguments: Sequence[Any]) -> dict[str, str | None]:
+    """What each pointer argument points to; "scalar" for a number in its place. Arguments that follow do not count."""
+    return {
+        name: dtype_name(argument) if isinstance(argument, Tensor) else None if argument is None else "scalar"
+        for name, argument in zip(names, arguments, strict=False)
+    }
+
+
+def aligned_pointers(names: Sequence[str], arguments: Sequence[Any]) -> frozenset[str]:
+    """Pointer arguments that are multiples of 16. Arguments that follow do not count."""
+    return frozenset(
+        name
+        for name, argument in zip(names, arguments, strict=False)
+        if isinstance(argument, Tensor) and argument.data_ptr() % 16 == 0
     )
