@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import jaxkv
 import torchkv
-from jaxkv._primitive import write as _primitive
+from jaxkv._primitive.write import write_p
 from kvcore.layout import CacheLayout
 from kvcore.oracle import write as reference
 from kvcore.run import interpreter
@@ -427,7 +427,7 @@ def launches(monkeypatch):
 
         monkeypatch.setattr(owner, name, recorded)
 
-    record(_primitive.write_p, "bind")
+    record(write_p, "bind")
     record(torchkv._torch.write, "bits_of")
     record(interpreter, "run")
     return seen
