@@ -8,18 +8,16 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxkv._arguments import ArrayLike, Index, Scale, as_array, as_scale, dtype_name
+from jaxkv._arguments import BACKENDS, ArrayLike, Index, Scale, as_array, as_scale, dtype_name
 from jaxkv._call import spec_of
 from jaxkv._mesh import mesh_axes_by_name, used_spec
-from jaxkv.read import AttendOptions, gather_kv, paged_attention
-from jaxkv.write import (
-    BACKENDS,
-    reshape_and_cache_flash,
-    reshape_and_cache_flash_diffkv,
+from jaxkv.mla import write_latent
+from jaxkv.quantize import (
     reshape_and_cache_flash_diffkv_per_token_head_quant,
     reshape_and_cache_flash_per_token_head_quant,
-    write_latent,
 )
+from jaxkv.read import AttendOptions, gather_kv, paged_attention
+from jaxkv.write import reshape_and_cache_flash, reshape_and_cache_flash_diffkv
 from kvcore.cache_spec import CacheSpec, Described
 from kvcore.choices import JaxBackend, KVCacheDtype, Layout
 from kvcore.contract.checks import check_options, check_scale

@@ -10,14 +10,13 @@ from kvcore.arrays import array_names
 from kvcore.cache_spec import CacheSpec, Described
 from kvcore.choices import FloatDtype, KVCacheDtype, Layout, TorchBackend
 from torchkv._arguments import check_tensors, dtype_name
-from torchkv.read import AttendOptions, gather_kv, paged_attention
-from torchkv.write import (
-    concat_and_cache_mla,
-    reshape_and_cache_flash,
-    reshape_and_cache_flash_diffkv,
+from torchkv.mla import concat_and_cache_mla
+from torchkv.quantize import (
     reshape_and_cache_flash_diffkv_per_token_head_quant,
     reshape_and_cache_flash_per_token_head_quant,
 )
+from torchkv.read import AttendOptions, gather_kv, paged_attention
+from torchkv.write import reshape_and_cache_flash, reshape_and_cache_flash_diffkv
 
 
 class PagedKVCache(Described):
