@@ -6,7 +6,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcore.layout import CONSTANTS as LAYOUTS
-from tests.cases.reads import CPU_IMPLEMENTATIONS, assert_near_oracle, attend_jax, attend_torch, make_read, oracle
+from tests.cases.reads import (
+    CASTS,
+    CPU_IMPLEMENTATIONS,
+    LENGTHS,
+    MEANINGS,
+    assert_near_oracle,
+    attend_jax,
+    attend_torch,
+    make_read,
+    oracle,
+)
 
 
 @pytest.mark.parametrize("layer", [None, 1])
@@ -14,18 +24,6 @@ from tests.cases.reads import CPU_IMPLEMENTATIONS, assert_near_oracle, attend_ja
 def test_layouts(layout, layer):
     layers = None if layer is None else 3
     assert_near_oracle(make_read(np.random.default_rng(0), layout=layout, num_layers=layers, layer=layer))
-
-
-CASTS = [  # dtype, cache_dtype, kv_cache_dtype, storage
-    ("bfloat16", "bfloat16", "auto", None),
-    ("float16", "float16", "auto", None),
-    ("float32", "bfloat16", "auto", None),
-    ("bfloat16", "float16", "auto", None),
-    ("bfloat16", None, "fp8", "uint8"),
-    ("bfloat16", None, "fp8_e4m3", "float8_e4m3fn"),
-    ("float16", None, "fp8_e5m2", "uint8"),
-    ("float32", None, "fp8_e5m2", "float8_e5m2"),
-]
 
 
 @pytest.mark.parametrize(("dtype", "cache_dtype", "kv_cache_dtype", "storage"), CASTS)
@@ -36,31 +34,6 @@ def test_dtypes(layout, dtype, cache_dtype, kv_cache_dtype, storage):
         storage=storage, query_lens=(1, 0, 3, 2), head_size=48,
     )  # fmt: skip
     assert_near_oracle(case)
-
-
-LENGTHS = {
-    "short": dict(seq_lens=(0, 1, 3, 4, 5)),
-    "blocks": dict(seq_lens=(15, 16, 17, 33), block_size=16),
-    "odd blocks": dict(seq_lens=(6, 7, 8, 22), block_size=7),
-    "long": dict(seq_lens=(1, 700, 513), block_size=16, num_heads=1),
-    "speculative": dict(seq_lens=(4, 9, 30), query_lens=(4, 4, 4)),
-    "mixed": dict(seq_lens=(19, 1, 0, 12, 7), query_lens=(19, 1, 0, 5, 1), padding=3),
-    "prefill": dict(seq_lens=(40, 23), query_lens=(33, 23), padding=1),
-    "more queries than positions": dict(seq_lens=(2, 0, 5), query_lens=(5, 2, 5)),
-    "nothing": dict(seq_lens=(0, 0)),
-    "only padding": dict(seq_lens=(0,), query_lens=(0,), padding=4),
-}
-MEANINGS = {
-    "plain": {},
-    "not causal": dict(causal=False),
-    "window": dict(sliding_window=5),
-    "window of one": dict(sliding_window=1),
-    "cap": dict(soft_cap=1.5),
-    "scale": dict(scale=0.7),
-    "negative scale": dict(scale=-0.7),
-    "scale of zero": dict(scale=0.0),
-    "all": dict(sliding_window=7, soft_cap=3.0, scale=1.1),
-}
 
 
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)

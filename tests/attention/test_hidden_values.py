@@ -10,8 +10,8 @@ import pytest
 from kvcore.formats import KV_CACHE_DTYPES
 from kvcore.oracle import write as reference
 from tests.cases.gpu import HAS_GPU
+from tests.cases.gpu_reads import KERNELS
 from tests.cases.reads import BOUNDS, CPU_IMPLEMENTATIONS, make_read, oracle
-from tests.gpu.test_read import KERNELS
 
 
 def of_value(number):

@@ -16,8 +16,8 @@ from jaxkv._triton import launch as jax_launch
 from kvcore.plan.kernel import Target
 from kvcore.run.compiler import compile_kernel, kernel_function
 from tests.cases.arrays import to_torch
+from tests.cases.gathers import gather
 from tests.cases.reads import make_read
-from tests.gather.test_gather import gather
 from torchkv._call import AttentionCall, GatherCall
 from torchkv._library import read as _read_library
 from torchkv._triton import read as _read_triton

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from tests.cases.gpu_reads import assert_kernels
 from tests.cases.reads import assert_near_oracle, make_read, oracle
-from tests.gpu.test_read import assert_kernels
 
 NUM_TOKENS = 6
 STARTS = {  # for three sequences

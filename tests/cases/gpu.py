@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from tests.cases.arrays import run_torch, write_jax
+from tests.cases.gathers import gather, gather_torch
 from tests.cases.reads import attend_torch
-from tests.gather.test_gather import gather, gather_torch
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 import jaxkv
 from kvcore.cache_spec import CacheSpec
 from kvcore.layout import CacheLayout
-from tests.compiled.test_write import h100s
+from tests.cases.h100s import h100s
 
 LAYERS, TOKENS, Q_HEADS, HEADS, HEAD_SIZE = 4, 64, 32, 8, 128
 

@@ -5,7 +5,6 @@ Needs jax's CUDA plugin of jaxlib's version, and ptxas on the PATH: .ci/compiled
 
 import math
 import re
-from pathlib import Path
 
 import pytest
 
@@ -15,21 +14,15 @@ pytest.importorskip("jax_cuda13_plugin")
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import topologies
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxkv
 from kvcore.layout import CacheLayout
+from tests.cases.h100s import h100s
 
 LAYERS = 4
 LAYOUTS = ("NHD", "HND", "HEAD_MAJOR", "PALLAS", "KV_NHD", "PACKED_NHD", "INTERLEAVED")
-
-
-def h100s(number):
-    config = Path(__file__).with_name("h100.txtpb").read_text()
-    topology = topologies.get_topology_desc(platform="cuda", target_config=config, topology=f"1x1x{number}")
-    return topologies.make_mesh(topology, (number,), ("tp",))
 
 
 class Program:

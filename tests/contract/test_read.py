@@ -13,8 +13,8 @@ import jaxkv
 import torchkv
 from kvcore.run import interpreter
 from tests.cases.arrays import DTYPES, random_normal, to_torch
+from tests.cases.bad_writes import FORMATS
 from tests.cases.reads import CPU_IMPLEMENTATIONS, attend_jax, attend_torch, make_read
-from tests.contract.test_write import FORMATS
 
 
 def array(*shape, dtype="bfloat16"):

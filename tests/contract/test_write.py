@@ -16,6 +16,7 @@ from kvcore.layout import CacheLayout
 from kvcore.oracle import write as reference
 from kvcore.run import interpreter
 from tests.cases.arrays import DTYPES, bits, from_torch, make_case, random_bits, run_oracle, to_torch
+from tests.cases.bad_writes import FORMATS
 from torchkv._memory import share_elements
 
 # ---- one table of bad calls, and five ways to make them
@@ -47,9 +48,6 @@ def caches(shape=(6, 4, 3, 16), dtype="bfloat16"):
 
 STACKED = "layer block slot head dim"
 FLOATS = "float32, bfloat16 or float16"
-FORMATS = (
-    "'auto', 'fp8', 'fp8_e4m3', 'fp8_e5m2', 'fp8_e4m3fnuz', 'fp8_e5m2fnuz', 'int8', 'int4', 'nvfp4' or 'fp8_ds_mla'"
-)
 fp8 = {"kv_cache_dtype": "fp8"} | caches(dtype="uint8")
 stacked = {"layout": STACKED} | caches((2, 6, 4, 3, 16))
 

@@ -10,9 +10,6 @@ import pytest
 
 from kvcore.formats import KV_CACHE_DTYPES
 from kvcore.oracle import write as reference
-from tests.attention.test_quantised import TELLING as READ_TELLING
-from tests.attention.test_quantised import kinds as read_kinds
-from tests.attention.test_quantised import read_case, telling
 from tests.cases import gpu
 from tests.cases.arrays import (
     DTYPES,
@@ -27,10 +24,13 @@ from tests.cases.arrays import (
     run_torch,
     to_torch,
 )
+from tests.cases.gathers import assert_gathers, gather_jax, gather_torch
 from tests.cases.gpu import DEVICE, HAS_GPU, captured, params, shorter
-from tests.gather.test_gather import assert_gathers, gather_jax, gather_torch
-from tests.gpu.test_read import assert_kernels
-from tests.write.test_quantised import FORMATS, TELLING, kinds, quantised_case, run_mla
+from tests.cases.gpu_reads import assert_kernels
+from tests.cases.quantised_reads import TELLING as READ_TELLING
+from tests.cases.quantised_reads import kinds as read_kinds
+from tests.cases.quantised_reads import read_case, telling
+from tests.cases.quantised_writes import FORMATS, TELLING, kinds, quantised_case, run_mla
 
 pytestmark = pytest.mark.gpu
 

@@ -12,33 +12,21 @@ import numpy as np
 import pytest
 
 from kvcore.layout import CONSTANTS as LAYOUTS
-from tests.attention.test_attention import CASTS, LENGTHS, MEANINGS
-from tests.cases import gpu
+from tests.cases.gathers import assert_gathers, gather_jax, gather_torch
 from tests.cases.gpu import DEVICE, HAS_GPU, captured, needs_gpu, params, shorter
-from tests.cases.reads import BOUNDS, assert_near_oracle, attend_jax, attend_torch, make_read, oracle
-from tests.gather.test_gather import assert_gathers, gather_jax, gather_torch
+from tests.cases.gpu_reads import GATHERS, KERNELS, PORTABLE, assert_kernels
+from tests.cases.reads import (
+    BOUNDS,
+    CASTS,
+    LENGTHS,
+    MEANINGS,
+    assert_near_oracle,
+    attend_torch,
+    make_read,
+    oracle,
+)
 
 pytestmark = pytest.mark.gpu
-
-KERNELS = {"jax triton": attend_jax, "torch triton": lambda case: attend_torch(case, device="cuda")}
-PORTABLE = {"jax xla": lambda case: attend_jax(case, "xla"), "torch": lambda case: attend_torch(case, "torch", "cuda")}
-GATHERS = {"jax triton": gather_jax, "torch triton": lambda *x: gather_torch(*x, device="cuda")}
-if not HAS_GPU:
-    KERNELS, PORTABLE, GATHERS = {"all but the kernels": gpu.attend}, {}, {"all but the kernels": gpu.gather_kv}
-
-
-def assert_kernels(case, implementations=KERNELS):
-    """Near the oracle, and the same bits from both frameworks."""
-    results = {}
-
-    def remember(name, run):
-        return lambda case: results.setdefault(name, run(case))
-
-    assert_near_oracle(case, {name: remember(name, run) for name, run in implementations.items()})
-    if HAS_GPU:
-        for a, b in zip(results["jax triton"], results["torch triton"], strict=True):
-            assert a.tobytes() == b.tobytes()
-
 
 IN_LAYOUTS = [*product(LAYOUTS, [False], [1]), *product(("NHD", "HEAD_MAJOR", "PALLAS", "MLA"), [True], [None])]
 

@@ -24,7 +24,7 @@ from tests.cases.arrays import (
     to_torch,
 )
 from tests.cases.gpu import DEVICE, HAS_GPU, needs_gpu, params
-from tests.write.test_equality import (
+from tests.cases.write_grid import (
     BLOCK_SIZES,
     CONVERSIONS,
     DTYPES,

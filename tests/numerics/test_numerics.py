@@ -18,7 +18,7 @@ from kvcore.formats import (
     NVFP4,
     stored_size,
 )
-from kvcore.oracle import write as reference
+from kvcore.oracle import formats as reference
 from tests.cases.arrays import DTYPES, Case, assert_equals_oracle, random_bits
 
 FORMATS = {f.name: f for f in (FLOAT16, BFLOAT16, E4M3, E5M2, E4M3FNUZ, E5M2FNUZ)}

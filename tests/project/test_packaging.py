@@ -10,7 +10,7 @@ import yaml
 import jaxkv
 import kvcore
 import torchkv
-from tests.project.test_imports import JAX_WRITE, ROOT, TORCH_WRITE, packages, run
+from tests.cases.processes import JAX_WRITE, ROOT, TORCH_WRITE, packages, run
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 

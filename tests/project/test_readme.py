@@ -1,12 +1,8 @@
 """README's code runs as it stands there."""
 
-import re
-from pathlib import Path
-
 import pytest
 
-README = Path(__file__).parents[2] / "README.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+from tests.cases.readme import BLOCKS, README
 
 
 def test_there_is_a_quickstart_for_each_framework():

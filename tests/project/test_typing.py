@@ -25,7 +25,7 @@ from kvcore.contract.scales import check_kv_scales
 from kvcore.formats import FLOATS, KV_CACHE_DTYPES, NVFP4, PER_TOKEN_HEAD
 from kvcore.layout import CacheLayout
 from kvcore.pattern import CONSTANTS
-from tests.project.test_readme import BLOCKS
+from tests.cases.readme import BLOCKS
 
 ROOT = Path(__file__).parents[2]
 RIGHT, WRONG = ROOT / "tests" / "project" / "typing" / "right.py", ROOT / "tests" / "project" / "typing" / "wrong.py"

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import torchkv
 from tests.cases.arrays import bits, from_torch, make_case, random_bits, run_oracle, to_torch, with_case
+from tests.cases.torch_compile import assert_bits, assert_no_copies, compiled_code
 from torchkv import CacheLayout
 from torchkv._library import write as _library
 
@@ -39,11 +39,6 @@ def tensors(case):
 def options_of(case):
     scales = {"k_scale": case.k_scale, "v_scale": case.v_scale}
     return {"kv_cache_dtype": case.kv_cache_dtype, "layout": case.layout, "layer": case.layer} | scales
-
-
-def assert_bits(got, want):
-    for tensor, array in zip(got, want, strict=True):
-        np.testing.assert_array_equal(bits(from_torch(tensor)), bits(array))
 
 
 # ---- registration
@@ -311,28 +306,6 @@ def test_caches_by_unbind(dim, layout, backend, rng):
 
 
 # ---- torch.compile
-
-
-@pytest.fixture
-def compiler():
-    """Nothing compiled before counts, nor what inductor has stored."""
-    torch._dynamo.reset()
-    with torch._inductor.config.patch(fx_graph_cache=False):
-        yield
-    torch._dynamo.reset()
-
-
-def compiled_code(function, *arguments, **options):
-    """Runs a function compiled by inductor; gives the part of its code that calls kernels and ops."""
-    _, (code,) = run_and_get_code(torch.compile(function, fullgraph=True, **options), *arguments)
-    code = re.search(r"def call\(.*?\n\S", code, re.DOTALL).group()
-    return re.sub(r"#.*", "", code)
-
-
-def assert_no_copies(code, writes=1):
-    """The code calls the op, and neither allocates nor computes anything."""
-    assert len(re.findall(r"torch\.ops\.torchkv\.\w+\.default\(", code)) == writes, code
-    assert not re.search(r"empty_strided|clone|copy|cpp_|extern_kernels|aten", code), code
 
 
 # name: what to write, and how the compiled function calls the op with key, value, caches, slots

@@ -27,7 +27,7 @@ from tests.cases.arrays import (
     with_case,
 )
 from tests.cases.reads import make_read, oracle
-from tests.torch.test_library import assert_bits, assert_no_copies, compiled_code, compiler  # noqa: F401
+from tests.cases.torch_compile import assert_bits, assert_no_copies, compiled_code, compiler  # noqa: F401
 from torchkv._call import AttentionCall, GatherCall, WriteCall
 from torchkv._library import read as _read_library
 from torchkv._library import write as _library

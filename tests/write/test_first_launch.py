@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-import threading
 import warnings
 from pathlib import Path
 
@@ -17,14 +16,11 @@ import torch
 from triton.backends.compiler import GPUTarget
 
 import kvcore
-from kvcore.plan.kernel import Target
-from kvcore.plan.write import plan_write, pointers
 from kvcore.run.compiler import compile_kernel
-from tests.cases.writes import describe
+from tests.cases.launches import H100, in_threads, write_kernel
 from torchkv._triton import launch as _launch
 
 ROOT = Path(kvcore.__file__).parents[1]
-H100 = Target("cuda", 90)
 
 
 def run(code, **environment):
@@ -34,14 +30,6 @@ def run(code, **environment):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-def write_kernel(head_size=128):
-    """A kernel of writing and what its pointers point to."""
-    write = describe("NHD", head_size=head_size)
-    pointees = dict.fromkeys(pointers(write), "bfloat16") | {"slot_mapping_ptr": "int32"}
-    pointees |= dict.fromkeys(("k_scale_ptr", "v_scale_ptr", "layer"))
-    return plan_write(write, H100).kernel, pointees, frozenset()
 
 
 class Driver:
@@ -76,25 +64,6 @@ def driver(monkeypatch, tmp_path):
     return fake
 
 
-def in_threads(count, function):
-    """Calls a function with 0, 1, … in as many threads at once; gives the results."""
-    results, barrier = [None] * count, threading.Barrier(count)
-
-    def call(i):
-        barrier.wait()
-        try:
-            results[i] = function(i)
-        except Exception as error:
-            results[i] = error
-
-    threads = [threading.Thread(target=call, args=(i,)) for i in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results
-
-
 # ---- threads
 
 
@@ -117,7 +86,8 @@ def test_kernels_are_compiled_while_others_are_interpreted():
     """To interpret, Triton patches the language that compiling reads."""
     run("""
 import torch, torchkv
-from tests.test_first_launch import H100, compile_kernel, in_threads, write_kernel
+from kvcore.run.compiler import compile_kernel
+from tests.cases.launches import H100, in_threads, write_kernel
 
 def call(i):
     if i % 2:
@@ -138,7 +108,7 @@ assert in_threads(6, call) == [None] * 6, in_threads(6, call)
 def test_first_calls_of_torch_from_ten_threads(backend):
     run(f"""
 import torch, torchkv
-from tests.test_first_launch import in_threads
+from tests.cases.launches import in_threads
 
 def call(i):
     n = 1 + i // 2  # threads in pairs ask for the same
@@ -159,7 +129,7 @@ assert results == [True] * 10, results
 def test_first_calls_of_jax_from_ten_threads(backend):
     run(f"""
 import jax, jax.numpy as jnp, numpy as np, jaxkv
-from tests.test_first_launch import in_threads
+from tests.cases.launches import in_threads
 
 def call(i):
     n = 1 + i // 2

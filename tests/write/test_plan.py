@@ -187,8 +187,8 @@ def test_every_kernel_says_whether_multiply_and_add_may_fuse(monkeypatch, target
     from jaxkv._triton import launch as jax_launch
     from kvcore import kernels
     from kvcore.run import interpreter
+    from tests.cases.gathers import gather_torch
     from tests.cases.reads import attend_torch, make_read
-    from tests.gather.test_gather import gather_torch
 
     launched = []
     monkeypatch.setattr(interpreter, "run", lambda kernel, grid, arguments: launched.append(kernel))

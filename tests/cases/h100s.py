@@ -1,0 +1,11 @@
+"""Meshes of H100s on a host without a GPU."""
+
+from pathlib import Path
+
+from jax.experimental import topologies
+
+
+def h100s(number):
+    config = (Path(__file__).parents[1] / "compiled" / "h100.txtpb").read_text()
+    topology = topologies.get_topology_desc(platform="cuda", target_config=config, topology=f"1x1x{number}")
+    return topologies.make_mesh(topology, (number,), ("tp",))
