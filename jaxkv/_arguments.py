@@ -53,10 +53,9 @@ def as_indices(indices: Any, lengths: bool = False) -> Any:
         indices = indices[...]
     if not hasattr(indices, "dtype"):
         numbers = _numbers(indices)
-        if numbers is None:
-            indices = jnp.asarray(indices)
-        else:  # an empty list has no dtype of its own
-            indices = numbers if numbers.size else numbers.astype(np.int32)
+        indices = jnp.asarray(indices) if numbers is None else numbers
+        if numbers is not None and not numbers.size:  # NumPy takes an empty list for floats
+            indices = numbers.astype(np.int32)
     if not jnp.issubdtype(indices.dtype, jnp.integer) or indices.dtype == np.int32:
         return indices
     target = np.dtype(np.int64 if jax.config.jax_enable_x64 and indices.dtype.itemsize > 2 else np.int32)

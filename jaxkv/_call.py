@@ -212,6 +212,10 @@ class ReadOptions(NamedTuple):
         )  # fmt: skip
 
 
+Options = WriteOptions | ReadOptions
+Operands = WriteOperands | ReadOperands
+
+
 def layer_of(options: CacheOptions, operands: CacheOperands) -> Any:
     """The index of the layer: static, or in an array; None where the layout has no such axis."""
     return options.layer if operands.layer is None else operands.layer

@@ -16,6 +16,7 @@ import jax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
 
+from jaxkv._call import Operands, Options
 from kvcore.contract.checks import no_triton_error
 
 PLATFORMS = ("cpu", "tpu", "cuda", "rocm")
@@ -42,7 +43,7 @@ def make_primitives(name: str, result_types: Callable[[Any, Any], list[Any]]) ->
     return make(name), make(f"{name}_local")
 
 
-def bind(primitive: Primitive, options: Any, operands: Any) -> list[Any]:
+def bind(primitive: Primitive, options: Options, operands: Operands) -> list[Any]:
     """Binds a primitive to a call."""
     leaves, tree = jax.tree.flatten(operands)
     return primitive.bind(*leaves, tree=tree, options=options)
@@ -80,7 +81,7 @@ def _backend_on(platform: str, backend: str | None) -> str:
     return backend or ("triton" if gpu else "xla")
 
 
-def _check_static(platform: str, operands: Any) -> None:
+def _check_static(platform: str, operands: Operands) -> None:
     """Raises where jax.export leaves sizes open: grids and strides of a kernel are numbers."""
     for name, array in operands.named().items():
         if not all(isinstance(size, int) for size in array.shape):

@@ -6,7 +6,8 @@ it would gather the caches. Within a shard_map of the user's, each device's call
 """
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +22,7 @@ from jax.interpreters import mlir
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxkv._call import Operands, Options
 from jaxkv._mesh import explicit_axes, head_mesh_axes, used_spec, vary, varying_axes
 from jaxkv._primitive.base import bind, compute_capability
 
@@ -45,7 +47,7 @@ Specs = Callable[[Any, Any, Any], tuple[Any, list[P]]]
 have, and operands, whose shapes count."""
 
 
-def bind_sharded(primitive: Primitive, specs: Specs, options: Any, operands: Any) -> list[Any]:
+def bind_sharded(primitive: Primitive, specs: Specs, options: Options, operands: Operands) -> list[Any]:
     """Binds a primitive to a call, whatever the sharding of its operands.
 
     Inside shard_map, operands become varying where any of them is.
@@ -59,7 +61,7 @@ def bind_sharded(primitive: Primitive, specs: Specs, options: Any, operands: Any
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
-def _bind_explicit(primitive: Primitive, specs: Specs, options: Any, operands: Any) -> list[Any]:
+def _bind_explicit(primitive: Primitive, specs: Specs, options: Options, operands: Operands) -> list[Any]:
     """Binds a primitive where shardings are part of types. An eager shard_map, without jit, would be compiled anew."""
     mesh, explicit = explicit_axes(operands.cache.memory[0])
     present = jax.tree.map(lambda array: jax.typeof(array).sharding.spec, operands)
@@ -74,7 +76,7 @@ def _bind_explicit(primitive: Primitive, specs: Specs, options: Any, operands: A
     return local(jax.tree.map(lambda array, s: jax.sharding.reshard(array, NamedSharding(mesh, s)), operands, in_specs))
 
 
-def _check_concrete(options: Any, memory: Any) -> None:
+def _check_concrete(options: Options, memory: Sequence[Any]) -> None:
     """Raises, before anything is compiled, if caches and scale caches are split in a way that no op can use.
 
     Within jit, XLA's partitioner is the first to know how they are: see `_remembering_refusals`.
@@ -87,7 +89,13 @@ def _check_concrete(options: Any, memory: Any) -> None:
 # ---- XLA's partitioner
 
 
-def lower_by_heads(primitive: Primitive, local_p: Primitive, specs: Specs, rule: Callable[[Any, Any], Rule]) -> None:
+def lower_by_heads(
+    primitive: Primitive,
+    local_p: Primitive,
+    specs: Specs,
+    rule: Callable[[Any, Any], Rule],
+    updates_memory: bool = False,
+) -> None:
     """Lowers a primitive to a custom partitioning by heads.
 
     Args:
@@ -95,18 +103,22 @@ def lower_by_heads(primitive: Primitive, local_p: Primitive, specs: Specs, rule:
         local_p: The one that computes on a single device.
         specs: Of operands and results.
         rule: The rule by which shardings spread, given options and operands of types.
+        updates_memory: Whether the results are caches and scale caches, which then have the shardings of the operands.
     """
 
     def lower(ctx: Any, *values: Any, tree: Any, options: Any) -> Any:
         options = options._replace(compute_capability=compute_capability(ctx.module_context.axis_context))
-        partitioned = _partitioned(local_p, specs, rule(options, jax.tree.unflatten(tree, ctx.avals_in)), tree, options)
+        spreading = rule(options, jax.tree.unflatten(tree, ctx.avals_in))
+        partitioned = _partitioned(local_p, specs, spreading, tree, options, updates_memory)
         return mlir.lower_fun(lambda *leaves: list(partitioned(*leaves)), multiple_results=True)(ctx, *values)
 
     dispatch.prim_requires_devices_during_lowering.add(primitive)
     mlir.register_lowering(primitive, lower)
 
 
-def _partitioned(local_p: Primitive, specs: Specs, rule: Rule, tree: Any, options: Any) -> Any:
+def _partitioned(
+    local_p: Primitive, specs: Specs, rule: Rule, tree: Any, options: Options, updates_memory: bool
+) -> Any:
     """The call as a function of the operands' leaves, which XLA's partitioner splits by heads."""
 
     def local(*leaves: Any) -> tuple[Any, ...]:
@@ -116,7 +128,8 @@ def _partitioned(local_p: Primitive, specs: Specs, rule: Rule, tree: Any, option
     def partition(mesh: Any, leaves: Any, results: Any) -> Any:
         operands = jax.tree.unflatten(tree, leaves)
         if not all(isinstance(array.sharding, NamedSharding) for array in operands.cache.memory):
-            # Within a shard_map over some of the mesh's axes, whose caches are what each device has.
+            # Within a shard_map over some of the mesh's axes. XLA's shardings there have no spec to look at.
+            results = operands.cache.memory if updates_memory else results
             return mesh, local, tuple(array.sharding for array in results), tuple(array.sharding for array in leaves)
         in_specs, out_specs = specs(options, jax.tree.map(lambda array: array.sharding.spec, operands), operands)
         operand_shardings, result_shardings = (
@@ -132,16 +145,10 @@ def _partitioned(local_p: Primitive, specs: Specs, rule: Rule, tree: Any, option
 
 def _spell(rule: Rule) -> str:
     """A rule as custom_partitioning reads it; each None is a factor of its own."""
-    count = 0
+    fresh = (f"i{n}" for n in itertools.count())
 
     def spelled(spec: P) -> str:
-        nonlocal count
-        factors = []
-        for factor in spec:
-            if factor is None:
-                factor, count = f"i{count}", count + 1
-            factors.append(factor)
-        return " ".join(factors)
+        return " ".join(factor or next(fresh) for factor in spec)
 
     operands, results = (", ".join(map(spelled, _spec_leaves(part))) for part in (rule.operands, rule.results))
     return f"{operands} -> {results}"

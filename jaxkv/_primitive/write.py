@@ -138,6 +138,6 @@ def _derivatives(_: WriteOptions) -> str:
 
 write_p, local_p = make_primitives("reshape_and_cache", _result_types)
 lower_by_platform(local_p, _compute)
-lower_by_heads(write_p, local_p, _specs, _rule)
+lower_by_heads(write_p, local_p, _specs, _rule, updates_memory=True)
 batch_by(write_p, _batched)
 refuse_derivatives(write_p, _derivatives)

@@ -89,6 +89,13 @@ def test_heads_outside_jit(layout):
     assert_same(case.op(jaxkv)(*place(case, mesh), layout=case.layout), run_oracle(case))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS[:3])
+def test_heads_of_explicit_shardings_without_a_mesh_in_context(layout):
+    case, mesh = case_for(layout), mesh_of(AxisType.Explicit)
+    write = jax.jit(lambda *x: case.op(jaxkv)(*x, layout=case.layout))
+    assert_same(write(*place(case, mesh)), run_oracle(case))
+
+
 def test_fp8_with_traced_scale_and_layer():
     case = make_case(np.random.default_rng(1), num_heads=8, head_size=16, num_layers=2, layer=1, kv_cache_dtype="fp8")
     mesh = mesh_of(AxisType.Auto)
