@@ -265,9 +265,9 @@ def gather_kv(
     if out is not None and not (isinstance(out, (tuple, list)) and len(out) == 2):
         raise TypeError(f"out must be two tensors, for key and value, got {type(out).__name__}")
     refuse_gradients("gather_kv", *caches, k_scale, v_scale, *(out or ()))
-    dtype = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
+    dtype_name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
     arguments = (
-        caches, block_tables, seq_lens, max_len, dtype, kv_cache_dtype, k_scale, v_scale, as_pattern(layout),
+        caches, block_tables, seq_lens, max_len, dtype_name, kv_cache_dtype, k_scale, v_scale, as_pattern(layout),
         *as_layer(layer), head_size, head_size_v, backend, as_scale_pattern(scale_layout),
     )  # fmt: skip
     if out is None:

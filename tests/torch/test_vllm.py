@@ -13,8 +13,7 @@ import torchkv
 from kvcore.oracle import write as reference
 from tests.cases.arrays import from_torch
 from tests.cases.gpu import DEVICE
-from torchkv import read as read_ops
-from torchkv import write as ops
+from torchkv import mla, quantize, read, write
 from torchkv.integrations import vllm
 
 BLOCKS, BLOCK_SIZE, HEADS, HEAD_SIZE, GROUP = 7, 8, 2, 32, 2
@@ -67,8 +66,8 @@ BACKENDS = ("torch", "interpret")
 @pytest.fixture(params=BACKENDS)
 def backend(request, monkeypatch):
     """Runs what the functions call with this backend, though vLLM's parameters have no place for it."""
-    for module, names in ((ops, [n for n in FUNCTIONS if hasattr(ops, n)]), (read_ops, ["paged_attention"])):
-        for name in [*names, *(n for n in vars(module) if n.startswith("reshape_and_cache_flash_"))]:
+    for module in (write, quantize, mla, read):
+        for name in vars(module).keys() & {*torchkv.__all__} - {"CacheLayout"}:
             whole = getattr(module, name)
 
             def with_backend(*args, _whole=whole, **options):
@@ -363,7 +362,7 @@ def filled_cache(dtype=torch.bfloat16, padding=0):
 def attend(arguments, k, v, **options):
     """The same by torchkv's own names, with the same backend."""
     a = arguments
-    return read_ops.paged_attention(
+    return read.paged_attention(
         a["q"], (k, v), a["block_table"], a["seqused_k"], query_start_loc=a["cu_seqlens_q"], scale=a["softmax_scale"],
         **options,
     )  # fmt: skip

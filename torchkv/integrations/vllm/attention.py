@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchkv import merge, read
 from torchkv.integrations.vllm.arguments import (
     FP8_PER_TENSOR,
     NONE,
@@ -15,8 +16,6 @@ from torchkv.integrations.vllm.arguments import (
     per_token_head_format,
     printed,
 )
-from torchkv.merge import merge_attention
-from torchkv.read import paged_attention
 
 
 def unified_attention(
@@ -103,7 +102,7 @@ def unified_attention(
     if block_table.shape[0] > seqused_k.shape[0]:
         block_table = block_table[: seqused_k.shape[0]]
     direct = out.dtype == q.dtype and out.is_contiguous()
-    result = paged_attention(
+    result = read.paged_attention(
         q, (k, v), block_table, seqused_k, query_start_loc=cu_seqlens_q, scale=softmax_scale, causal=causal,
         sliding_window=window, soft_cap=softcap, sinks=sinks, kv_cache_dtype=kv_cache_dtype,  # type: ignore[arg-type]
         k_scale=k_scale, v_scale=v_scale, out=out if direct else None,
@@ -180,6 +179,6 @@ def merge_attn_states(
     lse = None if output_lse is None else output_lse.T
     outs, lses = torch.stack((prefix_output, suffix_output)), torch.stack((prefix_lse.T, suffix_lse.T))
     direct = output.dtype == outs.dtype
-    result, _ = merge_attention(outs, lses, out=output if direct else None, lse=lse)
+    result, _ = merge.merge_attention(outs, lses, out=output if direct else None, lse=lse)
     if not direct:
         output.copy_(result)
