@@ -27,7 +27,7 @@ def test_every_element_has_one_lane(layout, num_tokens):
     assert tokens * plan.rows >= num_tokens > (tokens - 1) * plan.rows
     for side in (plan.kernel.constexprs["K"], plan.kernel.constexprs["V"]):
         assert side.columns & (side.columns - 1) == 0
-        assert rows * side.columns >= side.num_heads * side.head_size
+        assert rows * side.columns >= side.num_heads * side.head_units
 
 
 def test_rows_without_gaps_are_one_long_head():
@@ -214,7 +214,9 @@ def test_every_kernel_says_whether_multiply_and_add_may_fuse(monkeypatch, target
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", default)
     for kernel in launched:
         fuses = kernel.options["enable_fp_fusion"]
-        assert fuses is (kernel.module == "attention"), kernel.name  # whose results are rounded, not bits to be kept
+        assert fuses is (kernel.module in ("attention", "merge")), (
+            kernel.name
+        )  # whose results are rounded, not bits to be kept
         jax_launch.launch(kernel, (1, 1, 1), [], target)
         assert seen["backend_options"]["enable_fp_fusion"] is fuses
         backend = make_backend(GPUTarget(*target))

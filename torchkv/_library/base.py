@@ -46,7 +46,7 @@ def define(schema: str, call_of: Callable[..., Any], backends: Backends, vmap: R
     """Defines an op.
 
     Args:
-        schema: Its name, parameters and results. The parameters that it writes to follow each other.
+        schema: Its name, parameters and results. Without results, it writes to parameters that follow each other.
         call_of: Makes a call of `torchkv._call` of its arguments.
         backends: What carries it out.
         vmap: What vmap does with it.
@@ -57,13 +57,14 @@ def define(schema: str, call_of: Callable[..., Any], backends: Backends, vmap: R
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     op = getattr(torch.ops.torchkv, name).default
-    written, has_results = _written(op), bool(op._schema.returns)
+    written, returns = _written(op), bool(op._schema.returns)
 
     def on_gpu(*args: Any) -> Any:
         call = call_of(*args)
         if call.backend is None or call.backend == "triton":
             results = backends.triton(call)
-            _mark_changed(args[written])
+            if not returns:
+                _mark_changed(args[written])
         else:
             described = call.check()
             if call.backend == "interpret":
@@ -71,7 +72,7 @@ def define(schema: str, call_of: Callable[..., Any], backends: Backends, vmap: R
             call.check_memory(described)
             with torch.no_grad():
                 results = backends.torch(described, call)
-        return results if has_results else None
+        return results if returns else None
 
     def on_host(*args: Any) -> Any:
         call = call_of(*args)
@@ -82,15 +83,16 @@ def define(schema: str, call_of: Callable[..., Any], backends: Backends, vmap: R
         with torch.no_grad():
             if call.backend == "interpret":
                 results = backends.interpret(described, call)
-                _mark_changed(args[written])
+                if not returns:
+                    _mark_changed(args[written])
             else:
                 results = backends.torch(described, call)
-        return results if has_results else None
+        return results if returns else None
 
     def fake(*args: Any) -> Any:
         call = call_of(*args)
         results = backends.fake(call.check(), call)
-        return results if has_results else None
+        return results if returns else None
 
     def mapped(info: Any, in_dims: Sequence[Any], *args: Any) -> Any:
         return vmap(op, info.batch_size, in_dims, args)
@@ -115,12 +117,12 @@ def _item(argument: Any, dim: Any, i: int) -> Any:
 
 
 def _written(op: Any) -> slice:
-    """The arguments that the op's schema says it writes to."""
-    writes = [a.alias_info is not None and a.alias_info.is_write for a in op._schema.arguments]
-    return slice(writes.index(True), writes.index(True) + sum(writes)) if any(writes) else slice(0)
+    """The arguments that an op without results writes to."""
+    places = [i for i, a in enumerate(op._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+    return slice(places[0], places[-1] + 1) if places else slice(0)
 
 
 def _mark_changed(tensors: Sequence[Tensor]) -> None:
     """Tells autograd that kernels changed tensors, as torch's own in-place operations do."""
-    if tensors and not tensors[0].is_inference():
+    if not tensors[0].is_inference():
         torch.autograd.graph.increment_version(tensors)

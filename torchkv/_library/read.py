@@ -32,16 +32,16 @@ _GATHER = (
 # ---- attention
 
 
-def _attention_call(*args: Any, results: Results | None = None) -> AttentionCall:
-    call = AttentionCall(*args, results=results)
-    refuse_gradients(
-        "paged_attention", call.query, *call.caches, call.sinks, call.k_scale, call.v_scale, *(results or ())
-    )
+def _attention_call(*args: Any) -> AttentionCall:
+    call = AttentionCall(*args)
+    refuse_gradients("paged_attention", call.query, *call.caches, call.sinks, call.k_scale, call.v_scale)
     return call
 
 
 def _attention_out_call(out: Tensor, lse: Tensor, *args: Any) -> AttentionCall:
-    return _attention_call(*args, results=(out, lse))
+    call = AttentionCall(*args, results=(out, lse))
+    refuse_gradients("paged_attention", call.query, *call.caches, call.sinks, call.k_scale, call.v_scale, out, lse)
+    return call
 
 
 def _attention_in_torch(attention: Attention, call: AttentionCall) -> Results:
@@ -56,14 +56,16 @@ def _attention_fake(attention: Attention, call: AttentionCall) -> Results:
 # ---- gather
 
 
-def _gather_call(*args: Any, results: Results | None = None) -> GatherCall:
-    call = GatherCall(*args, results=results)
-    refuse_gradients("gather_kv", *call.caches, call.k_scale, call.v_scale, *(results or ()))
+def _gather_call(*args: Any) -> GatherCall:
+    call = GatherCall(*args)
+    refuse_gradients("gather_kv", *call.caches, call.k_scale, call.v_scale)
     return call
 
 
 def _gather_out_call(key: Tensor, value: Tensor, *args: Any) -> GatherCall:
-    return _gather_call(*args, results=(key, value))
+    call = GatherCall(*args, results=(key, value))
+    refuse_gradients("gather_kv", *call.caches, call.k_scale, call.v_scale, key, value)
+    return call
 
 
 def _gather_in_torch(gather: Gather, call: GatherCall) -> Results:
