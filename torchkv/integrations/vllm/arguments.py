@@ -55,7 +55,7 @@ def printed(argument: Any) -> str:
 
 
 def cache_format(kv_cache_dtype: str, cache: Tensor) -> Any:
-    """What `torchkv.write` calls the format that vLLM's `_custom_ops` store for a kv_cache_dtype."""
+    """What torchkv calls the format that vLLM's `_custom_ops` store for a kv_cache_dtype."""
     check_device(cache)
     if kv_cache_dtype in ("fp8", "fp8_e4m3", "fp8_inc"):
         name = fp8_format(cache)

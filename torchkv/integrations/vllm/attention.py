@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchkv import read as ops
+from torchkv import merge, read
 from torchkv.integrations.vllm.arguments import (
     FP8_PER_TENSOR,
     NONE,
@@ -107,7 +107,7 @@ def unified_attention(
     if block_table.shape[0] > seqused_k.shape[0]:
         block_table = block_table[: seqused_k.shape[0]]
     direct = out.dtype == q.dtype and out.is_contiguous()
-    result = ops.paged_attention(
+    result = read.paged_attention(
         q, (k, v), block_table, seqused_k, query_start_loc=cu_seqlens_q, scale=softmax_scale, causal=causal,
         sliding_window=window, soft_cap=softcap, sinks=sinks, kv_cache_dtype=kv_cache_dtype,  # type: ignore[arg-type]
         k_scale=k_scale, v_scale=v_scale, out=out if direct else None,
@@ -192,6 +192,6 @@ def merge_attn_states(
     lse = None if output_lse is None else output_lse.T
     outs, lses = torch.stack((prefix_output, suffix_output)), torch.stack((prefix_lse.T, suffix_lse.T))
     direct = output.dtype == outs.dtype
-    result, _ = ops.merge_attention(outs, lses, out=output if direct else None, lse=lse)
+    result, _ = merge.merge_attention(outs, lses, out=output if direct else None, lse=lse)
     if not direct:
         output.copy_(result)
