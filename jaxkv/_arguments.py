@@ -14,76 +14,87 @@ Scale = ArrayLike | float | np.floating[Any] | np.integer[Any]
 Index = ArrayLike | int | np.integer[Any]
 
 
-def as_array(x: Any) -> Any:
+def as_array(argument: Any) -> Any:
     """An array of JAX, or still of NumPy, so that the contract sees a dtype that JAX would narrow.
 
     Refs are read. Lists of numbers are float32, as single numbers are.
     """
-    if isinstance(x, jax.Ref):
-        return x[...]
-    if hasattr(x, "dtype"):
-        return x
-    found = _numbers(x)
-    if found is None:
-        return jnp.asarray(x)
-    return found.astype(np.float32) if found.dtype.kind in "iuf" else found
+    if isinstance(argument, jax.Ref):
+        return argument[...]
+    if hasattr(argument, "dtype"):
+        return argument
+    numbers = _numbers(argument)
+    if numbers is None:
+        return jnp.asarray(argument)
+    return numbers.astype(np.float32) if numbers.dtype.kind in "iuf" else numbers
 
 
-def as_scale(x: Any) -> Any:
-    """A scale, or scales, likewise; None and what is no array stay, for the contract to judge."""
-    if is_number(x):
-        return jnp.float32(x)
-    return as_array(x) if isinstance(x, (list, tuple, jax.Ref)) else x
+def as_scale(scale: Any) -> Any:
+    """A number as float32, a list or Ref as an array; None and what is no array stay, for the contract to judge."""
+    if is_number(scale):
+        return jnp.float32(scale)
+    return as_array(scale) if isinstance(scale, (list, tuple, jax.Ref)) else scale
 
 
-def as_indices(x: Any, lengths: bool = False) -> Any:
+def as_indices(indices: Any, lengths: bool = False) -> Any:
     """Integers as int32, or int64 where JAX has it; bools and floats stay, for the contract to refuse.
 
     What does not fit stays as far outside as it was: a slot or block becomes -1, lengths and starts the nearest number.
     """
-    if isinstance(x, jax.Ref):
-        x = x[...]
-    if not hasattr(x, "dtype"):
-        found = _numbers(x)
-        x = jnp.asarray(x) if found is None else found if found.size else found.astype(np.int32)
-    if not jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == np.int32:
-        return x
-    target = np.dtype(np.int64 if jax.config.jax_enable_x64 and x.dtype.itemsize > 2 else np.int32)
-    if np.can_cast(x.dtype, target):
-        return x.astype(target)
-    dtype: Any = x.dtype
-    limits, xp = np.iinfo(target), np if isinstance(x, (np.ndarray, np.generic)) else jnp
-    above, below = x > dtype.type(limits.max), x < dtype.type(max(limits.min, np.iinfo(dtype).min))
-    high, low = (target.type(n) for n in ((limits.max, limits.min) if lengths else (-1, -1)))
-    return xp.where(above, high, xp.where(below, low, x.astype(target)))
+    if isinstance(indices, jax.Ref):
+        indices = indices[...]
+    if not hasattr(indices, "dtype"):
+        numbers = _numbers(indices)
+        indices = jnp.asarray(indices) if numbers is None else numbers
+        if numbers is not None and not numbers.size:  # NumPy takes an empty list for floats
+            indices = numbers.astype(np.int32)
+    if not jnp.issubdtype(indices.dtype, jnp.integer) or indices.dtype == np.int32:
+        return indices
+    target = np.dtype(np.int64 if jax.config.jax_enable_x64 and indices.dtype.itemsize > 2 else np.int32)
+    if np.can_cast(indices.dtype, target):
+        return indices.astype(target)
+    return _narrowed(indices, target, lengths)
 
 
-def as_layer(x: Any) -> Any:
+def _narrowed(indices: Any, target: np.dtype, lengths: bool) -> Any:
+    """Integers as a dtype that does not hold all of theirs."""
+    dtype: Any = indices.dtype
+    limits = np.iinfo(target)
+    xp = np if isinstance(indices, (np.ndarray, np.generic)) else jnp
+    above = indices > dtype.type(limits.max)
+    below = indices < dtype.type(max(limits.min, np.iinfo(dtype).min))
+    high, low = (limits.max, limits.min) if lengths else (-1, -1)
+    fitting = xp.where(below, target.type(low), indices.astype(target))
+    return xp.where(above, target.type(high), fitting)
+
+
+def as_layer(layer: Any) -> Any:
     """A static layer as a Python integer, one in memory as `as_indices` has it."""
-    if isinstance(x, np.integer):
-        return int(x)
-    return as_indices(x) if isinstance(x, (list, tuple)) or hasattr(x, "shape") else x
+    if isinstance(layer, np.integer):
+        return int(layer)
+    return as_indices(layer) if isinstance(layer, (list, tuple)) or hasattr(layer, "shape") else layer
 
 
-def as_static(name: str, x: Any) -> Any:
+def as_static(name: str, size: Any) -> Any:
     """A size that shapes depend on: an integer in an array as Python's, for which a traced one has no value.
 
     Raises:
         TypeError: it is traced.
     """
-    if isinstance(x, Tracer):
+    if isinstance(size, Tracer):
         raise TypeError(f"{name} must be a static int, got a traced value: give {name!r} to jax.jit's static_argnames")
-    return int(x) if hasattr(x, "dtype") and x.shape == () and jnp.issubdtype(x.dtype, jnp.integer) else x
+    is_integer = hasattr(size, "dtype") and size.shape == () and jnp.issubdtype(size.dtype, jnp.integer)
+    return int(size) if is_integer else size
 
 
 def dtype_name(dtype: Any) -> str:
-    """The dtype's name; of what is none, what was given, for the contract to refuse."""
+    """The dtype's name; of what is none, what was passed, for the contract to refuse."""
     try:
         return jnp.dtype(dtype).name
     except TypeError:
         return str(dtype)
 
 
-def _numbers(x: Any) -> np.ndarray | None:
+def _numbers(argument: Any) -> np.ndarray | None:
     """Numbers in lists as an array of NumPy's; None where there are arrays among them."""
-    return None if any(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(x)) else np.asarray(x)
+    return None if any(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(argument)) else np.asarray(argument)

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxkv._arguments import ArrayLike, Index, Scale, as_array, as_scale, dtype_name
-from jaxkv._primitive.write import spec_of, split_axes, used_spec
+from jaxkv._call import spec_of
+from jaxkv._mesh import mesh_axes_by_name, used_spec
 from jaxkv.read import AttendOptions, gather_kv, paged_attention
 from jaxkv.write import (
     BACKENDS,
@@ -102,7 +103,7 @@ class PagedKVCache(Described):
             )
         splits: list[dict[str, Any]] = [{}] * len(spec.shapes)
         if isinstance(sharding, jax.sharding.NamedSharding):
-            splits = [split_axes(axes, used_spec(sharding)) for axes in spec.layout.arrays]
+            splits = [mesh_axes_by_name(axes, used_spec(sharding)) for axes in spec.layout.arrays]
         caches = tuple(jnp.zeros(shape, spec.dtype, device=sharding) for shape in spec.shapes)
 
         if spec.scale_layout is None:

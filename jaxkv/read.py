@@ -9,12 +9,10 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxkv._arguments import ArrayLike, Index, Scale, as_array, as_indices, as_layer, as_scale, as_static, dtype_name
-from jaxkv._primitive import read as _read_primitive
-from jaxkv._primitive.read import Operands, Options
-from jaxkv._primitive.write import spec_of
+from jaxkv._call import CacheOperands, CacheOptions, ReadOperands, ReadOptions, spec_of
+from jaxkv._primitive.read import read
 from jaxkv.write import BACKENDS, static_scale
 from kvcore.choices import JaxBackend, KVCacheDtype, Layout
-from kvcore.contract.cache import Cache
 from kvcore.contract.checks import check_options
 from kvcore.contract.read import check_attention_options, check_merge
 from kvcore.layout import CacheLayout
@@ -154,15 +152,17 @@ def paged_attention(
     """
     k_scale, v_scale, layer = as_scale(k_scale), as_scale(v_scale), as_layer(layer)
     check_options(kv_cache_dtype, k_scale, v_scale, layer, backend, BACKENDS)
-    operands, static = _operands(caches, block_tables, seq_lens, k_scale, v_scale, layer)
-    operands = operands._replace(query=as_array(query), sinks=None if sinks is None else as_array(sinks))
-    if query_start_loc is not None:
-        operands = operands._replace(query_start_loc=as_indices(query_start_loc, lengths=True))
-    options = Options(
-        kv_cache_dtype=kv_cache_dtype,
-        layout=layout,  # type: ignore[arg-type]  # resolved below
-        scale_layout=scale_layout,  # type: ignore[arg-type]  # likewise
-        layer=static,
+    cache_options, cache = _cache(caches, kv_cache_dtype, k_scale, v_scale, layout, scale_layout, layer)
+    operands = ReadOperands(
+        query=as_array(query),
+        cache=cache,
+        block_tables=as_indices(block_tables),
+        seq_lens=as_indices(seq_lens, lengths=True),
+        query_start_loc=None if query_start_loc is None else as_indices(query_start_loc, lengths=True),
+        sinks=None if sinks is None else as_array(sinks),
+    )
+    options = ReadOptions(
+        cache=cache_options,
         head_size=None,
         head_size_v=as_static("head_size_v", head_size_v),
         backend=backend,
@@ -219,12 +219,17 @@ def gather_kv(
     """
     k_scale, v_scale, layer = as_scale(k_scale), as_scale(v_scale), as_layer(layer)
     check_options(kv_cache_dtype, k_scale, v_scale, layer, backend, BACKENDS)
-    operands, static = _operands(caches, block_tables, seq_lens, k_scale, v_scale, layer)
-    options = Options(
-        kv_cache_dtype=kv_cache_dtype,
-        layout=layout,  # type: ignore[arg-type]  # resolved below
-        scale_layout=scale_layout,  # type: ignore[arg-type]  # likewise
-        layer=static,
+    cache_options, cache = _cache(caches, kv_cache_dtype, k_scale, v_scale, layout, scale_layout, layer)
+    operands = ReadOperands(
+        query=None,
+        cache=cache,
+        block_tables=as_indices(block_tables),
+        seq_lens=as_indices(seq_lens, lengths=True),
+        query_start_loc=None,
+        sinks=None,
+    )
+    options = ReadOptions(
+        cache=cache_options,
         head_size=as_static("head_size", head_size),
         head_size_v=as_static("head_size_v", head_size_v),
         backend=backend,
@@ -273,34 +278,34 @@ def _merge(outs: jax.Array, lses: jax.Array) -> tuple[jax.Array, jax.Array]:
     return out.astype(outs.dtype), jnp.where(nothing, -jnp.inf, top + jnp.log(total))
 
 
-def _operands(
-    caches: Any, block_tables: Any, seq_lens: Any, k_scale: Any, v_scale: Any, layer: Any
-) -> tuple[Operands, int | None]:
-    """The arrays of a call, not yet JAX's, and a static layer."""
+def _cache(
+    caches: Any, kv_cache_dtype: str, k_scale: Any, v_scale: Any, layout: Any, scale_layout: Any, layer: Any
+) -> tuple[CacheOptions, CacheOperands]:
+    """A cache as it was passed: arrays may be NumPy's, layouts None or patterns, and scales may be scale caches."""
     arrays = caches if isinstance(caches, Sequence) else (caches,)
     in_memory = hasattr(layer, "shape")
-    return Operands(
-        query=None,
+    options = CacheOptions(kv_cache_dtype, layout, scale_layout, layer=None if in_memory else layer)
+    return options, CacheOperands(
         caches=tuple(map(as_array, arrays)),
-        block_tables=as_indices(block_tables),
-        seq_lens=as_indices(seq_lens, lengths=True),
-        query_start_loc=None,
-        sinks=None,
+        scale_caches=(),
         k_scale=k_scale,
         v_scale=v_scale,
         layer=layer if in_memory else None,
-    ), None if in_memory else layer
-
-
-def _read(options: Options, operands: Operands) -> list[jax.Array]:
-    """Checks a call, gives scales and layer an axis, and drops scales without effect."""
-    cache: Cache = _read_primitive.describe(options, operands).cache
-    operands = jax.tree.map(jnp.asarray, operands)
-    own = cache.scales is not None and not cache.scales.inside
-    scale_layout = scale_layout_of(options.scale_layout, cache.layout.has_layer) if own else None
-    k_scale, v_scale = (static_scale(s, cache.scaled) for s in (operands.k_scale, operands.v_scale))
-    layer = None if operands.layer is None else jnp.reshape(operands.layer, 1)
-    return _read_primitive.read(
-        options._replace(layout=cache.layout, scale_layout=scale_layout),
-        operands._replace(k_scale=k_scale, v_scale=v_scale, layer=layer),
     )
+
+
+def _read(options: ReadOptions, operands: ReadOperands) -> list[jax.Array]:
+    """Checks a call, and makes of its cache what the primitive asks for."""
+    described = options.describe(operands).cache
+    operands = jax.tree.map(jnp.asarray, operands)
+    cache, scale_layout = operands.cache, None
+    if described.scales is not None and not described.scales.inside:
+        scale_layout = scale_layout_of(options.cache.scale_layout, described.layout.has_layer)
+        cache = cache._replace(scale_caches=(cache.k_scale, cache.v_scale), k_scale=None, v_scale=None)
+    cache = cache._replace(
+        k_scale=static_scale(cache.k_scale, described.scaled),
+        v_scale=static_scale(cache.v_scale, described.scaled),
+        layer=None if cache.layer is None else jnp.reshape(cache.layer, 1),
+    )
+    cache_options = options.cache._replace(layout=described.layout, scale_layout=scale_layout)
+    return read(options._replace(cache=cache_options), operands._replace(cache=cache))

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxkv._arguments import ArrayLike, as_array
-from jaxkv._primitive.write import spec_of
+from jaxkv._call import spec_of
 from jaxkv._xla.formats import largest_of, scale_of
 from kvcore.choices import Granularity, ScaledDtype
 from kvcore.contract.scales import check_kv_scales

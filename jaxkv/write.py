@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxkv._arguments import ArrayLike, Index, Scale, as_array, as_indices, as_layer, as_scale
-from jaxkv._primitive import write as _primitive
-from jaxkv._primitive.write import Operands, Options, spec_of
+from jaxkv._call import CacheOperands, CacheOptions, WriteOperands, WriteOptions, spec_of
+from jaxkv._primitive.write import write
 from kvcore.arrays import array_names
 from kvcore.choices import JaxBackend, KVCacheDtype, Layout, PerTokenHeadDtype
 from kvcore.contract.cache import CacheArguments
@@ -23,20 +23,20 @@ from kvcore.scales import scale_layout_of
 BACKENDS = ("triton", "xla", "interpret")
 
 
-class WhereOptions(TypedDict, total=False):
-    """Options of every writer, for its overloads."""
+class WhereKeywords(TypedDict, total=False):
+    """Keywords of every writer, for its overloads."""
 
     layer: Index | None
     backend: JaxBackend | None
 
 
-class WriteOptions(WhereOptions, total=False):
+class WriteKeywords(WhereKeywords, total=False):
     """Likewise, where layouts may be chosen."""
 
     layout: Layout | None
 
 
-class QuantOptions(WriteOptions, total=False):
+class QuantKeywords(WriteKeywords, total=False):
     """Likewise, where scales have a layout, too."""
 
     scale_layout: str | CacheLayout | None
@@ -52,7 +52,7 @@ def reshape_and_cache_flash(
     kv_cache_dtype: KVCacheDtype = ...,
     k_scale: Scale | None = ...,
     v_scale: Scale | None = ...,
-    **options: Unpack[WriteOptions],
+    **options: Unpack[WriteKeywords],
 ) -> None: ...
 @overload
 def reshape_and_cache_flash(
@@ -64,7 +64,7 @@ def reshape_and_cache_flash(
     kv_cache_dtype: KVCacheDtype = ...,
     k_scale: Scale | None = ...,
     v_scale: Scale | None = ...,
-    **options: Unpack[WriteOptions],
+    **options: Unpack[WriteKeywords],
 ) -> tuple[jax.Array, jax.Array]: ...
 def reshape_and_cache_flash(
     key: ArrayLike,
@@ -135,7 +135,7 @@ def reshape_and_cache_flash_diffkv(
     kv_cache_dtype: KVCacheDtype = ...,
     k_scale: Scale | None = ...,
     v_scale: Scale | None = ...,
-    **options: Unpack[WriteOptions],
+    **options: Unpack[WriteKeywords],
 ) -> None: ...
 @overload
 def reshape_and_cache_flash_diffkv(
@@ -146,7 +146,7 @@ def reshape_and_cache_flash_diffkv(
     kv_cache_dtype: KVCacheDtype = ...,
     k_scale: Scale | None = ...,
     v_scale: Scale | None = ...,
-    **options: Unpack[WriteOptions],
+    **options: Unpack[WriteKeywords],
 ) -> jax.Array: ...
 def reshape_and_cache_flash_diffkv(
     key: ArrayLike,
@@ -202,7 +202,7 @@ def reshape_and_cache_flash_per_token_head_quant(
     v_scale_cache: jax.Ref,
     slot_mapping: ArrayLike,
     kv_cache_dtype: PerTokenHeadDtype,
-    **options: Unpack[QuantOptions],
+    **options: Unpack[QuantKeywords],
 ) -> None: ...
 @overload
 def reshape_and_cache_flash_per_token_head_quant(
@@ -214,7 +214,7 @@ def reshape_and_cache_flash_per_token_head_quant(
     v_scale_cache: ArrayLike,
     slot_mapping: ArrayLike,
     kv_cache_dtype: PerTokenHeadDtype,
-    **options: Unpack[QuantOptions],
+    **options: Unpack[QuantKeywords],
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]: ...
 def reshape_and_cache_flash_per_token_head_quant(
     key: ArrayLike,
@@ -278,7 +278,7 @@ def reshape_and_cache_flash_diffkv_per_token_head_quant(
     v_scale_cache: jax.Ref,
     slot_mapping: ArrayLike,
     kv_cache_dtype: PerTokenHeadDtype,
-    **options: Unpack[QuantOptions],
+    **options: Unpack[QuantKeywords],
 ) -> None: ...
 @overload
 def reshape_and_cache_flash_diffkv_per_token_head_quant(
@@ -289,7 +289,7 @@ def reshape_and_cache_flash_diffkv_per_token_head_quant(
     v_scale_cache: ArrayLike,
     slot_mapping: ArrayLike,
     kv_cache_dtype: PerTokenHeadDtype,
-    **options: Unpack[QuantOptions],
+    **options: Unpack[QuantKeywords],
 ) -> tuple[jax.Array, jax.Array, jax.Array]: ...
 def reshape_and_cache_flash_diffkv_per_token_head_quant(
     key: ArrayLike,
@@ -346,7 +346,7 @@ def concat_and_cache_mla(
     slot_mapping: ArrayLike,
     kv_cache_dtype: KVCacheDtype = ...,
     scale: Scale | None = ...,
-    **options: Unpack[WhereOptions],
+    **options: Unpack[WhereKeywords],
 ) -> None: ...
 @overload
 def concat_and_cache_mla(
@@ -356,7 +356,7 @@ def concat_and_cache_mla(
     slot_mapping: ArrayLike,
     kv_cache_dtype: KVCacheDtype = ...,
     scale: Scale | None = ...,
-    **options: Unpack[WhereOptions],
+    **options: Unpack[WhereKeywords],
 ) -> jax.Array: ...
 def concat_and_cache_mla(
     kv_c: ArrayLike,
@@ -484,22 +484,27 @@ def _write(
         scale_caches=[spec_of(a) for a in memory[len(caches) :]],
         scale_layout=scale_layout,
     )
-    write = check_write(spec_of(key), spec_of(value), spec_of(slot_mapping), cache)
-    options = Options(
-        kv_cache_dtype=kv_cache_dtype,
-        layout=write.cache.layout,
-        scale_layout=scale_layout_of(scale_layout, write.cache.layout.has_layer) if scale_caches else None,
-        layer=layer if index is None else None,
+    call = check_write(spec_of(key), spec_of(value), spec_of(slot_mapping), cache)
+    options = WriteOptions(
+        cache=CacheOptions(
+            kv_cache_dtype=kv_cache_dtype,
+            layout=call.cache.layout,
+            scale_layout=scale_layout_of(scale_layout, call.cache.layout.has_layer) if scale_caches else None,
+            layer=layer if index is None else None,
+        ),
         backend=backend,
     )
-    operands = Operands(
+    operands = WriteOperands(
         key=jnp.asarray(key),
         value=jnp.asarray(value),
-        memory=(),
+        cache=CacheOperands(
+            caches=(),
+            scale_caches=(),
+            k_scale=static_scale(k_scale, call.scaled),
+            v_scale=static_scale(v_scale, call.scaled),
+            layer=None if index is None else jnp.reshape(jnp.asarray(index), 1),
+        ),
         slot_mapping=jnp.asarray(slot_mapping),
-        k_scale=static_scale(k_scale, write.scaled),
-        v_scale=static_scale(v_scale, write.scaled),
-        layer=None if index is None else jnp.reshape(jnp.asarray(index), 1),
     )
     if all(refs):
         # Discharged under jit, reading and assigning the whole Ref is an update of its buffer; eagerly it is two
@@ -510,15 +515,19 @@ def _write(
 
 
 def _write_arrays(
-    options: Options, memory: tuple[jax.Array, ...], operands: Operands, whole: tuple[int, ...] | None
+    options: WriteOptions, memory: tuple[jax.Array, ...], operands: WriteOperands, whole: tuple[int, ...] | None
 ) -> list[jax.Array]:
     shaped = memory if whole is None else (jnp.reshape(memory[0], whole),)
-    new = _primitive.write(options, operands._replace(memory=shaped))
+    num_caches = len(options.cache.layout.arrays)
+    cache = operands.cache._replace(caches=shaped[:num_caches], scale_caches=shaped[num_caches:])
+    new = write(options, operands._replace(cache=cache))
     return [n if whole is None else jnp.reshape(n, a.shape) for n, a in zip(new, memory, strict=True)]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
-def _write_refs(options: Options, refs: tuple[jax.Ref, ...], operands: Operands, whole: tuple[int, ...] | None) -> None:
+def _write_refs(
+    options: WriteOptions, refs: tuple[jax.Ref, ...], operands: WriteOperands, whole: tuple[int, ...] | None
+) -> None:
     new = _write_arrays(options, tuple(ref[...] for ref in refs), operands, whole)
     for ref, array in zip(refs, new, strict=True):
         ref[...] = array

@@ -89,12 +89,12 @@ def kept_on_disk(compile_ttir: Callable[..., Any]) -> Callable[..., Any]:
         variables = sorted(get_cache_invalidating_env_vars().items())
         key = "\n".join(map(repr, (versions, capability, options, variables, str(ttir))))
         entry = folder / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
-        found = _load(entry)
-        if found is not None:
-            return triton_lib.CompilationResult(**found, ttgir="", llir="")
+        stored = _load(entry)
+        if stored is not None:
+            return triton_lib.CompilationResult(**stored, ttgir="", llir="")
         result = compile_ttir(ttir, backend, options, capability)
-        fields = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
-        _store(entry, {name: x for name, x in fields.items() if name not in ("ttgir", "llir")})
+        names = (field.name for field in dataclasses.fields(result))
+        _store(entry, {name: getattr(result, name) for name in names if name not in ("ttgir", "llir")})
         return result
 
     return load_or_compile

@@ -3,104 +3,73 @@
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
 
+from jaxkv._call import ReadOperands, ReadOptions, WriteOperands, WriteOptions, read_results
+from jaxkv._triton.read import launch_read
+from jaxkv._triton.write import launch_write
 from kvcore.contract.read import Attention, Gather
 from kvcore.contract.write import Write
-from kvcore.plan import attention as plan_attention
-from kvcore.plan import gather as plan_gather
-from kvcore.plan.kernel import INTERPRETER, KernelPlan
-from kvcore.plan.write import arguments, plan_write
-
-if TYPE_CHECKING:
-    from jaxkv._primitive import read as _read_primitive
-    from jaxkv._primitive import write as _primitive
-
-Run = Callable[[KernelPlan, tuple[int, int, int], Sequence[Any]], None]
+from kvcore.plan.kernel import INTERPRETER, KernelPlan, Target
 
 
-def write(call: Write, operands: "_primitive.Operands", layer: int | None) -> list[jax.Array]:
+def write(call: Write, options: WriteOptions, operands: WriteOperands) -> list[jax.Array]:
     """The new caches and scale caches."""
-    plan = plan_write(call, INTERPRETER, layer_is_pointer=operands.layer is not None)
-    count = len(call.cache.layout.arrays)
 
-    def on_host(run: Run, x: "_primitive.Operands") -> list[np.ndarray]:
-        memory = [a.copy() for a in x.memory]
-        n = len(x.slot_mapping)
-        inputs = arguments(
-            call, x.key, x.value, memory[:count], memory[count:], x.slot_mapping, x.k_scale, x.v_scale,
-            layer if x.layer is None else x.layer, n,
-        )  # fmt: skip
-        run(plan.kernel, plan.grid(n), inputs)
+    def on_host(host: WriteOperands) -> list[np.ndarray]:
+        memory = [array.copy() for array in host.cache.memory]
+        host = host._replace(cache=host.cache.with_memory(memory))
+        launch_write(call, options, host, INTERPRETER, launch)
         return memory
 
-    return _call(on_host, [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in operands.memory], operands)
+    results = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in operands.cache.memory]
+    return _call_on_host(on_host, results, operands)
 
 
-def attention(call: Attention, operands: "_read_primitive.Operands", layer: int | None) -> list[jax.Array]:
-    """Result and log-sum-exp."""
-    plan = plan_attention.plan_attention(call, INTERPRETER, layer_is_pointer=operands.layer is not None)
-    shape = call.out_shape
-    dtype = operands.query.dtype  # type: ignore[union-attr]
+def read(call: Attention | Gather, options: ReadOptions, operands: ReadOperands) -> tuple[jax.Array, jax.Array]:
+    """Result and log-sum-exp of attention, key and value of a gather."""
 
-    def on_host(run: Run, x: "_read_primitive.Operands") -> list[np.ndarray]:
-        out, lse = np.empty(shape, dtype), np.empty(shape[:2], np.float32)
-        parts = np.empty((*shape[:2], plan.splits, shape[2]), np.float32)
-        part_lse = np.empty((*shape[:2], plan.splits), np.float32)
-        inputs = plan_attention.arguments(
-            call, x.query, x.caches, x.block_tables, x.seq_lens, x.query_start_loc, x.sinks, x.k_scale, x.v_scale,
-            layer if x.layer is None else x.layer,
-        )  # fmt: skip
-        if plan.splits == 1:
-            run(plan.attend, plan.grid, [*inputs, out, lse])
-        else:
-            run(plan.attend, plan.grid, [*inputs, parts, part_lse])
-            merged = plan_attention.merge_arguments(parts, part_lse, x.sinks, plan.splits)
-            run(plan.merge, plan.merge_grid, [*merged, out, lse])
-        return [out, lse]
+    def on_host(host: ReadOperands) -> tuple[np.ndarray, np.ndarray]:
+        return launch_read(call, options, host, INTERPRETER, launch)
 
-    return _call(on_host, [jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct(shape[:2], "float32")], operands)
+    return _call_on_host(on_host, read_results(call), operands)
 
 
-def gather(call: Gather, operands: "_read_primitive.Operands", layer: int | None) -> list[jax.Array]:
-    """Key and value."""
-    plan = plan_gather.plan_gather(call, INTERPRETER, layer_is_pointer=operands.layer is not None)
-    results = [jax.ShapeDtypeStruct(shape, call.format.name) for shape in call.shapes]
+def launch(
+    kernel: KernelPlan, grid: tuple[int, int, int], arguments: Sequence[Any], target: Target, out_type: Any = ()
+) -> Any:
+    """Interprets a kernel on NumPy arrays. Those of `out_type` follow the arguments and are returned."""
+    from kvcore.run import interpreter
 
-    def on_host(run: Run, x: "_read_primitive.Operands") -> list[np.ndarray]:
-        out = [np.empty(r.shape, r.dtype) for r in results]
-        inputs = plan_gather.arguments(
-            call, x.caches, x.block_tables, x.seq_lens, x.k_scale, x.v_scale, layer if x.layer is None else x.layer
-        )
-        run(plan.kernel, plan.grid, [*inputs, *out])
-        return out
-
-    return _call(on_host, results, operands)
+    out = jax.tree.map(lambda array: np.empty(array.shape, array.dtype), out_type)
+    pointers = [
+        interpreter.Pointer(argument.ctypes.data, argument.dtype.name) if isinstance(argument, np.ndarray) else argument
+        for argument in (*arguments, *out)
+    ]
+    _worker().submit(interpreter.run, kernel, grid, pointers).result()
+    return out
 
 
-def _call(on_host: Callable[[Run, Any], list[np.ndarray]], results: Sequence[Any], operands: Any) -> list[jax.Array]:
-    from kvcore.run import interpreter  # now: an error in a callback would be XLA's
+def _call_on_host(function: Callable[[Any], Any], results: Any, operands: Any) -> Any:
+    """Calls a function of NumPy arrays at run time."""
+    import kvcore.run.interpreter  # noqa: F401, now: an error in a callback would be XLA's
 
-    worker = _worker()
+    _worker()
 
-    def run(kernel: KernelPlan, grid: tuple[int, int, int], given: Sequence[Any]) -> None:
-        pointers = [interpreter.Pointer(a.ctypes.data, a.dtype.name) if isinstance(a, np.ndarray) else a for a in given]
-        worker.submit(interpreter.run, kernel, grid, pointers).result()
+    def callback(operands: Any) -> Any:
+        return function(jax.tree.map(np.ascontiguousarray, operands))
 
-    def callback(x: Any) -> list[np.ndarray]:
-        return on_host(run, jax.tree.map(np.ascontiguousarray, x))
-
-    return list(jax.pure_callback(callback, results, operands))
+    return jax.pure_callback(callback, results, operands)
 
 
 @cache
 def _worker() -> ThreadPoolExecutor:
     """A thread that computes as NumPy expects.
 
-    XLA's threads, and those started from them, flush subnormal numbers to zero. This one starts now, while a program is
+    XLA's threads, and those started from them, flush subnormal numbers to zero. This one starts while a program is
     lowered, so not from one of them.
     """
     worker = ThreadPoolExecutor(1, thread_name_prefix="jaxkv-interpreter")

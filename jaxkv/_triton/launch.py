@@ -1,4 +1,4 @@
-"""Launch a plan's kernel through jax_triton: the only module that imports it."""
+"""The Triton kernels, compiled and launched through jax_triton: the only module that imports it."""
 
 import os
 from collections.abc import Sequence
@@ -8,43 +8,69 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxkv._triton import compat as _compat
+from jaxkv._call import ReadOperands, ReadOptions, WriteOperands, WriteOptions
+from jaxkv._triton.compat import import_jax_triton
+from jaxkv._triton.read import launch_read
+from jaxkv._triton.write import launch_write
 from kvcore import installed
+from kvcore.contract.read import Attention, Gather
+from kvcore.contract.write import Write
 from kvcore.formats import FP8
 from kvcore.plan.kernel import KernelPlan, Target
 from kvcore.run.compiler import kernel_function
 
 with installed.needed("jax_triton", installed.JAX_TRITON):
-    jt = _compat.import_jax_triton()
+    jt = import_jax_triton()
 
 # The lowest PTX version that each compute capability needs, with what the kernels use. Triton would write the
 # highest that its own ptxas knows, which an older driver refuses.
 _PTX_VERSIONS = {80: 78, 86: 78, 87: 78, 89: 81, 90: 80, 100: 86, 101: 86, 103: 88, 110: 90, 120: 87, 121: 88}
 
 
+def write(call: Write, options: WriteOptions, operands: WriteOperands, target: Target) -> list[jax.Array]:
+    """The new caches and scale caches: the same buffers, updated in place."""
+    memory = operands.cache.memory
+    refs = [jax.new_ref(_as_bytes(array)) for array in memory]
+    operands = operands._replace(cache=operands.cache.with_memory(refs))
+    launch_write(call, options, operands, target, launch)
+    new = [jax.freeze(ref) for ref in refs]
+    return [lax.bitcast_convert_type(array, old.dtype) for array, old in zip(new, memory, strict=True)]
+
+
+def read(
+    call: Attention | Gather, options: ReadOptions, operands: ReadOperands, target: Target
+) -> tuple[jax.Array, jax.Array]:
+    """Result and log-sum-exp of attention, key and value of a gather."""
+    return launch_read(call, options, operands, target, launch)
+
+
 def launch(
     kernel: KernelPlan, grid: tuple[int, int, int], arguments: Sequence[Any], target: Target, out_type: Any = ()
 ) -> Any:
     """Calls a kernel. Arrays of `out_type` follow the arguments and are returned."""
-    options = dict(kernel.options)
+    if 0 in grid or any(array.size == 0 for array in out_type):  # nothing to do, and no launch
+        return jax.tree.map(lambda array: jnp.zeros(array.shape, array.dtype), out_type)
+    compiling = dict(kernel.options)
     if target.backend == "cuda":
-        options["ptx_version"] = _PTX_VERSIONS.get(int(target.arch))
+        compiling["ptx_version"] = _PTX_VERSIONS.get(int(target.arch))
     return jt.triton_call(
-        *arguments,
+        *map(_as_bytes, arguments),
         kernel=kernel_function(kernel),
         out_type=out_type,
         grid=grid,
         num_warps=kernel.num_warps,
         compute_capability=target.arch if target.backend == "cuda" else None,
-        backend_options=options,
+        backend_options=compiling,
         name=kernel.name,
         **kernel.constexprs,
     )
 
 
-def as_bytes(x: jax.Array) -> jax.Array:
+def _as_bytes(argument: Any) -> Any:
     """Quantised elements as bytes, which is a view. Triton refuses fp8 types where the target lacks them."""
-    return lax.bitcast_convert_type(x, jnp.uint8) if x.dtype.name in FP8 or x.dtype == jnp.int8 else x
+    dtype = getattr(argument, "dtype", None)
+    quantised = dtype is not None and (dtype.name in FP8 or dtype == jnp.int8)
+    return lax.bitcast_convert_type(argument, jnp.uint8) if quantised else argument
 
 
 def target_of(platform: str, compute_capability: int | None) -> Target:

@@ -1,33 +1,26 @@
-"""The write as a Triton kernel."""
+"""The launch of the kernels that write, compiled or interpreted."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import Any
 
-import jax
-from jax import lax
-
-from jaxkv._triton.launch import as_bytes, launch, target_of
+from jaxkv._call import WriteOperands, WriteOptions, layer_of
 from kvcore.contract.write import Write
+from kvcore.plan.kernel import Target
 from kvcore.plan.write import arguments, plan_write
 
-if TYPE_CHECKING:
-    from jaxkv._primitive.write import Operands
 
+def launch_write(
+    call: Write, options: WriteOptions, operands: WriteOperands, target: Target, launch: Callable[..., Any]
+) -> None:
+    """Launches a write with `launch`, that of `jaxkv._triton.launch` or of `jaxkv._triton.interpret`.
 
-def write(
-    call: Write, operands: "Operands", layer: int | None, platform: str, compute_capability: int | None
-) -> list[jax.Array]:
-    """The new arrays: the same buffers, updated in place."""
-    n = operands.slot_mapping.shape[0]
-    target = target_of(platform, compute_capability)
-    plan = plan_write(call, target, layer_is_pointer=operands.layer is not None)
-    if 0 in plan.grid(n):
-        return list(operands.memory)
-    refs = [jax.new_ref(as_bytes(array)) for array in operands.memory]
-    count = len(call.cache.layout.arrays)
+    Caches and scale caches are updated where they are: the former's are `jax.Ref`s, the latter's NumPy arrays.
+    """
+    cache = operands.cache
+    num_tokens = operands.slot_mapping.shape[0]
+    plan = plan_write(call, target, layer_is_pointer=cache.layer is not None)
     inputs = arguments(
-        call, as_bytes(operands.key), as_bytes(operands.value), refs[:count], refs[count:], operands.slot_mapping,
-        operands.k_scale, operands.v_scale, layer if operands.layer is None else operands.layer, n,
+        call, operands.key, operands.value, cache.caches, cache.scale_caches, operands.slot_mapping, cache.k_scale,
+        cache.v_scale, layer_of(options.cache, cache), num_tokens,
     )  # fmt: skip
-    launch(plan.kernel, plan.grid(n), inputs, target)
-    new = [jax.freeze(ref) for ref in refs]
-    return [lax.bitcast_convert_type(n, a.dtype) for n, a in zip(new, operands.memory, strict=True)]
+    launch(plan.kernel, plan.grid(num_tokens), inputs, target)

@@ -124,16 +124,16 @@ def quantise_ds_mla(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def quantise_nvfp4(x: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Rows of float32 as bytes of two elements, and the e4m3 scales of their blocks, which a static scale divides."""
+    """Rows of float32 as bytes of two elements, and the e4m3 scales of their groups, which a static scale divides."""
     x, scale = x.reshape(*x.shape[:-1], -1, NVFP4_GROUP), scale[..., None]
-    blocks = encode(divide(_sixth(largest_of(x, (-1,)))[..., None], scale), E4M3)
-    numbers = decode(blocks, E4M3)
-    # Of a block whose scale is zero, elements become zero.
+    group_scales = encode(divide(_sixth(largest_of(x, (-1,)))[..., None], scale), E4M3)
+    numbers = decode(group_scales, E4M3)
+    # Elements of a group whose scale is zero become zero.
     product = times(numbers, scale)
     factor = jnp.where(numbers == 0, jnp.float32(0), divide(jnp.ones_like(product), product))
     x, x_factor = _normal(x)
     codes = encode(x * (factor * x_factor), NVFP4)
-    return pack(codes.reshape(*x.shape[:-2], -1), NVFP4), blocks[..., 0]
+    return pack(codes.reshape(*x.shape[:-2], -1), NVFP4), group_scales[..., 0]
 
 
 # ---- arithmetic as IEEE 754 has it
@@ -186,9 +186,9 @@ def _unfolded(number: float, bits: jax.Array) -> jax.Array:
     return jnp.where(bits == np.uint32(0xFFFFFFFF), jnp.float32(1), jnp.float32(number))
 
 
-def _round_up(whole: jax.Array, twice_rest: jax.Array, unit: jax.Array) -> jax.Array:
-    """`whole + rest / unit` as an integer, the nearest, or the even one of two."""
-    up = (twice_rest > unit) | ((twice_rest == unit) & (whole & 1 == 1))
+def _round_up(whole: jax.Array, twice_rest: jax.Array, divisor: jax.Array) -> jax.Array:
+    """`whole + rest / divisor` as an integer, the nearest, or the even one of two."""
+    up = (twice_rest > divisor) | ((twice_rest == divisor) & (whole & 1 == 1))
     return whole + up.astype(jnp.uint32)
 
 

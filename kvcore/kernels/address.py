@@ -1,14 +1,17 @@
-"""Where the elements of a row are, in the tokens' array and in the cache. Both described by kvcore.plan.rows.Rows.
+"""Where elements are: in arrays of tokens, and in the cache.
 
-    column = 0 … num_heads * head_size - 1,   head = column // head_size,   dim = column % head_size
+Arrays of tokens, which kvcore.plan.rows.Rows describes, have elements; the cache has stored units, each an element or a
+byte that holds two of them. Along a token row, all heads are one axis:
 
-    tokens' element  token·T + head·h + dim·d
-    cache element    offset + layer·L + block·B + place·S + head·H + (dim // x)·D + (dim % x)·X
+    column = 0 … num_heads * head_units - 1     a stored unit: head = column // head_units, unit = column % head_units
+    element = column * elements_per_unit        the first, or only, element that it holds
 
-In the cache, columns count stored units: elements, or `pack` of them in one byte.
+    token's element   token·T + head·h + dim·d
+    cache's unit      offset + layer·L + block·B + place·S + head·H + (unit // x)·D + (unit % x)·X
 
-All strides, and so all alignments, are constexprs: that is what makes 128-bit accesses out of addresses that depend on
-data. Offsets of tokens and slots have 64 bits, those within a row where they need it.
+`place` is a slot's index in its block. The second line is kvcore.placement.Address, a constexpr, as all strides are:
+known strides, and so known alignments, are what lets the compiler move 128 bits at a time although slots are data.
+Offsets of tokens and slots have 64 bits, those within a row where they need them.
 """
 
 import triton
@@ -17,73 +20,61 @@ import triton.language as tl
 
 @triton.jit
 def columns(R: tl.constexpr):
-    """Columns of this program, and which of them the row has."""
+    """This program's columns of token rows, `[columns]`, and which of them the rows have."""
     column = tl.program_id(1) * R.columns + tl.arange(0, R.columns)
-    return column, column < R.num_heads * R.head_size
+    return column, column < R.num_heads * R.head_units
 
 
 @triton.jit
 def elements(R: tl.constexpr):
-    """The elements of its columns, and which of them the row has."""
-    WIDTH: tl.constexpr = R.columns * R.pack
+    """The elements of those columns, `[columns * elements_per_unit]`, and which of them the rows have."""
+    WIDTH: tl.constexpr = R.columns * R.elements_per_unit
     element = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    return element, element < R.num_heads * R.head_size * R.pack
+    return element, element < R.num_heads * R.head_units * R.elements_per_unit
 
 
 @triton.jit
 def token_offsets(token, element, R: tl.constexpr):
-    """Elements from the array's first to those of tokens, `[TOKENS, elements]`."""
-    HEAD: tl.constexpr = R.head_size * R.pack
+    """Elements from the first of an array of tokens to others, `[TOKENS, elements]`."""
+    HEAD_SIZE: tl.constexpr = R.head_units * R.elements_per_unit
     if R.wide:
         element = element.to(tl.int64)
-    if R.input_head_stride == HEAD * R.input_dim_stride:
-        within = element * R.input_dim_stride
+    if R.head_stride == HEAD_SIZE * R.dim_stride:
+        within = element * R.dim_stride
     else:
-        within = (element // HEAD) * R.input_head_stride + (element % HEAD) * R.input_dim_stride
+        within = (element // HEAD_SIZE) * R.head_stride + (element % HEAD_SIZE) * R.dim_stride
     return token[:, None] * R.token_stride + within[None, :]
 
 
 @triton.jit
 def cache_offsets(layer, block, place, column, R: tl.constexpr):
-    """Units from the cache's first to those of slots, `[TOKENS, columns]`."""
+    """Units from the cache's first to those of token rows in slots, `[TOKENS, columns]`."""
+    ADDRESS: tl.constexpr = R.address
     if R.wide:
         column = column.to(tl.int64)
-    within = (column // R.head_size) * R.head_stride + dim_offset(column % R.head_size, R)
-    return slot_offset(layer, block, place, R)[:, None] + within[None, :]
+    within = (column // R.head_units) * ADDRESS.head + unit_offset(column % R.head_units, ADDRESS)
+    return slot_offset(layer, block, place, ADDRESS)[:, None] + within[None, :]
 
 
 @triton.jit
-def slot_offset(layer, block, place, R: tl.constexpr):
-    """Units from the cache's first to the first head of slots."""
-    return R.offset + layer * R.layer_stride + block * R.block_stride + place * R.slot_stride
+def slot_offset(layer, block, place, ADDRESS: tl.constexpr):
+    """Units from the cache's first to the first of slots."""
+    return ADDRESS.offset + layer * ADDRESS.layer + block * ADDRESS.block + place * ADDRESS.slot
 
 
 @triton.jit
-def dim_offset(dim, R: tl.constexpr):
+def unit_offset(unit, ADDRESS: tl.constexpr):
     """Units from the first of a head to others."""
-    if R.x > 1:
-        within = (dim // R.x) * R.dim_stride + (dim % R.x) * R.x_stride
+    if ADDRESS.x > 1:
+        within = (unit // ADDRESS.x) * ADDRESS.dim + (unit % ADDRESS.x) * ADDRESS.x_stride
     else:
-        within = dim * R.dim_stride
+        within = unit * ADDRESS.dim
     return within
 
 
 @triton.jit
-def head_scale(scale_ptr, element, inside, R: tl.constexpr):
-    """The static scales of elements: one for all, one for each, or None."""
-    scale = scale_ptr
-    if scale_ptr is not None:
-        if R.scale_stride == 0:
-            scale = tl.load(scale_ptr)
-        else:
-            head = element // (R.head_size * R.pack)
-            scale = tl.load(scale_ptr + head * R.scale_stride, mask=inside, other=1)[None, :]
-    return scale
-
-
-@triton.jit
 def layer_index(layer, LAYER_IS_POINTER: tl.constexpr):
-    """The layer, `[1]`; 0 where the cache has no such axis."""
+    """The layer's index, `[1]`; 0 where the cache has no axis for it and layer is None."""
     index = tl.full([1], 0, tl.int64)
     if layer is not None:
         if LAYER_IS_POINTER:
@@ -91,3 +82,11 @@ def layer_index(layer, LAYER_IS_POINTER: tl.constexpr):
         else:
             index += layer
     return index
+
+
+@triton.jit
+def in_layer(mask, layer, index, num_layers):
+    """The mask, with nothing in it where there is no layer of that index."""
+    if layer is not None:
+        mask = mask & (index >= 0) & (index < num_layers)
+    return mask

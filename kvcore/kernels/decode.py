@@ -38,7 +38,7 @@ def decode(x, FORMAT: tl.constexpr, HARDWARE: tl.constexpr):
         else:
             x = x.to(tl.int8, bitcast=True)
         x = x.to(tl.float32)
-    elif FORMAT.bits == 4:  # the fields of e2m1 in float16, whose exponents are 2^14 smaller
+    elif FORMAT.bits == 4:  # the fields of e2m1 in float16 are numbers 2^14 times smaller
         half = ((x & 7).to(tl.uint16) << 9) | ((x & 8).to(tl.uint16) << 12)
         x = half.to(tl.float16, bitcast=True) * 16384.0
     elif FORMAT.bits == 8:
@@ -53,88 +53,93 @@ def decode(x, FORMAT: tl.constexpr, HARDWARE: tl.constexpr):
     return x
 
 
-# Words of 16 bits hold two bytes or four elements of 4 bits. Two words at a time, in one register, become two float16:
-# their lanes are picked and converted together.
+# PTX that turns one element of each of two 16-bit words, which share the register $1, into two float16 in $0.
 _TEMPLATE = "{{ .reg .b32 r, s; .reg .b16 t; {} }}"
+
+# prmt gathers the two bytes, cvt converts both.
 _PTX_E4M3 = tl.constexpr(
     [
-        _TEMPLATE.format(f"prmt.b32 r, $1, 0, {pick}; cvt.u16.u32 t, r; cvt.rn.f16x2.e4m3x2 $0, t;")
-        for pick in ("0x4420", "0x4431")
+        _TEMPLATE.format(f"prmt.b32 r, $1, 0, {bytes}; cvt.u16.u32 t, r; cvt.rn.f16x2.e4m3x2 $0, t;")
+        for bytes in ("0x4420", "0x4431")
     ]
 )
-# 1024 + n is 0x6400 + n in float16, for n below 1024: a byte with its sign flipped is n = 128 + element.
+# In float16, 0x6400 + n is the number 1024 + n, for n below 1024. xor turns a byte's element e, from -128 to 127, into
+# n = 128 + e; prmt puts it below 0x64; sub takes away 0x6480, 1024 + 128.
 _PTX_INT8 = tl.constexpr(
     [
         _TEMPLATE.format(
-            f"xor.b32 r, $1, 0x80808080; mov.b32 s, 0x64646464; prmt.b32 r, r, s, {pick}; "
+            f"xor.b32 r, $1, 0x80808080; mov.b32 s, 0x64646464; prmt.b32 r, r, s, {bytes}; "
             "mov.b32 s, 0x64806480; sub.f16x2 $0, r, s;"
         )
-        for pick in ("0x4240", "0x4341")
+        for bytes in ("0x4240", "0x4341")
     ]
 )
-# Likewise n = 8 + element; the third operation is (r & mask) ^ 0x6408.
+# Four bits with the upper one flipped are n = 8 + e. lop3 computes (r & 0x000F) ^ 0x6408, which is 0x6400 + n; sub
+# takes away 1024 + 8.
 _PTX_INT4 = tl.constexpr(
     [
         _TEMPLATE.format(
-            f"shr.u32 r, $1, {4 * lane}; lop3.b32 r, r, 0x000F000F, 0x64086408, 0x6A; "
+            f"shr.u32 r, $1, {4 * element}; lop3.b32 r, r, 0x000F000F, 0x64086408, 0x6A; "
             "mov.b32 s, 0x64086408; sub.f16x2 $0, r, s;"
         )
-        for lane in range(4)
+        for element in range(4)
     ]
 )
+# The three bits of e2m1's magnitude become the lowest of float16's exponent and the highest of its mantissa, the fourth
+# its sign. The exponent is then 14 too small: mul multiplies with 0x7400, 2^14.
 _PTX_E2M1 = tl.constexpr(
     [
         _TEMPLATE.format(
-            f"shr.u32 r, $1, {4 * lane}; and.b32 s, r, 0x00080008; and.b32 r, r, 0x00070007; shl.b32 r, r, 9; "
+            f"shr.u32 r, $1, {4 * element}; and.b32 s, r, 0x00080008; and.b32 r, r, 0x00070007; shl.b32 r, r, 9; "
             "shl.b32 s, s, 12; or.b32 r, r, s; mov.b32 s, 0x74007400; mul.f16x2 $0, r, s;"
         )
-        for lane in range(4)
+        for element in range(4)
     ]
 )
 
 
 @triton.jit
-def _convert_pairs(x, LANES: tl.constexpr, LANE: tl.constexpr):
-    PTX: tl.constexpr = LANES[LANE]
-    return tl.inline_asm_elementwise(PTX, "=r,r", [x], dtype=tl.float16, is_pure=True, pack=2)
+def _convert_pairs(words, PTX_OF_ELEMENTS: tl.constexpr, ELEMENT: tl.constexpr):
+    """One element of 16-bit words as float16, two words at a time."""
+    PTX: tl.constexpr = PTX_OF_ELEMENTS[ELEMENT]
+    return tl.inline_asm_elementwise(PTX, "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2)
 
 
 @triton.jit
-def decode_lane(
-    x, LANE: tl.constexpr, PACK: tl.constexpr, FORMAT: tl.constexpr, COMPUTE: tl.constexpr, HARDWARE: tl.constexpr
-):
-    """One of the PACK elements in each word, as floats of COMPUTE: in words of 16 bits, in bytes, or the word itself.
+def decode_element(words, ELEMENT: tl.constexpr, ELEMENTS: tl.constexpr, FORMAT: tl.constexpr, COMPUTE: tl.constexpr,
+                   HARDWARE: tl.constexpr):  # fmt: skip
+    """One of the ELEMENTS of each word, as floats of COMPUTE, which has all numbers of FORMAT.
 
-    Exact, for COMPUTE has all numbers of FORMAT. Tensor cores read 16-bit words from shared memory as they lie. Bytes
-    would be carried one by one. HARDWARE: whether the target has the instructions that FORMAT wants.
+    A word is one element, a byte of two, or 16 bits of two or four. HARDWARE: whether the target has the instructions
+    that FORMAT wants.
     """
-    PAIRS: tl.constexpr = HARDWARE and COMPUTE.mantissa_bits == 10 and PACK * FORMAT.bits == 16
-    if PACK == 1:
-        x = narrow(decode(x, FORMAT, HARDWARE), COMPUTE)
-    elif FORMAT.mantissa_bits == 2 and not FORMAT.unsigned_zero:
-        if LANE == 0:
-            x = x << 8
+    PAIRS: tl.constexpr = HARDWARE and COMPUTE.mantissa_bits == 10 and ELEMENTS * FORMAT.bits == 16
+    if ELEMENTS == 1:
+        x = narrow(decode(words, FORMAT, HARDWARE), COMPUTE)
+    elif FORMAT.mantissa_bits == 2 and not FORMAT.unsigned_zero:  # e5m2 is the upper half of float16
+        if ELEMENT == 0:
+            words = words << 8
         else:
-            x = x & 0xFF00
-        x = narrow(x.to(tl.float16, bitcast=True), COMPUTE)
+            words = words & 0xFF00
+        x = narrow(words.to(tl.float16, bitcast=True), COMPUTE)
     elif PAIRS and FORMAT.bits == 8 and FORMAT.integer:
-        x = _convert_pairs(x, _PTX_INT8, LANE)
+        x = _convert_pairs(words, _PTX_INT8, ELEMENT)
     elif PAIRS and FORMAT.bits == 8 and not FORMAT.unsigned_zero:
-        x = _convert_pairs(x, _PTX_E4M3, LANE)
+        x = _convert_pairs(words, _PTX_E4M3, ELEMENT)
     elif PAIRS and FORMAT.integer:
-        x = _convert_pairs(x, _PTX_INT4, LANE)
+        x = _convert_pairs(words, _PTX_INT4, ELEMENT)
     elif PAIRS and FORMAT.bits == 4:
-        x = _convert_pairs(x, _PTX_E2M1, LANE)
+        x = _convert_pairs(words, _PTX_E2M1, ELEMENT)
     else:
-        if LANE > 0:
-            x = x >> (LANE * FORMAT.bits)
-        x = narrow(decode(x.to(tl.uint8), FORMAT, HARDWARE), COMPUTE)
+        if ELEMENT > 0:
+            words = words >> (ELEMENT * FORMAT.bits)
+        x = narrow(decode(words.to(tl.uint8), FORMAT, HARDWARE), COMPUTE)
     return x
 
 
 @triton.jit
 def _e4m3(x):
-    """Float32 of e4m3 bytes with integer arithmetic: the same fields in float16, whose exponents are 2^8 smaller."""
+    """Float32 of e4m3 bytes with integer arithmetic: the same fields in float16 are numbers 2^8 times smaller."""
     magnitude = x & 0x7F
     half = (magnitude.to(tl.uint16) << 7) | ((x & 0x80).to(tl.uint16) << 8)
     value = half.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
@@ -143,8 +148,8 @@ def _e4m3(x):
 
 @triton.jit
 def _fnuz(x, FORMAT: tl.constexpr):
-    """Float32 of fnuz bytes: the same fields in float32, whose exponents are 2^(127 - bias) smaller."""
+    """Float32 of fnuz bytes: the same fields in float32 are numbers 2^(127 - bias) times smaller."""
     bits = ((x & 0x7F).to(tl.uint32) << (23 - FORMAT.mantissa_bits)) | ((x & 0x80).to(tl.uint32) << 24)
-    FACTOR: tl.constexpr = (254 - FORMAT.bias) << 23
+    FACTOR: tl.constexpr = (127 + (127 - FORMAT.bias)) << 23  # the bits of 2^(127 - bias)
     factor = tl.full(x.shape, FACTOR, tl.uint32).to(tl.float32, bitcast=True)
     return tl.where(x == 0x80, float("nan"), bits.to(tl.float32, bitcast=True) * factor)

@@ -3,8 +3,16 @@
 import triton
 import triton.language as tl
 
-from .decode import decode, widen
-from .reduce import maximum
+from .decode import widen
+
+# The adder of floats as a rounder: where a sum is between 2^23 and 2^24, floats are the integers, so adding 2^23 rounds
+# what is added to an integer, to nearest even, which the sum's low bits then spell. 1.5 * 2^23 leaves room below, for
+# what is negative; its own low bits are zeros.
+_TO_INTEGER = tl.constexpr(1.5 * 2**23)
+_TO_UNSIGNED = tl.constexpr(2.0**23)
+
+_INFINITY = tl.constexpr(0x7F800000)  # float32 bits; those of NaN are above, but for the sign
+_MAGNITUDE = tl.constexpr(0x7FFFFFFF)  # all float32 bits but the sign
 
 
 @triton.jit
@@ -24,7 +32,7 @@ def encode(x, scale, FORMAT: tl.constexpr, HARDWARE_FP8: tl.constexpr):
         bits = _round_to_e2m1(x, FORMAT)
     elif FORMAT.bits == 32:
         b = x.to(tl.uint32, bitcast=True)
-        bits = tl.where((b & 0x7FFFFFFF) > 0x7F800000, FORMAT.nan, b)
+        bits = tl.where((b & _MAGNITUDE) > _INFINITY, FORMAT.nan, b)
     else:
         bits = _round(x, FORMAT)
     return bits
@@ -35,9 +43,9 @@ def _round(x, FORMAT: tl.constexpr):
     """Round float32 with integer arithmetic: no instruction, compiler or interpreter can round otherwise."""
     DROPPED: tl.constexpr = 23 - FORMAT.mantissa_bits
     b = x.to(tl.uint32, bitcast=True)
-    magnitude = b & 0x7FFFFFFF
+    magnitude = b & _MAGNITUDE
     sign = (b >> (32 - FORMAT.bits)) & (1 << (FORMAT.bits - 1))
-    nan = magnitude > 0x7F800000
+    nan = magnitude > _INFINITY
     magnitude = tl.minimum(magnitude, FORMAT.clamp)
     # Normal numbers: add half of the last place that stays, less one where that place is even; rebias.
     half = (1 << (DROPPED - 1)) - 1 + ((magnitude >> DROPPED) & 1)
@@ -61,8 +69,7 @@ def _round_to_integer(x, FORMAT: tl.constexpr):
     LARGEST: tl.constexpr = 2 ** (FORMAT.bits - 1) - 1
     x = tl.where(x == x, x, 0.0)
     x = tl.minimum(tl.maximum(x, -1.0 * LARGEST), 1.0 * LARGEST)
-    # Between 2^23 and 2^24 floats are the integers: the adder rounds. The low bits of 1.5 * 2^23 are zeros.
-    bits = (x + 12582912.0).to(tl.uint32, bitcast=True) & ((1 << FORMAT.bits) - 1)
+    bits = (x + _TO_INTEGER).to(tl.uint32, bitcast=True) & ((1 << FORMAT.bits) - 1)
     return bits.to(tl.uint8)
 
 
@@ -70,9 +77,11 @@ def _round_to_integer(x, FORMAT: tl.constexpr):
 def _round_to_e2m1(x, FORMAT: tl.constexpr):
     """Round float32 to 0, 0.5, 1, 1.5, 2, 3, 4 or 6 and a sign: codes 0 to 7, and 8."""
     m = tl.minimum(tl.abs(x), 6.0)
-    # The code is 2m up to 2, m + 2 up to 4, m/2 + 4 up to 6: the least of the three. Added to 2^23, each is rounded to
-    # an integer, to an even one of two as near, which are the even codes.
-    code = tl.minimum(tl.minimum(tl.fma(m, 2.0, 8388608.0), m + 8388610.0), tl.fma(m, 0.5, 8388612.0))
+    # The code of a magnitude m is 2m up to 2, m + 2 up to 4, m/2 + 4 up to 6, rounded: the least of the three. A tie
+    # goes to the even code, as nearest even wants it: even codes are those whose mantissa bit is 0.
+    code = tl.fma(m, 2.0, _TO_UNSIGNED)
+    code = tl.minimum(code, m + (_TO_UNSIGNED + 2.0))
+    code = tl.minimum(code, tl.fma(m, 0.5, _TO_UNSIGNED + 4.0))
     sign = (x.to(tl.uint32, bitcast=True) >> 28) & 8
     code = (code.to(tl.uint32, bitcast=True) & 7) | sign
     return tl.where(x == x, code, FORMAT.nan).to(tl.uint8)
@@ -80,71 +89,22 @@ def _round_to_e2m1(x, FORMAT: tl.constexpr):
 
 @triton.jit
 def pack(bits, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FORMAT: tl.constexpr):
-    """Encoded elements `[ROWS, COLUMNS]` as stored: those of 4 bits two in a byte, the first in its low half."""
+    """Stored units of encoded elements `[ROWS, COLUMNS]`: of 4 bits two in a byte, the first in its low half.
+
+    `[ROWS, COLUMNS // 2]` then, else as they are; so are elements that were not encoded, for which FORMAT is None.
+    """
     if FORMAT is not None:
-        if FORMAT.bits == 4:  # compiled, `and` would look at both sides
+        if FORMAT.bits == 4:  # `and` would have the compiler look at both of its sides
             low, high = tl.split(tl.reshape(bits, [ROWS, COLUMNS // 2, 2]))
             bits = low | (high << 4)
     return bits
 
 
 @triton.jit
-def row_scales(x, inside, LARGEST: tl.constexpr, LEAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-               GROUP: tl.constexpr):  # fmt: skip
-    """Scales of groups of GROUP elements of float32 rows, `[ROWS, COLUMNS // GROUP]`: the largest magnitude / LARGEST.
-
-    1 where that magnitude's bits are below LEAST, NaN where the group has one. Columns not `inside` have no part in it.
-    """
-    top = _absmax(x, inside, ROWS, COLUMNS, GROUP)
-    scale = tl.div_rn(top.to(tl.float32, bitcast=True), tl.full(top.shape, LARGEST, tl.float32))
-    bits = tl.where(top < LEAST, 0x3F800000, scale.to(tl.int32, bitcast=True))
-    return tl.where(top > 0x7F800000, 0x7FC00000, bits).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def power_scales(x, inside, LARGEST: tl.constexpr, LEAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-                 GROUP: tl.constexpr):  # fmt: skip
-    """Scales as `row_scales`, but rounded up to powers of two, the least of them with the bits LEAST.
-
-    NaN has no part in the largest magnitude. That may be infinite, and so is the scale then.
-    """
-    top = _absmax(tl.where(x == x, x, 0.0), inside, ROWS, COLUMNS, GROUP)
-    scale = tl.div_rn(top.to(tl.float32, bitcast=True), tl.full(top.shape, LARGEST, tl.float32))
-    # A float without mantissa is a power of two; what the mantissa carries into the exponent rounds up to one.
-    bits = (scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000
-    return tl.maximum(bits, LEAST).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def block_scales(x, inside, whole, FORMAT: tl.constexpr, HARDWARE: tl.constexpr, LARGEST: tl.constexpr,
-                 ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
-    """Scales of nvfp4's blocks `[ROWS, COLUMNS // GROUP]`: bytes of FORMAT, and what elements are multiplied by.
-
-    `whole` is the scale of the rows, `[ROWS, 1]`.
-    """
-    top = _absmax(x, inside, ROWS, COLUMNS, GROUP).to(tl.float32, bitcast=True)
-    top = tl.div_rn(top, tl.full(top.shape, LARGEST, tl.float32))
-    bits = encode(top, tl.broadcast_to(whole, top.shape), FORMAT, HARDWARE)
-    number = widen(decode(bits, FORMAT, HARDWARE))
-    reciprocal = tl.div_rn(tl.full(number.shape, 1.0, tl.float32), number * whole)
-    return bits, tl.where(number == 0, 0.0, reciprocal)
-
-
-@triton.jit
-def _absmax(x, inside, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
-    """Bits of the largest magnitudes of groups; as integers, so that NaN is the largest everywhere."""
-    magnitude = tl.where(inside, x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
-    if GROUP == COLUMNS:
-        top = maximum(magnitude, 1)[:, None]
+def store_rounded(ptr, x, mask, FORMAT: tl.constexpr):
+    """Stores float32 as what ptr points to: rounded to FORMAT with integers, or, where that is None, by the target."""
+    if FORMAT is None:
+        tl.store(ptr, x.to(ptr.dtype.element_ty), mask=mask)
     else:
-        top = maximum(tl.reshape(magnitude, [ROWS, COLUMNS // GROUP, GROUP]), 2)
-    return top
-
-
-@triton.jit
-def spread(scale, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
-    """Scales of groups `[ROWS, COLUMNS // GROUP]` for each column: `[ROWS, COLUMNS]`, or `[ROWS, 1]` of one group."""
-    if GROUP != COLUMNS:
-        scale = tl.broadcast_to(scale[:, :, None], [ROWS, COLUMNS // GROUP, GROUP])
-        scale = tl.reshape(scale, [ROWS, COLUMNS])
-    return scale
+        bits = encode(x, None, FORMAT, False)
+        tl.store(ptr.to(tl.pointer_type(bits.dtype)), bits, mask=mask)

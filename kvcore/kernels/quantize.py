@@ -1,85 +1,119 @@
-"""Write keys and values of new tokens into a paged KV cache, head by head: with scales of their own, in one pass.
+"""Write keys and values of new tokens into a paged KV cache where each head has a scale of its own.
 
-A program takes ROWS heads of tokens (axis 0 of the grid), of K and of V:
+A program takes ROWS heads of tokens (axis 0 of the grid), of K and of V; a *row* is here a head of a token:
 
-    row = token * num_heads + head
+    row   = token * num_heads + head
     slot  = slot_mapping[token]          skipped unless 0 <= slot < num_slots
     block = slot // BLOCK_SIZE,   place = slot % BLOCK_SIZE
 
-`encode.py` computes scales, `rows.py` says where the elements are. Scales lie in arrays of their own, or in the cache's
-memory. Static scales, one a head, belong here, too.
+Scales are static, one for each head, or computed for each group of elements: `scales.py` says how. Computed ones are
+stored in arrays of their own, or in the cache's memory. `address.py` says where everything is.
 """
 
 import triton
 import triton.language as tl
 
-from .address import dim_offset, layer_index, slot_offset
+from .address import in_layer, layer_index, slot_offset, unit_offset
 from .decode import widen
-from .encode import block_scales, encode, pack, power_scales, row_scales, spread
+from .encode import encode, pack
+from .scales import encoded_scales, float_scales, power_scales, spread
+
+
+@triton.jit
+def _load(array_ptr, row, in_batch, R: tl.constexpr):
+    """Elements of rows, `[ROWS, elements]`, and which of their columns a head has.
+
+    Where there are none it has 1, not 0: to divide 0 takes the slow path of an exact division.
+    """
+    token = row // R.num_heads
+    head = row % R.num_heads
+    element = tl.arange(0, R.columns * R.elements_per_unit)
+    in_head = element < R.head_units * R.elements_per_unit
+    row_offset = token * R.token_stride + head * R.head_stride
+    x = tl.load(
+        array_ptr + row_offset[:, None] + (element * R.dim_stride)[None, :],
+        mask=in_batch[:, None] & in_head[None, :],
+        other=1,
+    )
+    return x, in_head[None, :]
+
+
+@triton.jit
+def _quantise(
+    x, in_head, static_scale, S: tl.constexpr, FORMAT: tl.constexpr, HARDWARE_FP8: tl.constexpr,
+    HARDWARE_SCALES: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Encoded elements of rows, `[ROWS, WIDTH]`, and their computed scales as stored, `[ROWS, WIDTH // group]`."""
+    x = widen(x)
+    SCALE_FORMAT: tl.constexpr = S.format
+    if SCALE_FORMAT.bits == 8:  # nvfp4
+        row_scale = static_scale
+        if static_scale is None:
+            row_scale = tl.full([ROWS, 1], 1.0, tl.float32)
+        scale, factor = encoded_scales(
+            x, in_head, row_scale, SCALE_FORMAT, HARDWARE_SCALES, S.largest, ROWS, WIDTH, S.group
+        )
+        bits = encode(x * spread(factor, ROWS, WIDTH, S.group), None, FORMAT, HARDWARE_FP8)
+    else:
+        if S.power_of_two:  # fp8_ds_mla
+            scale = power_scales(x, in_head, S.largest, S.least, ROWS, WIDTH, S.group)
+        else:
+            scale = float_scales(x, in_head, S.largest, S.least, ROWS, WIDTH, S.group)
+        bits = encode(x, spread(scale, ROWS, WIDTH, S.group), FORMAT, HARDWARE_FP8)
+    return bits, scale
+
+
+@triton.jit
+def _store_scales(
+    scales_ptr, scale, head, layer, block, place, written, R: tl.constexpr, S: tl.constexpr, WIDTH: tl.constexpr
+):
+    """Stores the computed scales of rows, `[ROWS, WIDTH // group]`."""
+    ADDRESS: tl.constexpr = S.address
+    group = tl.arange(0, WIDTH // S.group)
+    in_head = group * S.group < R.head_units * R.elements_per_unit
+    row_offset = slot_offset(layer, block, place, ADDRESS) + head * ADDRESS.head
+    tl.store(
+        scales_ptr.to(tl.pointer_type(scale.dtype)) + row_offset[:, None] + unit_offset(group, ADDRESS)[None, :],
+        scale,
+        mask=written[:, None] & in_head[None, :],
+    )
+
+
+@triton.jit
+def _store(cache_ptr, x, head, layer, block, place, written, R: tl.constexpr):
+    """Stores units of rows, `[ROWS, columns]`."""
+    ADDRESS: tl.constexpr = R.address
+    unit = tl.arange(0, R.columns)
+    row_offset = slot_offset(layer, block, place, ADDRESS) + head * ADDRESS.head
+    tl.store(
+        cache_ptr.to(tl.pointer_type(x.dtype)) + row_offset[:, None] + unit_offset(unit, ADDRESS)[None, :],
+        x,
+        mask=written[:, None] & (unit < R.head_units)[None, :],
+    )
 
 
 @triton.jit
 def _write(
-    input_ptr, cache_ptr, scale_cache_ptr, scale_ptr, row, slot, layer, given, written,
-    R: tl.constexpr, S: tl.constexpr, FORMAT: tl.constexpr, SCALE_FORMAT: tl.constexpr, HARDWARE_FP8: tl.constexpr,
+    array_ptr, cache_ptr, scale_cache_ptr, scale_ptr, row, slot, layer, in_batch, written,
+    R: tl.constexpr, S: tl.constexpr, FORMAT: tl.constexpr, HARDWARE_FP8: tl.constexpr,
     HARDWARE_SCALES: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    WIDTH: tl.constexpr = R.columns * R.pack
-    token = row // R.num_heads
+    """Writes rows of K, or of V."""
+    WIDTH: tl.constexpr = R.columns * R.elements_per_unit
     head = (row % R.num_heads).to(tl.int64)
     block = slot // BLOCK_SIZE
     place = slot % BLOCK_SIZE
-    element = tl.arange(0, WIDTH)
-    inside = element < R.head_size * R.pack
-    at = token * R.token_stride + head * R.input_head_stride
-    # Lanes without an element get 1, not 0: dividing 0 takes the slow path of an exact division.
-    x = tl.load(
-        input_ptr + at[:, None] + (element * R.input_dim_stride)[None, :],
-        mask=given[:, None] & inside[None, :],
-        other=1,
-    )
+    x, in_head = _load(array_ptr, row, in_batch, R)
+    static_scale = scale_ptr
+    if scale_ptr is not None:
+        static_scale = tl.load(scale_ptr + head[:, None] * R.scale_stride)
     if S is not None:
-        x = widen(x)
-        GROUPS: tl.constexpr = WIDTH // S.group
-        if S.bits == 8:  # nvfp4
-            whole = tl.full([ROWS, 1], 1.0, tl.float32)
-            if scale_ptr is not None:
-                whole = tl.load(scale_ptr + head[:, None] * R.scale_stride)
-            scale, factor = block_scales(
-                x, inside[None, :], whole, SCALE_FORMAT, HARDWARE_SCALES, S.largest, ROWS, WIDTH, S.group
-            )
-            bits = encode(x * spread(factor, ROWS, WIDTH, S.group), None, FORMAT, HARDWARE_FP8)
-        else:
-            if S.power_of_two:  # fp8_ds_mla
-                scale = power_scales(x, inside[None, :], S.largest, S.least, ROWS, WIDTH, S.group)
-            else:
-                scale = row_scales(x, inside[None, :], S.largest, S.least, ROWS, WIDTH, S.group)
-            bits = encode(x, spread(scale, ROWS, WIDTH, S.group), FORMAT, HARDWARE_FP8)
-        scales_ptr = cache_ptr
-        if scale_cache_ptr is not None:
-            scales_ptr = scale_cache_ptr
-        scales_ptr = scales_ptr.to(tl.pointer_type(scale.dtype))
-        group = tl.arange(0, GROUPS)
-        at = slot_offset(layer, block, place, S) + head * S.head_stride
-        tl.store(
-            scales_ptr + at[:, None] + dim_offset(group, S)[None, :],
-            scale,
-            mask=written[:, None] & (group * S.group < R.head_size * R.pack)[None, :],
-        )
-        x = bits
+        x, scale = _quantise(x, in_head, static_scale, S, FORMAT, HARDWARE_FP8, HARDWARE_SCALES, ROWS, WIDTH)
+        scales_ptr = cache_ptr if S.inside else scale_cache_ptr
+        _store_scales(scales_ptr, scale, head, layer, block, place, written, R, S, WIDTH)
     elif FORMAT is not None:
-        scale = scale_ptr
-        if scale_ptr is not None:
-            scale = tl.load(scale_ptr + head[:, None] * R.scale_stride)
-        x = encode(x, scale, FORMAT, HARDWARE_FP8 and FORMAT.bits == 8)
-    x = pack(x, ROWS, WIDTH, FORMAT)
-    column = tl.arange(0, R.columns)
-    at = slot_offset(layer, block, place, R) + head * R.head_stride
-    tl.store(
-        cache_ptr.to(tl.pointer_type(x.dtype)) + at[:, None] + dim_offset(column, R)[None, :],
-        x,
-        mask=written[:, None] & (column < R.head_size)[None, :],
-    )
+        x = encode(x, static_scale, FORMAT, HARDWARE_FP8 and FORMAT.bits == 8)
+    _store(cache_ptr, pack(x, ROWS, WIDTH, FORMAT), head, layer, block, place, written, R)
 
 
 @triton.jit
@@ -91,41 +125,39 @@ def quantize_and_cache_kernel(
     k_scale_cache_ptr,  # float32; None: the scales lie in the cache
     v_scale_cache_ptr,
     slot_mapping_ptr,   # [num_tokens] int32 or int64
-    k_scale_ptr,        # one float32, or one a head, or None for 1: static; nvfp4 has it beside the scales of blocks
+    k_scale_ptr,        # static: one float32, or one a head, or None for 1; nvfp4 has it beside the scales of groups
     v_scale_ptr,
     layer,              # one integer in memory (LAYER_IS_POINTER), an integer, or None
     num_tokens,         # entries of slot_mapping
     num_slots,          # of one layer
     num_layers,
     K: tl.constexpr,             # kvcore.plan.rows.Rows of key and key cache; columns cover a head
-    V: tl.constexpr,
+    V: tl.constexpr,             # … of value and value cache
     KS: tl.constexpr,            # kvcore.plan.rows.ScaleRows of k's computed scales, or None
-    VS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
+    VS: tl.constexpr,            # … of v's
+    BLOCK_SIZE: tl.constexpr,    # slots of a block
     SLOT_STRIDE: tl.constexpr,   # elements from one entry of slot_mapping to the next
     FORMAT: tl.constexpr,        # kvcore.formats.FloatFormat of the elements
     FORMAT_V: tl.constexpr,      # … of value's; None: copied
-    SCALE_FORMAT: tl.constexpr,  # … of nvfp4's scales
     HARDWARE_FP8: tl.constexpr,  # whether the compiler's cast to fp8 is exact on the target
-    HARDWARE_SCALES: tl.constexpr,
+    HARDWARE_SCALES: tl.constexpr,  # … to the format of computed scales
     LAYER_IS_POINTER: tl.constexpr,
-    ROWS: tl.constexpr,
+    ROWS: tl.constexpr,          # rows of a program
 ):  # fmt: skip
-    """Quantise each row, and write it and its scale."""
+    """Quantise each row, and write it and its scales."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     token = row // K.num_heads
-    given = token < num_tokens
-    slot = tl.load(slot_mapping_ptr + token * SLOT_STRIDE, mask=given, other=-1).to(tl.int64)
+    in_batch = token < num_tokens
+    slot = tl.load(slot_mapping_ptr + token * SLOT_STRIDE, mask=in_batch, other=-1).to(tl.int64)
     written = (slot >= 0) & (slot < num_slots)
-    at_layer = layer_index(layer, LAYER_IS_POINTER)
-    if layer is not None:
-        written = written & (at_layer >= 0) & (at_layer < num_layers)
+    index = layer_index(layer, LAYER_IS_POINTER)
+    written = in_layer(written, layer, index, num_layers)
     _write(
-        key_ptr, key_cache_ptr, k_scale_cache_ptr, k_scale_ptr, row, slot, at_layer, given, written,
-        K, KS, FORMAT, SCALE_FORMAT, HARDWARE_FP8, HARDWARE_SCALES, BLOCK_SIZE, ROWS,
+        key_ptr, key_cache_ptr, k_scale_cache_ptr, k_scale_ptr, row, slot, index, in_batch, written,
+        K, KS, FORMAT, HARDWARE_FP8, HARDWARE_SCALES, BLOCK_SIZE, ROWS,
     )  # fmt: skip
     _write(
         value_ptr, key_cache_ptr if value_cache_ptr is None else value_cache_ptr, v_scale_cache_ptr, v_scale_ptr,
-        row, slot, at_layer, given, written,
-        V, VS, FORMAT_V, SCALE_FORMAT, HARDWARE_FP8, HARDWARE_SCALES, BLOCK_SIZE, ROWS,
+        row, slot, index, in_batch, written,
+        V, VS, FORMAT_V, HARDWARE_FP8, HARDWARE_SCALES, BLOCK_SIZE, ROWS,
     )  # fmt: skip

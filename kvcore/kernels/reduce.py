@@ -1,7 +1,7 @@
 """Sums, maxima and minima along an axis: `tl.sum`, `tl.max`, `tl.min`, for processes that compile and interpret.
 
-Those are functions of Triton's own, interpreted or compiled as the process decided at their import; `tl.reduce` is
-built in, and the interpreter knows its combining functions.
+Those three are functions in Triton's language: interpreted or compiled, as was decided when the process imported it.
+`tl.reduce` is built in, and works either way, with the functions that combine two elements.
 """
 
 import triton

@@ -1,69 +1,34 @@
 """Write keys and values of new tokens into a paged KV cache.
 
-A program takes TOKENS tokens (axis 0 of the grid) and one stretch of their rows (axis 1), for K and for V:
+A program takes TOKENS tokens (axis 0 of the grid) and one stretch of their rows (axis 1), of K and of V:
 
     slot  = slot_mapping[token]          skipped unless 0 <= slot < num_slots
     block = slot // BLOCK_SIZE,   place = slot % BLOCK_SIZE
 
-`rows.py` says where the elements are.
+`address.py` says where the elements are.
 """
 
 import triton
 import triton.language as tl
 
-from .address import cache_offsets, columns, elements, layer_index, token_offsets
+from .address import cache_offsets, columns, elements, in_layer, layer_index, token_offsets
 from .encode import encode, pack
 
 
 @triton.jit
-def _load(input_ptr, token, element, mask, R: tl.constexpr):
-    # Lanes without an element get 1, not 0: dividing 0 takes the slow path of an exact division.
-    return tl.load(input_ptr + token_offsets(token, element, R), mask=mask, other=1)
+def _load(array_ptr, token, element, mask, R: tl.constexpr):
+    """Elements of token rows, `[TOKENS, elements]`.
+
+    Where the mask has none it is 1, not 0: to divide 0 takes the slow path of an exact division.
+    """
+    return tl.load(array_ptr + token_offsets(token, element, R), mask=mask, other=1)
 
 
 @triton.jit
-def _store(cache_ptr, layer, block, place, column, x, mask, R: tl.constexpr):
+def _store(cache_ptr, x, layer, block, place, column, mask, R: tl.constexpr):
+    """Stores units of token rows, `[TOKENS, columns]`."""
     cache_ptr = cache_ptr.to(tl.pointer_type(x.dtype))  # encoded elements are integers
     tl.store(cache_ptr + cache_offsets(layer, block, place, column, R), x, mask=mask)
-
-
-@triton.jit
-def _write(
-    key_ptr, value_ptr, key_cache_ptr, value_cache_ptr, slot_mapping_ptr, k_scale_ptr, v_scale_ptr, layer,
-    num_tokens, num_slots, num_layers,
-    K: tl.constexpr, V: tl.constexpr, BLOCK_SIZE: tl.constexpr, SLOT_STRIDE: tl.constexpr, FORMAT: tl.constexpr,
-    HARDWARE_FP8: tl.constexpr, LAYER_IS_POINTER: tl.constexpr, TOKENS: tl.constexpr,
-):  # fmt: skip
-    """What both kernels do; they differ in whether K and V have a cache each."""
-    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    given = token < num_tokens
-    k_element, k_given = elements(K)
-    v_element, v_given = elements(V)
-
-    # No load waits for another: rows are read before it is known whether their slots are valid.
-    slot = tl.load(slot_mapping_ptr + token * SLOT_STRIDE, mask=given, other=-1).to(tl.int64)
-    k = _load(key_ptr, token, k_element, given[:, None] & k_given[None, :], K)
-    v = _load(value_ptr, token, v_element, given[:, None] & v_given[None, :], V)
-    k_scale, v_scale = k_scale_ptr, v_scale_ptr
-    if k_scale_ptr is not None:
-        k_scale = tl.load(k_scale_ptr)
-    if v_scale_ptr is not None:
-        v_scale = tl.load(v_scale_ptr)
-
-    written = (slot >= 0) & (slot < num_slots)
-    at_layer = layer_index(layer, LAYER_IS_POINTER)
-    if layer is not None:
-        written = written & (at_layer >= 0) & (at_layer < num_layers)
-    block = slot // BLOCK_SIZE
-    place = slot % BLOCK_SIZE
-
-    if FORMAT is not None:
-        k = pack(encode(k, k_scale, FORMAT, HARDWARE_FP8), TOKENS, K.columns * K.pack, FORMAT)
-        v = pack(encode(v, v_scale, FORMAT, HARDWARE_FP8), TOKENS, V.columns * V.pack, FORMAT)
-    k_column, k_inside = columns(K)
-    v_column, v_inside = columns(V)
-    _store(key_cache_ptr, at_layer, block, place, k_column, k, written[:, None] & k_inside[None, :], K)
-    _store(value_cache_ptr, at_layer, block, place, v_column, v, written[:, None] & v_inside[None, :], V)
 
 
 @triton.jit
@@ -80,46 +45,69 @@ def reshape_and_cache_kernel_flash(
     num_slots,         # of one layer
     num_layers,
     K: tl.constexpr,             # kvcore.plan.rows.Rows of key and key cache
-    V: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
+    V: tl.constexpr,             # … of value and value cache
+    BLOCK_SIZE: tl.constexpr,    # slots of a block
     SLOT_STRIDE: tl.constexpr,   # elements from one entry of slot_mapping to the next
     FORMAT: tl.constexpr,        # kvcore.formats.FloatFormat to convert to, or None to copy bits
     HARDWARE_FP8: tl.constexpr,  # whether the compiler's cast to fp8 is exact on the target
     LAYER_IS_POINTER: tl.constexpr,
-    TOKENS: tl.constexpr,
+    TOKENS: tl.constexpr,        # tokens of a program
 ):  # fmt: skip
-    """Write K and V into a cache each."""
-    _write(
-        key_ptr, value_ptr, key_cache_ptr, value_cache_ptr, slot_mapping_ptr, k_scale_ptr, v_scale_ptr, layer,
-        num_tokens, num_slots, num_layers, K, V, BLOCK_SIZE, SLOT_STRIDE, FORMAT, HARDWARE_FP8,
-        LAYER_IS_POINTER, TOKENS,
-    )  # fmt: skip
+    """Write K and V into an array each."""
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    in_batch = token < num_tokens
+    k_element, k_in_row = elements(K)
+    v_element, v_in_row = elements(V)
+
+    # No load waits for another: rows are read before it is known whether their slots are valid.
+    slot = tl.load(slot_mapping_ptr + token * SLOT_STRIDE, mask=in_batch, other=-1).to(tl.int64)
+    k = _load(key_ptr, token, k_element, in_batch[:, None] & k_in_row[None, :], K)
+    v = _load(value_ptr, token, v_element, in_batch[:, None] & v_in_row[None, :], V)
+    k_scale, v_scale = k_scale_ptr, v_scale_ptr
+    if k_scale_ptr is not None:
+        k_scale = tl.load(k_scale_ptr)
+    if v_scale_ptr is not None:
+        v_scale = tl.load(v_scale_ptr)
+
+    written = (slot >= 0) & (slot < num_slots)
+    index = layer_index(layer, LAYER_IS_POINTER)
+    written = in_layer(written, layer, index, num_layers)
+    block = slot // BLOCK_SIZE
+    place = slot % BLOCK_SIZE
+
+    if FORMAT is not None:
+        k = pack(encode(k, k_scale, FORMAT, HARDWARE_FP8), TOKENS, K.columns * K.elements_per_unit, FORMAT)
+        v = pack(encode(v, v_scale, FORMAT, HARDWARE_FP8), TOKENS, V.columns * V.elements_per_unit, FORMAT)
+    k_column, k_in_row = columns(K)
+    v_column, v_in_row = columns(V)
+    _store(key_cache_ptr, k, index, block, place, k_column, written[:, None] & k_in_row[None, :], K)
+    _store(value_cache_ptr, v, index, block, place, v_column, written[:, None] & v_in_row[None, :], V)
 
 
 @triton.jit
 def reshape_and_cache_kernel_flash_diffkv(
-    key_ptr,           # [num_tokens, num_heads, head_size]
-    value_ptr,         # [num_tokens, num_heads, head_size_v]
-    kv_cache_ptr,      # the array of both
-    slot_mapping_ptr,  # [num_tokens] int32 or int64
-    k_scale_ptr,       # one float32, or None for 1
+    key_ptr,
+    value_ptr,
+    kv_cache_ptr,  # the array of both; all else is what it is to reshape_and_cache_kernel_flash
+    slot_mapping_ptr,
+    k_scale_ptr,
     v_scale_ptr,
-    layer,             # one integer in memory (LAYER_IS_POINTER), an integer, or None
-    num_tokens,        # entries of slot_mapping
-    num_slots,         # of one layer
+    layer,
+    num_tokens,
+    num_slots,
     num_layers,
-    K: tl.constexpr,             # kvcore.plan.rows.Rows of key and its part of the cache
+    K: tl.constexpr,
     V: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    SLOT_STRIDE: tl.constexpr,   # elements from one entry of slot_mapping to the next
-    FORMAT: tl.constexpr,        # kvcore.formats.FloatFormat to convert to, or None to copy bits
-    HARDWARE_FP8: tl.constexpr,  # whether the compiler's cast to fp8 is exact on the target
+    SLOT_STRIDE: tl.constexpr,
+    FORMAT: tl.constexpr,
+    HARDWARE_FP8: tl.constexpr,
     LAYER_IS_POINTER: tl.constexpr,
     TOKENS: tl.constexpr,
-):  # fmt: skip
+):
     """Write K and V into one array, where their head sizes may differ."""
-    _write(
+    reshape_and_cache_kernel_flash(
         key_ptr, value_ptr, kv_cache_ptr, kv_cache_ptr, slot_mapping_ptr, k_scale_ptr, v_scale_ptr, layer,
-        num_tokens, num_slots, num_layers, K, V, BLOCK_SIZE, SLOT_STRIDE, FORMAT, HARDWARE_FP8,
-        LAYER_IS_POINTER, TOKENS,
+        num_tokens, num_slots, num_layers,
+        K, V, BLOCK_SIZE, SLOT_STRIDE, FORMAT, HARDWARE_FP8, LAYER_IS_POINTER, TOKENS,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Launch plan of `gather_kv_kernel`. As `kvcore.plan`: plain integers, from shapes, never from data."""
+"""Launch plan of `gather_kv_kernel`: plain numbers, from shapes, strides and dtypes, never from data."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -74,26 +74,30 @@ def plan_gather(call: Gather, target: Target, layer_is_pointer: bool = False) ->
         target: What to compile for.
         layer_is_pointer: Whether the kernel loads the layer's index from memory.
     """
-    cache, at = call.cache, call.cache.placement
-    extents, pack, scales = at.extents, call.cache.format.elements_per_unit, call.cache.scales
+    cache, scales = call.cache, call.cache.scales
+    (extents, key_address, value_address), heads = cache.placement, cache.extents.num_heads
+    elements_per_unit = cache.format.elements_per_unit
     copies = cache.format == call.format
-    tokens, columns = plan_tile(at, (1024 if copies else 2048) // pack, target)
+    tokens, columns = plan_tile(cache.placement, (1024 if copies else 2048) // elements_per_unit, target)
     key, value = (ArraySpec(shape[1:], call.format.name) for shape in call.shapes)
-    heads, (k_step, v_step) = extents.num_heads, cache.head_scales
+    k_scale_stride, v_scale_stride = cache.head_scales
     merge = scales is None
-    key_rows = plan_rows(key, heads, extents.head_units, at.key, columns, pack, k_step, merge)
-    value_rows = plan_rows(value, heads, extents.head_units_v, at.value, columns, pack, v_step, merge)
+    key_rows = plan_rows(key, heads, extents.head_units, key_address, columns, elements_per_unit, k_scale_stride, merge)
+    value_rows = plan_rows(
+        value, heads, extents.head_units_v, value_address, columns, elements_per_unit, v_scale_stride, merge
+    )
     rope = None
     if cache.rope is not None:
         rope = plan_rows(key, heads, DS_MLA_ROPE, cache.rope, power_of_two(DS_MLA_ROPE), merge=False)
     key_scales = value_scales = None
     if scales is not None:
-        key_scales = scale_rows(scales, scales.placement.key, extents.head_units * pack, cache.format)
-        value_scales = scale_rows(scales, scales.placement.value, extents.head_units_v * pack, cache.format)
+        _, k_scales, v_scales = scales.placement
+        key_scales = scale_rows(scales, k_scales, extents.head_units * elements_per_unit, cache.format)
+        value_scales = scale_rows(scales, v_scales, extents.head_units_v * elements_per_unit, cache.format)
     kernel = KernelPlan(
         module="gather",
         name="gather_kv_kernel",
-        num_warps=plan_warps(tokens * columns * pack * call.format.bits // 8, target),
+        num_warps=plan_warps(tokens * columns * elements_per_unit * call.format.bits // 8, target),
         scalars=SCALARS,
         constexprs={
             "K": key_rows,
@@ -104,7 +108,7 @@ def plan_gather(call: Gather, target: Target, layer_is_pointer: bool = False) ->
             "BLOCK_SIZE": extents.block_size,
             "TABLE_STEP": call.block_tables.steps[1],
             "LENS_STRIDE": call.seq_lens.steps[0],
-            "CACHE": call.cache.format,
+            "CACHE": cache.format,
             "OUT": None if copies else call.format,
             "HARDWARE": has_e4m3(target),
             "LAYER_IS_POINTER": layer_is_pointer,

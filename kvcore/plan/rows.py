@@ -1,4 +1,4 @@
-"""Rows of tokens, as kernels that move them are told of them."""
+"""Token rows and scales, as the kernels that move them are told of them."""
 
 import struct
 from typing import NamedTuple
@@ -11,92 +11,63 @@ from kvcore.scales import Scales
 
 
 class Rows(NamedTuple):
-    """The rows of K, or of V: how they lie in the input and in the cache. A constexpr of the kernels.
+    """Token rows of K, or of V: where they lie in the array of tokens, and in the cache. A constexpr of the kernels.
 
-    A row is one token's `num_heads * head_size` stored units: elements, or `pack` of them in a byte. Where heads follow
-    each other without a gap on both sides, they are described as one long head. Strides count elements in the input
-    and units in the cache.
+    A token row is one token's `num_heads * head_units` stored units. Where heads follow each other without a gap on
+    both sides, they are described as one long head. Strides count elements of the array of tokens, `address` units.
     """
 
     num_heads: int
-    head_size: int
-    pack: int
+    head_units: int
+    elements_per_unit: int
     scale_stride: int  # from one head's static scale to the next; 0: one for all
-    # input: [num_tokens, num_heads, head_size]
-    token_stride: int
-    input_head_stride: int
-    input_dim_stride: int
-    # cache: offset + layer·L + block·B + slot·S + head·H + (dim // x)·D + (dim % x)·X
-    offset: int
-    layer_stride: int
-    block_stride: int
-    slot_stride: int
+    token_stride: int  # the array of tokens: [num_tokens, num_heads, head_size]
     head_stride: int
     dim_stride: int
-    x: int
-    x_stride: int
-    # tile
-    columns: int  # units of a row that a program handles
-    wide: bool  # whether offsets within a row need 64 bits
+    address: Address
+    columns: int  # units of a token row that a program takes, a power of two
+    wide: bool  # whether offsets within a token row need 64 bits
 
 
 class ScaleRows(NamedTuple):
-    """Where computed scales of K, or of V, are stored, and how they are computed. Strides count scales.
+    """Computed scales of K, or of V: where they lie, and how they are computed. A constexpr of the kernels."""
 
-    A constexpr of the kernels.
-    """
-
-    group: int  # columns that share one
-    offset: int
-    layer_stride: int
-    block_stride: int
-    slot_stride: int
-    head_stride: int
-    dim_stride: int
-    x: int
-    x_stride: int
+    group: int  # elements of a head that share one
+    address: Address  # in scales
     inside: bool  # whether they lie in the cache's memory
-    # how they are computed
-    largest: float  # the magnitude that becomes the format's largest
-    least: int  # float32 bits of the magnitude below which the scale is 1, or of the least scale that is a power of two
-    power_of_two: bool  # whether scales are rounded up to one, and NaN is no magnitude
-    # the fields of a FloatFormat, e4m3 or float32, that decoding a scale looks at
-    bits: int
-    mantissa_bits: int
-    integer: bool
-    unsigned_zero: bool
+    format: FloatFormat  # of a scale: float32 or e4m3
+    largest: float  # the largest magnitude of the format of the elements
+    least: int  # float32 bits of the magnitude below which the scale is 1, or of the least power of two
+    power_of_two: bool  # whether scales are rounded up to powers of two, and NaN is no magnitude
 
 
-def scale_rows(scales: Scales, at: Address, width: int, stored: FloatFormat) -> ScaleRows:
-    """Rows of the scales of heads that cover `width` columns."""
+def scale_rows(scales: Scales, address: Address, head_size: int, stored: FloatFormat) -> ScaleRows:
+    """The scales at an address, of elements in a format.
+
+    Args:
+        scales: What the cache has.
+        address: Where those of K, or of V, are.
+        head_size: Elements of a head, as many as the kernel's tile has for one.
+        stored: Format of the elements.
+    """
     powers = stored == FP8_DS_MLA
     least = DS_MLA_SMALLEST_SCALE if powers else stored.largest * SMALLEST_SCALE
     return ScaleRows(
-        group=width if scales.group is None else scales.group,
-        offset=at.offset,
-        layer_stride=at.layer,
-        block_stride=at.block,
-        slot_stride=at.slot,
-        head_stride=at.head,
-        dim_stride=at.dim,
-        x=at.x,
-        x_stride=at.x_stride,
+        group=head_size if scales.group is None else scales.group,
+        address=address,
         inside=scales.inside,
+        format=scales.format,
         largest=stored.largest,
         least=struct.unpack("<I", struct.pack("<f", least))[0],
         power_of_two=powers,
-        bits=scales.format.bits,
-        mantissa_bits=scales.format.mantissa_bits,
-        integer=False,
-        unsigned_zero=False,
     )
 
 
 def plan_tile(placement: Placement, elements: int, target: Target) -> tuple[int, int]:
-    """Tokens and columns of a program that moves rows, about `elements` of them. Measured on an H100.
+    """Tokens and columns of a program that moves about `elements` elements of token rows. Measured on an H100.
 
     K and V have as many columns, also where their rows differ, so that a thread moves 16 bytes of each. Columns are the
-    power of two that covers a row: idle lanes cost less than narrow accesses or more programs would.
+    power of two that covers a row: threads without an element cost less than narrow accesses or more programs would.
     """
     extents, key, value = placement
     row = power_of_two(extents.num_heads * max(extents.head_units, extents.head_units_v))
@@ -108,63 +79,57 @@ def plan_tile(placement: Placement, elements: int, target: Target) -> tuple[int,
     return max(1, elements // row), min(row, 2048)
 
 
-def plan_warps(width: int, target: Target) -> int:
-    """Warps of a program that moves `width` bytes. A thread moves 16 at a time; more warps than that would idle."""
-    return min(8, max(1, width // (16 * target.warp_size)))
+def plan_warps(num_bytes: int, target: Target) -> int:
+    """Warps of a program that moves so many bytes: a thread moves 16 at a time; more warps than that would idle."""
+    return min(8, max(1, num_bytes // (16 * target.warp_size)))
 
 
 def row_programs(*sides: Rows) -> int:
-    """Programs that share the rows of K and of V."""
-    return max(-(-r.num_heads * r.head_size // r.columns) for r in sides)
+    """Programs that share the token rows of K and of V."""
+    return max(-(-rows.num_heads * rows.head_units // rows.columns) for rows in sides)
 
 
 def plan_rows(
     spec: ArraySpec,
     num_heads: int,
-    head_size: int,
-    at: Address,
+    head_units: int,
+    address: Address,
     columns: int,
-    pack: int = 1,
+    elements_per_unit: int = 1,
     scale_stride: int = 0,
     merge: bool = True,
 ) -> Rows:
-    """Rows of tokens, as `spec` describes them, at an address of the cache.
+    """Token rows, as they lie in an array of tokens and in the cache.
 
     Args:
-        spec: Of `(num_tokens, num_heads, …)`.
-        num_heads: Heads.
-        head_size: Stored units of a head.
-        at: Where the cache has them.
-        columns: Units of a row that a program handles.
-        pack: Elements of a unit.
-        scale_stride: Step from one head's static scale to the next.
-        merge: Whether heads without gaps may become one; never where each has a scale.
+        spec: The array: `(num_tokens, num_heads, head_size)`.
+        num_heads: KV heads.
+        head_units: Stored units of a head.
+        address: Where the cache has them.
+        columns: Units of a token row that a program takes.
+        elements_per_unit: 1 or 2.
+        scale_stride: From one head's static scale to the next; 0: one for all.
+        merge: Whether heads without gaps may be described as one; never where each has a scale.
     """
-    token, head, dim = spec.steps
-    gapless = merge and not scale_stride and at.x == 1 and at.head == head_size * at.dim
-    gapless = gapless and head == head_size * pack * dim
-    heads, size = (1, num_heads * head_size) if gapless else (num_heads, head_size)
-    reach = max(
-        (num_heads - 1) * at.head + head_size * max(at.dim, at.x_stride), num_heads * head + head_size * pack * dim
-    )
+    token_stride, head_stride, dim_stride = spec.steps
+    head_reach = head_units * elements_per_unit * dim_stride
+    gapless = address.x == 1 and address.head == head_units * address.dim and head_stride == head_reach
+    if gapless and merge and not scale_stride:
+        heads, units = 1, num_heads * head_units
+    else:
+        heads, units = num_heads, head_units
+    cache_reach = (num_heads - 1) * address.head + head_units * max(address.dim, address.x_stride)
     return Rows(
         num_heads=heads,
-        head_size=size,
-        pack=pack,
+        head_units=units,
+        elements_per_unit=elements_per_unit,
         scale_stride=scale_stride,
-        token_stride=token,
-        input_head_stride=head,
-        input_dim_stride=dim,
-        offset=at.offset,
-        layer_stride=at.layer,
-        block_stride=at.block,
-        slot_stride=at.slot,
-        head_stride=at.head,
-        dim_stride=at.dim,
-        x=at.x,
-        x_stride=at.x_stride,
+        token_stride=token_stride,
+        head_stride=head_stride,
+        dim_stride=dim_stride,
+        address=address,
         columns=columns,
-        wide=reach >= 2**31,
+        wide=max(cache_reach, num_heads * head_stride + head_reach) >= 2**31,
     )
 
 

@@ -1,4 +1,4 @@
-"""Launch plans: a write and a target → grid, tile, warps and kernel arguments, as plain integers.
+"""Launch plans of writes: a write and a target → grid, tile, warps and kernel arguments, as plain integers.
 
 Both frameworks launch what a plan says, so that they provably start the same kernel with the same arguments. Plans
 depend on shapes, strides and dtypes only, never on data.
@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+from kvcore.arrays import ArraySpec
 from kvcore.contract.write import Write
-from kvcore.formats import FLOATS
+from kvcore.formats import FLOATS, FloatFormat
+from kvcore.placement import Address
 from kvcore.plan.kernel import EXACT, KernelPlan, Target, converts_exactly
-from kvcore.plan.rows import plan_rows, plan_tile, plan_warps, power_of_two, row_programs, scale_rows
+from kvcore.plan.rows import Rows, plan_rows, plan_tile, plan_warps, power_of_two, row_programs, scale_rows
 
 
 class WritePlan(NamedTuple):
@@ -97,24 +99,26 @@ def plan_write(write: Write, target: Target, layer_is_pointer: bool = False) -> 
     """
     if write.by_head:
         return _plan_by_head(write, target, layer_is_pointer)
-    extents, pack = write.placement.extents, write.cache.format.elements_per_unit
+    stored, (extents, key_address, value_address) = write.cache.format, write.placement
+    elements_per_unit, itemsize = stored.elements_per_unit, _itemsize(write.key.dtype)
     # Twice the tokens where stores are half as wide as loads.
-    elements = 2048 if write.cache.format.bits < 8 * _itemsize(write.key.dtype) else 1024
-    tokens, columns = plan_tile(write.placement, elements // pack, target)
-    key = plan_rows(write.key, extents.num_heads, extents.head_units, write.placement.key, columns, pack)
-    value = plan_rows(write.value, extents.num_heads, extents.head_units_v, write.placement.value, columns, pack)
+    elements = 2048 if stored.bits < 8 * itemsize else 1024
+    tokens, columns = plan_tile(write.placement, elements // elements_per_unit, target)
+    heads = extents.num_heads
+    key = plan_rows(write.key, heads, extents.head_units, key_address, columns, elements_per_unit)
+    value = plan_rows(write.value, heads, extents.head_units_v, value_address, columns, elements_per_unit)
     kernel = KernelPlan(
         module="write",
         name="reshape_and_cache_kernel_flash" + ("_diffkv" if write.cache.layout.single_array else ""),
-        num_warps=plan_warps(tokens * columns * pack * _itemsize(write.key.dtype), target),
+        num_warps=plan_warps(tokens * columns * elements_per_unit * itemsize, target),
         scalars=SCALARS,
         constexprs={
             "K": key,
             "V": value,
             "BLOCK_SIZE": extents.block_size,
             "SLOT_STRIDE": write.slot_mapping.steps[0],
-            "FORMAT": None if write.copies else write.cache.format,
-            "HARDWARE_FP8": converts_exactly(write.cache.format, target),
+            "FORMAT": None if write.copies else stored,
+            "HARDWARE_FP8": converts_exactly(stored, target),
             "LAYER_IS_POINTER": layer_is_pointer,
             "TOKENS": tokens,
         },
@@ -125,28 +129,30 @@ def plan_write(write: Write, target: Target, layer_is_pointer: bool = False) -> 
 
 def _plan_by_head(write: Write, target: Target, layer_is_pointer: bool) -> WritePlan:
     """The plan for a write whose heads have a scale each: a program takes whole heads."""
-    extents, scales = write.placement.extents, write.cache.scales
-    k_step, v_step = write.cache.head_scales if write.scaled else (0, 0)
-    at, heads = write.placement, extents.num_heads
-    pack, pack_v = write.cache.format.elements_per_unit, write.format_v.elements_per_unit
-    widths = [
-        max(16, power_of_two(size * n)) for size, n in ((extents.head_units, pack), (extents.head_units_v, pack_v))
-    ]
+    (extents, key_address, value_address), scales = write.placement, write.cache.scales
+    stored, stored_v, heads = write.cache.format, write.format_v, extents.num_heads
+    k_scale_stride, v_scale_stride = write.cache.head_scales if write.scaled else (0, 0)
+    # Elements of a tile: powers of two that cover a head.
+    k_width = max(16, power_of_two(extents.head_units * stored.elements_per_unit))
+    v_width = max(16, power_of_two(extents.head_units_v * stored_v.elements_per_unit))
     # Measured on an H100: few rows, and 16 elements a thread, so that what rows share is computed less often.
-    rows = max(1, (65536 if target.backend == "interpret" else 1024) // max(widths))
-    key = plan_rows(write.key, heads, extents.head_units, at.key, widths[0] // pack, pack, k_step, merge=False)
-    value = plan_rows(
-        write.value, heads, extents.head_units_v, at.value, widths[1] // pack_v, pack_v, v_step, merge=False
-    )
+    rows = max(1, (65536 if target.backend == "interpret" else 1024) // max(k_width, v_width))
+
+    def side(spec: ArraySpec, units: int, address: Address, width: int, format: FloatFormat, scale_stride: int) -> Rows:
+        per_unit = format.elements_per_unit
+        return plan_rows(spec, heads, units, address, width // per_unit, per_unit, scale_stride, merge=False)
+
+    key = side(write.key, extents.head_units, key_address, k_width, stored, k_scale_stride)
+    value = side(write.value, extents.head_units_v, value_address, v_width, stored_v, v_scale_stride)
     key_scales = value_scales = None
     if scales is not None:
-        key_scales = scale_rows(scales, scales.placement.key, widths[0], write.cache.format)
-        if write.format_v == write.cache.format:
-            value_scales = scale_rows(scales, scales.placement.value, widths[1], write.cache.format)
+        key_scales = scale_rows(scales, scales.placement.key, k_width, stored)
+        if stored_v == stored:
+            value_scales = scale_rows(scales, scales.placement.value, v_width, stored)
     kernel = KernelPlan(
         module="quantize",
         name="quantize_and_cache_kernel",
-        num_warps=plan_warps(rows * max(widths), target),
+        num_warps=plan_warps(rows * max(k_width, v_width), target),
         scalars=SCALARS,
         constexprs={
             "K": key,
@@ -155,10 +161,9 @@ def _plan_by_head(write: Write, target: Target, layer_is_pointer: bool) -> Write
             "VS": value_scales,
             "BLOCK_SIZE": extents.block_size,
             "SLOT_STRIDE": write.slot_mapping.steps[0],
-            "FORMAT": write.cache.format,
-            "FORMAT_V": None if write.format_v.name == write.value.dtype else write.format_v,
-            "SCALE_FORMAT": None if scales is None else scales.format,
-            "HARDWARE_FP8": converts_exactly(write.cache.format, target),
+            "FORMAT": stored,
+            "FORMAT_V": None if stored_v.name == write.value.dtype else stored_v,
+            "HARDWARE_FP8": converts_exactly(stored, target),
             "HARDWARE_SCALES": scales is not None and converts_exactly(scales.format, target),
             "LAYER_IS_POINTER": layer_is_pointer,
             "ROWS": rows,

@@ -10,9 +10,9 @@ pytest.importorskip("triton")
 import jax
 import jax.numpy as jnp
 
+import jaxkv.read
 import torchkv
-from jaxkv._primitive import read as _read_primitive
-from jaxkv._triton import read as _triton_read
+from jaxkv._triton import launch as jax_launch
 from kvcore.plan.kernel import Target
 from kvcore.run.compiler import compile_kernel, kernel_function
 from tests.cases.arrays import to_torch
@@ -59,13 +59,12 @@ def launched(monkeypatch):
     monkeypatch.setattr(_read_triton.torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(_read_library, "attention", lambda *a: _read_library._attention_on_gpu(*a))
     monkeypatch.setattr(_read_library, "gather", lambda *a: _read_library._gather_on_gpu(*a))
-    monkeypatch.setattr(_triton_read, "launch", launch)
+    monkeypatch.setattr(jax_launch, "launch", launch)
 
     def read(options, operands):
-        function = getattr(_triton_read, options.op)
-        return function(_read_primitive.describe(options, operands), operands, options.layer, "cuda", 90)
+        return jax_launch.read(options.describe(operands), options, operands, H100)
 
-    monkeypatch.setattr(_read_primitive, "read", read)
+    monkeypatch.setattr(jaxkv.read, "read", read)
     return seen
 
 
@@ -87,8 +86,6 @@ def assert_same(launched, kernels):
 def test_attention(launched, name):
     case = make_read(np.random.default_rng(0), **CASES[name])
     case.call(torchkv, lambda a: to_torch(a.copy()))
-    import jaxkv
-
     case.call(jaxkv, jnp.asarray)
     split = ["merge_attention_kernel"] if name == "split" else []
     assert_same(launched, ["paged_attention_kernel", *split])
@@ -96,8 +93,6 @@ def test_attention(launched, name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_gather(launched, name):
-    import jaxkv
-
     case = make_read(np.random.default_rng(1), **CASES[name])
     for option in ("soft_cap", "sliding_window"):
         case.options.pop(option, None)

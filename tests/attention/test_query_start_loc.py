@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests.cases.gpu_reads import assert_kernels
-from tests.cases.reads import assert_near_oracle, make_read, oracle
+from tests.cases.reads import CPU_IMPLEMENTATIONS, assert_near_oracle, make_read, oracle
 
 NUM_TOKENS = 6
 STARTS = {  # for three sequences
@@ -72,7 +72,8 @@ def test_many_sequences_of_which_some_fall():
     rng = np.random.default_rng(1)
     case = make_read(rng, seq_lens=(3,) * 1100, query_lens=(1,) * 1100, num_heads=1, group=1, head_size=16)
     case.query_start_loc[[0, 5, 1030, 1100]] = [3, 2, 7, 1050]
-    assert_near_oracle(case)
+    # Interpreting a thousand programs takes a minute: once, for the kernel is the same from JAX.
+    assert_near_oracle(case, {name: run for name, run in CPU_IMPLEMENTATIONS.items() if name != "jax interpret"})
 
 
 @pytest.mark.parametrize("group", [1, 3, 20])

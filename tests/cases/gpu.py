@@ -78,19 +78,18 @@ def _lowered(call, want):
     import jax
     import jax.numpy as jnp
 
-    from jaxkv._triton import read as _triton_read
-    from jaxkv._triton import write as _triton
-    from kvcore.run.compiler import kernel_function
+    from jaxkv._triton.launch import jt
 
-    def launch(kernel, grid, arguments, target, out_type=()):
-        names = len(arguments) + len(jax.tree.leaves(out_type)) + len(kernel.constexprs)
-        assert names == len(kernel_function(kernel).arg_names), kernel.name
+    options = {"num_warps", "compute_capability", "backend_options", "name"}
+
+    def triton_call(*arguments, kernel, out_type, grid, **named):
+        passed = len(arguments) + len(jax.tree.leaves(out_type)) + len(named.keys() - options)
+        assert passed == len(kernel.arg_names), kernel
         assert min(grid) > 0
         return jax.tree.map(lambda out: jnp.zeros(out.shape, out.dtype), out_type)
 
     with (
-        mock.patch.object(_triton, "launch", launch),
-        mock.patch.object(_triton_read, "launch", launch),
+        mock.patch.object(jt, "triton_call", triton_call),
         mock.patch.dict(os.environ, JAXKV_COMPUTE_CAPABILITY="90"),
     ):
         traced = jax.jit(call).trace()

@@ -11,7 +11,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import jaxkv
 import torchkv
-from jaxkv._primitive import read as _read_primitive
 from kvcore.run import interpreter
 from tests.cases.arrays import DTYPES, random_normal, to_torch
 from tests.cases.bad_writes import FORMATS
@@ -243,7 +242,7 @@ def test_bad_calls(monkeypatch, bad, way):
         raise AssertionError("launched")
 
     monkeypatch.setattr(interpreter, "run", launched)
-    monkeypatch.setattr(_read_primitive, "read", launched)
+    monkeypatch.setattr(jaxkv.read, "read", launched)
     op, differs, kind, message = BAD[bad]
     arguments = (ATTEND if op == "attend" else GATHER) | differs
     with pytest.raises(kind) as error:

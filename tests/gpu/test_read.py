@@ -15,16 +15,7 @@ from kvcore.layout import CONSTANTS as LAYOUTS
 from tests.cases.gathers import assert_gathers, gather_jax, gather_torch
 from tests.cases.gpu import DEVICE, HAS_GPU, captured, needs_gpu, params, shorter
 from tests.cases.gpu_reads import GATHERS, KERNELS, PORTABLE, assert_kernels
-from tests.cases.reads import (
-    BOUNDS,
-    CASTS,
-    LENGTHS,
-    MEANINGS,
-    assert_near_oracle,
-    attend_torch,
-    make_read,
-    oracle,
-)
+from tests.cases.reads import BOUNDS, CASTS, LENGTHS, MEANINGS, assert_near_oracle, attend_torch, make_read, oracle
 
 pytestmark = pytest.mark.gpu
 

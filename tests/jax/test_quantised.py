@@ -12,57 +12,21 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxkv
-from kvcore.formats import KV_CACHE_DTYPES, stored_size
-from kvcore.layout import CacheLayout
 from kvcore.oracle import write as reference
-from tests.cases.arrays import bits, make_case, random_bits, random_normal, run_oracle, with_case
-
-LAYERS = 3
-KINDS = {
-    "int8 of a head": dict(kv_cache_dtype="int8", scales="head"),
-    "int8 in int8": dict(kv_cache_dtype="int8", cache_dtype="int8"),
-    "fnuz": dict(kv_cache_dtype="fp8_e4m3fnuz"),
-    "int4": dict(kv_cache_dtype="int4"),
-    "nvfp4": dict(kv_cache_dtype="nvfp4", scales="head"),
-    "scale caches": dict(kv_cache_dtype="int4", per_token_head=True),
-    "scale caches of fp8": dict(kv_cache_dtype="fp8_e5m2", per_token_head=True),
-}
-
-
-def case_of(kind, **more):
-    options = dict(num_blocks=64, head_size=32) | KINDS[kind] | more
-    return make_case(np.random.default_rng(0), **options)
-
-
-def inputs_of(case):
-    """The op's arrays, the ones that are written in the middle."""
-    scales = [jnp.asarray(s, jnp.float32) for s in (case.k_scale, case.v_scale) if s is not None]
-    slots = jnp.asarray(case.slot_mapping, jnp.int32)
-    return jnp.asarray(case.key), jnp.asarray(case.value), tuple(map(jnp.asarray, case.memory)), slots, scales
-
-
-def write(case, key, value, memory, slots, scales, layer=None):
-    """The op, as a function of arrays; always a tuple."""
-    layer = case.layer if layer is None else layer
-    more = {"scale_layout": case.scale_layout} if case.scale_caches else {}
-    new = case.op(jaxkv)(
-        key, value, *memory, slots, case.kv_cache_dtype, *scales, layout=case.layout, layer=layer, **more
-    )
-    return new if isinstance(new, tuple) or new is None else (new,)
-
-
-def assert_same(got, want):
-    for i, (g, w) in enumerate(zip(got, want, strict=True)):
-        np.testing.assert_array_equal(bits(np.asarray(g)), bits(np.asarray(w)), err_msg=f"array {i}")
-
-
-def assert_in_place(compiled, memory):
-    """All arrays are aliased, and no temporary has half the size of the largest."""
-    sizes = [a.size * a.dtype.itemsize for a in memory]
-    found = compiled.memory_analysis()
-    assert found.alias_size_in_bytes >= sum(sizes)
-    assert found.temp_size_in_bytes < max(sizes) / 2
-
+from tests.cases.arrays import make_case, random_normal, run_oracle, with_case
+from tests.cases.jax_quantised import (
+    KINDS,
+    LAYERS,
+    assert_in_place,
+    assert_same,
+    case_of,
+    draws,
+    inputs_of,
+    latent_arrays,
+    mesh_of,
+    place,
+    write,
+)
 
 LAYOUTS = ["NHD", "HND", "KV_NHD", "BLOCK_KV_HND", "PALLAS", "PACKED_NHD", "INTERLEAVED"]
 
@@ -130,14 +94,6 @@ def test_scan_over_layers_in_a_loop_over_steps(kind, layout):
 
 
 # ---- MLA
-
-
-def latent_arrays(name, layers=(), dtype="bfloat16", num_blocks=32):
-    rng = np.random.default_rng(1)
-    units = stored_size(KV_CACHE_DTYPES[name], 576)
-    cache = random_bits(rng, (*layers, num_blocks, 8, units), dtype if name == "auto" else "uint8")
-    slots = np.array([3, -1, 255, 256, 0, 17, 16], np.int32)
-    return random_bits(rng, (7, 512), dtype), random_bits(rng, (7, 64), dtype), cache, slots
 
 
 @pytest.mark.parametrize("name", ["auto", "int4", "nvfp4", "fp8_ds_mla"])
@@ -257,29 +213,6 @@ def test_vmap(kind, more):
 # ---- sharding
 
 
-def mesh_of(kind, devices=4):
-    return jax.make_mesh((devices,), ("tp",), axis_types=(kind,))
-
-
-def over_heads(mesh, axes):
-    return NamedSharding(mesh, P(*("tp" if "head" in axis else None for axis in axes)))
-
-
-def place(case, mesh):
-    """The case's arrays on the mesh, heads split."""
-    key, value, memory, slots, scales = inputs_of(case)
-    pattern = case.scale_layout or ("layer " if case.layout.has_layer else "") + "block slot head"
-    axes = [*case.layout.arrays, *[[(name,) for name in pattern.split()]] * len(case.scale_caches)]
-    rows = NamedSharding(mesh, P(None, "tp", None))
-    return (
-        jax.device_put(key, rows),
-        jax.device_put(value, rows),
-        tuple(jax.device_put(a, over_heads(mesh, x)) for a, x in zip(memory, axes, strict=True)),
-        jax.device_put(slots, NamedSharding(mesh, P(None))),
-        [jax.device_put(s, NamedSharding(mesh, P("tp" if s.ndim else None) if s.ndim else P())) for s in scales],
-    )
-
-
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize(
     ("quantised", "layout"),
@@ -340,161 +273,3 @@ def test_heads_of_nvfp4_inside_regions_are_not_split():
         alone[0], alone[1:3], *alone[3:], kv_cache_dtype="nvfp4", k_scale=case.k_scale, v_scale=case.v_scale
     )
     np.testing.assert_allclose(out, want, rtol=1e-5)
-
-
-# ---- PagedKVCache
-
-BLOCKS, BLOCK_SIZE, HEADS, HEAD_SIZE = 12, 4, 2, 32
-SLOTS = np.array([28, 29, 30, 31, 8, 9, 16, 17, 18], np.int32)  # 6 tokens of the first sequence, 3 of the second
-TABLES, LENS = np.array([[7, 2, 9], [4, 11, -1]], np.int32), np.array([6, 3], np.int32)
-
-
-def draws(*shape):
-    return random_normal(np.random.default_rng(sum(shape)), shape, "float32")
-
-
-KEY, VALUE, QUERY = draws(9, HEADS, HEAD_SIZE), draws(9, HEADS, HEAD_SIZE) * 2, draws(2, HEADS * 3, HEAD_SIZE)
-K_SCALES, V_SCALES = map(np.asarray, reference.kv_scales(KEY, VALUE, "int8", "head"))
-
-
-def create(**options):
-    defaults = dict(
-        num_layers=LAYERS, num_blocks=BLOCKS, block_size=BLOCK_SIZE, num_heads=HEADS, head_size=HEAD_SIZE,
-        dtype="float32", kv_cache_dtype="int8", per_token_head=True,
-    )  # fmt: skip
-    return jaxkv.PagedKVCache.create(**(defaults | options))
-
-
-def expected():
-    exact = create(kv_cache_dtype="auto", per_token_head=False)
-    exact = exact.write(jnp.asarray(KEY), jnp.asarray(VALUE), SLOTS, layer=1)
-    return exact.attend(jnp.asarray(QUERY), jnp.asarray(TABLES), jnp.asarray(LENS), layer=1)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"layout": "PACKED_HND", "scale_layout": "layer block head slot"},
-        {"kv_cache_dtype": "fp8"},
-        {"per_token_head": False, "k_scale": K_SCALES, "v_scale": V_SCALES},
-        {"per_token_head": False, "kv_cache_dtype": "nvfp4", "k_scale": 0.002, "v_scale": 0.003},
-        {"per_token_head": False, "kv_cache_dtype": "nvfp4", "layout": "KV_NHD"},
-    ],
-)
-def test_a_cache_is_written_and_attended(options):
-    cache = create(**options)
-    cache = cache.write(jnp.asarray(KEY), jnp.asarray(VALUE), SLOTS, layer=1)
-    bound = {"int8": 0.1, "fp8": 0.3}.get(cache.spec.kv_cache_dtype, 1)
-    got = cache.attend(jnp.asarray(QUERY), jnp.asarray(TABLES), jnp.asarray(LENS), layer=1)
-    np.testing.assert_allclose(got, expected(), atol=bound)
-    key, value = cache.gather(jnp.asarray(TABLES), jnp.asarray(LENS), 7, layer=1, dtype="float32")
-    np.testing.assert_allclose(key[0, :6], KEY[:6], atol=bound)
-    np.testing.assert_allclose(value[1, :3], VALUE[6:], atol=bound)
-    assert not np.asarray(key[0, 6:]).any()
-    if cache.spec.scale_layout is not None:
-        assert cache.nbytes == sum(a.nbytes for a in jax.tree.leaves(cache))
-
-
-def test_a_pytree_with_scale_caches_donated_and_scanned():
-    cache = create(num_blocks=256, layout="PACKED_NHD")
-    assert len(jax.tree.leaves(cache)) == 3
-    assert jax.eval_shape(lambda c: c, cache).spec == cache.spec
-
-    def step(cache):
-        def one_layer(cache, layer):
-            cache = cache.write(jnp.asarray(KEY), jnp.asarray(VALUE), jnp.asarray(SLOTS), layer=layer)
-            return cache, cache.attend(jnp.asarray(QUERY), jnp.asarray(TABLES), jnp.asarray(LENS), layer=layer)
-
-        return lax.scan(one_layer, cache, jnp.arange(2))
-
-    compiled = jax.jit(step, donate_argnums=0).lower(cache).compile()
-    memory = compiled.memory_analysis()
-    assert memory.alias_size_in_bytes >= cache.nbytes
-    assert memory.temp_size_in_bytes < cache.nbytes // 2
-    new, out = compiled(cache)
-    assert cache.k_scale.is_deleted()
-    np.testing.assert_allclose(out, np.stack([expected()] * 2), atol=0.1)
-    assert new.k_scale[:2].any()
-    assert not new.k_scale[2].any()
-
-
-def test_a_cache_vmapped():
-    caches = jax.tree.map(lambda a: jnp.stack([a, a]), create(num_layers=None))
-    keys = jnp.stack([KEY, KEY * 8])
-    caches = jax.vmap(lambda cache, key: cache.write(key, jnp.asarray(VALUE), jnp.asarray(SLOTS)))(caches, keys)
-    np.testing.assert_array_equal(caches.caches[0][0], caches.caches[0][1])
-    np.testing.assert_array_equal(caches.k_scale[0] * 8, caches.k_scale[1])
-
-
-@pytest.mark.parametrize("layout", ["NHD", "HND", "INTERLEAVED"])
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("scales", ["token and head", "head"])
-def test_a_cache_with_heads_over_devices(scales, kind, layout):
-    mesh = mesh_of(kind, 2)
-    sharding = over_heads(mesh, CacheLayout.of(layout).with_layer().arrays[0])
-    rows, whole = NamedSharding(mesh, P(None, "tp", None)), NamedSharding(mesh, P())
-    with jax.set_mesh(mesh):
-        options: dict = {}
-        if scales == "head":
-            own = [jax.device_put(s, NamedSharding(mesh, P("tp"))) for s in (K_SCALES, V_SCALES)]
-            options = {"per_token_head": False, "k_scale": own[0], "v_scale": own[1]}
-        cache = create(layout=layout, sharding=sharding, **options)
-        key, value, query = (jax.device_put(x, rows) for x in (KEY, VALUE, QUERY))
-        tables, lens, slots = (jax.device_put(x, whole) for x in (TABLES, LENS, SLOTS))
-
-        def run(cache, key, value, query, tables, lens, slots):
-            cache = cache.write(key, value, slots, layer=1)
-            out = cache.attend(query, tables, lens, layer=1)
-            return cache, out, cache.gather(tables, lens, 7, layer=1, dtype="float32")[0]
-
-        compiled = jax.jit(run, donate_argnums=0).lower(cache, key, value, query, tables, lens, slots).compile()
-        assert not re.findall(r"all-gather|all-reduce|all-to-all|collective-permute", compiled.as_text())
-        assert "tp" in cache.k_scale.sharding.spec
-        cache, out, keys = compiled(cache, key, value, query, tables, lens, slots)
-    np.testing.assert_allclose(out, expected(), atol=0.1)
-    np.testing.assert_allclose(keys[0, :6], KEY[:6], atol=0.02)
-    assert out.sharding.spec[1] == "tp"
-    assert keys.sharding.spec[2] == "tp"
-
-
-@pytest.mark.parametrize("layout", ["MLA", "slot layer block latent"])
-@pytest.mark.parametrize(("name", "bound"), [("auto", 1e-6), ("fp8_ds_mla", 0.2), ("int8", 0.03), ("nvfp4", 0.6)])
-def test_a_latent_cache(name, bound, layout):
-    kv_c, k_pe, query = draws(9, 512), draws(9, 64), draws(2, 3, 576)
-    scale = {"int8": 0.04, "nvfp4": 0.002}.get(name)
-    options = dict(
-        num_heads=1, head_size=576, head_size_v=512, layout=layout, kv_cache_dtype=name, per_token_head=False,
-        k_scale=scale,
-    )  # fmt: skip
-    cache = create(**options)
-    write = jax.jit(lambda cache, *x: cache.write(*x, layer=1), donate_argnums=0)
-    cache = write(cache, kv_c, k_pe, SLOTS)
-    key, value = cache.gather(TABLES, LENS, 7, layer=1, dtype="float32")
-    np.testing.assert_allclose(key[0, :6, 0], np.concatenate([kv_c, k_pe], 1)[:6], atol=bound)
-    np.testing.assert_allclose(value[1, :3, 0], kv_c[6:], atol=bound)
-    exact = create(**options | {"kv_cache_dtype": "auto", "k_scale": None}).write(kv_c, k_pe, SLOTS, layer=1)
-    got, want = (c.attend(query, TABLES, LENS, layer=1) for c in (cache, exact))
-    np.testing.assert_allclose(got, want, atol=bound * 2)
-
-
-BAD = {
-    "k_scale": ({"k_scale": 0.5}, "k_scale must be None with per_token_head, which computes scales, got 0.5"),
-    "v_scale": ({"v_scale": 0.5}, "v_scale must be None with per_token_head, which computes scales, got 0.5"),
-    "v_scale of a latent layout": (
-        {"layout": "MLA", "num_heads": 1, "per_token_head": False, "k_scale": 0.5, "v_scale": 0.5},
-        "v_scale must be None for layout 'layer block slot latent', where k_scale is for both, got 0.5",
-    ),
-    "scale_layout": (
-        {"per_token_head": False, "scale_layout": "layer block slot head"},
-        "scale_layout must be None without per_token_head, got 'layer block slot head'",
-    ),
-}
-
-
-@pytest.mark.parametrize("bad", BAD)
-def test_bad_caches(bad):
-    options, message = BAD[bad]
-    with pytest.raises(ValueError) as error:  # noqa: PT011  # the whole message is compared
-        create(**options)
-    assert str(error.value) == message

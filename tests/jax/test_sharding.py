@@ -10,8 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxkv
-from jaxkv._primitive import read as _read_primitive
-from jaxkv._primitive import write as _primitive
+from jaxkv._primitive import sharding
 from kvcore.layout import CacheLayout
 from tests.cases.arrays import bits, make_case, run_oracle
 
@@ -88,6 +87,13 @@ def test_heads(layout, kind):
 def test_heads_outside_jit(layout):
     case, mesh = case_for(layout), mesh_of(AxisType.Auto)
     assert_same(case.op(jaxkv)(*place(case, mesh), layout=case.layout), run_oracle(case))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:3])
+def test_heads_of_explicit_shardings_without_a_mesh_in_context(layout):
+    case, mesh = case_for(layout), mesh_of(AxisType.Explicit)
+    write = jax.jit(lambda *x: case.op(jaxkv)(*x, layout=case.layout))
+    assert_same(write(*place(case, mesh)), run_oracle(case))
 
 
 def test_fp8_with_traced_scale_and_layer():
@@ -177,8 +183,7 @@ def test_any_other_split_raises(kind, axis, spec):
 
 
 def test_an_eager_call_checks_shardings_before_anything_is_compiled(monkeypatch):
-    monkeypatch.setattr(_primitive, "_partitioned", None)
-    monkeypatch.setattr(_read_primitive, "_partitioned", None)
+    monkeypatch.setattr(sharding, "_partitioned", None)
     mesh = mesh_of(AxisType.Auto)
     case = make_case(np.random.default_rng(3), num_blocks=16, num_heads=8, head_size=32, dtype="float16")
     caches = [jax.device_put(c, NamedSharding(mesh, P("tp"))) for c in case.caches]
@@ -193,7 +198,7 @@ def test_an_eager_call_checks_shardings_before_anything_is_compiled(monkeypatch)
 
 def test_other_errors_of_the_compiler_stay_what_they_are():
     error = jax.errors.JaxRuntimeError("INTERNAL: something else")
-    assert _primitive._refusal(error) is None
+    assert sharding._refusal(error) is None
 
 
 def test_a_mesh_axis_of_one_device_splits_nothing():

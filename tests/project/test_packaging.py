@@ -1,6 +1,7 @@
 """What the distribution says of itself, and what is said where something that it does not bring is missing."""
 
 import re
+import shlex
 import tomllib
 from importlib import metadata
 
@@ -12,7 +13,14 @@ import kvcore
 import torchkv
 from tests.cases.processes import JAX_WRITE, ROOT, TORCH_WRITE, packages, run
 
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    *(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md")),
+]
 
 
 def refused(code, error, hidden):
@@ -70,11 +78,43 @@ def test_readme_links_to_nothing_that_only_a_clone_has():
     assert all(link.startswith(("https://", "#")) for link in links)
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+PATH = re.compile(
+    r"(?:(?:kvcore|jaxkv|torchkv|tests|benchmarks|docs|examples|\.ci|\.github)/[\w./-]*|[\w.-]+\.(?:md|toml|yaml))"
+)
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_files_that_pages_name_are_there(page):
-    names = re.findall(r"`([\w./]*/[\w.]*\.(?:py|md|yml)|\w+\.md|\.ci/\w+)`", (ROOT / page).read_text())
-    assert names
+    text = (ROOT / page).read_text()
+    names = [name for name in re.findall(r"`([^`\n]+)`", text) if PATH.fullmatch(name)]
+    prose = re.sub(r"```.*?```|`[^`\n]+`", "", text, flags=re.S)
+    links = [link.partition("#")[0] for link in re.findall(r"\]\((?!https:|#)(.*?)\)", prose)]
+    assert names or links
     assert [name for name in names if not (ROOT / name).exists()] == []
+    assert [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == []
+
+
+def test_contributing_maps_every_folder():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    named = re.findall(r"^([\w./]+)/ +\w", text, re.M)
+    packages = [ROOT / name for name in ("kvcore", "jaxkv", "torchkv")]
+    inside = [
+        file.parent.relative_to(ROOT).as_posix() for package in packages for file in package.glob("*/__init__.py")
+    ]
+    assert sorted(named) == sorted(
+        [*inside, "kvcore", "jaxkv", "torchkv", "tests", "benchmarks", "examples", "docs", ".ci"]
+    )
+
+
+def test_source_distribution_has_what_it_lists():
+    included = PYPROJECT["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
+    assert [name for name in included if not (ROOT / name).exists()] == []
+    assert {
+        "justfile",
+        ".pre-commit-config.yaml",
+        "LICENSE",
+        *PYPROJECT["tool"]["pytest"]["ini_options"]["testpaths"],
+    } <= {*included}
 
 
 @pytest.mark.parametrize(("workflow", "command"), [("ci", "bash .ci/run"), ("newest", "bash .ci/compiled")])
@@ -83,6 +123,57 @@ def test_workflows_run_scripts_that_anybody_can_run(workflow, command):
     yaml.safe_load(text)
     assert command in text
     assert (ROOT / command.split()[1]).is_file()
+
+
+# ---- commands that people run
+
+TOOLS = {re.split(r"[>=]", need)[0] for need in PYPROJECT["dependency-groups"]["dev"] if isinstance(need, str)}
+
+
+def recipes():
+    """Names and lines of the justfile's recipes."""
+    text = (ROOT / "justfile").read_text()
+    found = re.findall(r"^([a-z-]+)((?: \*?\w+)*):\n((?:    .*\n)+)", text, re.M)
+    return {name: lines.split("\n")[:-1] for name, _, lines in found}
+
+
+def test_contributing_names_every_recipe():
+    named = re.findall(r"`just ([a-z-]+)", (ROOT / "CONTRIBUTING.md").read_text())
+    assert {*named} == {*recipes()} == {"setup", "test", "test-file", "lint", "gpu", "benchmark"}
+
+
+@pytest.mark.parametrize("line", [line.strip() for lines in recipes().values() for line in lines])
+def test_recipes_run_what_there_is(line):
+    uv, command, *words = shlex.split(line)
+    assert uv == "uv"
+    if command == "sync":
+        assert words == []
+        return
+    assert command == "run"
+    if words[0] == "--extra":
+        assert words[1] in PROJECT["optional-dependencies"]
+        words = words[2:]
+    tool, *words = words
+    if tool == "python":
+        assert words[0] == "-m"
+        assert (ROOT / words[1] / "__main__.py").is_file()
+        return
+    assert tool in TOOLS
+    if tool == "pytest" and "-m" in words:
+        markers = PYPROJECT["tool"]["pytest"]["ini_options"]["markers"]
+        assert words[words.index("-m") + 1] in {marker.partition(":")[0] for marker in markers}
+
+
+def test_hooks_run_the_projects_own_tools():
+    (repo,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert repo["repo"] == "local"
+    for hook in repo["hooks"]:
+        if hook["language"] == "system":
+            assert hook["entry"].startswith("uv run --no-sync ")
+            assert hook["entry"].split()[3] in TOOLS
+        else:
+            assert hook["language"] == "pygrep"
+            re.compile(hook["entry"])
 
 
 def test_triton_comes_with_extras_only():

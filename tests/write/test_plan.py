@@ -27,7 +27,7 @@ def test_every_element_has_one_lane(layout, num_tokens):
     assert tokens * plan.rows >= num_tokens > (tokens - 1) * plan.rows
     for side in (plan.kernel.constexprs["K"], plan.kernel.constexprs["V"]):
         assert side.columns & (side.columns - 1) == 0
-        assert rows * side.columns >= side.num_heads * side.head_size
+        assert rows * side.columns >= side.num_heads * side.head_units
 
 
 def test_rows_without_gaps_are_one_long_head():
@@ -73,9 +73,8 @@ def test_both_frameworks_compile_the_same_launch(monkeypatch, layout):
     import jax.numpy as jnp
     import triton
 
-    from jaxkv._primitive.write import Operands
+    from jaxkv._call import CacheOperands, CacheOptions, WriteOperands, WriteOptions
     from jaxkv._triton import launch as jax_launch
-    from jaxkv._triton import write as jax_half
     from kvcore.run import compiler
 
     write = describe(layout, num_layers=3, layer=1)
@@ -84,12 +83,12 @@ def test_both_frameworks_compile_the_same_launch(monkeypatch, layout):
     monkeypatch.setattr(jax_launch.jt, "triton_call", lambda *args, **named: calls.update(jax=(args, named)))
     num_caches = len(write.cache.layout.arrays)
     any_array = jnp.zeros(1)
-    jax_half.write(
+    cache = CacheOperands((any_array,) * num_caches, (), None, None, None)
+    jax_launch.write(
         write,
-        Operands(any_array, any_array, (any_array,) * num_caches, jnp.zeros(67, jnp.int32), None, None, None),
-        layer=1,
-        platform="cuda",
-        compute_capability=90,
+        WriteOptions(CacheOptions("auto", write.cache.layout, None, layer=1), backend=None),
+        WriteOperands(any_array, any_array, cache, jnp.zeros(67, jnp.int32)),
+        H100,
     )
     args, named = calls["jax"]
 
@@ -131,8 +130,7 @@ def test_both_launchers_pass_the_same_arguments(monkeypatch, name):
     import jax.numpy as jnp
     import torch
 
-    from jaxkv._primitive import write as jax_primitive
-    from jaxkv._triton import write as jax_half
+    from jaxkv._triton import launch as jax_launch
     from kvcore.run.compiler import compile_kernel, kernel_function
     from torchkv._triton import write as torch_half
 
@@ -149,15 +147,15 @@ def test_both_launchers_pass_the_same_arguments(monkeypatch, name):
         launched["jax"] = kernel, grid, [a if a is None or isinstance(a, int) else "array" for a in arguments]
 
     def write(options, operands):
-        return jax_half.write(jax_primitive.describe(options, operands), operands, options.layer, "cuda", 90)
+        return jax_launch.write(options.describe(operands), options, operands, H100)
 
     for attribute, value in (("_launchers", {}), ("load", load), ("start", start), ("target", lambda: H100)):
         monkeypatch.setattr(torch_half, attribute, value)
     monkeypatch.setattr(torch_half, "interpret_write", lambda write, call: torch_half.launch(call))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(jax_half, "launch", launch)
-    monkeypatch.setattr(jax_primitive, "write", write)
+    monkeypatch.setattr(jax_launch, "launch", launch)
+    monkeypatch.setattr(jaxkv.write, "write", write)
     case = make_case(np.random.default_rng(0), **WRITES[name])
     case.slot_mapping = case.slot_mapping.astype(np.int32)  # JAX has no int64 by default
     run_torch(case, "interpret")
@@ -215,7 +213,9 @@ def test_every_kernel_says_whether_multiply_and_add_may_fuse(monkeypatch, target
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", default)
     for kernel in launched:
         fuses = kernel.options["enable_fp_fusion"]
-        assert fuses is (kernel.module == "attention"), kernel.name  # whose results are rounded, not bits to be kept
+        assert fuses is (kernel.module in ("attention", "merge")), (
+            kernel.name
+        )  # whose results are rounded, not bits to be kept
         jax_launch.launch(kernel, (1, 1, 1), [], target)
         assert seen["backend_options"]["enable_fp_fusion"] is fuses
         backend = make_backend(GPUTarget(*target))

@@ -1,0 +1,140 @@
+"""Device meshes and partition specs: which arrays of a call may be split, over which mesh axes, and along which axis.
+
+Only heads are ever split: every device has all slots of some heads, so that no op needs to communicate.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxkv._call import CacheOperands, CacheOptions
+from kvcore.formats import NVFP4
+from kvcore.pattern import Axis
+from kvcore.scales import region_start
+
+
+def used_spec(sharding: NamedSharding) -> P:
+    """The spec of a sharding without mesh axes of size 1, over which nothing is split."""
+
+    def used(mesh_axes: Any) -> Any:
+        names = mesh_axes if isinstance(mesh_axes, tuple) else (mesh_axes,)
+        kept = tuple(name for name in names if sharding.mesh.shape[name] > 1)
+        return kept if len(kept) > 1 else kept[0] if kept else None
+
+    return P(*(None if mesh_axes is None else used(mesh_axes) for mesh_axes in sharding.spec))
+
+
+def explicit_axes(array: Any) -> tuple[Any, set[str]]:
+    """The mesh that an array is on, and those of its axes that are part of the array's type."""
+    mesh = jax.typeof(array).sharding.mesh
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return mesh, {name for name, kind in kinds if kind == AxisType.Explicit}
+
+
+def varying_axes(array: Any) -> frozenset[str]:
+    """The mesh axes of a shard_map along which an array differs."""
+    return jax.typeof(array).manual_axis_type.varying
+
+
+def vary(array: Any, mesh_axes: frozenset[str]) -> Any:
+    """The array, as one that may differ along these mesh axes."""
+    missing = tuple(sorted(mesh_axes - varying_axes(array)))
+    return lax.pcast(array, missing, to="varying") if missing else array
+
+
+# ---- how a cache is split
+
+
+def head_mesh_axes(options: CacheOptions, specs: Sequence[P]) -> Any:
+    """The mesh axes over which the heads of a cache are split; None if they are not.
+
+    Args:
+        options: Of the cache.
+        specs: Of its arrays: of the caches, then of the scale caches.
+
+    Raises:
+        ValueError: another axis is split, or only one of key and value cache, or heads that share a region of nvfp4.
+    """
+    layout = options.layout
+    every = [_head_mesh_axes(axes, spec) for axes, spec in zip(options.arrays, specs, strict=True)]
+    splits = every[: len(layout.arrays)]  # scale caches follow the caches
+    if len({str(split) for split in splits}) > 1:
+        raise ValueError(f"key_cache and value_cache must be split alike over heads, got {splits[0]} and {splits[1]}")
+    if splits[0] is not None and heads_share_regions(options):
+        raise ValueError(
+            f"a cache of nvfp4 may be split over heads only where its layout has them before block, as in "
+            f"'head block slot dim', got '{layout}' split over {splits[0]}; jax.shard_map can give each device a cache "
+            "of its own heads"
+        )
+    return splits[0]
+
+
+def _head_mesh_axes(axes: Sequence[Axis], spec: P) -> Any:
+    """The mesh axes over which the heads of one array are split; an error if anything else is."""
+    split = None
+    for axis, mesh_axes in _split_axes(axes, spec):
+        if axis[0] != "head":  # of a joined (kv head), devices would get K or V
+            raise ValueError(
+                f"a cache may be split over heads only, got axis {' '.join(axis)} split over {mesh_axes}; "
+                "jax.shard_map can give each device blocks of its own"
+            )
+        split = mesh_axes
+    return split
+
+
+def mesh_axes_by_name(axes: Sequence[Axis], spec: P) -> dict[str, Any]:
+    """The mesh axes over which heads, blocks and layers of a cache are split, by the name of the cache's axis.
+
+    Raises:
+        ValueError: anything else is split; then no device has whole rows of a head, which even `jax.shard_map` needs.
+    """
+    split = {}
+    for axis, mesh_axes in _split_axes(axes, spec):
+        if axis[0] not in ("head", "block", "layer"):  # of a joined (kv head), devices would get K or V
+            raise ValueError(
+                f"a cache may be split over heads, blocks and layers only, got axis {' '.join(axis)} split over "
+                f"{mesh_axes}"
+            )
+        split[axis[0]] = mesh_axes
+    return split
+
+
+def _split_axes(axes: Sequence[Axis], spec: P) -> list[tuple[Axis, Any]]:
+    """The axes of an array that are split, each with its mesh axes."""
+    padded = (*spec, *(None,) * (len(axes) - len(spec)))
+    return [(axis, mesh_axes) for axis, mesh_axes in zip(axes, padded, strict=True) if mesh_axes is not None]
+
+
+def heads_share_regions(options: CacheOptions) -> bool:
+    """Whether blocks hold the elements of all heads, then the scales of all, so that no part of one has some heads."""
+    if options.kv_cache_dtype != NVFP4.name:
+        return False
+    regions = (axes[region_start(axes) :] for axes in options.layout.arrays)
+    return any("head" in axis for region in regions for axis in region)
+
+
+# ---- specs
+
+
+def replicated(operands: Any) -> Any:
+    """Specs of operands that are not split."""
+    return jax.tree.map(lambda array: P(*(None,) * len(array.shape)), operands)
+
+
+def cache_specs(options: CacheOptions, operands: CacheOperands, mesh_axes: Any) -> CacheOperands:
+    """Specs of a cache's arrays with heads split over mesh axes, and nothing else."""
+    memory = [P(*(mesh_axes if "head" in axis else None for axis in axes)) for axes in options.arrays]
+    return (
+        replicated(operands)
+        .with_memory(memory)
+        ._replace(k_scale=_scale_spec(operands.k_scale, mesh_axes), v_scale=_scale_spec(operands.v_scale, mesh_axes))
+    )
+
+
+def _scale_spec(scale: Any | None, mesh_axes: Any) -> P | None:
+    """The spec of a static scale: where each head has one, they are split with the heads."""
+    return None if scale is None else P(mesh_axes if scale.shape[0] > 1 else None)

@@ -1,0 +1,187 @@
+"""Calls that several devices share: each gets the heads that it has, and nothing is communicated.
+
+Where shardings are part of types (`AxisType.Explicit`), they are known when a primitive is bound, and a shard_map of
+the call does it. Otherwise XLA's partitioner is the first to know them, and asks a custom partitioning; without that,
+it would gather the caches. Within a shard_map of the user's, each device's call is one for a single device.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax._src import (
+    compiler,  # private: only its handlers of errors see those of a partitioning
+    dispatch,  # private: a lowering that emits custom_partitioning has to say that it needs devices
+)
+from jax.core import Tracer
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxkv._call import Operands, Options
+from jaxkv._mesh import explicit_axes, head_mesh_axes, used_spec, vary, varying_axes
+from jaxkv._primitive.base import bind, compute_capability
+
+
+class Rule(NamedTuple):
+    """How XLA may spread the shardings of operands and results.
+
+    Attributes:
+        operands: A spec for each operand, with names of factors in place of mesh axes; arrays that share a name are
+            split alike.
+        results: The same for each result.
+        sizes: Of the factors that are nowhere alone on an axis.
+    """
+
+    operands: Any
+    results: list[P]
+    sizes: dict[str, int]
+
+
+Specs = Callable[[Any, Any, Any], tuple[Any, list[P]]]
+"""Specs of operands and of results, with which devices need no communication, given options, the specs that operands
+have, and operands, whose shapes count."""
+
+
+def bind_sharded(primitive: Primitive, specs: Specs, options: Options, operands: Operands) -> list[Any]:
+    """Binds a primitive to a call, whatever the sharding of its operands.
+
+    Inside shard_map, operands become varying where any of them is.
+    """
+    memory = operands.cache.memory
+    if explicit_axes(memory[0])[1]:
+        return _bind_explicit(primitive, specs, options, operands)
+    _check_concrete(options, memory)
+    varying = frozenset().union(*map(varying_axes, jax.tree.leaves(operands)))
+    return bind(primitive, options, jax.tree.map(lambda array: vary(array, varying), operands))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
+def _bind_explicit(primitive: Primitive, specs: Specs, options: Options, operands: Operands) -> list[Any]:
+    """Binds a primitive where shardings are part of types. An eager shard_map, without jit, would be compiled anew."""
+    mesh, explicit = explicit_axes(operands.cache.memory[0])
+    present = jax.tree.map(lambda array: jax.typeof(array).sharding.spec, operands)
+    in_specs, out_specs = specs(options, present, operands)
+    local = jax.shard_map(
+        functools.partial(bind_sharded, primitive, specs, options),
+        mesh=mesh,
+        axis_names=explicit,
+        in_specs=(in_specs,),
+        out_specs=out_specs,
+    )
+    return local(jax.tree.map(lambda array, s: jax.sharding.reshard(array, NamedSharding(mesh, s)), operands, in_specs))
+
+
+def _check_concrete(options: Options, memory: Sequence[Any]) -> None:
+    """Raises, before anything is compiled, if caches and scale caches are split in a way that no op can use.
+
+    Within jit, XLA's partitioner is the first to know how they are: see `_remembering_refusals`.
+    """
+    if any(isinstance(array, Tracer) or not isinstance(array.sharding, NamedSharding) for array in memory):
+        return
+    head_mesh_axes(options.cache, [used_spec(array.sharding) for array in memory])
+
+
+# ---- XLA's partitioner
+
+
+def lower_by_heads(
+    primitive: Primitive,
+    local_p: Primitive,
+    specs: Specs,
+    rule: Callable[[Any, Any], Rule],
+    updates_memory: bool = False,
+) -> None:
+    """Lowers a primitive to a custom partitioning by heads.
+
+    Args:
+        primitive: The one that users bind.
+        local_p: The one that computes on a single device.
+        specs: Of operands and results.
+        rule: The rule by which shardings spread, given options and operands of types.
+        updates_memory: Whether the results are caches and scale caches, which then have the shardings of the operands.
+    """
+
+    def lower(ctx: Any, *values: Any, tree: Any, options: Any) -> Any:
+        options = options._replace(compute_capability=compute_capability(ctx.module_context.axis_context))
+        spreading = rule(options, jax.tree.unflatten(tree, ctx.avals_in))
+        partitioned = _partitioned(local_p, specs, spreading, tree, options, updates_memory)
+        return mlir.lower_fun(lambda *leaves: list(partitioned(*leaves)), multiple_results=True)(ctx, *values)
+
+    dispatch.prim_requires_devices_during_lowering.add(primitive)
+    mlir.register_lowering(primitive, lower)
+
+
+def _partitioned(
+    local_p: Primitive, specs: Specs, rule: Rule, tree: Any, options: Options, updates_memory: bool
+) -> Any:
+    """The call as a function of the operands' leaves, which XLA's partitioner splits by heads."""
+
+    def local(*leaves: Any) -> tuple[Any, ...]:
+        return tuple(local_p.bind(*leaves, tree=tree, options=options))
+
+    @_remembering_refusals
+    def partition(mesh: Any, leaves: Any, results: Any) -> Any:
+        operands = jax.tree.unflatten(tree, leaves)
+        if not all(isinstance(array.sharding, NamedSharding) for array in operands.cache.memory):
+            # Within a shard_map over some of the mesh's axes. XLA's shardings there have no spec to look at.
+            results = operands.cache.memory if updates_memory else results
+            return mesh, local, tuple(array.sharding for array in results), tuple(array.sharding for array in leaves)
+        in_specs, out_specs = specs(options, jax.tree.map(lambda array: array.sharding.spec, operands), operands)
+        operand_shardings, result_shardings = (
+            tuple(NamedSharding(mesh, spec) for spec in _spec_leaves(part)) for part in (in_specs, out_specs)
+        )
+        return mesh, local, result_shardings, operand_shardings
+
+    partitioned = custom_partitioning(local)
+    sizes: Any = rule.sizes
+    partitioned.def_partition(partition, sharding_rule=_spell(rule), **sizes)
+    return partitioned
+
+
+def _spell(rule: Rule) -> str:
+    """A rule as custom_partitioning reads it; each None is a factor of its own."""
+    fresh = (f"i{n}" for n in itertools.count())
+
+    def spelled(spec: P) -> str:
+        return " ".join(factor or next(fresh) for factor in spec)
+
+    operands, results = (", ".join(map(spelled, _spec_leaves(part))) for part in (rule.operands, rule.results))
+    return f"{operands} -> {results}"
+
+
+def _spec_leaves(specs: Any) -> list[P]:
+    return jax.tree.leaves(specs, is_leaf=lambda spec: isinstance(spec, P))
+
+
+# ---- errors
+
+
+_refusals: set[str] = set()
+
+
+def _remembering_refusals(partition: Any) -> Any:
+    """Its ValueErrors leave the compiler as such: XLA would hide what they say in the middle of a traceback."""
+
+    @functools.wraps(partition)
+    def remembering(*args: Any) -> Any:
+        try:
+            return partition(*args)
+        except ValueError as error:
+            _refusals.add(str(error))
+            raise
+
+    return remembering
+
+
+def _refusal(error: Exception) -> ValueError | None:
+    """The error of a partitioning that the compiler's error quotes; None where it quotes none."""
+    text = str(error)
+    return next((ValueError(refusal) for refusal in _refusals if refusal in text), None)
+
+
+compiler.register_xla_runtime_error_handler(_refusal)

@@ -1,0 +1,32 @@
+# What people run here; `just` lists it. CI runs more: `bash .ci/run`.
+
+set positional-arguments
+
+_list:
+    @just --list --unsorted
+
+# install both frameworks, Triton and the tools into .venv
+setup:
+    uv sync
+
+# run all tests; without a GPU, those of the kernels on one count as skipped
+test *options:
+    uv run pytest "$@"
+
+# run the tests of one file or folder, in one process: just test-file tests/gather -k fp8
+test-file path *options:
+    uv run pytest -n 0 "$@"
+
+# check rules, format and types
+lint:
+    uv run ruff check .
+    uv run ruff format --check .
+    uv run pyright
+
+# run the tests that need an NVIDIA GPU
+gpu *options:
+    uv run --extra cuda13 pytest -m gpu "$@"
+
+# measure: just benchmark write --json FILE; without a name it lists what there is
+benchmark *name:
+    uv run python -m benchmarks "$@"

@@ -1,0 +1,86 @@
+"""The two products of attention: of query with K, and of weights with V.
+
+K and V come in words; each element of a word is multiplied on its own. P is
+kvcore.plan.attention_constants.AttentionConstants, C the CacheRows of what is multiplied.
+"""
+
+import triton
+import triton.language as tl
+
+from .decode import narrow, widen
+from .words import element_of
+
+
+@triton.jit
+def add_scores(scores, query, words, word_scales, C: tl.constexpr, P: tl.constexpr):
+    """Scores `[ROWS, POSITIONS]` plus the products of a piece of query with words `[POSITIONS, words]` of K."""
+    ELEMENTS: tl.constexpr = C.elements_per_word
+    for element in tl.static_range(ELEMENTS):
+        k = element_of(words, word_scales, element, C, P)
+        scores = tl.dot(query[element], tl.trans(k), scores, input_precision="ieee")
+    return scores
+
+
+@triton.jit
+def add_values(acc, weights, words, word_scales, shrink, C: tl.constexpr, P: tl.constexpr):
+    """Sums `[ROWS, words]` of values, one for each element of a word, times shrink, plus weights times values.
+
+    Args:
+        acc: The sums.
+        weights: `[ROWS, POSITIONS]`, 0 where a row does not see a position. A value there that is infinite or NaN
+            spoils the sum, as 0 times that is NaN: see `add_seen_values`.
+        words: `[POSITIONS, words]` of V.
+        word_scales: Their scales, or None.
+        shrink: `[ROWS]`.
+        C: CacheRows of V.
+        P: All constants.
+    """
+    v = element_of(words, word_scales, 0, C, P)
+    weights = weights.to(v.dtype)
+    sums = (tl.dot(weights, v, acc[0] * shrink[:, None], input_precision="ieee"),)
+    ELEMENTS: tl.constexpr = C.elements_per_word
+    for element in tl.static_range(1, ELEMENTS):
+        v = element_of(words, word_scales, element, C, P)
+        sums = sums + (tl.dot(weights, v, acc[element] * shrink[:, None], input_precision="ieee"),)
+    return sums
+
+
+@triton.jit
+def add_seen_values(acc, weights, seen, words, word_scales, v_scale, shrink, C: tl.constexpr, P: tl.constexpr):
+    """What `add_values` does, for values that may be infinite or NaN, which change only rows that see them.
+
+    Finite values are multiplied as usual. Of the others, rows count those that they see: where there is one, it goes to
+    the sum whatever its weight, and a sum that is not finite stays what it is.
+
+    Args:
+        acc: As in `add_values`, and so are all arguments but the two that follow.
+        weights: Of values without their position's scale, which weights have in them already.
+        seen: Which positions rows see, `[ROWS, POSITIONS]`.
+        words: Of V.
+        word_scales: Their scales, or None.
+        v_scale: Scales of positions, `[POSITIONS]`, or None: a value may be infinite only together with it.
+        shrink: `[ROWS]`.
+        C: CacheRows of V.
+        P: All constants.
+    """
+    COMPUTE: tl.constexpr = P.compute
+    ELEMENTS: tl.constexpr = C.elements_per_word
+    infinity = float("inf")
+    saw = narrow(tl.where(seen, 1.0, 0.0), COMPUTE)
+    sums = ()
+    for element in tl.static_range(ELEMENTS):
+        v = widen(element_of(words, word_scales, element, C, P))
+        scaled = v
+        if v_scale is not None:
+            scaled = v * v_scale[:, None]
+        finite = tl.abs(scaled) < infinity
+        v = narrow(tl.where(finite, v, 0.0), COMPUTE)
+        updated = tl.where(tl.abs(acc[element]) < infinity, acc[element] * shrink[:, None], acc[element])
+        updated = tl.dot(weights.to(v.dtype), v, updated, input_precision="ieee")
+        # How many infinities of each sign a row sees; NaN counts as both, so that their sum is NaN.
+        nan = scaled != scaled
+        above = tl.dot(saw, narrow(tl.where(nan | (scaled == infinity), 1.0, 0.0), COMPUTE), input_precision="ieee")
+        below = tl.dot(saw, narrow(tl.where(nan | (scaled == -infinity), 1.0, 0.0), COMPUTE), input_precision="ieee")
+        updated = tl.where(above > 0, updated + infinity, updated)
+        sums = sums + (tl.where(below > 0, updated - infinity, updated),)
+    return sums
