@@ -7,8 +7,8 @@ import pytest
 
 from tests.cases.processes import ROOT
 
-PACKAGES = ("kvcore", "benchmarks")
-FILE_LINES = {"kvcore": 320, "benchmarks": 320, "tests": 400}
+PACKAGES = ("jaxkv", "torchkv", "kvcore")
+FILE_LINES = {**dict.fromkeys(PACKAGES, 320), "benchmarks": 320, "tests": 400}
 FUNCTION_LINES = 110  # the decorators, the signature and the docstring are counted
 
 
