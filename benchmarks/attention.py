@@ -15,11 +15,11 @@ import torch
 
 import torchkv
 from benchmarks import peers, report
-from benchmarks.attention_inputs import BLOCK_SIZE, Case, Inputs
+from benchmarks.attention_inputs import Case, Inputs
+from benchmarks.common import BLOCK_SIZE, COPY_BYTES, bandwidth
 from benchmarks.timing import jax_time, torch_time
 from kvcore.formats import KV_CACHE_DTYPES
 
-COPY_BYTES = 2**28  # larger buffers copy slower on an H100
 TOLERANCE = 2**-7  # of the largest element of the result
 SIZES = ((64, 8192), (8, 32768), (1, 131072), (256, 1024))
 PEERS = ("flashinfer", "gather_sdpa", "contiguous_sdpa", "flash_attn", "pallas", "xla_gather")
@@ -51,13 +51,6 @@ def cases() -> Iterator[Case]:
     for layout in ("HND", "KV_NHD", "PACKED_NHD", "BLOCK_KV_HND"):
         for batch, context in SIZES:
             yield Case("decode", batch, context, layout)
-
-
-def bandwidth(nbytes: int = COPY_BYTES) -> float:
-    """Bytes that a plain copy of this many reads and writes in a second, on torch's device."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    buffers = torch.randint(0, 255, (2, nbytes), dtype=torch.uint8, device=device)
-    return 2 * nbytes / torch_time([lambda: buffers[1].copy_(buffers[0])])
 
 
 def torch_results(inputs: Inputs, calls: peers.Calls) -> dict[str, Any]:

@@ -9,10 +9,10 @@ from typing import Any, cast
 import torch
 
 import torchkv
+from benchmarks.common import BLOCK_SIZE
 from kvcore.cache_spec import CacheSpec
 from kvcore.choices import ScaledDtype
 
-BLOCK_SIZE = 16
 L2_BYTES = 2**28  # what has to lie between two uses of a block, for it to come from memory and not from the L2 cache
 
 

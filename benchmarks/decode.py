@@ -22,9 +22,8 @@ from jax import Array, lax
 
 import jaxkv
 from benchmarks import report
-from benchmarks.attention import COPY_BYTES, bandwidth
+from benchmarks.common import BLOCK_SIZE, COPY_BYTES, bandwidth
 
-BLOCK_SIZE = 16
 PARTS = ("attention", "write", "head")
 SECONDS = 0.35  # of a run: the start of a program, about half a millisecond, does not show
 

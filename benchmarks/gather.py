@@ -13,9 +13,9 @@ import torch
 
 from benchmarks import report
 from benchmarks.attention import JaxInputs
-from benchmarks.attention_inputs import BLOCK_SIZE, Case, Inputs
+from benchmarks.attention_inputs import Case, Inputs
+from benchmarks.common import BLOCK_SIZE, SETS, copy_time
 from benchmarks.timing import jax_time, torch_time
-from benchmarks.write import SETS, copy_time
 
 BATCH, CONTEXT = 16, 4096
 CASES = (

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from benchmarks.attention_inputs import BLOCK_SIZE, Inputs
+from benchmarks.attention_inputs import Inputs
+from benchmarks.common import BLOCK_SIZE
 
 Calls = list[Callable[[], Any]]
 JaxPeer = tuple[str, Callable[..., Any], Any]

@@ -13,11 +13,11 @@ import torch
 
 import torchkv
 from benchmarks import report
+from benchmarks.common import BLOCK_SIZE, SETS, copy_time
 from benchmarks.timing import host_time, jax_time, torch_time
 from kvcore.cache_spec import CacheSpec
 
-BLOCK_SIZE, HEADS = 16, 8
-SETS = 4  # inputs, and places in the cache, that calls take turns with, so that nothing stays in the L2 cache
+HEADS = 8
 
 
 @dataclass(frozen=True)
@@ -136,13 +136,6 @@ class Inputs:
             name += "_diffkv" if self.layout.single_array else ""
             name += "_per_token_head_quant" if self.case.scales == "token head" else ""
         return getattr(module, name)(key, value, *caches, slots, self.case.kv_cache_dtype, *scales, **options)
-
-
-def copy_time(moved: int) -> float:
-    """A plain copy that reads and writes as many bytes in total."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    buffers = [torch.randint(0, 255, (2, moved // 2), dtype=torch.uint8, device=device) for _ in range(SETS)]
-    return torch_time([lambda b=b: b[1].copy_(b[0]) for b in buffers])
 
 
 def torch_times(case: Case, inputs: Inputs) -> dict[str, float]:

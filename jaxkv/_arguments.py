@@ -13,6 +13,9 @@ ArrayLike = jax.Array | np.ndarray | list[Any]
 Scale = ArrayLike | float | np.floating[Any] | np.integer[Any]
 Index = ArrayLike | int | np.integer[Any]
 
+BACKENDS = ("triton", "xla", "interpret")
+"""What `backend` may be, beside None."""
+
 
 def as_array(argument: Any) -> Any:
     """An array of JAX, or still of NumPy, so that the contract sees a dtype that JAX would narrow.
@@ -34,6 +37,11 @@ def as_scale(scale: Any) -> Any:
     if is_number(scale):
         return jnp.float32(scale)
     return as_array(scale) if isinstance(scale, (list, tuple, jax.Ref)) else scale
+
+
+def with_axis(scale: Any) -> jax.Array | None:
+    """A static scale as an array with an axis, which one element may come without."""
+    return None if scale is None else jnp.atleast_1d(jnp.asarray(scale))
 
 
 def as_indices(indices: Any, lengths: bool = False) -> Any:

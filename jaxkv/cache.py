@@ -8,18 +8,16 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxkv._arguments import ArrayLike, Index, Scale, as_array, as_scale, dtype_name
+from jaxkv._arguments import BACKENDS, ArrayLike, Index, Scale, as_array, as_scale, dtype_name
 from jaxkv._call import spec_of
 from jaxkv._mesh import mesh_axes_by_name, used_spec
-from jaxkv.read import AttendOptions, gather_kv, paged_attention
-from jaxkv.write import (
-    BACKENDS,
-    reshape_and_cache_flash,
-    reshape_and_cache_flash_diffkv,
+from jaxkv.mla import write_latent
+from jaxkv.quantize import (
     reshape_and_cache_flash_diffkv_per_token_head_quant,
     reshape_and_cache_flash_per_token_head_quant,
-    write_latent,
 )
+from jaxkv.read import AttendOptions, gather_kv, paged_attention
+from jaxkv.write import reshape_and_cache_flash, reshape_and_cache_flash_diffkv
 from kvcore.cache_spec import CacheSpec, Described
 from kvcore.choices import JaxBackend, KVCacheDtype, Layout
 from kvcore.contract.checks import check_options, check_scale
@@ -33,9 +31,21 @@ class PagedKVCache(Described):
     Attributes:
         caches: `(key_cache, value_cache)`, or `(kv_cache,)` for layouts that hold both.
         spec: Extents, layout and formats; static.
-        k_scale: By which quantised keys were divided: float32 of one element or `[num_heads]`, or None for 1; with
+        k_scale: What quantised keys were divided by: float32 of one element or `[num_heads]`, or None for 1; with
             per_token_head the scale cache, which `write` updates, too.
-        v_scale: Likewise, for values. None where they are a part of the keys.
+        v_scale: What quantised values were divided by, of the same kind. None where values are a part of the keys.
+
+    Example:
+        >>> cache = jaxkv.PagedKVCache.create(num_blocks=3, block_size=2, num_heads=1, head_size=2, dtype="float32")
+        >>> cache
+        PagedKVCache(3 blocks × 2 slots, 1 heads × 2, float32, 'block slot head dim', 96 bytes)
+        >>> key = jnp.array([[[1.0, 2.0]], [[3.0, 4.0]]])  # 2 tokens, 1 head of 2 elements
+        >>> cache = cache.write(key, -key, jnp.array([4, 5]))  # both slots of block 2
+        >>> block_tables, seq_lens = jnp.array([[2, -1]]), jnp.array([2])
+        >>> cache.gather(block_tables, seq_lens, max_len=2)[0][0, :, 0].tolist()
+        [[1.0, 2.0], [3.0, 4.0]]
+        >>> cache.attend(jnp.zeros((1, 1, 2)), block_tables, seq_lens).tolist()  # the mean of both values
+        [[[-2.0, -3.0]]]
     """
 
     caches: tuple[jax.Array, ...]
@@ -75,13 +85,15 @@ class PagedKVCache(Described):
             head_size_v: Elements of a value head; None means `head_size`.
             dtype: float16, bfloat16 or float32; a quantised cache is stored as uint8.
             layout: Pattern, constant's name or `CacheLayout`; an axis `layer` is put in front where it lacks one.
-            kv_cache_dtype: What is stored, as in `reshape_and_cache_flash`; with the layout `block slot latent` as in
-                `concat_and_cache_mla`.
+            kv_cache_dtype: What is stored: "auto" for elements of dtype, or a format that `reshape_and_cache_flash`
+                knows; with the layout `block slot latent`, that `concat_and_cache_mla` knows.
             k_scale: What quantised keys are divided by: float32 of one element or `[num_heads]`, or a number; None
-                means 1. `kv_scales` finds good ones.
-            v_scale: Likewise, for values; where they are a part of the keys (`block slot latent`), k_scale is for both.
-            per_token_head: Whether each token's head has a scale of its own, which `write` computes.
-            scale_layout: With these, as in `reshape_and_cache_flash_per_token_head_quant`.
+                means 1. `kv_scales` computes good ones.
+            v_scale: What quantised values are divided by, of the same kind. With `block slot latent`,
+                k_scale is for both.
+            per_token_head: Whether each head of a token has a scale of its own, which `write` computes.
+            scale_layout: With these, the pattern of the scale caches; None means `block slot head`, or
+                `layer block slot head`.
             sharding: Of each cache; scale caches are split alike. It may split heads, which all methods can use, or
                 layers or blocks, which `jax.shard_map` can use, with a cache of its own for each device. None leaves
                 the arrays where JAX puts them.
@@ -94,13 +106,7 @@ class PagedKVCache(Described):
             num_layers, num_blocks, block_size, num_heads, head_size, head_size_v, dtype_name(dtype), layout,
             kv_cache_dtype, per_token_head, scale_layout, num_kv_heads,
         )  # fmt: skip
-        for given, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
-            if per_token_head and scale is not None:
-                raise ValueError(f"{given} must be None with per_token_head, which computes scales, got {scale!r}")
-        if spec.layout.latent and v_scale is not None:
-            raise ValueError(
-                f"v_scale must be None for layout '{spec.layout}', where k_scale is for both, got {v_scale!r}"
-            )
+        spec.check_scales(k_scale, v_scale)
         splits: list[dict[str, Any]] = [{}] * len(spec.shapes)
         if isinstance(sharding, jax.sharding.NamedSharding):
             splits = [mesh_axes_by_name(axes, used_spec(sharding)) for axes in spec.layout.arrays]
@@ -133,10 +139,17 @@ class PagedKVCache(Described):
         layer: Index | None = None,
         backend: JaxBackend | None = None,
     ) -> "PagedKVCache":
-        """Writes keys and values of new tokens; arguments as in `reshape_and_cache_flash`.
+        """Writes keys and values of new tokens and returns the new cache.
 
-        With the layout `block slot latent` as in `concat_and_cache_mla`: key is kv_c `[num_tokens, head_size_v]` and
-        value is k_pe `[num_tokens, head_size - head_size_v]`.
+        Args:
+            key: `[num_tokens, num_heads, head_size]` of float16, bfloat16 or float32. With the layout
+                `block slot latent`, kv_c: `[num_tokens, head_size_v]`.
+            value: `[num_tokens, num_heads, head_size_v]` of key's dtype. With the layout `block slot latent`, k_pe:
+                `[num_tokens, head_size - head_size_v]`.
+            slot_mapping: `[n]` of int32 or int64, n ≤ num_tokens: slots of the first n tokens. Outside the cache is
+                skipped.
+            layer: Index into the cache's layers, maybe traced; None for a cache of one layer.
+            backend: None, "triton", "xla" or "interpret".
 
         Returns:
             The new cache: the same memory, where this one was donated or is not used again.
@@ -212,7 +225,27 @@ class PagedKVCache(Described):
         return_lse: bool = False,
         backend: JaxBackend | None = None,
     ) -> jax.Array | tuple[jax.Array, jax.Array]:
-        """Attention over the cache; arguments and results as in `paged_attention`."""
+        """Attention of new tokens over the cache. `paged_attention` tells more of each argument.
+
+        Args:
+            query: `[num_tokens, num_q_heads, head_size]` of float16, bfloat16 or float32.
+            block_tables: `[num_seqs, max_blocks]` of int32 or int64: the blocks of each sequence, in order.
+            seq_lens: `[num_seqs]` of int32 or int64: tokens of each sequence in the cache, the queries' own among them.
+            query_start_loc: `[num_seqs + 1]` of int32 or int64: where each sequence's rows of query start, and the end.
+                None: one row each.
+            scale: What logits are multiplied by; None means `head_size ** -0.5`.
+            causal: Whether a query sees positions up to its own only.
+            sliding_window: With causal, how many of the last positions a query sees; None means all.
+            soft_cap: A logit x becomes `soft_cap * tanh(x / soft_cap)`; None or 0 means no cap.
+            sinks: `[num_q_heads]`: one more logit of each head in the softmax's denominator.
+            layer: Index into the cache's layers, maybe traced; None for a cache of one layer.
+            return_lse: Whether the log-sum-exp is returned, too.
+            backend: None, "triton", "xla" or "interpret".
+
+        Returns:
+            `[num_tokens, num_q_heads, head_size_v]` of query's dtype; with return_lse also `[num_tokens, num_q_heads]`
+            float32.
+        """
         queries = as_array(query)
         self.spec.check_query(queries.shape)
         return paged_attention(
@@ -231,7 +264,20 @@ class PagedKVCache(Described):
         layer: Index | None = None,
         backend: JaxBackend | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """Contiguous keys and values; arguments and results as in `gather_kv`."""
+        """Copies keys and values of sequences into contiguous arrays.
+
+        Args:
+            block_tables: `[num_seqs, max_blocks]` of int32 or int64: the blocks of each sequence, in order.
+            seq_lens: `[num_seqs]` of int32 or int64: tokens of each sequence in the cache.
+            max_len: Positions of a sequence in the result.
+            dtype: float16, bfloat16 or float32; None means the cache's own, or bfloat16 where it is quantised.
+            layer: Index into the cache's layers, maybe traced; None for a cache of one layer.
+            backend: None, "triton", "xla" or "interpret".
+
+        Returns:
+            Key `[num_seqs, max_len, num_heads, head_size]` and value `[num_seqs, max_len, num_heads, head_size_v]`,
+            with zeros past each length.
+        """
         return gather_kv(
             self.caches, block_tables, seq_lens, max_len, dtype=dtype, layer=layer, backend=backend,
             head_size=self.spec.head_size, **self._reading,

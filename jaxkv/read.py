@@ -8,13 +8,24 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxkv._arguments import ArrayLike, Index, Scale, as_array, as_indices, as_layer, as_scale, as_static, dtype_name
-from jaxkv._call import CacheOperands, CacheOptions, ReadOperands, ReadOptions, spec_of
+from jaxkv._arguments import (
+    BACKENDS,
+    ArrayLike,
+    Index,
+    Scale,
+    as_array,
+    as_indices,
+    as_layer,
+    as_scale,
+    as_static,
+    dtype_name,
+    with_axis,
+)
+from jaxkv._call import CacheOperands, CacheOptions, ReadOperands, ReadOptions
 from jaxkv._primitive.read import read
-from jaxkv.write import BACKENDS, static_scale
 from kvcore.choices import JaxBackend, KVCacheDtype, Layout
 from kvcore.contract.checks import check_options
-from kvcore.contract.read import check_attention_options, check_merge
+from kvcore.contract.read import check_attention_options
 from kvcore.layout import CacheLayout
 from kvcore.scales import scale_layout_of
 
@@ -125,16 +136,16 @@ def paged_attention(
             like 2³¹ - 1 or more.
         soft_cap: A logit x becomes `soft_cap * tanh(x / soft_cap)`; None or 0 means no cap.
         sinks: `[num_q_heads]`: one more logit of each head in the softmax's denominator.
-        kv_cache_dtype: "auto", or the format of a quantised cache, as it was written.
-        k_scale: By what quantised keys are multiplied: float32 of one element, or one a head, `[num_heads]`, also
-            traced, or a number; None means 1. Or the scale cache (array or Ref) that a
-            `…_per_token_head_quant` wrote, with float32 scales of each token and head.
-        v_scale: Likewise, for values.
-        layout: As in `reshape_and_cache_flash`; for one array, None means `block slot head k+v`, or
-            `block slot latent` where it has 3 axes (4 with `layer`).
-        scale_layout: Of scale caches, as in `reshape_and_cache_flash_per_token_head_quant`.
+        kv_cache_dtype: "auto", or the format in which the cache was written.
+        k_scale: What quantised keys are multiplied by: float32 of one element, or one a head, `[num_heads]`, or a
+            number; None means 1. Or the scale cache (array or Ref) of a `…_per_token_head_quant`, then for both.
+        v_scale: What quantised values are multiplied by, of the same kind.
+        layout: Pattern, constant's name or `CacheLayout`. None means NHD, or head-major where key_cache has an axis
+            more; for one array `block slot head k+v`, or `block slot latent` where it has 3 axes (4 with `layer`).
+        scale_layout: Pattern of the scale caches, as they were written; None means `block slot head`, or
+            `layer block slot head`.
         layer: Index into the layout's `layer` axis. Out of range in a traced integer, nothing is read.
-        head_size_v: Elements of a value; needed where V is the first part of K (`block slot latent`), but for
+        head_size_v: Elements of a value; needed where V is the first part of K (`block slot latent`), except for
             "fp8_ds_mla", where it is 512.
         return_lse: Whether the log-sum-exp is returned, too.
         backend: None runs "triton" on CUDA and ROCm, "xla" elsewhere. "interpret" runs the Triton kernel in its
@@ -143,12 +154,21 @@ def paged_attention(
     Returns:
         `[num_tokens, num_q_heads, head_size_v]` of query's dtype; with return_lse also the natural logarithm of the
         softmax's denominator, `[num_tokens, num_q_heads]` float32, -inf where nothing is seen, with which
-        `merge_attention` joins results over parts of the positions.
+        `merge_attention` merges partial results.
 
     Raises:
         ValueError: a shape, layout or choice does not fit.
         TypeError: a dtype does not fit.
         NotImplementedError: on differentiation.
+
+    Example:
+        >>> key_cache = jnp.zeros((3, 2, 1, 2))  # 3 blocks of 2 slots, 1 head of 2 elements; all logits are 0
+        >>> value_cache = jnp.arange(12.0).reshape(3, 2, 1, 2)
+        >>> query = jnp.ones((1, 1, 2))
+        >>> jaxkv.paged_attention(query, (key_cache, value_cache), jnp.array([[2, 0]]), jnp.array([3])).tolist()
+        [[[6.0, 7.0]]]
+
+    The result is the mean of the values at positions 0 to 2: those of block 2, and the first of block 0.
     """
     k_scale, v_scale, layer = as_scale(k_scale), as_scale(v_scale), as_layer(layer)
     check_options(kv_cache_dtype, k_scale, v_scale, layer, backend, BACKENDS)
@@ -191,31 +211,45 @@ def gather_kv(
 ) -> tuple[jax.Array, jax.Array]:
     """Keys and values of sequences, out of a paged KV cache into contiguous arrays.
 
+    It runs inside jit, scan, while_loop, vmap and shard_map; what is launched depends on shapes only, never on lengths.
+    Not differentiable.
+
     Args:
         caches: `(key_cache, value_cache)`, or one array for layouts that hold both.
         block_tables: `[num_seqs, max_blocks]` of int32 or int64: the blocks of each sequence, in order.
         seq_lens: `[num_seqs]` of int32 or int64: tokens of each sequence in the cache.
         max_len: Positions of a sequence in the result.
         dtype: float16, bfloat16 or float32; None means the cache's own, or bfloat16 where it is quantised.
-        kv_cache_dtype: As in `paged_attention`.
-        k_scale: As in `paged_attention`.
-        v_scale: As in `paged_attention`.
-        layout: As in `paged_attention`.
-        scale_layout: As in `paged_attention`.
+        kv_cache_dtype: "auto", or the format in which the cache was written.
+        k_scale: What quantised keys are multiplied by: float32 of one element, or one a head, `[num_heads]`, or a
+            number; None means 1. Or the scale cache (array or Ref) of a `…_per_token_head_quant`, then for both.
+        v_scale: What quantised values are multiplied by, of the same kind.
+        layout: Pattern, constant's name or `CacheLayout`. None means NHD, or head-major where key_cache has an axis
+            more; for one array `block slot head k+v`, or `block slot latent` where it has 3 axes (4 with `layer`).
+        scale_layout: Pattern of the scale caches, as they were written; None means `block slot head`, or
+            `layer block slot head`.
         layer: Index into the layout's `layer` axis. Out of range in a traced integer, nothing is read.
         head_size: Elements of a key; needed for layouts with an axis `k+v`.
-        head_size_v: As in `paged_attention`.
-        backend: None, "triton", "xla" or "interpret".
+        head_size_v: Elements of a value; needed where V is the first part of K (`block slot latent`), except for
+            "fp8_ds_mla", where it is 512.
+        backend: None runs "triton" on CUDA and ROCm, "xla" elsewhere. "interpret" runs the Triton kernel in its
+            interpreter, through a host callback, for tests.
 
     Returns:
         Key `[num_seqs, max_len, num_heads, head_size]` and value `[num_seqs, max_len, num_heads, head_size_v]`: the
-        cache's bits, or `round(float32(x) * scale)`, where nvfp4 has `float32(x) * block's scale` for x. Zeros past
-        each length, and where block_tables has no block of the cache.
+        cache's bits, or `round(float32(x) * scale)`, where nvfp4 has `float32(x) * b`, b being the scale of x's group,
+        for x. Zeros past each length, and where block_tables has no block of the cache.
 
     Raises:
         ValueError: a shape, layout or choice does not fit.
         TypeError: a dtype does not fit.
         NotImplementedError: on differentiation.
+
+    Example:
+        >>> key_cache = jnp.arange(12.0).reshape(3, 2, 1, 2)  # 3 blocks of 2 slots, 1 head of 2 elements
+        >>> key, value = jaxkv.gather_kv((key_cache, -key_cache), jnp.array([[2, 0]]), jnp.array([3]), 4)
+        >>> key[0, :, 0].tolist()  # block 2, then the first slot of block 0; position 3 is past the length
+        [[8.0, 9.0], [10.0, 11.0], [0.0, 1.0], [0.0, 0.0]]
     """
     k_scale, v_scale, layer = as_scale(k_scale), as_scale(v_scale), as_layer(layer)
     check_options(kv_cache_dtype, k_scale, v_scale, layer, backend, BACKENDS)
@@ -238,44 +272,6 @@ def gather_kv(
     )
     key, value = _read(options, operands)
     return key, value
-
-
-def merge_attention(outs: ArrayLike, lses: ArrayLike) -> tuple[jax.Array, jax.Array]:
-    """Joins attention over parts of the positions, as devices compute that share a context between them.
-
-    A row of the result is `sum(exp(lse_p) * out_p) / sum(exp(lse_p))` over the parts p, and its log-sum-exp
-    `log(sum(exp(lse_p)))`. A part whose log-sum-exp there is -inf or +inf (which other kernels give) saw no positions:
-    it is left out, whatever it holds, NaN too. Of a row without any part the result is zeros, and -inf. A log-sum-exp
-    that is NaN makes the row NaN.
-
-    Args:
-        outs: `[parts, num_tokens, num_q_heads, head_size_v]`, from `paged_attention` over each part.
-        lses: `[parts, num_tokens, num_q_heads]` float32, from the same calls. Sinks belong to one part only.
-
-    Returns:
-        What one call over all the positions gives: result of outs' dtype, and log-sum-exp. Differentiable.
-
-    Raises:
-        ValueError: a shape does not fit.
-        TypeError: a dtype does not fit.
-    """
-    outs, lses = as_array(outs), as_array(lses)
-    check_merge(spec_of(outs), spec_of(lses))
-    return _merge(jnp.asarray(outs), jnp.asarray(lses))
-
-
-@jax.jit
-def _merge(outs: jax.Array, lses: jax.Array) -> tuple[jax.Array, jax.Array]:
-    empty = jnp.isinf(lses)
-    top = jnp.max(lses, axis=0, initial=jnp.finfo(jnp.float32).min, where=~empty)
-    # Zeros in place of infinities and of what empty parts hold, so that gradients have no NaN of theirs either.
-    weights = jnp.where(empty, 0, jnp.exp(jnp.where(empty, 0, lses - top[None])))
-    total = jnp.sum(weights, axis=0)
-    nothing = total == 0
-    total = jnp.where(nothing, 1, total)
-    parts = jnp.where(empty[..., None], 0, outs.astype(jnp.float32))
-    out = jnp.sum(parts * weights[..., None], axis=0) / total[..., None]
-    return out.astype(outs.dtype), jnp.where(nothing, -jnp.inf, top + jnp.log(total))
 
 
 def _cache(
@@ -303,8 +299,8 @@ def _read(options: ReadOptions, operands: ReadOperands) -> list[jax.Array]:
         scale_layout = scale_layout_of(options.cache.scale_layout, described.layout.has_layer)
         cache = cache._replace(scale_caches=(cache.k_scale, cache.v_scale), k_scale=None, v_scale=None)
     cache = cache._replace(
-        k_scale=static_scale(cache.k_scale, described.scaled),
-        v_scale=static_scale(cache.v_scale, described.scaled),
+        k_scale=with_axis(cache.k_scale) if described.scaled else None,
+        v_scale=with_axis(cache.v_scale) if described.scaled else None,
         layer=None if cache.layer is None else jnp.reshape(cache.layer, 1),
     )
     cache_options = options.cache._replace(layout=described.layout, scale_layout=scale_layout)

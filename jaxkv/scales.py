@@ -16,7 +16,7 @@ def kv_scales(
     """Static scales with which a quantised cache holds numbers like these without saturating.
 
     A scale is `absmax / m` in float32, where m is the format's largest number; for nvfp4 that times 448, the largest
-    scale of a block. It is 1 where it would be below 2^-126, as of zeros, and NaN where there is a NaN. (On a GPU XLA's
+    scale of a group. It is 1 where it would be below 2^-126, as of zeros, and NaN where there is a NaN. (On a GPU XLA's
     division is approximate: the last bit may differ.) Read back, a number x of the sample is off by at most, float32's
     rounding aside,
 
@@ -24,12 +24,11 @@ def kv_scales(
         int4        half a scale: absmax / 14
         fp8_e4m3    |x| / 16 where |x| ≥ 2^-6 scale (fnuz: 2^-7), else 2^-10 scale (2^-11)
         fp8_e5m2    |x| / 8 where |x| ≥ 2^-14 scale (fnuz: 2^-15), else 2^-17 scale (2^-18)
-        nvfp4       a sixth of the largest magnitude among its 16 elements, and a sixteenth of |x| for the rounding of
-                    their own scale, where that is at least 2^-6
+        nvfp4       17/96 of the absmax of its group of 16 elements, or 17 · 2^-10 scale where that is more
 
     Args:
         key: `[num_tokens, num_heads, head_size]` of float16, bfloat16 or float32; a sample of at least one element.
-        value: `[num_tokens, num_heads, head_size_v]`, likewise.
+        value: `[num_tokens, num_heads, head_size_v]` of such a dtype; a sample of at least one element.
         kv_cache_dtype: Any but "auto", and "fp8_ds_mla", which computes its scales.
         granularity: "tensor" for one scale, "head" for one a head.
 
@@ -39,6 +38,12 @@ def kv_scales(
     Raises:
         ValueError: a shape or choice does not fit.
         TypeError: a dtype does not fit.
+
+    Example:
+        >>> key = jnp.array([[[1.0, -63.5], [2.0, 254.0]]])  # 1 token, 2 heads of 2 elements
+        >>> k_scale, v_scale = jaxkv.kv_scales(key, 2 * key, "int8", "head")
+        >>> k_scale.tolist(), v_scale.tolist()
+        ([0.5, 2.0], [1.0, 4.0])
     """
     key, value = as_array(key), as_array(value)
     largest = check_kv_scales(spec_of(key), spec_of(value), kv_cache_dtype, granularity)

@@ -130,6 +130,21 @@ class CacheSpec:
             x=math.gcd(16 // self._itemsize, size) if packs else None,
         )
 
+    def check_scales(self, k_scale: Any, v_scale: Any) -> None:
+        """Raises where a static scale is passed that this cache has no use for.
+
+        Raises:
+            ValueError: scales are computed for each head of a token; or v_scale is passed where K and V are the same
+                elements, for which k_scale is enough.
+        """
+        for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+            if self.scale_layout is not None and scale is not None:
+                raise ValueError(f"{name} must be None with per_token_head, which computes scales, got {scale!r}")
+        if self.layout.latent and v_scale is not None:
+            raise ValueError(
+                f"v_scale must be None for layout '{self.layout}', where k_scale is for both, got {v_scale!r}"
+            )
+
     def check_rows(self, key: Sequence[int], value: Sequence[int]) -> None:
         """Raises unless the shapes of a write's key and value are as this cache splits its rows.
 

@@ -36,10 +36,10 @@ Granularity = Literal["tensor", "head"]
 """How many static scales there are: one, or one a head."""
 
 JaxBackend = Literal["triton", "xla", "interpret"]
-"""`jaxkv.write.BACKENDS`."""
+"""`jaxkv._arguments.BACKENDS`."""
 
 TorchBackend = Literal["triton", "torch", "interpret"]
-"""`torchkv.write.BACKENDS`."""
+"""`torchkv._arguments.BACKENDS`."""
 
 LayoutName = Literal[
     "NHD",

@@ -15,6 +15,10 @@ def find_duplicate_slots(slot_mapping: Any) -> np.ndarray:
 
     Returns:
         The repeated slots, sorted; empty if all is well. Negative slots are padding, never duplicates.
+
+    Example:
+        >>> find_duplicate_slots([5, 2, 5, -1, -1]).tolist()
+        [5]
     """
     if hasattr(slot_mapping, "cpu"):
         slot_mapping = slot_mapping.cpu()
@@ -58,6 +62,12 @@ def check_tables(
             its token's position is, or its token has none; a block is written by two sequences, or by one that has it
             twice. A block that one sequence writes and others only read is fine.
         TypeError: an argument holds no integers.
+
+    Example:
+        >>> check_tables([[2, 0]], [3], [0], num_blocks=3, block_size=2)  # the new token is place 0 of block 0: fine
+        >>> check_tables([[2, 0]], [5], num_blocks=3, block_size=2)
+        Traceback (most recent call last):
+        ValueError: seq_lens[0] must be at most 4, the positions of 2 blocks of 2, got 5
     """
     num_blocks, block_size = _extent("num_blocks", num_blocks), _extent("block_size", block_size)
     tables = _integers("block_tables", block_tables, ("num_seqs", "max_blocks"))
@@ -67,18 +77,18 @@ def check_tables(
     if query_start_loc is not None:
         starts = _integers("query_start_loc", query_start_loc, (num_seqs + 1,))
 
-    most = max_blocks * block_size
+    positions = max_blocks * block_size
     if (s := _first(lengths < 0)) is not None:
         raise ValueError(f"seq_lens[{s}] must be at least 0, got {lengths[s]}")
-    if (s := _first(lengths > most)) is not None:
+    if (s := _first(lengths > positions)) is not None:
         raise ValueError(
-            f"seq_lens[{s}] must be at most {most}, the positions of {max_blocks} blocks of {block_size}, "
+            f"seq_lens[{s}] must be at most {positions}, the positions of {max_blocks} blocks of {block_size}, "
             f"got {lengths[s]}"
         )
     column = np.arange(max_blocks)
     used = column < -(-lengths[:, None] // block_size)
-    if (at := _first(used & ((tables < 0) | (tables >= num_blocks)))) is not None:
-        s, c = divmod(at, max_blocks)
+    if (entry := _first(used & ((tables < 0) | (tables >= num_blocks)))) is not None:
+        s, c = divmod(entry, max_blocks)
         raise ValueError(
             f"block_tables[{s}, {c}] must be at least 0 and below {num_blocks}, since sequence {s} has {lengths[s]} "
             f"positions, got {tables[s, c]}"
@@ -109,9 +119,22 @@ def _check_slots(
     num_blocks: int,
     block_size: int,
 ) -> np.ndarray:
-    """Which entries of the tables are written, `[num_seqs, max_blocks]`."""
+    """Checks that each new token's slot is where its position is.
+
+    Args:
+        slots: The slot of each token, `[n]`.
+        tables: Block tables, `[num_seqs, max_blocks]`.
+        lengths: Tokens of each sequence, `[num_seqs]`.
+        starts: Index of each sequence's first new token, and the end, `[num_seqs + 1]`.
+        one_each: Whether each sequence has one new token, since nothing else was said.
+        num_blocks: Blocks of the cache.
+        block_size: Slots of a block.
+
+    Returns:
+        Which entries of the tables hold slots that are written, `[num_seqs, max_blocks]`.
+    """
     num_seqs, end = len(lengths), int(starts[-1])
-    if one_each:  # empty sequences at the end need none
+    if one_each:  # empty sequences at the end need no entry
         if (s := _first(lengths[len(slots) :] > 0)) is not None:
             raise ValueError(
                 f"slot_mapping must have an entry for sequence {len(slots) + s}, which has "
@@ -134,26 +157,35 @@ def _check_slots(
             f"slot_mapping[{token[t]}] must be negative, since it is for position {position[t]} of sequence {seq[t]}, "
             f"got {slots[token[t]]}"
         )
-    at = position // block_size
-    wanted = tables[seq, at] * block_size + position % block_size
+    column = position // block_size
+    wanted = tables[seq, column] * block_size + position % block_size
     if (t := _first(slots[token] != wanted)) is not None:
         raise ValueError(
             f"slot_mapping[{token[t]}] must be {wanted[t]}, position {position[t]} of sequence {seq[t]}, or negative, "
             f"got {slots[token[t]]}"
         )
     written = np.zeros(tables.shape, bool)
-    written[seq, at] = True
+    written[seq, column] = True
     return written
 
 
 def _check_writers(tables: np.ndarray, used: np.ndarray, written: np.ndarray, num_blocks: int) -> None:
-    """No block that is written is written by two sequences, or has two places in its own."""
+    """Raises where two sequences write a block, or one writes a block that its table has twice.
+
+    Args:
+        tables: Block tables, `[num_seqs, max_blocks]`.
+        used: Which of their entries lie within a sequence's length.
+        written: Which of these hold slots of new tokens.
+        num_blocks: Blocks of the cache.
+    """
     is_written = np.zeros(num_blocks, bool)
     is_written[tables[written]] = True
-    seq, column = np.nonzero(used & is_written[np.where(used, tables, 0)])  # few, unlike all that are used
+    # Only entries for blocks that anyone writes are sorted: a cache may have millions of others.
+    seq, column = np.nonzero(used & is_written[np.where(used, tables, 0)])
     block, writes = tables[seq, column], written[seq, column]
 
-    order = np.lexsort((writes, block, seq))  # of a sequence's places for a block, written ones are last
+    # Sorted so, entries of one sequence for one block are neighbours, those that are written behind those that are not.
+    order = np.lexsort((writes, block, seq))
     s, c, b = seq[order], column[order], block[order]
     if (i := _first((s[1:] == s[:-1]) & (b[1:] == b[:-1]) & writes[order][1:])) is not None:
         raise ValueError(
@@ -170,12 +202,13 @@ def _check_writers(tables: np.ndarray, used: np.ndarray, written: np.ndarray, nu
         )
 
 
-def _first(found: np.ndarray) -> int | None:
-    """The place of the first True in C order, or None."""
-    return int(found.argmax()) if found.any() else None
+def _first(wrong: np.ndarray) -> int | None:
+    """The index of the first True, counted in C order; None where there is none."""
+    return int(wrong.argmax()) if wrong.any() else None
 
 
 def _extent(name: str, number: Any) -> int:
+    """A size of the cache as Python's integer."""
     if isinstance(number, bool) or not hasattr(number, "__index__"):
         raise TypeError(f"{name} must be an int, got {number!r}")
     if number < 1:
@@ -183,14 +216,14 @@ def _extent(name: str, number: Any) -> int:
     return int(number)
 
 
-def _integers(name: str, given: Any, shape: tuple[int | str, ...]) -> np.ndarray:
+def _integers(name: str, argument: Any, shape: tuple[int | str, ...]) -> np.ndarray:
     """An array of int64 on the host, of this shape; a string in it stands for any size."""
     wanted = f"({', '.join(map(str, shape))}{',' * (len(shape) == 1)})"
     try:
-        array = np.asarray(given.cpu() if hasattr(given, "cpu") else given)
+        array = np.asarray(argument.cpu() if hasattr(argument, "cpu") else argument)
     except ValueError as error:  # NumPy's, for lists of different lengths
         raise ValueError(f"{name} must have shape {wanted}, got lists of different lengths") from error
-    if array.size == 0 and not hasattr(given, "shape"):  # an empty list has no dtype, and hides inner axes
+    if array.size == 0 and not hasattr(argument, "shape"):  # an empty list has no dtype, and hides inner axes
         array = np.zeros((0,) * len(shape) if array.shape == (0,) else array.shape, np.int64)
     if array.ndim != len(shape) or any(
         not isinstance(n, str) and n != got for n, got in zip(shape, array.shape, strict=True)

@@ -6,6 +6,9 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 
+# Where processes share cores, torch's threads wait for each other longer than they work; read when torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # The suite's processes share the GPU.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 

@@ -23,15 +23,15 @@ from torchkv.integrations.vllm import (
     triton_reshape_and_cache_flash_per_token_head_quant,
     unified_attention,
 )
-from torchkv.read import gather_kv, merge_attention, paged_attention
-from torchkv.write import (
-    concat_and_cache_mla,
-    kv_scales,
-    reshape_and_cache_flash,
-    reshape_and_cache_flash_diffkv,
+from torchkv.merge import merge_attention
+from torchkv.mla import concat_and_cache_mla
+from torchkv.quantize import (
     reshape_and_cache_flash_diffkv_per_token_head_quant,
     reshape_and_cache_flash_per_token_head_quant,
 )
+from torchkv.read import gather_kv, paged_attention
+from torchkv.scales import kv_scales
+from torchkv.write import reshape_and_cache_flash, reshape_and_cache_flash_diffkv
 
 __all__ = [
     "CacheLayout",

@@ -154,6 +154,19 @@ def refuse_gradients(name: str, *tensors: Tensor | None) -> None:
         )
 
 
+def call(op: Any, arguments: Sequence[Any]) -> Any:
+    """Calls an op. Where it is an argument that torch's dispatcher refuses, the error is one line that names it.
+
+    Raises:
+        TypeError: an argument is of a wrong type.
+    """
+    try:
+        return op(*arguments)
+    except (RuntimeError, AttributeError):
+        explain(op, arguments)
+        raise
+
+
 def explain(op: Any, arguments: Sequence[Any]) -> None:
     """Raises a line on the first argument of a type that the op's schema does not have, where there is one.
 

@@ -1,34 +1,45 @@
 """PagedKVCache: a paged cache and how it is laid out, in one object, changed in place."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal, Unpack, overload
 
 import torch
 from torch import Tensor
 
-from kvcore.arrays import array_names
 from kvcore.cache_spec import CacheSpec, Described
 from kvcore.choices import FloatDtype, KVCacheDtype, Layout, TorchBackend
-from torchkv._arguments import check_tensors, dtype_name
-from torchkv.read import AttendOptions, gather_kv, paged_attention
-from torchkv.write import (
-    concat_and_cache_mla,
-    reshape_and_cache_flash,
-    reshape_and_cache_flash_diffkv,
+from torchkv._arguments import check_tensors
+from torchkv._state import Stateful
+from torchkv.mla import concat_and_cache_mla
+from torchkv.quantize import (
     reshape_and_cache_flash_diffkv_per_token_head_quant,
     reshape_and_cache_flash_per_token_head_quant,
 )
+from torchkv.read import AttendOptions, gather_kv, paged_attention
+from torchkv.write import reshape_and_cache_flash, reshape_and_cache_flash_diffkv
 
 
-class PagedKVCache(Described):
-    """A paged KV cache: memory, layout and scales. A plain object, whose memory `write` changes in place.
+class PagedKVCache(Described, Stateful):
+    """A paged KV cache: tensors, layout and scales. A plain object, whose tensors `write` changes in place.
 
     Attributes:
         caches: `(key_cache, value_cache)`, or `(kv_cache,)` for layouts that hold both.
         spec: Extents, layout and formats.
-        k_scale: By which quantised keys were divided: float32 of one element or `[num_heads]`, or None for 1; with
+        k_scale: What quantised keys were divided by: float32 of one element or `[num_heads]`, or None for 1; with
             per_token_head the scale cache, which `write` updates, too.
-        v_scale: Likewise, for values. None where they are a part of the keys.
+        v_scale: What quantised values were divided by, of the same kind. None where values are a part of the keys.
+
+    Example:
+        >>> cache = torchkv.PagedKVCache.create(num_blocks=3, block_size=2, num_heads=1, head_size=2, dtype="float32")
+        >>> cache
+        PagedKVCache(3 blocks × 2 slots, 1 heads × 2, float32, 'block slot head dim', 96 bytes, cpu)
+        >>> key = torch.tensor([[[1.0, 2.0]], [[3.0, 4.0]]])  # 2 tokens, 1 head of 2 elements
+        >>> cache.write(key, -key, torch.tensor([4, 5]))  # both slots of block 2
+        >>> block_tables, seq_lens = torch.tensor([[2, -1]]), torch.tensor([2])
+        >>> cache.gather(block_tables, seq_lens, max_len=2)[0][0, :, 0].tolist()
+        [[1.0, 2.0], [3.0, 4.0]]
+        >>> cache.attend(torch.zeros((1, 1, 2)), block_tables, seq_lens).tolist()  # the mean of both values
+        [[[-2.0, -3.0]]]
     """
 
     def __init__(
@@ -68,13 +79,15 @@ class PagedKVCache(Described):
             head_size_v: Elements of a value head; None means `head_size`.
             dtype: float16, bfloat16 or float32; a quantised cache is stored as uint8.
             layout: Pattern, constant's name or `CacheLayout`; an axis `layer` is put in front where it lacks one.
-            kv_cache_dtype: What is stored, as in `reshape_and_cache_flash`; with the layout `block slot latent` as in
-                `concat_and_cache_mla`.
+            kv_cache_dtype: What is stored: "auto" for elements of dtype, or a format that `reshape_and_cache_flash`
+                knows; with the layout `block slot latent`, that `concat_and_cache_mla` knows.
             k_scale: What quantised keys are divided by: float32 of one element or `[num_heads]`, or a number; None
-                means 1. `kv_scales` finds good ones.
-            v_scale: Likewise, for values; where they are a part of the keys (`block slot latent`), k_scale is for both.
-            per_token_head: Whether each token's head has a scale of its own, which `write` computes.
-            scale_layout: With these, as in `reshape_and_cache_flash_per_token_head_quant`.
+                means 1. `kv_scales` computes good ones.
+            v_scale: What quantised values are divided by, of the same kind. With `block slot latent`,
+                k_scale is for both.
+            per_token_head: Whether each head of a token has a scale of its own, which `write` computes.
+            scale_layout: With these, the pattern of the scale caches; None means `block slot head`, or
+                `layer block slot head`.
             device: Where; None means torch's default.
 
         Raises:
@@ -86,22 +99,16 @@ class PagedKVCache(Described):
             num_layers, num_blocks, block_size, num_heads, head_size, head_size_v, name, layout, kv_cache_dtype,
             per_token_head, scale_layout, num_kv_heads,
         )  # fmt: skip
-        for given, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
-            if per_token_head and scale is not None:
-                raise ValueError(f"{given} must be None with per_token_head, which computes scales, got {scale!r}")
-        if spec.layout.latent and v_scale is not None:
-            raise ValueError(
-                f"v_scale must be None for layout '{spec.layout}', where k_scale is for both, got {v_scale!r}"
-            )
+        spec.check_scales(k_scale, v_scale)
         caches = tuple(torch.zeros(shape, dtype=getattr(torch, spec.dtype), device=device) for shape in spec.shapes)
         scale_caches = [torch.zeros(shape, dtype=torch.float32, device=device) for shape in spec.scale_shapes]
         if scale_caches:
             return cls(caches, spec, *scale_caches)
-
-        def tensor(scale: Tensor | float | None) -> Tensor | None:
-            return None if scale is None else torch.as_tensor(scale, dtype=torch.float32, device=caches[0].device)
-
-        return cls(caches, spec, tensor(k_scale), tensor(v_scale))
+        k_scale, v_scale = (
+            None if scale is None else torch.as_tensor(scale, dtype=torch.float32, device=caches[0].device)
+            for scale in (k_scale, v_scale)
+        )
+        return cls(caches, spec, k_scale, v_scale)
 
     def write(
         self,
@@ -112,33 +119,40 @@ class PagedKVCache(Described):
         layer: int | Tensor | None = None,
         backend: TorchBackend | None = None,
     ) -> None:
-        """Writes keys and values of new tokens; arguments as in `reshape_and_cache_flash`.
+        """Writes keys and values of new tokens, in place.
 
-        With the layout `block slot latent` as in `concat_and_cache_mla`: key is kv_c `[num_tokens, head_size_v]` and
-        value is k_pe `[num_tokens, head_size - head_size_v]`.
+        Args:
+            key: `[num_tokens, num_heads, head_size]` of float16, bfloat16 or float32. With the layout
+                `block slot latent`, kv_c: `[num_tokens, head_size_v]`.
+            value: `[num_tokens, num_heads, head_size_v]` of key's dtype. With the layout `block slot latent`, k_pe:
+                `[num_tokens, head_size - head_size_v]`.
+            slot_mapping: `[n]` of int32 or int64, n ≤ num_tokens: slots of the first n tokens. Outside the cache is
+                skipped.
+            layer: Index into the cache's layers, or a Tensor of one integer; None for a cache of one layer.
+            backend: None, "triton", "torch" or "interpret".
         """
-        layout, kv_cache_dtype = self.spec.layout, self.spec.kv_cache_dtype
-        op: Callable[..., None]
-        arrays: tuple[Any, ...]
-        options: dict[str, Any] = {"layer": layer, "backend": backend}
+        spec, layout = self.spec, self.spec.layout
+        kv_cache_dtype: Any = spec.kv_cache_dtype
         try:
-            self.spec.check_rows(key.shape, value.shape)
+            spec.check_rows(key.shape, value.shape)
         except AttributeError:
             check_tensors(key=key, value=value)
             raise
+        options: dict[str, Any] = {"layer": layer, "backend": backend}
+        op: Callable[..., None]
         if layout.latent:
-            op, arrays = concat_and_cache_mla, (self._rows, slot_mapping, kv_cache_dtype, self.k_scale)
-        elif self.spec.scale_layout is None:
+            concat_and_cache_mla(key, value, self._rows, slot_mapping, kv_cache_dtype, self.k_scale, **options)
+        elif spec.scale_layout is None:
             op = reshape_and_cache_flash_diffkv if layout.single_array else reshape_and_cache_flash
-            arrays = (*self.caches, slot_mapping, kv_cache_dtype, self.k_scale, self.v_scale)
-            options["layout"] = layout
+            scales = self.k_scale, self.v_scale
+            op(key, value, *self.caches, slot_mapping, kv_cache_dtype, *scales, layout=layout, **options)
         else:
             op = reshape_and_cache_flash_per_token_head_quant
             if layout.single_array:
                 op = reshape_and_cache_flash_diffkv_per_token_head_quant
-            arrays = (*self.caches, self.k_scale, self.v_scale, slot_mapping, kv_cache_dtype)
-            options |= {"layout": layout, "scale_layout": self.spec.scale_layout}
-        op(key, value, *arrays, **options)
+            memory = *self.caches, self.k_scale, self.v_scale
+            options |= {"layout": layout, "scale_layout": spec.scale_layout}
+            op(key, value, *memory, slot_mapping, kv_cache_dtype, **options)
 
     @overload
     def attend(
@@ -188,7 +202,29 @@ class PagedKVCache(Described):
         lse: Tensor | None = None,
         backend: TorchBackend | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Attention over the cache; arguments and results as in `paged_attention`."""
+        """Attention of new tokens over the cache. `paged_attention` tells more of each argument.
+
+        Args:
+            query: `[num_tokens, num_q_heads, head_size]` of float16, bfloat16 or float32.
+            block_tables: `[num_seqs, max_blocks]` of int32 or int64: the blocks of each sequence, in order.
+            seq_lens: `[num_seqs]` of int32 or int64: tokens of each sequence in the cache, the queries' own among them.
+            query_start_loc: `[num_seqs + 1]` of int32 or int64: where each sequence's rows of query start, and the end.
+                None: one row each.
+            scale: What logits are multiplied by; None means `head_size ** -0.5`.
+            causal: Whether a query sees positions up to its own only.
+            sliding_window: With causal, how many of the last positions a query sees; None means all.
+            soft_cap: A logit x becomes `soft_cap * tanh(x / soft_cap)`; None or 0 means no cap.
+            sinks: `[num_q_heads]`: one more logit of each head in the softmax's denominator.
+            layer: Index into the cache's layers, or a Tensor of one integer; None for a cache of one layer.
+            return_lse: Whether the log-sum-exp is returned, too.
+            out: A contiguous tensor to write the result to; None: a new one.
+            lse: The same for the log-sum-exp; only with out.
+            backend: None, "triton", "torch" or "interpret".
+
+        Returns:
+            `[num_tokens, num_q_heads, head_size_v]` of query's dtype; with return_lse also `[num_tokens, num_q_heads]`
+            float32.
+        """
         try:
             self.spec.check_query(query.shape)
         except AttributeError:
@@ -211,7 +247,21 @@ class PagedKVCache(Described):
         out: tuple[Tensor, Tensor] | None = None,
         backend: TorchBackend | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Contiguous keys and values; arguments and results as in `gather_kv`."""
+        """Copies keys and values of sequences into contiguous tensors.
+
+        Args:
+            block_tables: `[num_seqs, max_blocks]` of int32 or int64: the blocks of each sequence, in order.
+            seq_lens: `[num_seqs]` of int32 or int64: tokens of each sequence in the cache.
+            max_len: Positions of a sequence in the result.
+            dtype: float16, bfloat16 or float32; None means the cache's own, or bfloat16 where it is quantised.
+            layer: Index into the cache's layers, or a Tensor of one integer; None for a cache of one layer.
+            out: Two contiguous tensors to write the results to; None: new ones.
+            backend: None, "triton", "torch" or "interpret".
+
+        Returns:
+            Key `[num_seqs, max_len, num_heads, head_size]` and value `[num_seqs, max_len, num_heads, head_size_v]`,
+            with zeros past each length.
+        """
         return gather_kv(
             self.caches, block_tables, seq_lens, max_len, dtype=dtype, layer=layer, out=out, backend=backend,
             head_size=self.spec.head_size, **self._reading,
@@ -229,53 +279,6 @@ class PagedKVCache(Described):
             return self
         *caches, k_scale, v_scale = moved
         return PagedKVCache(tuple(c for c in caches if c is not None), self.spec, k_scale, v_scale)
-
-    def state_dict(self) -> dict[str, Any]:
-        """What the cache holds, for `torch.save` and `load_state_dict`.
-
-        Returns:
-            The cache's own tensors, not copies, as "key_cache" and "value_cache", or as "kv_cache"; "k_scale" and
-            "v_scale", which may be None; and "spec": extents, layout and formats as numbers and strings, so that
-            `torch.load` reads it with weights_only.
-        """
-        return {**self._tensors, "spec": self.spec.plain()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Copies what `state_dict` gave into this cache, whose memory stays where it is. Devices may differ.
-
-        Args:
-            state: From a cache that was created like this one.
-
-        Raises:
-            ValueError: an entry is missing or superfluous, or an extent, a layout, a format or a shape is not this
-                cache's. Nothing was copied then.
-            TypeError: a dtype or type does not fit.
-        """
-        own = self._tensors
-        if state.keys() != own.keys() | {"spec"}:
-            raise ValueError(f"state must have the entries {', '.join([*own, 'spec'])}, got {', '.join(state)}")
-        self.spec.check_plain(state["spec"])
-        for name, tensor in own.items():
-            given = state[name]
-            if tensor is None or given is None:
-                if tensor is not given:
-                    wanted, got = ("None" if t is None else "a torch.Tensor" for t in (tensor, given))
-                    raise ValueError(f"state's {name} must be {wanted}, as in this cache, got {got}")
-                continue
-            check_tensors(**{f"state's {name}": given})
-            if given.shape != tensor.shape:
-                raise ValueError(f"state's {name} must have shape {tuple(tensor.shape)}, got {tuple(given.shape)}")
-            if given.dtype != tensor.dtype:
-                raise TypeError(f"state's {name} must have dtype {dtype_name(tensor)}, got {dtype_name(given)}")
-        with torch.no_grad():
-            for name, tensor in own.items():
-                if tensor is not None:
-                    tensor.copy_(state[name])
-
-    @property
-    def _tensors(self) -> dict[str, Tensor | None]:
-        names = array_names(len(self.caches))
-        return {**dict(zip(names, self.caches, strict=True)), "k_scale": self.k_scale, "v_scale": self.v_scale}
 
     @property
     def _rows(self) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kvcore.choices import FloatDtype, KVCacheDtype, Layout, TorchBackend
-from kvcore.contract.checks import check_devices, check_options, check_result
+from kvcore.contract.checks import check_options
 from kvcore.contract.read import check_attention_options
 from kvcore.layout import CacheLayout
 from torchkv._arguments import (
@@ -17,14 +17,11 @@ from torchkv._arguments import (
     as_pattern,
     as_scale,
     as_scale_pattern,
+    call,
     check_tensors,
-    dtype_name,
-    explain,
     refuse_gradients,
-    spec_of,
 )
-from torchkv._library import read as _read_library
-from torchkv._memory import check_results_apart
+from torchkv._library import read as _library
 
 
 class AttendOptions(TypedDict, total=False):
@@ -113,8 +110,8 @@ def paged_attention(
     their log-sum-exp is -inf, or the sink: rows of sequences of length 0, with causal those at negative positions (left
     padding), and rows of no sequence. Entries of block_tables past a sequence's length are never read; one in range
     that is no block of the cache reads nothing: its positions are left out. So are positions beyond the table: a length
-    above `max_blocks * block_size` is no error, and attends to what is there. `check_tables` finds such tables.
-    What unused slots hold, NaN too, has no effect.
+    above `max_blocks * block_size` is no error, and attends to what is there. `check_tables` finds such tables. What
+    unused slots hold, NaN too, has no effect.
 
     Everything runs on the current stream of the tensors' device and nothing is synchronised, so that CUDA graphs can
     capture it. What is launched depends on shapes only, never on lengths. Tensors may be strided. Not differentiable.
@@ -135,33 +132,42 @@ def paged_attention(
             like 2³¹ - 1 or more.
         soft_cap: A logit x becomes `soft_cap * tanh(x / soft_cap)`; None or 0 means no cap.
         sinks: `[num_q_heads]`: one more logit of each head in the softmax's denominator.
-        kv_cache_dtype: "auto", or the format that the cache was written in: see `reshape_and_cache_flash` and
-            `concat_and_cache_mla`.
-        k_scale: By which quantised keys are multiplied: float32 of one element, or `[num_heads]`, or a number; None
-            means 1. Or the scale cache of `reshape_and_cache_flash_per_token_head_quant`, then for both.
-        v_scale: Likewise, for values.
-        layout: As in `reshape_and_cache_flash`; for one tensor, None means `block slot head k+v`, or
-            `block slot latent` where it has 3 axes (4 with `layer`).
-        scale_layout: Pattern of the scale caches' axes, as they were written; None means `block slot head`, or
+        kv_cache_dtype: "auto", or the format in which the cache was written.
+        k_scale: What quantised keys are multiplied by: float32 of one element, or one a head, `[num_heads]`, or a
+            number; None means 1. Or the scale cache of a `…_per_token_head_quant`, then for both.
+        v_scale: What quantised values are multiplied by, of the same kind.
+        layout: Pattern, constant's name or `CacheLayout`. None means NHD, or head-major where key_cache has an axis
+            more; for one tensor `block slot head k+v`, or `block slot latent` where it has 3 axes (4 with `layer`).
+        scale_layout: Pattern of the scale caches, as they were written; None means `block slot head`, or
             `layer block slot head`.
         layer: Index into the layout's `layer` axis. Out of range in a Tensor, nothing is read.
-        head_size_v: Elements of a value; needed where V is the first part of K (`block slot latent`).
+        head_size_v: Elements of a value; needed where V is the first part of K (`block slot latent`), except for
+            "fp8_ds_mla", where it is 512.
         return_lse: Whether the log-sum-exp is returned, too.
         out: A contiguous tensor of the result's shape and dtype that it is written to, and that is returned; it must
             not overlap the arguments. None: a new one.
-        lse: Likewise, `[num_tokens, num_q_heads]` of float32 for the log-sum-exp; only with out.
+        lse: The same for the log-sum-exp, `[num_tokens, num_q_heads]` of float32; only with out.
         backend: None runs "triton" on CUDA and ROCm, "torch" elsewhere. "interpret" runs the Triton kernel in its
             interpreter, on CPU tensors, for tests.
 
     Returns:
         `[num_tokens, num_q_heads, head_size_v]` of query's dtype; with return_lse also the natural logarithm of the
         softmax's denominator, `[num_tokens, num_q_heads]` float32, -inf where nothing is seen, with which
-        `merge_attention` joins results over parts of the positions.
+        `merge_attention` merges partial results.
 
     Raises:
         ValueError: a shape, layout, choice or device does not fit.
         TypeError: a dtype does not fit.
         NotImplementedError: grad mode is on, and an argument requires gradients.
+
+    Example:
+        >>> key_cache = torch.zeros((3, 2, 1, 2))  # 3 blocks of 2 slots, 1 head of 2 elements; all logits are 0
+        >>> value_cache = torch.arange(12.0).reshape(3, 2, 1, 2)
+        >>> query = torch.ones((1, 1, 2))
+        >>> torchkv.paged_attention(query, (key_cache, value_cache), torch.tensor([[2, 0]]), torch.tensor([3])).tolist()
+        [[[6.0, 7.0]]]
+
+    The result is the mean of the values at positions 0 to 2: those of block 2, and the first of block 0.
     """
     check_options(kv_cache_dtype, k_scale, v_scale, layer, backend, BACKENDS)
     options = check_attention_options(scale, causal, sliding_window, soft_cap)
@@ -169,39 +175,26 @@ def paged_attention(
     k_scale, v_scale = as_scale(k_scale, caches[0]), as_scale(v_scale, caches[0])
     refuse_gradients("paged_attention", query, *caches, sinks, k_scale, v_scale, out, lse)
     arguments = (
-        query,
-        caches,
-        block_tables,
-        seq_lens,
-        query_start_loc,
-        *options,
-        sinks,
-        kv_cache_dtype,
-        k_scale,
-        v_scale,
-        as_pattern(layout),
-        *as_layer(layer),
-        head_size_v,
-        backend,
-        as_scale_pattern(scale_layout),
-    )
+        query, caches, block_tables, seq_lens, query_start_loc, *options, sinks, kv_cache_dtype, k_scale, v_scale,
+        as_pattern(layout), *as_layer(layer), head_size_v, backend, as_scale_pattern(scale_layout),
+    )  # fmt: skip
     if out is not None:
-        try:
-            results = out, query.new_empty(query.shape[:2], dtype=torch.float32) if lse is None else lse
-            _read_library.attention_out(*results, *arguments)
-        except (RuntimeError, AttributeError):
-            check_tensors(out=out, **({} if lse is None else {"lse": lse}))
-            explain(_read_library.attention, arguments)
-            raise
+        results = out, _new_lse(query, out) if lse is None else lse
+        call(_library.attention_out, (*results, *arguments))
     elif lse is None:
-        try:
-            results = _read_library.attention(*arguments)
-        except (RuntimeError, AttributeError):
-            explain(_read_library.attention, arguments)
-            raise
+        results = call(_library.attention, arguments)
     else:
         raise ValueError("out must be given where lse is, got None")
     return results if return_lse else results[0]
+
+
+def _new_lse(query: Tensor, out: Tensor) -> Tensor:
+    """Memory for a log-sum-exp that nobody asked for, beside the caller's tensor for the result."""
+    try:
+        return query.new_empty(query.shape[:2], dtype=torch.float32)
+    except AttributeError:
+        check_tensors(out=out, query=query)
+        raise
 
 
 def gather_kv(
@@ -224,33 +217,47 @@ def gather_kv(
 ) -> tuple[Tensor, Tensor]:
     """Keys and values of sequences, out of a paged KV cache into contiguous tensors.
 
+    Everything runs on the current stream of the tensors' device and nothing is synchronised, so that CUDA graphs can
+    capture it. What is launched depends on shapes only, never on lengths. Tensors may be strided. Not differentiable.
+
     Args:
         caches: `(key_cache, value_cache)`, or one tensor for layouts that hold both.
         block_tables: `[num_seqs, max_blocks]` of int32 or int64: the blocks of each sequence, in order.
         seq_lens: `[num_seqs]` of int32 or int64: tokens of each sequence in the cache.
         max_len: Positions of a sequence in the result.
-        dtype: float16, bfloat16 or float32; None means the cache's own, or bfloat16 for quantised ones.
-        kv_cache_dtype: As in `paged_attention`, like the next ones.
-        k_scale: By which quantised keys are multiplied, or their scale cache.
-        v_scale: Likewise, for values.
-        layout: Where keys and values are.
-        scale_layout: Where scales are in scale caches.
+        dtype: float16, bfloat16 or float32; None means the cache's own, or bfloat16 where it is quantised.
+        kv_cache_dtype: "auto", or the format in which the cache was written.
+        k_scale: What quantised keys are multiplied by: float32 of one element, or one a head, `[num_heads]`, or a
+            number; None means 1. Or the scale cache of a `…_per_token_head_quant`, then for both.
+        v_scale: What quantised values are multiplied by, of the same kind.
+        layout: Pattern, constant's name or `CacheLayout`. None means NHD, or head-major where key_cache has an axis
+            more; for one tensor `block slot head k+v`, or `block slot latent` where it has 3 axes (4 with `layer`).
+        scale_layout: Pattern of the scale caches, as they were written; None means `block slot head`, or
+            `layer block slot head`.
         layer: Index into the layout's `layer` axis. Out of range in a Tensor, nothing is read.
         head_size: Elements of a key; needed for layouts with an axis `k+v`.
-        head_size_v: Elements of a value; needed where V is the first part of K (`block slot latent`).
+        head_size_v: Elements of a value; needed where V is the first part of K (`block slot latent`), except for
+            "fp8_ds_mla", where it is 512.
         out: Contiguous tensors of the results' shapes and dtype that key and value are written to, and that are
             returned; they must not overlap the arguments. None: new ones.
-        backend: None, "triton", "torch" or "interpret".
+        backend: None runs "triton" on CUDA and ROCm, "torch" elsewhere. "interpret" runs the Triton kernel in its
+            interpreter, on CPU tensors, for tests.
 
     Returns:
         Key `[num_seqs, max_len, num_heads, head_size]` and value `[num_seqs, max_len, num_heads, head_size_v]`: the
-        cache's bits, or `round(float32(x) * scale)`, by the cache's own scale before a static one. Zeros past each
-        length, and where block_tables has no block of the cache.
+        cache's bits, or `round(float32(x) * scale)`, where nvfp4 has `float32(x) * b`, b being the scale of x's group,
+        for x. Zeros past each length, and where block_tables has no block of the cache.
 
     Raises:
         ValueError: a shape, layout, choice or device does not fit.
         TypeError: a dtype does not fit.
         NotImplementedError: grad mode is on, and an argument requires gradients.
+
+    Example:
+        >>> key_cache = torch.arange(12.0).reshape(3, 2, 1, 2)  # 3 blocks of 2 slots, 1 head of 2 elements
+        >>> key, value = torchkv.gather_kv((key_cache, -key_cache), torch.tensor([[2, 0]]), torch.tensor([3]), 4)
+        >>> key[0, :, 0].tolist()  # block 2, then the first slot of block 0; position 3 is past the length
+        [[8.0, 9.0], [10.0, 11.0], [0.0, 1.0], [0.0, 0.0]]
     """
     check_options(kv_cache_dtype, k_scale, v_scale, layer, backend, BACKENDS)
     caches = as_caches(caches)
@@ -258,87 +265,14 @@ def gather_kv(
     if out is not None and not (isinstance(out, (tuple, list)) and len(out) == 2):
         raise TypeError(f"out must be two tensors, for key and value, got {type(out).__name__}")
     refuse_gradients("gather_kv", *caches, k_scale, v_scale, *(out or ()))
+    dtype_name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
     arguments = (
-        caches,
-        block_tables,
-        seq_lens,
-        max_len,
-        str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype,
-        kv_cache_dtype,
-        k_scale,
-        v_scale,
-        as_pattern(layout),
-        *as_layer(layer),
-        head_size,
-        head_size_v,
-        backend,
-        as_scale_pattern(scale_layout),
-    )
-    try:
-        if out is None:
-            return _read_library.gather(*arguments)
-        key, value = out
-        _read_library.gather_out(key, value, *arguments)
-    except (RuntimeError, AttributeError):
-        if out is not None:
-            check_tensors(**{"out[0]": out[0], "out[1]": out[1]})
-        explain(_read_library.gather, arguments)
-        raise
+        caches, block_tables, seq_lens, max_len, dtype_name, kv_cache_dtype, k_scale, v_scale, as_pattern(layout),
+        *as_layer(layer), head_size, head_size_v, backend, as_scale_pattern(scale_layout),
+    )  # fmt: skip
+    if out is None:
+        return call(_library.gather, arguments)
+    key, value = out
+    check_tensors(**{"out[0]": key, "out[1]": value})  # which the op's schema calls otherwise
+    call(_library.gather_out, (key, value, *arguments))
     return key, value
-
-
-def merge_attention(
-    outs: Tensor, lses: Tensor, *, out: Tensor | None = None, lse: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Joins attention over parts of the positions, as devices compute that share a context between them.
-
-    A row of a part that saw nothing counts for nothing, whatever its result holds, NaN too. Differentiable: such rows
-    have gradients of zero.
-
-    Args:
-        outs: `[parts, num_tokens, num_q_heads, head_size_v]`, from `paged_attention` over each part.
-        lses: `[parts, num_tokens, num_q_heads]` float32, from the same calls: -inf in rows that saw nothing, or inf, as
-            other kernels have it. Sinks belong to one part only.
-        out: A tensor of the result's shape and dtype that it is written to, and that is returned; it may be strided,
-            but not overlap the arguments, and then nothing is differentiable. None: a new one.
-        lse: Likewise, for the log-sum-exp.
-
-    Returns:
-        What one call over all the positions gives: result of outs' dtype, and log-sum-exp. Rows that no part saw
-        anything for are zeros with -inf; a row with a log-sum-exp of NaN is NaN.
-
-    Raises:
-        ValueError: a shape or device of out or lse does not fit, or they overlap.
-        TypeError: a dtype of out or lse does not fit.
-        NotImplementedError: out or lse is given, grad mode is on, and an argument requires gradients.
-    """
-    check_tensors(outs=outs, lses=lses)
-    if out is not None or lse is not None:
-        _check_merged(outs, lses, out, lse)
-    empty = torch.isinf(lses)
-    lses = lses.masked_fill(empty, -torch.inf)
-    top = lses.detach().amax(0)
-    top = top.masked_fill(top == -torch.inf, 0)
-    weights = torch.exp(lses - top)
-    total = weights.sum(0)
-    nothing = total == 0
-    total = total.masked_fill(nothing, 1)
-    # Masked before the product: 0 times NaN is NaN, and so is its gradient.
-    merged = torch.sum(outs.masked_fill(empty[..., None], 0).float() * (weights / total)[..., None], dim=0)
-    merged_lse = (top + total.log()).masked_fill(nothing, -torch.inf)
-    return (
-        merged.to(outs.dtype) if out is None else out.copy_(merged),
-        merged_lse if lse is None else lse.copy_(merged_lse),
-    )
-
-
-def _check_merged(outs: Tensor, lses: Tensor, out: Tensor | None, lse: Tensor | None) -> None:
-    given = {name: tensor for name, tensor in (("out", out), ("lse", lse)) if tensor is not None}
-    check_tensors(**given)
-    refuse_gradients("merge_attention with out or lse", outs, lses, out, lse)
-    for name, tensor in given.items():
-        like = outs if name == "out" else lses
-        check_result(name, spec_of(tensor)._replace(strides=None), like.shape[1:], dtype_name(like))
-        check_devices([(name, spec_of(tensor))], f"{name}s", spec_of(like))
-    if not torch.compiler.is_compiling():  # where tensors have no addresses
-        check_results_apart(tuple(given), tuple(given.values()), {"outs": outs, "lses": lses})

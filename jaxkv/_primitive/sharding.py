@@ -32,13 +32,14 @@ class Rule(NamedTuple):
 
     Attributes:
         operands: A spec for each operand, with names of factors in place of mesh axes; arrays that share a name are
-            split alike.
-        results: The same for each result.
+            split alike. None on an axis is a factor of its own.
+        results: The same for each result; None where the results are the caches and scale caches, updated: these have
+            the factors, and the shardings, of the operands.
         sizes: Of the factors that are nowhere alone on an axis.
     """
 
     operands: Any
-    results: list[P]
+    results: list[P] | None
     sizes: dict[str, int]
 
 
@@ -89,13 +90,7 @@ def _check_concrete(options: Options, memory: Sequence[Any]) -> None:
 # ---- XLA's partitioner
 
 
-def lower_by_heads(
-    primitive: Primitive,
-    local_p: Primitive,
-    specs: Specs,
-    rule: Callable[[Any, Any], Rule],
-    updates_memory: bool = False,
-) -> None:
+def lower_by_heads(primitive: Primitive, local_p: Primitive, specs: Specs, rule: Callable[[Any, Any], Rule]) -> None:
     """Lowers a primitive to a custom partitioning by heads.
 
     Args:
@@ -103,22 +98,18 @@ def lower_by_heads(
         local_p: The one that computes on a single device.
         specs: Of operands and results.
         rule: The rule by which shardings spread, given options and operands of types.
-        updates_memory: Whether the results are caches and scale caches, which then have the shardings of the operands.
     """
 
     def lower(ctx: Any, *values: Any, tree: Any, options: Any) -> Any:
         options = options._replace(compute_capability=compute_capability(ctx.module_context.axis_context))
-        spreading = rule(options, jax.tree.unflatten(tree, ctx.avals_in))
-        partitioned = _partitioned(local_p, specs, spreading, tree, options, updates_memory)
+        partitioned = _partitioned(local_p, specs, rule(options, jax.tree.unflatten(tree, ctx.avals_in)), tree, options)
         return mlir.lower_fun(lambda *leaves: list(partitioned(*leaves)), multiple_results=True)(ctx, *values)
 
     dispatch.prim_requires_devices_during_lowering.add(primitive)
     mlir.register_lowering(primitive, lower)
 
 
-def _partitioned(
-    local_p: Primitive, specs: Specs, rule: Rule, tree: Any, options: Options, updates_memory: bool
-) -> Any:
+def _partitioned(local_p: Primitive, specs: Specs, rule: Rule, tree: Any, options: Options) -> Any:
     """The call as a function of the operands' leaves, which XLA's partitioner splits by heads."""
 
     def local(*leaves: Any) -> tuple[Any, ...]:
@@ -129,7 +120,7 @@ def _partitioned(
         operands = jax.tree.unflatten(tree, leaves)
         if not all(isinstance(array.sharding, NamedSharding) for array in operands.cache.memory):
             # Within a shard_map over some of the mesh's axes. XLA's shardings there have no spec to look at.
-            results = operands.cache.memory if updates_memory else results
+            results = operands.cache.memory if rule.results is None else results
             return mesh, local, tuple(array.sharding for array in results), tuple(array.sharding for array in leaves)
         in_specs, out_specs = specs(options, jax.tree.map(lambda array: array.sharding.spec, operands), operands)
         operand_shardings, result_shardings = (
@@ -144,14 +135,15 @@ def _partitioned(
 
 
 def _spell(rule: Rule) -> str:
-    """A rule as custom_partitioning reads it; each None is a factor of its own."""
+    """A rule as custom_partitioning reads it."""
     fresh = (f"i{n}" for n in itertools.count())
 
     def spelled(spec: P) -> str:
         return " ".join(factor or next(fresh) for factor in spec)
 
-    operands, results = (", ".join(map(spelled, _spec_leaves(part))) for part in (rule.operands, rule.results))
-    return f"{operands} -> {results}"
+    operands = jax.tree.map(spelled, rule.operands, is_leaf=lambda spec: isinstance(spec, P))
+    results = operands.cache.memory if rule.results is None else map(spelled, rule.results)
+    return f"{', '.join(jax.tree.leaves(operands))} -> {', '.join(results)}"
 
 
 def _spec_leaves(specs: Any) -> list[P]:

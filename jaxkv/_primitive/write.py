@@ -59,7 +59,7 @@ def _rule(options: WriteOptions, operands: WriteOperands) -> Rule:
     joined = any(len(axis) > 1 and "head" in axis for axes in caches for axis in axes)
     specs = _split(options, operands, None if joined else heads)
     cache = specs.cache._replace(caches=cache_specs(options.cache, operands.cache, heads).caches)
-    return Rule(specs._replace(cache=cache), list(cache.memory), sizes={})
+    return Rule(specs._replace(cache=cache), results=None, sizes={})
 
 
 # ---- vmap
@@ -138,6 +138,6 @@ def _derivatives(_: WriteOptions) -> str:
 
 write_p, local_p = make_primitives("reshape_and_cache", _result_types)
 lower_by_platform(local_p, _compute)
-lower_by_heads(write_p, local_p, _specs, _rule, updates_memory=True)
+lower_by_heads(write_p, local_p, _specs, _rule)
 batch_by(write_p, _batched)
 refuse_derivatives(write_p, _derivatives)

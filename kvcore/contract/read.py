@@ -13,6 +13,7 @@ from kvcore.contract.cache import (
     check_cache_devices,
 )
 from kvcore.contract.checks import (
+    check_devices,
     check_indices,
     check_rank,
     either,
@@ -240,7 +241,7 @@ def check_merge(outs: ArraySpec, lses: ArraySpec) -> None:
     """Checks the arguments of `merge_attention`.
 
     Raises:
-        ValueError: a shape does not fit.
+        ValueError: a shape or a device does not fit.
         TypeError: a dtype does not fit.
     """
     check_rank("outs", outs, 4, "(parts, num_tokens, num_q_heads, head_size_v)")
@@ -250,6 +251,7 @@ def check_merge(outs: ArraySpec, lses: ArraySpec) -> None:
         raise TypeError(f"outs must have dtype {either(FLOATS)}, got {outs.dtype}")
     if lses.dtype != "float32":
         raise TypeError(f"lses must have dtype float32, got {lses.dtype}")
+    check_devices([("lses", lses)], "outs", outs)
 
 
 def _tables(block_tables: ArraySpec, seq_lens: ArraySpec) -> None:

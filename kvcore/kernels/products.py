@@ -47,18 +47,18 @@ def add_values(acc, weights, words, word_scales, shrink, C: tl.constexpr, P: tl.
 
 @triton.jit
 def add_seen_values(acc, weights, seen, words, word_scales, v_scale, shrink, C: tl.constexpr, P: tl.constexpr):
-    """What `add_values` does, for values that may be infinite or NaN, which change only rows that see them.
+    """What `add_values` does, for values that may be infinite or NaN: they change only rows that see them.
 
-    Finite values are multiplied as usual. Of the others, rows count those that they see: where there is one, it goes to
-    the sum whatever its weight, and a sum that is not finite stays what it is.
+    Finite values are multiplied as usual. Of infinite ones and NaN, rows count those that they see: a single one makes
+    the sum what it is, whatever its weight. A sum that is not finite is not shrunk, as 0 times it would be NaN.
 
     Args:
-        acc: As in `add_values`, and so are all arguments but the two that follow.
-        weights: Of values without their position's scale, which weights have in them already.
+        acc: The sums, `[ROWS, words]` for each element of a word.
+        weights: `[ROWS, POSITIONS]`, times the positions' scales if there are any.
         seen: Which positions rows see, `[ROWS, POSITIONS]`.
-        words: Of V.
+        words: `[POSITIONS, words]` of V.
         word_scales: Their scales, or None.
-        v_scale: Scales of positions, `[POSITIONS]`, or None: a value may be infinite only together with it.
+        v_scale: The positions' scales, `[POSITIONS]`, or None: with it, a finite value may become infinite or NaN.
         shrink: `[ROWS]`.
         C: CacheRows of V.
         P: All constants.

@@ -52,7 +52,7 @@ class Tile(NamedTuple):
 
 
 class AttentionConstants(NamedTuple):
-    """All constants of `paged_attention_kernel`. None may be called value: Triton 3.6 would take the constexpr's own."""
+    """All constants of `paged_attention_kernel`. None may be called value: Triton 3.6 would take the constexpr's."""
 
     query: QueryRows
     k: CacheRows

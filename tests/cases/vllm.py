@@ -7,7 +7,7 @@ import torch
 
 from kvcore.oracle import write as reference
 from tests.cases.arrays import from_torch
-from torchkv import read as read_ops
+from torchkv import read
 from torchkv.integrations import vllm
 
 BLOCKS, BLOCK_SIZE, HEADS, HEAD_SIZE, GROUP = 7, 8, 2, 32, 2
@@ -172,7 +172,7 @@ def filled_cache(dtype=torch.bfloat16, padding=0):
 def attend(arguments, k, v, **options):
     """The same by torchkv's own names, with the same backend."""
     a = arguments
-    return read_ops.paged_attention(
+    return read.paged_attention(
         a["q"], (k, v), a["block_table"], a["seqused_k"], query_start_loc=a["cu_seqlens_q"], scale=a["softmax_scale"],
         **options,
     )  # fmt: skip

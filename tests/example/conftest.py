@@ -5,19 +5,9 @@ import sys
 
 import gguf
 import pytest
-import torch
 
 from examples.llama.gguf_model import ArrayReader, find_model, load_model
 from tests.cases.examples import EXAMPLES, PROMPTS, TWINS, write_gguf
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Beside other processes, threads that wait for each other in a loop take many times as long as one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -23,7 +23,8 @@ from tests.cases.examples import EXAMPLES, PROMPTS, TWINS, write_gguf
 def start(*arguments, tmp_path, **variables):
     """Starts the script in a process that at the end says which frameworks it imported."""
     program = (
-        "import runpy, sys, atexit; "
+        # Processes that are started in the background may ignore Ctrl-C, and hand that on.
+        "import runpy, signal, sys, atexit; signal.signal(signal.SIGINT, signal.default_int_handler); "
         "loaded = lambda: [name for name in ('jax', 'torch') if name in sys.modules]; "
         "atexit.register(lambda: print('IMPORTED', *loaded(), file=sys.stderr)); "
         f"sys.argv[0] = {str(EXAMPLES / 'generate.py')!r}; sys.path.insert(0, {str(EXAMPLES)!r}); "
@@ -137,14 +138,14 @@ def test_bad_options_say_why(arguments, message, cli, capsys):
     [("auto", None), ("int4", "token_head"), ("fp8", "token_head"), ("nvfp4", "tensor")],
 )
 def test_default_granularity(kv_cache_dtype, granularity, cli):
-    assert cli.parse(["x", "--kv-cache-dtype", kv_cache_dtype]).granularity == granularity
+    assert cli.parse(["x", "--kv-cache-dtype", kv_cache_dtype], "").granularity == granularity
 
 
 def test_prompts_come_from_a_file(cli, small_file, tmp_path, capsys):
     path = tmp_path / "prompts.txt"
     path.write_text("one\n\n  two é \r\nthree", encoding="utf-8")
-    assert cli.parse(["--prompts", str(path)]).prompt == ["one", "  two é ", "three"]
-    assert cli.parse(["zero", "--prompts", str(path)]).prompt == ["zero", "one", "  two é ", "three"]
+    assert cli.parse(["--prompts", str(path)], "").prompt == ["one", "  two é ", "three"]
+    assert cli.parse(["zero", "--prompts", str(path)], "").prompt == ["zero", "one", "  two é ", "three"]
     path.write_bytes(b"\xff")
     assert cli.main(["--prompts", str(path)]) == 2
     assert "prompts must be a file of text in UTF-8, got" in capsys.readouterr().err
@@ -308,6 +309,18 @@ def test_script_and_project_ask_for_the_same():
     assert script["dependencies"] == ["jaxkv[jax]", *project["dependency-groups"]["example"]]
     assert script["requires-python"] == project["project"]["requires-python"]
     assert script["tool"]["uv"]["dependency-metadata"] == project["tool"]["uv"]["dependency-metadata"]
+
+
+@pytest.mark.parametrize("package", ["gguf", "tokenizers"])
+def test_a_missing_package_of_the_script_is_one_line(package, tmp_path):
+    (tmp_path / f"{package}.py").write_text(f"raise ModuleNotFoundError('hidden', name={package!r})")
+    found = subprocess.run(
+        [sys.executable, EXAMPLES / "generate.py", "--help"], capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert found.returncode == 2
+    assert found.stderr.startswith(f"generate.py: error: {package} must be installed, got none: uv run examples/")
+    assert len(found.stderr.splitlines()) == 1
 
 
 def test_missing_framework_says_how(cli, monkeypatch, capsys):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from kvcore.formats import KV_CACHE_DTYPES
+from kvcore.oracle import formats
 from kvcore.oracle import write as reference
 from tests.cases import gpu
 from tests.cases.arrays import (
@@ -116,7 +117,7 @@ def stored_by_search(x, stored):
     """The oracle's definition, with torch on the GPU: the nearest of all numbers, the even one of two as near."""
     import torch
 
-    numbers = torch.tensor(reference._numbers(stored), dtype=torch.float64, device=x.device)
+    numbers = torch.tensor(formats._numbers(stored), dtype=torch.float64, device=x.device)
     magnitude = x.double().abs().nan_to_num(nan=0.0, posinf=float("inf"))
     above = torch.searchsorted(numbers, magnitude).clamp(1, len(numbers) - 1)
     to_above, to_below = numbers[above] - magnitude, magnitude - numbers[above - 1]

@@ -4,19 +4,10 @@ import json
 
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 pytest.importorskip("jax")
 
 from benchmarks import attention, decode, gather, write
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Where tests share cores, torch's threads wait for each other far longer than they work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,9 @@ import numpy as np
 import pytest
 
 import jaxkv
-import jaxkv.read
-import jaxkv.write
+import jaxkv._arguments
 import torchkv
-import torchkv.read
-import torchkv.write
+import torchkv._arguments
 from kvcore import choices
 from kvcore.arrays import ArraySpec
 from kvcore.contract.checks import either
@@ -98,8 +96,8 @@ def test_choices_are_those_that_decide_at_run_time():
     assert get_args(choices.PerTokenHeadDtype) == PER_TOKEN_HEAD
     assert get_args(choices.ScaledDtype) == (*PER_TOKEN_HEAD, NVFP4.name)
     assert set(get_args(choices.FloatDtype)) == set(FLOATS)
-    assert get_args(choices.JaxBackend) == jaxkv.write.BACKENDS
-    assert get_args(choices.TorchBackend) == torchkv.write.BACKENDS
+    assert get_args(choices.JaxBackend) == jaxkv._arguments.BACKENDS
+    assert get_args(choices.TorchBackend) == torchkv._arguments.BACKENDS
     assert get_args(choices.LayoutName) == tuple(CONSTANTS)
 
 
@@ -118,7 +116,7 @@ def keywords(function):
 
 
 OVERLOADED = [
-    *(function for name, function in inspect.getmembers(jaxkv.write, inspect.isfunction) if name in jaxkv.__all__),
+    *(function for name, function in inspect.getmembers(jaxkv, inspect.isfunction) if "_and_cache_" in name),
     *(f for module in (jaxkv, torchkv) for f in (module.paged_attention, module.PagedKVCache.attend)),
 ]
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+import jaxkv
 from torchkv import merge_attention
 
 INF, NAN = float("inf"), float("nan")
@@ -66,10 +67,41 @@ def test_rows_of_which_no_part_saw_anything(dtype):
     assert not torch.signbit(out[1, 0]).any()
 
 
-def test_no_parts():
+def test_no_tokens():
     out, lse = merge_attention(torch.empty(1, 0, 2, 8), torch.empty(1, 0, 2))
     assert out.shape == (0, 2, 8)
     assert lse.shape == (0, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_parts(dtype):
+    out, lse = merge_attention(torch.empty(0, 4, 2, 8, dtype=dtype), torch.empty(0, 4, 2))
+    torch.testing.assert_close(out, torch.zeros(4, 2, 8, dtype=dtype), rtol=0, atol=0)
+    torch.testing.assert_close(lse, torch.full((4, 2), -INF), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("change", "kind", "message"), [
+    (
+        lambda o, s: (o[0], s), ValueError,
+        "outs must have shape (parts, num_tokens, num_q_heads, head_size_v), got (4, 2, 8)",
+    ),
+    (lambda o, s: (o, s.mT), ValueError, "lses must have shape (3, 4, 2), got (3, 2, 4)"),
+    (lambda o, s: (o, s[:1]), ValueError, "lses must have shape (3, 4, 2), got (1, 4, 2)"),
+    (lambda o, s: (o.int(), s), TypeError, "outs must have dtype float32, bfloat16 or float16, got int32"),
+    (lambda o, s: (o, s.half()), TypeError, "lses must have dtype float32, got float16"),
+])  # fmt: skip
+def test_both_frameworks_refuse_parts_that_do_not_fit_with_the_same_text(change, kind, message):
+    outs, lses = change(*parts())
+    for merge, given in ((merge_attention, (outs, lses)), (jaxkv.merge_attention, (outs.numpy(), lses.numpy()))):
+        with pytest.raises(kind) as error:
+            merge(*given)
+        assert str(error.value) == message
+
+
+def test_parts_on_several_devices_are_refused():
+    outs, lses = parts()
+    with pytest.raises(ValueError, match=r"^lses must be on device cpu, as outs, got meta$"):
+        merge_attention(outs, lses.to("meta"))
 
 
 @pytest.mark.parametrize("other", [1.0, -INF, INF])

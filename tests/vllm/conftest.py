@@ -5,16 +5,16 @@ import types
 
 import pytest
 
-from tests.cases.vllm import FUNCTIONS, SIGNATURES
-from torchkv import read as read_ops
-from torchkv import write as ops
+import torchkv
+from tests.cases.vllm import SIGNATURES
+from torchkv import mla, quantize, read, write
 
 
 @pytest.fixture(params=("torch", "interpret"))
 def backend(request, monkeypatch):
     """Runs what the functions call with this backend, though vLLM's parameters have no place for it."""
-    for module, names in ((ops, [n for n in FUNCTIONS if hasattr(ops, n)]), (read_ops, ["paged_attention"])):
-        for name in [*names, *(n for n in vars(module) if n.startswith("reshape_and_cache_flash_"))]:
+    for module in (write, quantize, mla, read):
+        for name in vars(module).keys() & {*torchkv.__all__} - {"CacheLayout"}:
             whole = getattr(module, name)
 
             def with_backend(*args, _whole=whole, **options):

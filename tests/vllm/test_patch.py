@@ -3,6 +3,7 @@
 import enum
 import inspect
 import sys
+import types
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from tests.cases.vllm import (
     KVQuantMode,
     assert_bytes,
     attention_arguments,
+    bytes_of,
     filled_cache,
     halves,
     layer_cache,
@@ -31,6 +33,14 @@ LACKING = {
     "alibi_slopes": (torch.ones(4), "alibi_slopes must be None, got a tensor of shape (4,)"),
     "qq_bias": (torch.ones(4, 4), "qq_bias must be None, got a tensor of shape (4, 4)"),
     "output_scale": (torch.ones(1), "output_scale must be None, got a tensor of shape (1,)"),
+    "q": (
+        torch.ones(8, 4, HEAD_SIZE).to(torch.float8_e4m3fn),  # as vLLM's layers quantise it on CUDA
+        "q must have dtype float32, bfloat16 or float16, got float8_e4m3fn",
+    ),
+    "out": (
+        torch.ones(8, 4, HEAD_SIZE).to(torch.float8_e4m3fn),
+        "out must have dtype float32, bfloat16 or float16, got float8_e4m3fn",
+    ),
     "q_descale": (torch.ones(1), "q_descale must be None, got a tensor of shape (1,)"),
     "mm_prefix_range": (torch.ones(4, 1, 2), "mm_prefix_range must be None, got a tensor of shape (4, 1, 2)"),
     "causal": (torch.ones(4), "causal must be True or False, got a tensor of shape (4,)"),
@@ -123,6 +133,8 @@ def lacking_calls():
     names = ("prefix_output", "prefix_lse", "suffix_output", "suffix_lse")
     merge = dict(zip(names, states(), strict=True)) | {"output": torch.zeros(6, 4, 16), "output_scale": one}
     yield "merge_attn_states", merge, "output_scale must be None, got a tensor of shape ()"
+    merge |= {"output": torch.zeros(6, 4, 16).to(torch.float8_e4m3fn), "output_scale": None}
+    yield "merge_attn_states", merge, "output must have dtype float32, bfloat16 or float16, got float8_e4m3fn"
 
 
 def test_what_is_lacking_is_refused_and_nothing_is_written():
@@ -133,7 +145,7 @@ def test_what_is_lacking_is_refused_and_nothing_is_written():
         assert str(error.value) == message
         assert isinstance(error.value, ValueError)
         for n, a in before.items():
-            assert torch.equal(arguments[n], a), n
+            assert torch.equal(*(bytes_of(x.flatten()) for x in (arguments[n], a))), n
 
 
 def test_names_of_dtypes_must_be_the_caches():
@@ -180,6 +192,18 @@ def test_patching(stand_in):
     assert {name: getattr(stand_in.backend, name) for name in FUNCTIONS} == theirs
     assert stand_in.backend.renamed is theirs["unified_attention"]
     assert all(getattr(stand_in.modules[home], name) is theirs[name] for name, home in homes.items())
+
+
+def test_undoing_a_patch_in_modules_that_came_later(stand_in, monkeypatch):
+    theirs = stand_in.backend.unified_attention
+    undo = vllm.patch()
+    later = types.ModuleType("vllm.later")
+    later.attention = stand_in.backend.unified_attention  # from … import unified_attention as attention
+    monkeypatch.setitem(sys.modules, "vllm.later", later)
+    monkeypatch.setitem(sys.modules, "vllm.absent", None)
+    assert later.attention is not theirs
+    undo.close()
+    assert later.attention is theirs
 
 
 def test_a_patched_vllm_calls_its_own_function_where_torchkv_lacks_something(stand_in):

@@ -21,6 +21,7 @@ from tests.cases.vllm import (
     filled_cache,
     halves,
     scale_views,
+    written_per_token_head,
 )
 from torchkv.integrations import vllm
 
@@ -101,6 +102,29 @@ def test_attention_into_tensors_with_gaps_and_of_another_dtype(backend):
     longer = torch.cat([arguments["block_table"], torch.full((3, 4), 99, dtype=torch.int32)])
     vllm.unified_attention(k=k, v=v, **arguments | {"block_table": longer, "causal": False, "softcap": 4.0})
     assert torch.equal(arguments["out"], want)
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_attention_needs_both_scale_caches_and_takes_names_of_modes(name):
+    _, _, cache, (k_scales, v_scales) = written_per_token_head(name)
+    k, v = halves(cache, MODES[name][1])
+    arguments = attention_arguments()
+    for scales, missing in (((None, v_scales), "k_scale_cache"), ((k_scales, None), "v_scale_cache")):
+        with pytest.raises(ValueError, match=f"^{missing} must be given with the scales of tokens and heads"):
+            vllm.unified_attention(
+                k=k, v=v, **arguments, kv_quant_mode=MODES[name][0], k_scale_cache=scales[0], v_scale_cache=scales[1]
+            )
+    assert (arguments["out"] == 7).all()
+    outs = []
+    for mode in (MODES[name][0], f"{name}_per_token_head"):
+        arguments = attention_arguments()
+        vllm.unified_attention(
+            k=k, v=v, **arguments, kv_quant_mode=mode, k_scale_cache=k_scales, v_scale_cache=v_scales
+        )
+        outs.append(arguments["out"])
+    assert torch.equal(*outs)
+    with pytest.raises(vllm.UnsupportedError, match="got int4_per_token_head: vLLM's int4 is rotated"):
+        vllm.unified_attention(k=k, v=v, **attention_arguments(), kv_quant_mode="int4_per_token_head")
 
 
 @pytest.mark.gpu

@@ -156,7 +156,7 @@ def test_both_launchers_pass_the_same_arguments(monkeypatch, name):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(jax_launch, "launch", launch)
-    monkeypatch.setattr(jaxkv.write, "write", write)
+    monkeypatch.setattr(jaxkv._write, "write", write)
     case = make_case(np.random.default_rng(0), **WRITES[name])
     case.slot_mapping = case.slot_mapping.astype(np.int32)  # JAX has no int64 by default
     run_torch(case, "interpret")

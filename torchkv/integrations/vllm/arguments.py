@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcore.formats import KV_CACHE_DTYPES
+from kvcore.contract.checks import either
+from kvcore.formats import FLOATS, KV_CACHE_DTYPES
 from torchkv._arguments import VLLM_FORMATS, dtype_name
 
 NONE, FP8_PER_TENSOR, INT8_PER_TOKEN_HEAD, FP8_PER_TOKEN_HEAD, INT4_PER_TOKEN_HEAD = range(5)
@@ -31,6 +32,13 @@ def check_device(tensor: Tensor) -> None:
         raise UnsupportedError(f"tensors must be on a CPU, CUDA or ROCm device, got {tensor.device}")
 
 
+def check_floats(**tensors: Tensor) -> None:
+    """Raises an UnsupportedError for a quantised tensor: on CUDA, vLLM's queries are in fp8 where the cache is."""
+    for name, tensor in tensors.items():
+        if dtype_name(tensor) not in FLOATS:
+            raise UnsupportedError(f"{name} must have dtype {either(FLOATS)}, got {dtype_name(tensor)}")
+
+
 def check_absent(**arguments: Any) -> None:
     """Raises an UnsupportedError unless all of the arguments are None."""
     for name, argument in arguments.items():
@@ -47,7 +55,7 @@ def printed(argument: Any) -> str:
 
 
 def cache_format(kv_cache_dtype: str, cache: Tensor) -> Any:
-    """What `torchkv.write` calls the format that vLLM's `_custom_ops` store for a kv_cache_dtype."""
+    """What torchkv calls the format that vLLM's `_custom_ops` store for a kv_cache_dtype."""
     check_device(cache)
     if kv_cache_dtype in ("fp8", "fp8_e4m3", "fp8_inc"):
         name = fp8_format(cache)
@@ -83,13 +91,18 @@ def _has_fnuz(device: torch.device) -> bool:
     return "gfx94" in torch.cuda.get_device_properties(device).gcnArchName
 
 
+def mode_of(kv_quant_mode: Any) -> Any:
+    """The mode that a format's name stands for; other modes stay as they are."""
+    if isinstance(kv_quant_mode, str):
+        known = {"int8_per_token_head": INT8_PER_TOKEN_HEAD, "fp8_per_token_head": FP8_PER_TOKEN_HEAD}
+        return known.get(kv_quant_mode, kv_quant_mode)
+    return kv_quant_mode
+
+
 def per_token_head_format(kv_quant_mode: Any, cache: Tensor) -> Any:
     """The format of a cache with a scale for each token and head; a mode of None means what the cache's dtype says."""
     check_device(cache)
-    if isinstance(kv_quant_mode, str):
-        kv_quant_mode = {"int8_per_token_head": INT8_PER_TOKEN_HEAD, "fp8_per_token_head": FP8_PER_TOKEN_HEAD}.get(
-            kv_quant_mode, kv_quant_mode
-        )
+    kv_quant_mode = mode_of(kv_quant_mode)
     if kv_quant_mode is None:
         kv_quant_mode = INT8_PER_TOKEN_HEAD if cache.dtype == torch.int8 else FP8_PER_TOKEN_HEAD
     if kv_quant_mode == INT8_PER_TOKEN_HEAD:

@@ -5,14 +5,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchkv import read as ops
+from torchkv import merge, read
 from torchkv.integrations.vllm.arguments import (
     FP8_PER_TENSOR,
     NONE,
     UnsupportedError,
     check_absent,
     check_device,
+    check_floats,
     fp8_format,
+    mode_of,
     per_token_head_format,
     printed,
 )
@@ -39,11 +41,11 @@ def unified_attention(
     the last sequence's become zeros.
 
     Args:
-        q: `[num_tokens, num_q_heads, head_size]`.
+        q: `[num_tokens, num_q_heads, head_size]`, not quantised.
         k: `[num_blocks, block_size, num_heads, head_size]`, in any order of memory; with the scales of tokens and heads
             also with padding after each head's elements.
         v: The value cache, of the same axes as k.
-        out: `[num_tokens, num_q_heads, head_size]`, written to.
+        out: `[num_tokens, num_q_heads, head_size]`, not quantised, written to.
         cu_seqlens_q: `[num_seqs + 1]`: where each sequence's rows of q begin.
         max_seqlen_q: Not used.
         seqused_k: `[num_seqs]`: tokens of each sequence in the cache.
@@ -70,8 +72,9 @@ def unified_attention(
         rswa_prefix_lens: None, or rswa_window is.
         rswa_window: None, or rswa_prefix_lens is.
         use_alibi_sqrt: Has no effect without alibi_slopes.
-        kv_quant_mode: NONE, FP8_PER_TENSOR, INT8_PER_TOKEN_HEAD or FP8_PER_TOKEN_HEAD of vLLM's enum, or its number.
-        k_scale_cache: With the latter two, `[num_blocks, block_size, num_heads]` of float32.
+        kv_quant_mode: NONE, FP8_PER_TENSOR, INT8_PER_TOKEN_HEAD or FP8_PER_TOKEN_HEAD of vLLM's enum, its number, or,
+            for the latter two, the format's name (`int8_per_token_head`).
+        k_scale_cache: Needed with the latter two, `[num_blocks, block_size, num_heads]` of float32.
         v_scale_cache: The same for values.
         chunk_lookback: Below 0 where there is a window.
         use_td: Not used.
@@ -83,6 +86,7 @@ def unified_attention(
         TypeError: a dtype does not fit.
     """
     check_device(k)
+    check_floats(q=q, out=out)
     check_absent(
         q_descale=q_descale, alibi_slopes=alibi_slopes, output_scale=output_scale, qq_bias=qq_bias,
         mm_prefix_range=mm_prefix_range,
@@ -91,18 +95,19 @@ def unified_attention(
         raise UnsupportedError(f"rswa_window must be None where rswa_prefix_lens is given, got {rswa_window}")
     causal, window = _causal_window(causal, window_size, chunk_lookback)
 
-    mode = int(kv_quant_mode)
+    mode = mode_of(kv_quant_mode)
     kv_cache_dtype, k_scale, v_scale = "auto", None, None
     if mode == FP8_PER_TENSOR:
         kv_cache_dtype = fp8_format(k)
         k_scale, v_scale = _one_row("k_descale", k_descale), _one_row("v_descale", v_descale)
     elif mode != NONE:
-        kv_cache_dtype, k_scale, v_scale = per_token_head_format(kv_quant_mode, k), k_scale_cache, v_scale_cache
+        kv_cache_dtype, k_scale, v_scale = per_token_head_format(mode, k), k_scale_cache, v_scale_cache
+        _check_given(k_scale_cache=k_scale, v_scale_cache=v_scale)
         k, v = k[..., : q.shape[-1]], v[..., : out.shape[-1]]
     if block_table.shape[0] > seqused_k.shape[0]:
         block_table = block_table[: seqused_k.shape[0]]
     direct = out.dtype == q.dtype and out.is_contiguous()
-    result = ops.paged_attention(
+    result = read.paged_attention(
         q, (k, v), block_table, seqused_k, query_start_loc=cu_seqlens_q, scale=softmax_scale, causal=causal,
         sliding_window=window, soft_cap=softcap, sinks=sinks, kv_cache_dtype=kv_cache_dtype,  # type: ignore[arg-type]
         k_scale=k_scale, v_scale=v_scale, out=out if direct else None,
@@ -126,6 +131,12 @@ def _causal_window(causal: Any, window_size: tuple[int, int] | None, chunk_lookb
     if chunk_lookback > -1:
         raise UnsupportedError(f"chunk_lookback must be -1 with a window, got {chunk_lookback}")
     return True, left + 1
+
+
+def _check_given(**scale_caches: Tensor | None) -> None:
+    for name, scale_cache in scale_caches.items():
+        if scale_cache is None:
+            raise ValueError(f"{name} must be given with the scales of tokens and heads, got None")
 
 
 def _one_row(name: str, scale: Tensor | None) -> Tensor | None:
@@ -163,10 +174,12 @@ def merge_attn_states(
         output_scale: None.
 
     Raises:
-        UnsupportedError: output_scale is given, or tensors are on another device than a CPU, CUDA or ROCm.
+        UnsupportedError: output_scale is given, or tensors are quantised or on another device than a CPU, CUDA or ROCm.
         ValueError: a shape or device does not fit.
+        TypeError: a dtype does not fit.
     """
     check_device(output)
+    check_floats(output=output, prefix_output=prefix_output, suffix_output=suffix_output)
     check_absent(output_scale=output_scale)
     n = prefill_tokens_with_context
     if n is not None and n < output.shape[0]:
@@ -179,6 +192,6 @@ def merge_attn_states(
     lse = None if output_lse is None else output_lse.T
     outs, lses = torch.stack((prefix_output, suffix_output)), torch.stack((prefix_lse.T, suffix_lse.T))
     direct = output.dtype == outs.dtype
-    result, _ = ops.merge_attention(outs, lses, out=output if direct else None, lse=lse)
+    result, _ = merge.merge_attention(outs, lses, out=output if direct else None, lse=lse)
     if not direct:
         output.copy_(result)

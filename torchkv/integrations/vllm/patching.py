@@ -34,11 +34,12 @@ _HOMES = {
 def patch() -> ExitStack:
     """Puts torchkv's functions in the place of vLLM's, in all of vLLM's modules that are imported.
 
-    Where a call has an argument that torchkv lacks, vLLM's own function is called, so nothing is ignored. What vLLM
-    calls by other ways, such as `torch.ops._C_cache_ops`, stays as it is.
+    Where a call has an argument that torchkv lacks, vLLM's own function is called, so nothing is ignored. So it is for
+    attention over an fp8 cache on CUDA, where vLLM's layers quantise queries to fp8. What vLLM calls by other ways,
+    such as `torch.ops._C_cache_ops`, stays as it is.
 
     Returns:
-        What undoes it: `close()`, or the end of a `with`.
+        What undoes it, also in modules that vLLM imported since: `close()`, or the end of a `with`.
 
     Raises:
         ImportError: there is no vLLM, or one without these modules.
@@ -53,13 +54,18 @@ def patch() -> ExitStack:
             if not hasattr(theirs, "_torchkv"):  # else an earlier call has patched it
                 replacements.append((theirs, _or_theirs(ours, theirs)))
     undo = ExitStack()
-    modules = [module for name, module in list(sys.modules.items()) if name.partition(".")[0] == "vllm"]
     for theirs, patched in replacements:
-        for module in modules:
-            for name in [n for n, member in vars(module).items() if member is theirs]:
-                setattr(module, name, patched)
-                undo.callback(setattr, module, name, theirs)
+        _replace(theirs, patched)
+        undo.callback(_replace, patched, theirs)
     return undo
+
+
+def _replace(old: Callable[..., Any], new: Callable[..., Any]) -> None:
+    """Puts one function in the place of another, under all of its names in vLLM's modules."""
+    modules = [m for name, m in list(sys.modules.items()) if m is not None and name.partition(".")[0] == "vllm"]
+    for module in modules:
+        for name in [n for n, member in vars(module).items() if member is old]:
+            setattr(module, name, new)
 
 
 def _check_parameters(name: str, theirs: Callable[..., Any], ours: Callable[..., None]) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from torchkv import write as ops
+from torchkv import mla, quantize, write
 from torchkv.integrations.vllm.arguments import (
     UnsupportedError,
     cache_format,
@@ -44,7 +44,7 @@ def reshape_and_cache_flash(
         TypeError: a dtype does not fit.
     """
     name = cache_format(kv_cache_dtype, key_cache)
-    ops.reshape_and_cache_flash(key, value, key_cache, value_cache, slot_mapping, name, k_scale, v_scale)
+    write.reshape_and_cache_flash(key, value, key_cache, value_cache, slot_mapping, name, k_scale, v_scale)
 
 
 def triton_reshape_and_cache_flash(
@@ -83,7 +83,7 @@ def triton_reshape_and_cache_flash(
     if interleaved_v_pack_factor:
         raise UnsupportedError(f"interleaved_v_pack_factor must be 0, got {interleaved_v_pack_factor}")
     name = triton_cache_format(kv_cache_dtype, key_cache)
-    ops.reshape_and_cache_flash(key, value, key_cache, value_cache, slot_mapping, name, k_scale, v_scale)
+    write.reshape_and_cache_flash(key, value, key_cache, value_cache, slot_mapping, name, k_scale, v_scale)
 
 
 def triton_reshape_and_cache_flash_diffkv(
@@ -114,7 +114,7 @@ def triton_reshape_and_cache_flash_diffkv(
         TypeError: a dtype does not fit.
     """
     name = triton_cache_format(kv_cache_dtype, kv_cache)
-    ops.reshape_and_cache_flash_diffkv(key, value, kv_cache, slot_mapping, name, k_scale, v_scale)
+    write.reshape_and_cache_flash_diffkv(key, value, kv_cache, slot_mapping, name, k_scale, v_scale)
 
 
 def triton_reshape_and_cache_flash_per_token_head_quant(
@@ -151,7 +151,7 @@ def triton_reshape_and_cache_flash_per_token_head_quant(
         ValueError: a shape or device does not fit.
         TypeError: a dtype does not fit.
     """
-    ops.reshape_and_cache_flash_per_token_head_quant(
+    quantize.reshape_and_cache_flash_per_token_head_quant(
         key,
         value,
         key_cache[..., : key.shape[-1]],
@@ -172,7 +172,7 @@ def concat_and_cache_mla(
     scale: Tensor,
     skip_scale: bool = False,
 ) -> None:
-    """`vllm._custom_ops.concat_and_cache_mla`: `torchkv.concat_and_cache_mla` with vLLM's names of formats.
+    """`vllm._custom_mla.concat_and_cache_mla`: `torchkv.concat_and_cache_mla` with vLLM's names of formats.
 
     Args:
         kv_c: `[num_tokens, kv_lora_rank]`.
@@ -190,4 +190,4 @@ def concat_and_cache_mla(
         TypeError: a dtype does not fit.
     """
     name = cache_format(kv_cache_dtype, kv_cache)
-    ops.concat_and_cache_mla(kv_c, k_pe, kv_cache, slot_mapping, name, scale, skip_scale)
+    mla.concat_and_cache_mla(kv_c, k_pe, kv_cache, slot_mapping, name, scale, skip_scale)
