@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from tests.cases.torch_compile import compiler  # noqa: F401
+
 
 @pytest.fixture
 def rng():

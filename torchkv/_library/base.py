@@ -39,7 +39,7 @@ class Backends:
 
 
 Rule = Callable[[Any, int, Sequence[Any], Sequence[Any]], Any]
-"""vmap of an op: what comes of the op, a batch's size, which axis of each argument is mapped, and the arguments."""
+"""What vmap does with an op: a function of the op, the batch's size, the mapped axis of each argument, and these."""
 
 
 def define(schema: str, call_of: Callable[..., Any], backends: Backends, vmap: Rule) -> Any:
@@ -49,7 +49,7 @@ def define(schema: str, call_of: Callable[..., Any], backends: Backends, vmap: R
         schema: Its name, parameters and results. Without results, it writes to parameters that follow each other.
         call_of: Makes a call of `torchkv._call` of its arguments.
         backends: What carries it out.
-        vmap: What vmap does with it.
+        vmap: Its rule for vmap, which returns what `torch.library.register_vmap` asks for.
 
     Returns:
         The op's overload, `torch.ops.torchkv.NAME.default`.
