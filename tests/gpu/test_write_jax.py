@@ -7,6 +7,8 @@ from tests.cases.arrays import bits, make_case, run_oracle
 from tests.cases.gpu import HAS_GPU
 from tests.cases.gpu_writes import assert_caches
 
+pytestmark = pytest.mark.gpu
+
 
 def jax_case(**options):
     import jax.numpy as jnp

@@ -7,6 +7,8 @@ from tests.cases.arrays import make_case, run_oracle, to_torch
 from tests.cases.gpu import DEVICE, HAS_GPU, needs_gpu
 from tests.cases.gpu_writes import assert_caches
 
+pytestmark = pytest.mark.gpu
+
 
 def torch_case(**options):
     case = make_case(np.random.default_rng(3), **options)

@@ -74,3 +74,10 @@ def test_imports_of_every_kind_are_seen(line, tmp_path):
     path = tmp_path / "module.py"
     path.write_text(f"def function():\n    {line}\n")
     assert any(module.endswith(".test_plan") for module in imported(path))
+
+
+def test_gpu_tests_are_marked():
+    """Without the mark `-m gpu` would pass them by, and a host without a GPU would not count them as skipped."""
+    modules = sorted((ROOT / "tests" / "gpu").glob("test_*.py"))
+    assert modules
+    assert [path.name for path in modules if "\npytestmark = pytest.mark.gpu\n" not in path.read_text()] == []
