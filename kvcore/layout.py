@@ -137,9 +137,9 @@ class CacheLayout:
             num_blocks, block_size, num_heads, head_size, head_size_v, num_layers, x
         )
         size_v = head_size if head_size_v is None else head_size_v
-        given = {"layer": num_layers, "block": num_blocks, "slot": block_size, "head": num_heads, "x": x}
+        of_axis = {"layer": num_layers, "block": num_blocks, "slot": block_size, "head": num_heads, "x": x}
         named = {name for axes in self.arrays for axis in axes for name in axis}
-        for name, size in (*given.items(), ("dim", head_size), ("dim", size_v)):
+        for name, size in (*of_axis.items(), ("dim", head_size), ("dim", size_v)):
             if size is None and name in named:
                 raise ValueError(f"layout '{self}' needs the size of axis {name}, got None")
             if size is not None and name not in named and name in ("layer", "x"):
@@ -159,7 +159,7 @@ class CacheLayout:
             raise ValueError(
                 f"layout '{self}' needs head_size_v = head_size along axis dim, got {size_v} and {head_size}"
             )
-        sizes: dict[str, int] = {name: size for name, size in given.items() if size is not None}
+        sizes: dict[str, int] = {name: size for name, size in of_axis.items() if size is not None}
         out = []
         for axes, dim in zip(self.arrays, (head_size, size_v), strict=False):
             sizes |= {"dim": dim, "dim/x": dim // (x or 1), "kv": 2, "k+v": head_size + size_v, "latent": head_size}
@@ -196,14 +196,14 @@ class CacheLayout:
         names = names or array_names(len(self.arrays))
         if len(shapes) != len(self.arrays):
             raise ValueError(f"layout '{self}' describes {len(self.arrays)} arrays, got {len(shapes)} shapes")
-        found = [
+        tables = [
             axis_table(name, axes, tuple(shape), tuple(stride or contiguous_strides(shape)), apart or stride is None)
             for name, axes, shape, stride in zip(
                 names, self.arrays, shapes, strides or [None] * len(shapes), strict=True
             )
         ]
-        key_sizes, key = found[0]
-        value_sizes, value = found[-1]
+        key_sizes, key = tables[0]
+        value_sizes, value = tables[-1]
         dims = [sizes["dim"] if "dim" in sizes else sizes["dim/x"] * sizes["x"] for sizes in (key_sizes, value_sizes)]
         offset_v = 0
         if self.packed:

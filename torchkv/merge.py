@@ -63,12 +63,12 @@ def merge_attention(
 
 
 def _check_merged(outs: Tensor, lses: Tensor, out: Tensor | None, lse: Tensor | None) -> None:
-    given = {name: tensor for name, tensor in (("out", out), ("lse", lse)) if tensor is not None}
-    check_tensors(**given)
+    results = {name: tensor for name, tensor in (("out", out), ("lse", lse)) if tensor is not None}
+    check_tensors(**results)
     refuse_gradients("merge_attention with out or lse", outs, lses, out, lse)
-    for name, tensor in given.items():
+    for name, tensor in results.items():
         like = outs if name == "out" else lses
         check_result(name, spec_of(tensor)._replace(strides=None), like.shape[1:], dtype_name(like))
         check_devices([(name, spec_of(tensor))], f"{name}s", spec_of(like))
     if not torch.compiler.is_compiling():  # where tensors have no addresses
-        check_results_apart(tuple(given), tuple(given.values()), {"outs": outs, "lses": lses})
+        check_results_apart(tuple(results), tuple(results.values()), {"outs": outs, "lses": lses})

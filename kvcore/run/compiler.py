@@ -105,13 +105,13 @@ def readable_errors() -> Iterator[None]:
     try:
         yield
     except (OSError, subprocess.CalledProcessError, RuntimeError) as error:
-        found = str(error)
+        message = str(error)
         if isinstance(error, OSError) and not (isinstance(error, FileNotFoundError) and error.filename):
             remedy = "name a folder that can be written in the environment variable TRITON_CACHE_DIR"
-        elif not isinstance(error, RuntimeError) or "C compiler" in found:  # its command is not there, or fails
+        elif not isinstance(error, RuntimeError) or "C compiler" in message:  # its command is not there, or fails
             remedy = "install a C compiler and Python's headers, or name a compiler in the environment variable CC"
-        elif "Triton Error" in found and ("image" in found or "PTX" in found):
+        elif "Triton Error" in message and ("image" in message or "PTX" in message):
             remedy = f"update the GPU's driver, or install a Triton older than {triton.__version__}"
         else:
             raise
-        raise RuntimeError(f"Triton cannot start a kernel on this machine: {remedy} ({found})") from error
+        raise RuntimeError(f"Triton cannot start a kernel on this machine: {remedy} ({message})") from error
