@@ -17,10 +17,10 @@ from tests.cases.write_grid import (
     layout_case,
 )
 
-# Any two of the values of vLLM's grid meet. Each test has all three numbers of heads, with a number of tokens each. What
+# Any two of the values of vLLM's grid meet. Each test has all numbers of heads, with a number of tokens each. What
 # is left out would say the same: a case of a new shape takes XLA a third of a second to compile.
 GRID = [
-    (head_size, block_size, dtype, KV_CACHE_DTYPES[(i + j + k) % 3], (i + j + k) % 4)
+    (head_size, block_size, dtype, KV_CACHE_DTYPES[(i + j + k) % 3], (i + 2 * j + 3 * k) % 4)
     for (i, head_size), (j, block_size), (k, dtype) in itertools.product(
         enumerate(HEAD_SIZES), enumerate(BLOCK_SIZES), enumerate(DTYPES)
     )
