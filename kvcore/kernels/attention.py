@@ -1,7 +1,7 @@
 """Attention over a paged KV cache, for any mix of decode, speculative decoding and chunked prefill.
 
-A program takes a tile of query rows of one sequence, which share a KV head (axis 0 of the grid), and one of the splits of
-the positions that they see (axis 1):
+A program takes a tile of query rows of one sequence, which share a KV head (axis 0 of the grid), and one of the splits
+of the positions that they see (axis 1):
 
     position   n = 0 … seq_len - 1; of the L tokens that a sequence has in query, token t is at position seq_len - L + t
     block      block_tables[seq, n // block_size],   place = n % block_size

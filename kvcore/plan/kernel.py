@@ -23,7 +23,7 @@ INTERPRETER = Target("interpret", 0)
 
 
 EXACT = {"enable_fp_fusion": False}
-"""Options for arithmetic that is exact as written: a fused multiply-add would round once where it rounds twice."""
+"""Options for arithmetic that is done as it is written: a fused multiply-add would round once, not twice."""
 
 
 class KernelPlan(NamedTuple):
