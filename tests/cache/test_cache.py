@@ -16,6 +16,7 @@ import torchkv
 from kvcore.layout import CONSTANTS
 from kvcore.layout import CacheLayout as Layout
 from tests.cases.arrays import from_torch, random_normal, to_torch
+from tests.cases.torch_ops import attention_arguments, gather_arguments
 
 LAYERS, BLOCKS, BLOCK_SIZE, HEADS, GROUP, HEAD_SIZE = 3, 12, 4, 2, 3, 16
 WRITABLE = [name for name in CONSTANTS if not Layout.of(name).latent]
@@ -296,11 +297,9 @@ def test_compiled():
 def test_opcheck():
     caches = [torch.randn(6, 4, 2, 16) for _ in range(2)]
     query, tables = torch.randn(2, 4, 16), torch.tensor([[0, 1], [2, 3]])
-    lens, none = torch.tensor([5, 8]), (None,) * 3
-    attend = (query, caches, tables, lens, None, None, True, None, None, None, "auto", *none, None, None, None, None)
-    torch.library.opcheck(torch.ops.torchkv.paged_attention, attend)
-    gather = (caches, tables, lens, 7, None, "auto", *none, None, None, None, None, None)
-    torch.library.opcheck(torch.ops.torchkv.gather_kv, gather)
+    lens = torch.tensor([5, 8])
+    torch.library.opcheck(torch.ops.torchkv.paged_attention, attention_arguments(query, caches, tables, lens))
+    torch.library.opcheck(torch.ops.torchkv.gather_kv, gather_arguments(caches, tables, lens, 7))
 
 
 def test_torch_vmap():

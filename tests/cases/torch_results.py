@@ -8,6 +8,7 @@ import torch
 import torchkv
 from tests.cases.arrays import to_torch
 from tests.cases.reads import make_read
+from tests.cases.torch_ops import attention_arguments
 
 BACKENDS = ("torch", "interpret")
 
@@ -72,7 +73,8 @@ def op_arguments(name="decode"):
     starts = None if case.query_start_loc is None else to_torch(case.query_start_loc)
     for cache in caches:  # it compares values, and finds NaN unequal to itself
         cache.copy_(torch.randn(cache.shape))
-    return (
-        to_torch(case.query), caches, to_torch(case.block_tables), to_torch(case.seq_lens), starts, None, True, None,
-        None, None, "auto", None, None, options["layout"].pattern, None, None, None, None,
-    ), results_of(case)  # fmt: skip
+    arguments = attention_arguments(
+        to_torch(case.query), caches, to_torch(case.block_tables), to_torch(case.seq_lens), query_start_loc=starts,
+        layout=options["layout"].pattern,
+    )  # fmt: skip
+    return arguments, results_of(case)

@@ -15,6 +15,7 @@ from kvcore.run import interpreter
 from tests.cases.arrays import DTYPES, random_normal, to_torch
 from tests.cases.bad_writes import FORMATS
 from tests.cases.reads import CPU_IMPLEMENTATIONS, attend_jax, attend_torch, make_read
+from tests.cases.torch_ops import attention_arguments
 
 
 def array(*shape, dtype="bfloat16"):
@@ -301,12 +302,11 @@ def test_triton_needs_a_gpu(op):
 
 
 def test_devices():
-    arguments = convert(ATTEND, to_torch) | {"seq_lens": torch.zeros(3, dtype=torch.int32, device="meta")}
+    given = convert(ATTEND, to_torch)
+    elsewhere = torch.zeros(3, dtype=torch.int32, device="meta")
+    arguments = attention_arguments(given["query"], given["caches"], given["block_tables"], elsewhere)
     with pytest.raises(ValueError, match="seq_lens must be on device cpu, as key_cache, got meta"):
-        torchkv._call.AttentionCall(
-            arguments["query"], list(arguments["caches"]), arguments["block_tables"], arguments["seq_lens"], None,
-            None, True, None, None, None, "auto", None, None, None, None, None, None, None,
-        ).check()  # fmt: skip
+        torchkv._call.AttentionCall(*arguments).check()
 
 
 def test_no_gradients():

@@ -6,6 +6,7 @@ import torch
 
 import torchkv
 from tests.cases.arrays import to_torch
+from tests.cases.torch_ops import gather_arguments as gather_op_arguments
 from tests.cases.torch_results import (
     BACKENDS,
     READS,
@@ -170,7 +171,7 @@ def test_opcheck():
     assert set(checked.values()) == {"SUCCESS"}
     _, caches, tables, lengths, *_ = arguments
     rows = (torch.zeros(4, 6, 2, 32), torch.zeros(4, 6, 2, 32))
-    gather = (caches, tables, lengths, 6, None, "auto", None, None, None, None, None, None, None, None)
+    gather = gather_op_arguments(caches, tables, lengths, 6)
     assert set(torch.library.opcheck(_read_library.gather_out, (*rows, *gather)).values()) == {"SUCCESS"}
 
 

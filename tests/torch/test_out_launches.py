@@ -9,6 +9,7 @@ import torchkv
 from kvcore.plan.kernel import INTERPRETER
 from tests.cases.arrays import to_torch
 from tests.cases.gpu import DEVICE, captured
+from tests.cases.torch_ops import gather_arguments as gather_op_arguments
 from tests.cases.torch_results import attend, gather_arguments, op_arguments, part, read_case, results_of, same
 from torchkv._call import AttentionCall, GatherCall
 from torchkv._library import read as _read_library
@@ -37,7 +38,7 @@ def launched(monkeypatch):
 def test_launches_into_given_tensors(launched):
     arguments, (out, lse) = op_arguments()
     call = AttentionCall(*arguments)
-    want = _read_library.attention(*arguments[:-1], "interpret")
+    want = _read_library.attention(*call._replace(backend="interpret")[: len(arguments)])
     same(_read_triton.attention(call), want)
     both = {"out_ptr", "lse_ptr"}
     assert launched == [both]
@@ -75,9 +76,7 @@ def test_gathers_launched_into_given_tensors(launched):
     args, options = gather_arguments(read_case())
     want = torchkv.gather_kv(*args, **options)
     caches, tables, lengths, _ = args
-    call = GatherCall(
-        list(caches), tables, lengths, 21, None, "auto", None, None, "block slot head dim", None, None, None, None, None
-    )
+    call = GatherCall(*gather_op_arguments(caches, tables, lengths, 21, layout="block slot head dim"))
     same(_read_triton.gather(call), want)
     given = part(want[0].shape, 4), part(want[1].shape, 1)
     assert _read_triton.gather(call._replace(results=given))[0] is given[0]

@@ -12,6 +12,7 @@ from kvcore.oracle import write as reference
 from tests.cases.arrays import DTYPES, from_torch, make_case, run_oracle, to_torch
 from tests.cases.reads import make_read
 from tests.cases.torch_compile import assert_bits, assert_no_copies, compiled_code, compiler  # noqa: F401
+from tests.cases.torch_ops import attention_arguments, gather_arguments, positional
 from tests.cases.torch_quantised import BACKENDS, inputs, latent_rows, memory_of, mla_oracle, quantising, small
 from torchkv._library import read as _read_library
 from torchkv._library import write as _library
@@ -51,7 +52,10 @@ def test_opcheck_of_rows(kv_cache_dtype, rng):
     rows = [torch.randn(x.shape).to(torch.bfloat16) for x in (kv_c, k_pe)]
     cache = torch.zeros_like(to_torch(cache))
     scale = torch.tensor(0.5) if kv_cache_dtype == "int8" else None
-    arguments = (*rows, cache, to_torch(slots), kv_cache_dtype, scale, None, None, None)
+    arguments = positional(
+        _library.mla, kv_c=rows[0], k_pe=rows[1], kv_cache=cache, slot_mapping=to_torch(slots),
+        kv_cache_dtype=kv_cache_dtype, scale=scale,
+    )  # fmt: skip
     assert set(torch.library.opcheck(_library.mla, arguments).values()) == {"SUCCESS"}
 
 
@@ -60,7 +64,10 @@ def test_opcheck_of_scales_one_a_head(rng):
     key, value, slots = inputs(case)
     scales = [to_torch(s) for s in (case.k_scale, case.v_scale)]
     caches = [torch.zeros_like(c) for c in memory_of(case)]
-    arguments = (key, value, *caches, slots, "int4", *scales, None, None, None, None)
+    arguments = positional(
+        _library.flash, key=key, value=value, key_cache=caches[0], value_cache=caches[1], slot_mapping=slots,
+        kv_cache_dtype="int4", k_scale=scales[0], v_scale=scales[1],
+    )  # fmt: skip
     assert set(torch.library.opcheck(_library.flash, arguments).values()) == {"SUCCESS"}
 
 
@@ -70,9 +77,10 @@ def test_opcheck_of_reading_with_scale_caches(rng):
         [to_torch(a) for a in arrays] for arrays in (case.caches, (case.options["k_scale"], case.options["v_scale"]))
     )
     query, tables, lens = (to_torch(a) for a in (case.query, case.block_tables, case.seq_lens))
-    tail = ("int8", *scales, "NHD", None, None)
-    attend = (query, caches, tables, lens, None, None, True, None, None, None, *tail, None, None, "head block slot")
-    gather = (caches, tables, lens, 7, None, *tail, None, None, None, "head block slot")
+    cache = {"kv_cache_dtype": "int8", "k_scale": scales[0], "v_scale": scales[1], "layout": "NHD"}
+    cache["scale_layout"] = "head block slot"
+    attend = attention_arguments(query, caches, tables, lens, **cache)
+    gather = gather_arguments(caches, tables, lens, 7, **cache)
     assert set(torch.library.opcheck(_read_library.attention, attend).values()) == {"SUCCESS"}
     assert set(torch.library.opcheck(_read_library.gather, gather).values()) == {"SUCCESS"}
 

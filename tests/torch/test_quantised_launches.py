@@ -13,6 +13,7 @@ from kvcore.run.compiler import kernel_function
 from tests.cases.arrays import DTYPES, from_torch, random_bits, random_normal, run_oracle, to_torch, with_case
 from tests.cases.reads import make_read, oracle
 from tests.cases.torch_compile import assert_bits, assert_no_copies, compiled_code, compiler  # noqa: F401
+from tests.cases.torch_ops import attention_arguments, gather_arguments
 from tests.cases.torch_quantised import inputs, latent_rows, memory_of, mla_oracle, quantising, small
 from torchkv._call import AttentionCall, GatherCall, WriteCall
 from torchkv._triton import read as _read_triton
@@ -126,12 +127,16 @@ def test_launches_see_addresses_every_time(launched, rng):
     )
     for offset in (4, 5, 6):
         got = memory[base + offset :][: cache.size].view(cache.shape)
-        rows = (to_torch(kv_c), to_torch(k_pe), (got,), (), to_torch(slots), "fp8_ds_mla", None, None, None, None)
+        call = WriteCall(
+            key=to_torch(kv_c), value=to_torch(k_pe), caches=(got,), scale_caches=(), slot_mapping=to_torch(slots),
+            kv_cache_dtype="fp8_ds_mla", k_scale=None, v_scale=None, layout=None, layer=None, layer_index=None,
+            backend=None, latent=True,
+        )  # fmt: skip
         if offset == 4:
-            _triton.write(WriteCall(*rows, None, None, latent=True))
+            _triton.write(call)
         else:
             with pytest.raises(ValueError, match="kv_cache must begin at a multiple of 4 bytes"):
-                _triton.write(WriteCall(*rows, None, None, latent=True))
+                _triton.write(call)
     assert_bits([memory[base + 4 :][: cache.size].view(cache.shape)], [want])
 
 
@@ -152,15 +157,20 @@ def test_launches_that_read(options, launched, rng):
     found = dict(case.options)
     scales = [found.pop(n, None) for n in ("k_scale", "v_scale")]
     scales = [None if s is None else torch.as_tensor(s, dtype=torch.float32) for s in scales]
-    layout, scale_layout = found["layout"].pattern, found.get("scale_layout")
-    head_size_v = case.head_size_v if case.layout.latent else None
-    tail = (found["kv_cache_dtype"], *scales, layout, None, None)
-    attend = (to_torch(case.query), caches, *arrays, None, None, True, None, None, None, *tail, head_size_v)
-    out, _ = _read_triton.attention(AttentionCall(*attend, None, scale_layout))
+    cache = {
+        "kv_cache_dtype": found["kv_cache_dtype"],
+        "k_scale": scales[0],
+        "v_scale": scales[1],
+        "layout": found["layout"].pattern,
+        "head_size_v": case.head_size_v if case.layout.latent else None,
+        "scale_layout": found.get("scale_layout"),
+    }
+    attend = attention_arguments(to_torch(case.query), caches, *arrays, **cache)
+    out, _ = _read_triton.attention(AttentionCall(*attend))
     want, _ = oracle(case)
     np.testing.assert_allclose(out, want, atol=3e-6 * np.abs(want).max())
-    gather = (caches, *arrays, 19, "float32", *tail, case.query.shape[2], head_size_v)
-    got = _read_triton.gather(GatherCall(*gather, None, scale_layout))
+    gather = gather_arguments(caches, *arrays, 19, dtype="float32", head_size=case.query.shape[2], **cache)
+    got = _read_triton.gather(GatherCall(*gather))
     want = reference_attention.gather_kv(
         case.caches, case.block_tables, case.seq_lens, 19, dtype=DTYPES["float32"], head_size=case.query.shape[2],
         head_size_v=case.head_size_v, **case.options,
@@ -174,8 +184,11 @@ def test_launches_that_read_differ_by_the_layout_of_scales(launched, rng):
     scales = [to_torch(random_normal(rng, (4, 4, 1), "float32")) for _ in range(2)]
     tables, lens = torch.tensor([[2, 1, 3, 0]]), torch.tensor([16])
     for scale_layout in ("block slot head", "slot block head", "block slot head"):
-        tail = ("int8", *scales, "NHD", None, None, None, None, None, scale_layout)
-        got = _read_triton.gather(GatherCall(caches, tables, lens, 16, "float32", *tail))
+        gather = gather_arguments(
+            caches, tables, lens, 16, dtype="float32", kv_cache_dtype="int8", k_scale=scales[0], v_scale=scales[1],
+            layout="NHD", scale_layout=scale_layout,
+        )  # fmt: skip
+        got = _read_triton.gather(GatherCall(*gather))
         want = reference_attention.gather_kv(
             [from_torch(c) for c in caches], from_torch(tables), from_torch(lens), 16, dtype=DTYPES["float32"],
             head_size=16, kv_cache_dtype="int8", k_scale=from_torch(scales[0]), v_scale=from_torch(scales[1]),
