@@ -13,8 +13,9 @@ of the positions that they see (axis 1):
     products.py    multiplies query with K, weights with V
     softmax.py     makes weights of logits
 
-Static scales, of all heads or of each, are multiplied with logits (K) and the result (V). Scales of positions, out of
-scale caches, are multiplied with scores (K) and weights (V). Only scales of groups are multiplied with elements.
+Static scales, of all heads or of each, are part of the factors that make logits of scores (K) and the result of sums
+(V). Scales of positions, out of scale caches, are multiplied with scores (K) and with weights (V). Only scales of
+groups are multiplied with elements.
 
 Where positions are split, each program leaves a partial result and the logarithm of its normalizer, and
 `merge_attention_kernel` makes the result of these.

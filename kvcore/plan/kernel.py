@@ -27,7 +27,7 @@ EXACT = {"enable_fp_fusion": False}
 
 
 class KernelPlan(NamedTuple):
-    """A kernel, and all that its compilation depends on but for the types of its pointers.
+    """A kernel, and all that its compilation depends on, except the types of its pointers.
 
     Attributes:
         module: Name of its module in `kvcore.kernels`.

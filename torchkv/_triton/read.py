@@ -118,7 +118,7 @@ def interpret_attention(described: Attention, call: AttentionCall) -> Results:
 
 
 def _attention_arguments(described: Attention, call: AttentionCall) -> list[Any]:
-    """What the kernel is launched with, but for its results."""
+    """All arguments of the kernel except its results."""
     return plan_attention.arguments(
         described, call.query, call.caches, call.block_tables, call.seq_lens, call.query_start_loc, call.sinks,
         call.k_scale, call.v_scale, layer_of(call),
@@ -193,7 +193,7 @@ def interpret_gather(described: Gather, call: GatherCall) -> Results:
 
 
 def _gather_arguments(described: Gather, call: GatherCall) -> list[Any]:
-    """What the kernel is launched with, but for its results."""
+    """All arguments of the kernel except its results."""
     return plan_gather.arguments(
         described, call.caches, call.block_tables, call.seq_lens, call.k_scale, call.v_scale, layer_of(call)
     )

@@ -1,7 +1,7 @@
 """Compile and launch the kernels that write on CUDA and ROCm tensors, and interpret them on CPU tensors.
 
-A launch is a dictionary look-up and a call of the compiled kernel with integer pointers. All that the contract and the
-plan depend on is in the dictionary's key, but for the number of tokens, so both run once a configuration.
+A launch is a dictionary look-up and a call of the compiled kernel with integer pointers. The dictionary's key has all
+that contract and plan depend on, except the numbers of tokens and a static layer, so both run once for each key.
 """
 
 from collections.abc import Callable, Sequence
