@@ -65,7 +65,7 @@ def as_indices(indices: Any, lengths: bool = False) -> Any:
 
 
 def _narrowed(indices: Any, target: np.dtype, lengths: bool) -> Any:
-    """Integers as a dtype that does not hold all of theirs."""
+    """Integers in a dtype that cannot hold every number of their own dtype."""
     dtype: Any = indices.dtype
     limits = np.iinfo(target)
     xp = np if isinstance(indices, (np.ndarray, np.generic)) else jnp

@@ -1,8 +1,8 @@
-"""A call of an op, as primitives and backends pass it on: its static options and its arrays.
+"""A call of an op, as primitives and backends pass it on: its options and its operands.
 
-Options are the hashable half, free of the shapes that change under sharding and batching. Operands are the other half,
-a pytree of arrays by name (of their specs, shardings or partition specs where these are computed instead). Both have a
-part `cache`, the same for all ops. `options.describe(operands)` is the contract's description of the two together.
+Options are the static half: hashable, and without shapes, which sharding and batching change. Operands are the arrays,
+a pytree with a name for each; the same classes hold specs, shardings or partition specs instead of arrays. Both halves
+have a part `cache`, the same for all ops. `options.describe(operands)` is the contract's description of the call.
 """
 
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ class CacheOptions(NamedTuple):
         return [*self.layout.arrays, *(axes[:-1] for axes in scale_arrays)]
 
     def with_layer_axis(self) -> "CacheOptions":
-        """The same cache with an axis layer in front, into which an operand has the index."""
+        """The same cache with an axis layer in front; an operand is the index into that."""
         scale_layout = None if self.scale_layout is None else self.scale_layout.with_layer()
         return self._replace(layout=self.layout.with_layer(), scale_layout=scale_layout, layer=None)
 

@@ -1,4 +1,4 @@
-"""Device meshes and partition specs: which arrays of a call may be split, over which mesh axes, and along which axis.
+"""Device meshes and partition specs: which arrays of a call may be split, along which axis, over which mesh axes.
 
 Only heads are ever split: every device has all slots of some heads, so that no op needs to communicate.
 """

@@ -1,4 +1,4 @@
-"""Writers that compute a scale for each head of each token, and write the scales to caches of theirs."""
+"""Writers that compute a scale for each head of each token, and write the scales to scale caches."""
 
 from typing import TypedDict, Unpack, overload
 

@@ -1,4 +1,4 @@
-"""What `PagedKVCache` is in both frameworks, but for the arrays: extents, storage, how it reads to a person."""
+"""What `PagedKVCache` is in both frameworks, without its arrays: extents, storage, how it is printed."""
 
 import math
 from collections.abc import Mapping, Sequence

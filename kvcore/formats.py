@@ -84,7 +84,7 @@ DS_MLA_GROUP, DS_MLA_LATENT, DS_MLA_ROPE = 128, 512, 64
 """A row of fp8_ds_mla: 512 elements of e4m3, a float32 scale for each 128 of them, then 64 of bfloat16."""
 
 DS_MLA_ROW = DS_MLA_LATENT + 4 * (DS_MLA_LATENT // DS_MLA_GROUP) + 2 * DS_MLA_ROPE
-"""Its bytes: 656."""
+"""Bytes of a row of fp8_ds_mla: 656."""
 
 DS_MLA_SMALLEST_SCALE = 2.0**-13
 """The least of its scales, which are powers of two: the first that is not below 1e-4."""

@@ -13,10 +13,10 @@ class Extents(NamedTuple):
 
     Attributes:
         num_layers: None without a `layer` axis.
-        num_blocks: Blocks, per layer.
-        block_size: Slots per block.
+        num_blocks: Blocks of a layer.
+        block_size: Slots of a block.
         num_heads: KV heads.
-        head_units: What an array holds for a head of K: its elements, or bytes of two of them.
+        head_units: Stored units of a head of K: its elements, or bytes that hold two of them.
         head_units_v: The same for a head of V.
     """
 
@@ -34,10 +34,10 @@ class Extents(NamedTuple):
 
 
 class Address(NamedTuple):
-    """Where K, or V, lives in its array. All numbers count elements of the array.
+    """Where K, or V, lies in its array. All numbers count elements of the array.
 
-    Element (layer, block, slot, head, dim) is at
-    `offset + layer·L + block·B + slot·S + head·H + (dim // x)·D + (dim % x)·X`.
+    Element (layer, block, place, head, dim), where place is a slot's index in its block, is at
+    `offset + layer·L + block·B + place·S + head·H + (dim // x)·D + (dim % x)·X`.
     """
 
     offset: int
@@ -50,7 +50,7 @@ class Address(NamedTuple):
     x_stride: int
 
     def of(self, layer: int, block: int, slot: int, head: int, dim: int) -> int:
-        """Position of one element, in elements from the array's first."""
+        """Offset of one element from the array's first. `slot` is a place: an index in the block."""
         return (
             self.offset
             + layer * self.layer

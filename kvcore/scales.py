@@ -7,7 +7,7 @@ Static scales are arrays of one element, or of one a head. Scales that the kerne
                         elements of all heads lie in the layout's order, then the e4m3 scales of all in the same order.
                         `block slot head dim`: [block_size, num_heads, head_size / 2] bytes of elements, then
                         [block_size, num_heads, head_size / 16] scales
-    fp8_ds_mla          the cache itself: a row is 512 bytes of elements, 4 float32 scales, 64 of bfloat16
+    fp8_ds_mla          the cache itself: an MLA row is 512 bytes of elements, 4 float32 scales, 64 elements of bfloat16
 """
 
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ class Scales(NamedTuple):
     """Scales that a kernel computes; hashable.
 
     Attributes:
-        placement: Where those of K and of V are, counted in scales; its head size is the scales of a head.
+        placement: Where those of K and of V are, counted in scales; its head_units are the scales of a head.
         group: Elements along dim that share one; None: all of a head.
         format: Of a scale.
         inside: Whether they lie in the caches' own memory.
@@ -70,7 +70,15 @@ def place_stored(
     head_size_v: int | None,
     names: Sequence[str],
 ) -> Stored:
-    """Finds elements and scales in caches. As `CacheLayout.place`; head sizes count elements.
+    """Finds elements, and the scales among them, in caches.
+
+    Args:
+        layout: Of the caches.
+        caches: The key and the value cache, or the one array of both.
+        stored: What they hold; None for elements that are not quantised.
+        head_size: Elements of a key head, where the layout does not tell.
+        head_size_v: Elements of a value head, where the layout does not tell.
+        names: What errors call the caches.
 
     Raises:
         ValueError: an extent does not fit the layout or the format.

@@ -1,6 +1,6 @@
-"""Calls of the ops: their arguments under their names, and what the contract says of them.
+"""Calls of the ops: their arguments by name, and what the contract says of them.
 
-Each kind of call has `check`, for which tensors may be fake, and `check_memory`, which looks at addresses.
+Each kind of call has `check`, which looks at no address, so that tensors may be fake, and `check_memory`, which does.
 """
 
 from collections.abc import Mapping, Sequence
@@ -101,7 +101,7 @@ class WriteCall(NamedTuple):
         return check_write(key, value, slot_mapping, cache)
 
     def check_memory(self, write: Write) -> None:
-        """Raises a ValueError unless the tensors that are written to are apart, and lie where they can be read."""
+        """Raises a ValueError unless written tensors share no memory, and the cache's address lets it be read."""
         check_apart(self.written_names, self.written)
         check_cache_address(write.cache.format, self.caches[0].data_ptr())
 
@@ -171,7 +171,7 @@ class AttentionCall(NamedTuple):
         return attention
 
     def check_memory(self, attention: Attention) -> None:
-        """Raises a ValueError unless results are apart from what is read, and this lies where it can be read."""
+        """Raises a ValueError unless results share no memory with inputs, and the cache's address lets it be read."""
         check_cache_address(attention.cache.format, self.caches[0].data_ptr())
         if self.results is not None:
             check_results_apart(ATTENTION_RESULTS, self.results, self.inputs)
@@ -235,7 +235,7 @@ class GatherCall(NamedTuple):
         return gather
 
     def check_memory(self, gather: Gather) -> None:
-        """Raises a ValueError unless results are apart from what is read, and this lies where it can be read."""
+        """Raises a ValueError unless results share no memory with inputs, and the cache's address lets it be read."""
         check_cache_address(gather.cache.format, self.caches[0].data_ptr())
         if self.results is not None:
             check_results_apart(GATHER_RESULTS, self.results, self.inputs)

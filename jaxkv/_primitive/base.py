@@ -1,4 +1,4 @@
-"""Primitives in pairs, and what registers their rules.
+"""Pairs of primitives, and the functions that register their rules.
 
 Users bind the first primitive of a pair, and transformations know it. Where several devices share the work it lowers to
 a custom partitioning (see `sharding`), which gives each device the second one, for its own heads; that one lowers to
@@ -27,7 +27,7 @@ def make_primitives(name: str, result_types: Callable[[Any, Any], list[Any]]) ->
 
     Args:
         name: Of the first; the second one's ends in `_local`.
-        result_types: The types of the results, given options, and operands of types.
+        result_types: Makes the types of the results of options, and of operands that are types.
     """
 
     def abstract(*types: Any, tree: Any, options: Any) -> list[Any]:
@@ -57,8 +57,8 @@ def lower_by_platform(local_p: Primitive, compute: Callable[[Any, Any, Any, str,
 
     Args:
         local_p: The primitive that computes on a single device.
-        compute: The results, given the contract's description of the call, options, operands, the name of a backend
-            that runs on the platform, and the platform.
+        compute: Computes the results of five arguments: the contract's description of the call, options, operands,
+            the name of a backend that runs on the platform, and the platform.
     """
     for platform in PLATFORMS:
 
@@ -112,8 +112,9 @@ def batch_by(primitive: Primitive, batched: Callable[[Any, Any, Any, int], list[
 
     Args:
         primitive: The one that users bind.
-        batched: The results with the batch in front, given options, operands, of which those that are batched have the
-            batch in front, whether each operand is, and the batch's size.
+        batched: Computes the results, with the batch as their first axis, of four arguments: options; operands, of
+            which those that are batched have the batch as their first axis; whether each operand is batched; and the
+            batch's size.
     """
 
     # Within jit, or an eager loop would be compiled anew each time.

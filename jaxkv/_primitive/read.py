@@ -72,10 +72,10 @@ def _num_heads(options: ReadOptions, operands: ReadOperands) -> int:
 
 
 def _rule(options: ReadOptions, operands: ReadOperands) -> Rule:
-    """KV heads h are shared, each with g query heads; every other axis is on its own.
+    """Factor h is the KV heads, which all operands with that axis share; every other axis is on its own.
 
-    An axis (head kv) is "(h c)", query's heads are "(h g)". No factor of size 1 may be beside another one on an axis,
-    and a factor that is nowhere alone needs its size.
+    Query heads are "(h g)", as g of them share a KV head; an axis (head kv) is "(h c)", with 2 for c. No factor of size
+    1 may be beside another one on an axis, and a factor that is nowhere alone needs its size.
     """
     num_heads = _num_heads(options, operands)
     heads = None if heads_share_regions(options.cache) and num_heads > 1 else "h"
@@ -101,7 +101,7 @@ def _rule(options: ReadOptions, operands: ReadOperands) -> Rule:
 
 
 def _batched(options: ReadOptions, operands: ReadOperands, is_batched: ReadOperands, batch: int) -> list[jax.Array]:
-    """A loop over the batch. What all of it shares is not copied."""
+    """A loop over the batch. Operands that are not batched are not copied."""
     leaves, tree = jax.tree.flatten(operands)
     batched = {i: leaf for i, leaf in enumerate(leaves) if jax.tree.leaves(is_batched)[i]}
 

@@ -31,11 +31,11 @@ class Rule(NamedTuple):
     """How XLA may spread the shardings of operands and results.
 
     Attributes:
-        operands: A spec for each operand, with names of factors in place of mesh axes; arrays that share a name are
-            split alike. None on an axis is a factor of its own.
-        results: The same for each result; None where the results are the caches and scale caches, updated: these have
-            the factors, and the shardings, of the operands.
-        sizes: Of the factors that are nowhere alone on an axis.
+        operands: A spec for each operand, with names of factors in place of mesh axes. Axes with the same factor are
+            split alike; an axis with None is split like no other.
+        results: A spec of that kind for each result; None where the results are the caches and scale caches, updated,
+            which have the factors and the shardings of these operands.
+        sizes: The sizes of the factors that are nowhere alone on an axis.
     """
 
     operands: Any
@@ -44,8 +44,8 @@ class Rule(NamedTuple):
 
 
 Specs = Callable[[Any, Any, Any], tuple[Any, list[P]]]
-"""Specs of operands and of results, with which devices need no communication, given options, the specs that operands
-have, and operands, whose shapes count."""
+"""Makes specs of operands and of results with which devices need no communication, of three arguments: options, the
+specs that operands have, and operands, of which only shapes count."""
 
 
 def bind_sharded(primitive: Primitive, specs: Specs, options: Options, operands: Operands) -> list[Any]:
@@ -97,7 +97,7 @@ def lower_by_heads(primitive: Primitive, local_p: Primitive, specs: Specs, rule:
         primitive: The one that users bind.
         local_p: The one that computes on a single device.
         specs: Of operands and results.
-        rule: The rule by which shardings spread, given options and operands of types.
+        rule: Makes the rule by which shardings spread, of options, and of operands that are types.
     """
 
     def lower(ctx: Any, *values: Any, tree: Any, options: Any) -> Any:
@@ -157,7 +157,7 @@ _refusals: set[str] = set()
 
 
 def _remembering_refusals(partition: Any) -> Any:
-    """Its ValueErrors leave the compiler as such: XLA would hide what they say in the middle of a traceback."""
+    """Makes a partitioning's ValueErrors leave the compiler: XLA would hide them in the middle of a traceback."""
 
     @functools.wraps(partition)
     def remembering(*args: Any) -> Any:

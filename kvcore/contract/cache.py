@@ -1,4 +1,4 @@
-"""The contract of a cache, as every op that writes or reads it is given one."""
+"""The contract of a cache: the part that all ops have in common which write or read one."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -118,7 +118,7 @@ def check_cache_count(num_caches: int) -> None:
 
 
 def check_cache_address(stored: FloatFormat, address: int) -> None:
-    """Checks that the scales in a cache that begins at this address lie where they can be read.
+    """Checks that a cache begins at an address from which the scales inside it can be read.
 
     Raises:
         ValueError: its rows hold float32 scales, and it begins at no multiple of 4 bytes.
@@ -147,8 +147,8 @@ def check_stored_dtype(arguments: CacheArguments, allowed: Mapping[str, FloatFor
 
     Args:
         arguments: The cache.
-        allowed: The dtypes that it may have where it is not quantised.
-        condition: What they depend on, beside kv_cache_dtype, as the error ends: " and key of dtype float32".
+        allowed: The dtypes that it may have for kv_cache_dtype "auto", with the format of each.
+        condition: What else the allowed dtypes depend on, in the error's words: " and key of dtype float32".
 
     Returns:
         What the cache holds.
@@ -263,7 +263,7 @@ def _layout(arguments: CacheArguments) -> CacheLayout:
 
 
 def _with_scale_caches(arguments: CacheArguments, layout: CacheLayout) -> CacheArguments:
-    """The same with k_scale and v_scale, of which one has the axes of a scale cache, as scale caches."""
+    """The arguments with k_scale and v_scale, of which at least one has the axes of a scale cache, as scale caches."""
     check_per_token_head(arguments.kv_cache_dtype)
     if layout.latent:  # its writer gives the two parts of a row a scale each
         raise ValueError(f"layout must not be '{layout}' with scales for each token and head")

@@ -1,4 +1,4 @@
-"""What the contracts of writing and of reading have in common: specs of arrays, single checks, and their messages."""
+"""What the contracts of writing and of reading have in common: checks of single arguments, and their messages."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -31,7 +31,7 @@ def check_options(
 
 
 def check_scale_type(name: str, scale: Any) -> None:
-    """A number, an array, or None; before anything is made of it."""
+    """Checks that a scale is a number, an array or None, before anything is made of it."""
     if scale is not None and not is_number(scale) and (is_bool(scale) or not hasattr(scale, "shape")):
         raise TypeError(f"{name} must be a number or an array of float32, got {scale!r}")
 
@@ -52,7 +52,7 @@ def is_bool(x: Any) -> bool:
 
 
 def check_kv_cache_dtype(kv_cache_dtype: Any) -> None:
-    """The name of a format."""
+    """Checks that it is the name of a format."""
     if not isinstance(kv_cache_dtype, str) or kv_cache_dtype not in KV_CACHE_DTYPES:
         raise ValueError(f"kv_cache_dtype must be {either(map(repr, KV_CACHE_DTYPES))}, got {kv_cache_dtype!r}")
 
@@ -75,7 +75,7 @@ def overlap_error(name: str, other: str) -> ValueError:
 def layout_of(
     layout: str | CacheLayout | None, caches: Sequence[ArraySpec], layer: int | ArraySpec | None
 ) -> CacheLayout:
-    """The layout that is meant; None stands for the usual one of such caches."""
+    """The layout that is meant: None stands for the usual one of caches with as many axes."""
     if layout is not None:
         return CacheLayout.of(layout)
     rank = len(caches[0].shape) - (layer is not None)
@@ -89,7 +89,9 @@ def layout_of(
 
 
 def hnd_hint(layout: str | CacheLayout | None, chosen: CacheLayout, num_heads: int, extents: Extents) -> str:
-    """How errors about heads end where the caches have num_heads heads if they are read as HND, and no layout is given.
+    """How an error about heads ends where caches would have the wanted heads if they were read as HND; else empty.
+
+    A hint is only given to calls without a layout.
 
     Args:
         layout: As it was given.
@@ -109,7 +111,7 @@ def hnd_hint(layout: str | CacheLayout | None, chosen: CacheLayout, num_heads: i
 
 
 def check_scale(name: str, scale: ArraySpec, num_heads: int) -> int:
-    """One float32 element, or one a head. Returns the step from one head's scale to the next, or 0."""
+    """Checks that there is one float32 element, or one a head. Returns the step from one head's to the next, or 0."""
     shapes = [(), (1,)] if num_heads == 1 else [(), (1,), (num_heads,)]
     if tuple(scale.shape) not in shapes:
         raise ValueError(f"{name} must have shape {either(map(str, shapes))}, got {shape_of(scale)}")
@@ -119,7 +121,7 @@ def check_scale(name: str, scale: ArraySpec, num_heads: int) -> int:
 
 
 def check_layer(layer: int | ArraySpec | None, layout: CacheLayout, num_layers: int | None) -> None:
-    """An index into the layout's axis, exactly where it has one."""
+    """Checks that layer is given exactly where the layout has an axis layer, and is an index into it."""
     if num_layers is None:
         if layer is not None:
             raise ValueError(f"layer must be None for layout '{layout}', which has no axis layer, got {_say(layer)}")
@@ -136,13 +138,13 @@ def check_layer(layer: int | ArraySpec | None, layout: CacheLayout, num_layers: 
 
 
 def check_rank(name: str, spec: ArraySpec, rank: int, wanted: str) -> None:
-    """As many axes as `wanted` names."""
+    """Checks that an array has `rank` axes; `wanted` names them in the error."""
     if len(spec.shape) != rank:
         raise ValueError(f"{name} must have shape {wanted}, got {shape_of(spec)}")
 
 
 def check_same_dtype(name: str, spec: ArraySpec, other_name: str, other: ArraySpec) -> None:
-    """The other array's dtype."""
+    """Checks that an array has the other one's dtype."""
     if spec.dtype != other.dtype:
         raise TypeError(f"{name} must have dtype {other.dtype}, as {other_name}, got {spec.dtype}")
 
@@ -158,14 +160,14 @@ def either(words: Any) -> str:
 
 
 def check_devices(named: Sequence[tuple[str, ArraySpec | None]], home_name: str, home: ArraySpec) -> None:
-    """All on the device of `home`."""
+    """Checks that all arrays are on the device of `home`."""
     for name, spec in named:
         if isinstance(spec, ArraySpec) and spec.device != home.device:
             raise ValueError(f"{name} must be on device {home.device}, as {home_name}, got {spec.device}")
 
 
 def check_result(name: str, spec: ArraySpec, shape: Sequence[int], dtype: str) -> None:
-    """An array for a result: of its shape and dtype, without gaps."""
+    """Checks that an array for a result has the result's shape and dtype, and no gaps."""
     if tuple(spec.shape) != tuple(shape):
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {shape_of(spec)}")
     if spec.dtype != dtype:
@@ -176,7 +178,7 @@ def check_result(name: str, spec: ArraySpec, shape: Sequence[int], dtype: str) -
 
 
 def check_indices(name: str, spec: ArraySpec, shape: tuple[int | str, ...]) -> None:
-    """int32 or int64, of this shape; a string in it stands for any size."""
+    """Checks that an array is int32 or int64, and of this shape, in which a string stands for any size."""
     fits = len(spec.shape) == len(shape) and all(
         isinstance(want, str) or want == got for want, got in zip(shape, spec.shape, strict=True)
     )

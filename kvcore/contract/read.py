@@ -36,9 +36,10 @@ class AttentionOptions(NamedTuple):
     soft_cap: float | None
 
     def normal(self) -> "AttentionOptions":
-        """The same with None for what has no effect: a window longer than any sequence, a cap of 0, or one so high.
+        """The options with None for what has no effect: a window longer than any sequence, a cap of 0 or of 2^64 up.
 
-        Up to 2^52, logits in float32 are the same under a cap of 2^64, and beyond, the highest takes all weight.
+        A cap of 2^64 or more leaves float32 logits up to 2^52 as they are; among larger ones, the highest takes all
+        weight with the cap and without it.
         """
         window, cap = self.sliding_window, self.soft_cap
         return self._replace(

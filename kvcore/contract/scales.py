@@ -9,8 +9,8 @@ def check_kv_scales(key: ArraySpec, value: ArraySpec, kv_cache_dtype: str, granu
     """Checks the arguments of `kv_scales`.
 
     Returns:
-        The largest magnitude that a scale of 1 holds: the format's largest number, for nvfp4 times that of its blocks'
-        scales.
+        The largest magnitude that a cache holds with a scale of 1: the format's largest number; for nvfp4, that times
+        the largest scale of a group.
 
     Raises:
         ValueError: a shape or a choice does not fit.

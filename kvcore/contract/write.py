@@ -124,7 +124,7 @@ def _check_rows(
     layout: CacheLayout,
     stored: Stored,
 ) -> None:
-    """Key, value and slot_mapping have the shapes that the cache asks for."""
+    """Checks that key, value and slot_mapping have the shapes that the cache asks for."""
     extents, per_unit = stored.placement.extents, 1
     if arguments.quantised is not None:
         per_unit = arguments.quantised.elements_per_unit
@@ -176,7 +176,10 @@ def check_mla(kv_c: ArraySpec, k_pe: ArraySpec, kv_cache: ArraySpec, kv_cache_dt
 
 
 def split_of_latent(rank: int) -> int:
-    """Where a row without a rotary part is split, to be written as two parts: where every format lets it be."""
+    """Where an MLA row without a rotary part is split, to be written as key and value.
+
+    A format that allows the whole row allows both parts.
+    """
     return rank // 32 * 16
 
 
@@ -205,7 +208,7 @@ def _layout(arguments: CacheArguments) -> CacheLayout:
 
 
 def _check_dtypes(key: ArraySpec, arguments: CacheArguments) -> FloatFormat:
-    """What the cache holds; key's dtype and the caches' fit each other."""
+    """Checks that key's dtype and the caches' fit each other. Returns what the caches hold."""
     if key.dtype not in FLOATS and key.dtype not in FP8:
         raise TypeError(f"key must have dtype {either([*FLOATS, *FP8])}, got {key.dtype}")
     allowed = FLOATS if key.dtype in FLOATS else {key.dtype: FP8[key.dtype]}

@@ -9,9 +9,11 @@ byte that holds two of them. Along a token row, all heads are one axis:
     token's element   token·T + head·h + dim·d
     cache's unit      offset + layer·L + block·B + place·S + head·H + (unit // x)·D + (unit % x)·X
 
-`place` is a slot's index in its block. The second line is kvcore.placement.Address, a constexpr, as all strides are:
-known strides, and so known alignments, are what lets the compiler move 128 bits at a time although slots are data.
-Offsets of tokens and slots have 64 bits, those within a row where they need them.
+`place` is a slot's index in its block. The second formula is kvcore.placement.Address, a constexpr, as all strides
+are: known strides, and so known alignments, are what lets the compiler move 128 bits at a time although slots are data.
+Offsets of tokens and slots have 64 bits; those within a token row have them where R.wide says that they need them.
+
+R is kvcore.plan.rows.Rows, of K or of V.
 """
 
 import triton
@@ -35,7 +37,10 @@ def elements(R: tl.constexpr):
 
 @triton.jit
 def token_offsets(token, element, R: tl.constexpr):
-    """Elements from the first of an array of tokens to others, `[TOKENS, elements]`."""
+    """Offsets in an array of tokens, counted in elements, `[TOKENS, elements]`.
+
+    `token`, `[TOKENS]`, is a token's index in the array; `element`, `[elements]`, is an element's in its token row.
+    """
     HEAD_SIZE: tl.constexpr = R.head_units * R.elements_per_unit
     if R.wide:
         element = element.to(tl.int64)
@@ -48,7 +53,10 @@ def token_offsets(token, element, R: tl.constexpr):
 
 @triton.jit
 def cache_offsets(layer, block, place, column, R: tl.constexpr):
-    """Units from the cache's first to those of token rows in slots, `[TOKENS, columns]`."""
+    """Offsets in the cache, counted in stored units, of the columns of token rows: `[TOKENS, columns]`.
+
+    `layer` is `[1]`, `block` and `place` are `[TOKENS]`, `column` is `[columns]`.
+    """
     ADDRESS: tl.constexpr = R.address
     if R.wide:
         column = column.to(tl.int64)
@@ -58,13 +66,13 @@ def cache_offsets(layer, block, place, column, R: tl.constexpr):
 
 @triton.jit
 def slot_offset(layer, block, place, ADDRESS: tl.constexpr):
-    """Units from the cache's first to the first of slots."""
+    """Offsets of slots in the cache, where their first head begins; of the shape of `block` and `place`."""
     return ADDRESS.offset + layer * ADDRESS.layer + block * ADDRESS.block + place * ADDRESS.slot
 
 
 @triton.jit
 def unit_offset(unit, ADDRESS: tl.constexpr):
-    """Units from the first of a head to others."""
+    """Offsets of units from the beginning of their head; of the shape of `unit`."""
     if ADDRESS.x > 1:
         within = (unit // ADDRESS.x) * ADDRESS.dim + (unit % ADDRESS.x) * ADDRESS.x_stride
     else:
@@ -86,7 +94,7 @@ def layer_index(layer, LAYER_IS_POINTER: tl.constexpr):
 
 @triton.jit
 def in_layer(mask, layer, index, num_layers):
-    """The mask, with nothing in it where there is no layer of that index."""
+    """The mask; all of it False where the cache has no layer of that index."""
     if layer is not None:
         mask = mask & (index >= 0) & (index < num_layers)
     return mask

@@ -1,10 +1,10 @@
 """Attention over a paged KV cache, for any mix of decode, speculative decoding and chunked prefill.
 
-A program takes a tile of query rows of one sequence, which share a KV head, and one of the splits of the positions that
-they see:
+A program takes a tile of query rows of one sequence, which share a KV head (axis 0 of the grid), and one of the splits
+of the positions that they see (axis 1):
 
-    position   n = 0 … seq_len - 1; token t of the L tokens of a sequence in query stands at seq_len - L + t
-    block      block_tables[seq, n // BLOCK_SIZE],   place = n % BLOCK_SIZE
+    position   n = 0 … seq_len - 1; of the L tokens that a sequence has in query, token t is at position seq_len - L + t
+    block      block_tables[seq, n // block_size],   place = n % block_size
 
     sequences.py   which rows, and which positions they see
     query.py       loads the rows
@@ -13,11 +13,12 @@ they see:
     products.py    multiplies query with K, weights with V
     softmax.py     makes weights of logits
 
-Scales of tensors and of heads go into logits and into the result, scales of positions into logits and weights; only
-scales of groups within a head are multiplied with elements.
+Static scales, of all heads or of each, are part of the factors that make logits of scores (K) and the result of sums
+(V). Scales of positions, out of scale caches, are multiplied with scores (K) and with weights (V). Only scales of
+groups are multiplied with elements.
 
-Where positions are split, each program leaves a partial result and the logarithm of its normalizer, which
-`merge_attention_kernel` merges.
+Where positions are split, each program leaves a partial result and the logarithm of its normalizer, and
+`merge_attention_kernel` makes the result of these.
 
 P is kvcore.plan.attention_constants.AttentionConstants, T the Tile of it that is used.
 """
@@ -38,7 +39,7 @@ from .words import Pages
 
 
 class Arrays(NamedTuple):
-    """What the kernel is given, but for what only finds rows."""
+    """Arguments of the kernel, without those that only `find_rows` and `find_span` need."""
 
     query_ptr: tl.tensor
     key_cache_ptr: tl.tensor
@@ -56,9 +57,9 @@ class Arrays(NamedTuple):
 
 @triton.jit
 def _attend(arrays, rows, span, CAREFUL: tl.constexpr, P: tl.constexpr, T: tl.constexpr):
-    """Attention of a tile of rows over a span of positions. Stores the result, and tells whether a sum is not finite.
+    """Attention of a tile of rows over a span of positions. Stores the result.
 
-    Returns 0.0, or NaN if so.
+    Returns 0.0 if all sums of values are finite, else NaN.
     """
     # ---- rows, [ROWS]
     Q: tl.constexpr = P.query
@@ -72,7 +73,7 @@ def _attend(arrays, rows, span, CAREFUL: tl.constexpr, P: tl.constexpr, T: tl.co
         position = span.first_token + token
     query = load_query(arrays.query_ptr, arrays.k_scale_ptr, rows.head, row_offset, inside, position, P, T)
 
-    # ---- positions
+    # ---- positions, tile by tile
     table_ptr = arrays.block_tables_ptr + rows.seq.to(tl.int64) * arrays.table_stride
     pages = Pages(
         arrays.key_cache_ptr, arrays.value_cache_ptr, arrays.k_scale_ptr, arrays.v_scale_ptr, table_ptr,
@@ -83,7 +84,7 @@ def _attend(arrays, rows, span, CAREFUL: tl.constexpr, P: tl.constexpr, T: tl.co
     sums = no_sums(P, T)
     if P.whole_tiles and not CAREFUL:
         sums, first_tile = _fold_whole_tiles(sums, query, pages, rows, span, first_tile, end_tile, P, T)
-    if P.by_row:  # from here on rows differ
+    if P.by_row:  # with masks, each row has a largest scale of its own: [ROWS]
         sums = Sums(sums.m, sums.l, sums.acc, tl.full([T.rows], 0.0, tl.float32) + sums.v_scale_max)
     sums = fold_tiles(sums, query, pages, first_tile, end_tile, span.first, span.limit, True, CAREFUL, P, T)
 
@@ -93,7 +94,10 @@ def _attend(arrays, rows, span, CAREFUL: tl.constexpr, P: tl.constexpr, T: tl.co
 
 @triton.jit
 def _fold_whole_tiles(sums, query, pages, rows, span, first_tile, end_tile, P: tl.constexpr, T: tl.constexpr):
-    """Takes the tiles that every row sees wholly into the sums, without masks. Returns the first tile that remains."""
+    """Takes the tiles that every row sees wholly into the sums, without masks.
+
+    Returns the sums, and the first tile that remains.
+    """
     Q: tl.constexpr = P.query
     OPTIONS: tl.constexpr = P.options
     limit = span.limit
@@ -111,7 +115,7 @@ def _fold_whole_tiles(sums, query, pages, rows, span, first_tile, end_tile, P: t
 def _store_result(arrays, sums, rows, token, q_head, inside, P: tl.constexpr):
     """Stores the result of rows, or their partial result, and the logarithm of their normalizers.
 
-    Returns 0.0, or NaN if a sum is not finite.
+    `token`, `q_head` and `inside` are `[ROWS]`. Returns 0.0 if all sums of values are finite, else NaN.
     """
     Q: tl.constexpr = P.query
     V: tl.constexpr = P.v
@@ -167,14 +171,14 @@ def paged_attention_kernel(
     query_start_loc_ptr,  # [num_seqs + 1] int32 or int64, or None for one token a sequence
     sinks_ptr,            # [num_q_heads], or None
     k_scale_ptr,          # one float32, or one a head, or one a token and head, or None for 1
-    v_scale_ptr,
+    v_scale_ptr,          # … of V
     layer,                # one integer in memory (P.layer_is_pointer), an integer, or None
-    num_tokens,
-    num_seqs,
+    num_tokens,           # rows of query
+    num_seqs,             # rows of block_tables
     max_blocks,           # entries of a row of block_tables
     table_stride,         # elements from one row of block_tables to the next
     num_blocks,           # of one layer
-    num_layers,
+    num_layers,           # 1 where the cache has no axis layer
     out_ptr,              # [num_tokens, num_q_heads, head_size_v]; P.split: […, splits, head_size_v] float32
     lse_ptr,              # [num_tokens, num_q_heads] float32; P.split: [num_tokens, num_q_heads, splits], to base 2
     P: tl.constexpr,      # kvcore.plan.attention_constants.AttentionConstants
@@ -191,8 +195,8 @@ def paged_attention_kernel(
         )  # fmt: skip
         zeros = _attend(arrays, rows, span, False, P, TILE)
         if P.by_row:
-            # An infinite or NaN value that only some rows see spoils the others, as 0 times that is NaN. Then once more
-            # with care, and a few rows at a time: slow, but little code.
+            # An infinite or NaN value that only some rows see spoils the others, as 0 times that is NaN. If a sum is
+            # not finite, all rows are computed again, a few at a time, in a way that is slow but safe from that.
             if zeros != 0.0:
                 tl.debug_barrier()  # other threads of the program may write the same elements
                 CAREFUL: tl.constexpr = P.careful_tile

@@ -30,7 +30,8 @@ def narrow(x, COMPUTE: tl.constexpr):
 def decode(x, FORMAT: tl.constexpr, HARDWARE: tl.constexpr):
     """Elements of FORMAT, a kvcore.formats.FloatFormat, as floats of a type that has them all.
 
-    Quantised ones are bytes; of those of 4 bits the lower halves count. HARDWARE: whether the target converts e4m3.
+    Quantised elements are bytes; one of 4 bits is the lower half of its byte, and the upper half is ignored.
+    HARDWARE: whether the target converts e4m3.
     """
     if FORMAT.integer:
         if FORMAT.bits == 4:
@@ -85,8 +86,8 @@ _PTX_INT4 = tl.constexpr(
         for element in range(4)
     ]
 )
-# The three bits of e2m1's magnitude become the lowest of float16's exponent and the highest of its mantissa, the fourth
-# its sign. The exponent is then 14 too small: mul multiplies with 0x7400, 2^14.
+# The three bits of e2m1's magnitude become the two lowest of float16's exponent and the highest of its mantissa; the
+# fourth becomes the sign. The exponent is then 14 too small: mul multiplies by 0x7400, which is 2^14.
 _PTX_E2M1 = tl.constexpr(
     [
         _TEMPLATE.format(

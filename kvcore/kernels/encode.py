@@ -5,13 +5,13 @@ import triton.language as tl
 
 from .decode import widen
 
-# The adder of floats as a rounder: where a sum is between 2^23 and 2^24, floats are the integers, so adding 2^23 rounds
-# what is added to an integer, to nearest even, which the sum's low bits then spell. 1.5 * 2^23 leaves room below, for
-# what is negative; its own low bits are zeros.
+# Between 2^23 and 2^24 the floats are the integers. So 2^23 + x is x rounded to an integer, to nearest even, and the
+# low bits of the sum are that integer. A negative x needs 1.5 * 2^23, so that the sum is not below 2^23; its own low
+# bits are zeros, too, and those of the sum are x in two's complement.
 _TO_INTEGER = tl.constexpr(1.5 * 2**23)
 _TO_UNSIGNED = tl.constexpr(2.0**23)
 
-_INFINITY = tl.constexpr(0x7F800000)  # float32 bits; those of NaN are above, but for the sign
+_INFINITY = tl.constexpr(0x7F800000)  # float32 bits; those of a NaN, without its sign, are larger
 _MAGNITUDE = tl.constexpr(0x7FFFFFFF)  # all float32 bits but the sign
 
 
@@ -75,7 +75,7 @@ def _round_to_integer(x, FORMAT: tl.constexpr):
 
 @triton.jit
 def _round_to_e2m1(x, FORMAT: tl.constexpr):
-    """Round float32 to 0, 0.5, 1, 1.5, 2, 3, 4 or 6 and a sign: codes 0 to 7, and 8."""
+    """Round float32 to 0, 0.5, 1, 1.5, 2, 3, 4 or 6, which have the codes 0 to 7; the sign adds 8."""
     m = tl.minimum(tl.abs(x), 6.0)
     # The code of a magnitude m is 2m up to 2, m + 2 up to 4, m/2 + 4 up to 6, rounded: the least of the three. A tie
     # goes to the even code, as nearest even wants it: even codes are those whose mantissa bit is 0.
@@ -89,9 +89,10 @@ def _round_to_e2m1(x, FORMAT: tl.constexpr):
 
 @triton.jit
 def pack(bits, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FORMAT: tl.constexpr):
-    """Stored units of encoded elements `[ROWS, COLUMNS]`: of 4 bits two in a byte, the first in its low half.
+    """Stored units of elements `[ROWS, COLUMNS]`.
 
-    `[ROWS, COLUMNS // 2]` then, else as they are; so are elements that were not encoded, for which FORMAT is None.
+    Those of 4 bits are packed two in a byte, the first in its low half: `[ROWS, COLUMNS // 2]`. All others are units
+    already, as are elements that were not encoded, for which FORMAT is None.
     """
     if FORMAT is not None:
         if FORMAT.bits == 4:  # `and` would have the compiler look at both of its sides

@@ -1,6 +1,7 @@
 """Read keys and values of sequences out of a paged KV cache into contiguous arrays.
 
-A program takes TOKENS positions of a sequence (axis 0 of the grid) and one stretch of their rows (axis 1), of K and V:
+A program takes TOKENS positions of a sequence (axis 0 of the grid) and one stretch of their token rows (axis 1), of K
+and of V:
 
     position n = 0 … max_len - 1,   block = block_tables[seq, n // BLOCK_SIZE],   place = n % BLOCK_SIZE
 
@@ -28,7 +29,7 @@ from .encode import encode
 @triton.jit
 def _computed_scales(scales_ptr, layer, block, place, column, mask, R: tl.constexpr, S: tl.constexpr,
                      HARDWARE: tl.constexpr):  # fmt: skip
-    """The computed scales of units, `[TOKENS, columns]` float32."""
+    """The computed scale of each unit, `[TOKENS, columns]` float32."""
     ADDRESS: tl.constexpr = S.address
     FORMAT: tl.constexpr = S.format
     group = column % R.head_units // (S.group // R.elements_per_unit)
@@ -56,7 +57,7 @@ def _static_scales(scale_ptr, column, in_row, R: tl.constexpr):
 
 @triton.jit
 def _dequantise(x, computed_scale, static_scale, FORMAT: tl.constexpr, HARDWARE: tl.constexpr):
-    """Elements of FORMAT, in the low bits of units, times their scales, as float32."""
+    """Elements of FORMAT, in the low bits of units, times their scales, as float32: `[TOKENS, columns]`."""
     x = widen(decode(x, FORMAT, HARDWARE))
     if computed_scale is not None:
         x = x * computed_scale
@@ -71,7 +72,10 @@ def _gather(
     R: tl.constexpr, S: tl.constexpr, FORMAT: tl.constexpr, OUT: tl.constexpr, HARDWARE: tl.constexpr,
     TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """Gathers K, or V: copies, or `round(float32(x) * scale)`."""
+    """Gathers K, or V: copies, or `round(float32(x) * scale)`.
+
+    `block`, `place`, `token` and the masks `exists` and `in_array` are `[TOKENS]`, `layer` is `[1]`.
+    """
     column, in_row = columns(R)
     mask = exists[:, None] & in_row[None, :]
     x = tl.load(cache_ptr + cache_offsets(layer, block, place, column, R), mask=mask, other=0)
@@ -91,7 +95,7 @@ def _gather(
         else:
             x = _dequantise(x, computed_scale, static_scale, FORMAT, HARDWARE)
         x = encode(x, None, OUT, False)
-        # The mask of the load made zeros where nothing exists, but a scale that is NaN would turn them into NaN.
+        # Where nothing exists, the load gave zeros, but a scale that is NaN has turned them into NaN.
         x = tl.where(exists[:, None], x, tl.full([1, 1], 0, x.dtype))
     array = array_ptr.to(tl.pointer_type(x.dtype)) + token_offsets(token, element, R)
     tl.store(array, x, mask=in_array[:, None] & element_in_row[None, :])
@@ -104,13 +108,13 @@ def gather_kv_kernel(
     block_tables_ptr,  # [num_seqs, max_blocks] int32 or int64
     seq_lens_ptr,      # [num_seqs] int32 or int64
     k_scale_ptr,       # one float32, or one a head, or one a token and head (KS), or None for 1
-    v_scale_ptr,
+    v_scale_ptr,       # … of V (VS)
     layer,             # one integer in memory (LAYER_IS_POINTER), an integer, or None
     max_len,           # positions of a sequence in key and value
     max_blocks,        # entries of a row of block_tables
     table_stride,      # elements from one row of block_tables to the next
     num_blocks,        # of one layer
-    num_layers,
+    num_layers,        # 1 where the cache has no axis layer
     key_ptr,           # [num_seqs, max_len, num_heads, head_size]
     value_ptr,         # [num_seqs, max_len, num_heads, head_size_v]
     K: tl.constexpr,             # kvcore.plan.rows.Rows of key and key cache
@@ -127,7 +131,7 @@ def gather_kv_kernel(
     LAYER_IS_POINTER: tl.constexpr,
     TOKENS: tl.constexpr,        # positions of a program
 ):  # fmt: skip
-    """Copies, or dequantises."""
+    """Copy K and V of positions, or dequantise them."""
     programs_per_seq = (max_len + TOKENS - 1) // TOKENS
     seq = (tl.program_id(0) // programs_per_seq).to(tl.int64)
     n = (tl.program_id(0) % programs_per_seq) * TOKENS + tl.arange(0, TOKENS)

@@ -1,4 +1,7 @@
-"""Merge the partial results of splits into the result of attention."""
+"""Merge the partial results of splits into the result of attention.
+
+A program takes one query head of one token: `row = token * NUM_HEADS + query head`.
+"""
 
 import triton
 import triton.language as tl
@@ -13,7 +16,7 @@ def merge_attention_kernel(
     part_ptr,      # [num_tokens, num_q_heads, splits, head_size_v] float32
     part_lse_ptr,  # [num_tokens, num_q_heads, splits] float32, to base 2; -inf where a split saw nothing
     sinks_ptr,     # [num_q_heads], or None
-    splits,
+    splits,        # partial results of a row
     out_ptr,       # [num_tokens, num_q_heads, head_size_v]
     lse_ptr,       # [num_tokens, num_q_heads] float32
     NUM_HEADS: tl.constexpr,    # query heads
@@ -23,7 +26,7 @@ def merge_attention_kernel(
     PARTS: tl.constexpr,        # partial results that are loaded at a time
     COLUMNS: tl.constexpr,      # a power of two that covers a head
 ):  # fmt: skip
-    """The average of the partial results of a token's head, weighted by their normalizers."""
+    """The average of a row's partial results, weighted by their normalizers."""
     row = tl.program_id(0).to(tl.int64)
     dim = tl.arange(0, COLUMNS)
     in_head = dim < HEAD_SIZE
@@ -31,11 +34,14 @@ def merge_attention_kernel(
     l = tl.full([1], 0.0, tl.float32)
     acc = tl.full([COLUMNS], 0.0, tl.float32)
     for first in range(0, splits, PARTS):
+        # ---- partial results: log is [PARTS], x is [PARTS, COLUMNS]
         split = first + tl.arange(0, PARTS)
         log = tl.load(part_lse_ptr + row * splits + split, mask=split < splits, other=float("-inf"))
         saw = log != float("-inf")
         part = part_ptr + (row * splits + split)[:, None] * HEAD_SIZE + dim[None, :]
         x = tl.load(part, mask=saw[:, None] & in_head[None, :], other=0.0)
+
+        # ---- sums: m and l are [1], acc is [COLUMNS]
         m_new = tl.maximum(m, maximum(log, 0))
         origin = origin_of(m_new)
         weight = tl.exp2(log - total(origin, 0))
@@ -43,6 +49,8 @@ def merge_attention_kernel(
         l = l * shrink + total(weight, 0)
         acc = acc * shrink + total(x * weight[:, None], 0)
         m = m_new
+
+    # ---- result
     sink = None
     if sinks_ptr is not None:
         sink = tl.load(sinks_ptr + (row % NUM_HEADS) * SINK_STRIDE + tl.arange(0, 1))

@@ -1,7 +1,7 @@
 """The two products of attention: of query with K, and of weights with V.
 
-K and V come in words; each element of a word is multiplied on its own. P is
-kvcore.plan.attention_constants.AttentionConstants, C the CacheRows of what is multiplied.
+K and V come in words; each element of a word is multiplied on its own, so query and sums are tuples with one matrix for
+each element of a word. P is kvcore.plan.attention_constants.AttentionConstants, C the CacheRows of what is multiplied.
 """
 
 import triton
@@ -13,7 +13,10 @@ from .words import element_of
 
 @triton.jit
 def add_scores(scores, query, words, word_scales, C: tl.constexpr, P: tl.constexpr):
-    """Scores `[ROWS, POSITIONS]` plus the products of a piece of query with words `[POSITIONS, words]` of K."""
+    """Scores `[ROWS, POSITIONS]`, plus the product of a piece of query with words of K.
+
+    `query` has `[ROWS, words]` for each element of a word; words are `[POSITIONS, words]`, and so are their scales.
+    """
     ELEMENTS: tl.constexpr = C.elements_per_word
     for element in tl.static_range(ELEMENTS):
         k = element_of(words, word_scales, element, C, P)
@@ -23,15 +26,15 @@ def add_scores(scores, query, words, word_scales, C: tl.constexpr, P: tl.constex
 
 @triton.jit
 def add_values(acc, weights, words, word_scales, shrink, C: tl.constexpr, P: tl.constexpr):
-    """Sums `[ROWS, words]` of values, one for each element of a word, times shrink, plus weights times values.
+    """The sums of values, times shrink, plus weights times values.
 
     Args:
-        acc: The sums.
+        acc: The sums so far, `[ROWS, words]` for each element of a word.
         weights: `[ROWS, POSITIONS]`, 0 where a row does not see a position. A value there that is infinite or NaN
             spoils the sum, as 0 times that is NaN: see `add_seen_values`.
         words: `[POSITIONS, words]` of V.
-        word_scales: Their scales, or None.
-        shrink: `[ROWS]`.
+        word_scales: Their scales, `[POSITIONS, words]`, or None.
+        shrink: `[ROWS]`, which takes the sums so far to the new running maximum.
         C: CacheRows of V.
         P: All constants.
     """
@@ -49,17 +52,18 @@ def add_values(acc, weights, words, word_scales, shrink, C: tl.constexpr, P: tl.
 def add_seen_values(acc, weights, seen, words, word_scales, v_scale, shrink, C: tl.constexpr, P: tl.constexpr):
     """What `add_values` does, for values that may be infinite or NaN: they change only rows that see them.
 
-    Finite values are multiplied as usual. Of infinite ones and NaN, rows count those that they see: a single one makes
-    the sum what it is, whatever its weight. A sum that is not finite is not shrunk, as 0 times it would be NaN.
+    Finite values are multiplied as usual. Infinite ones and NaN are counted, row by row, where the row sees them: one
+    is enough to make the sum infinite or NaN, whatever its weight. A sum that is not finite is not shrunk, as 0 times
+    it would be NaN.
 
     Args:
-        acc: The sums, `[ROWS, words]` for each element of a word.
+        acc: The sums so far, `[ROWS, words]` for each element of a word.
         weights: `[ROWS, POSITIONS]`, times the positions' scales if there are any.
         seen: Which positions rows see, `[ROWS, POSITIONS]`.
         words: `[POSITIONS, words]` of V.
-        word_scales: Their scales, or None.
+        word_scales: Their scales, `[POSITIONS, words]`, or None.
         v_scale: The positions' scales, `[POSITIONS]`, or None: with it, a finite value may become infinite or NaN.
-        shrink: `[ROWS]`.
+        shrink: `[ROWS]`, which takes the sums so far to the new running maximum.
         C: CacheRows of V.
         P: All constants.
     """

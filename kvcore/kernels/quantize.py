@@ -6,8 +6,10 @@ A program takes ROWS heads of tokens (axis 0 of the grid), of K and of V; a *row
     slot  = slot_mapping[token]          skipped unless 0 <= slot < num_slots
     block = slot // BLOCK_SIZE,   place = slot % BLOCK_SIZE
 
-Scales are static, one for each head, or computed for each group of elements: `scales.py` says how. Computed ones are
-stored in arrays of their own, or in the cache's memory. `address.py` says where everything is.
+Scales are static, one for each head, or computed for each group of elements, as `scales.py` says. Computed ones are
+stored in scale caches, or in the cache's memory. `address.py` says where everything is.
+
+`row`, `slot`, `head`, `block`, `place` and the masks `in_batch` and `written` are `[ROWS]`, `layer` is `[1]`.
 """
 
 import triton
@@ -21,9 +23,9 @@ from .scales import encoded_scales, float_scales, power_scales, spread
 
 @triton.jit
 def _load(array_ptr, row, in_batch, R: tl.constexpr):
-    """Elements of rows, `[ROWS, elements]`, and which of their columns a head has.
+    """Elements of rows, `[ROWS, elements]`, and which of them a head has, `[1, elements]`.
 
-    Where there are none it has 1, not 0: to divide 0 takes the slow path of an exact division.
+    Those that a head does not have are 1, not 0: to divide 0 takes the slow path of an exact division.
     """
     token = row // R.num_heads
     head = row % R.num_heads
@@ -123,14 +125,14 @@ def quantize_and_cache_kernel(
     key_cache_ptr,      # K's array, or the array of both
     value_cache_ptr,    # V's array; None: key_cache_ptr
     k_scale_cache_ptr,  # float32; None: the scales lie in the cache
-    v_scale_cache_ptr,
+    v_scale_cache_ptr,  # … of V
     slot_mapping_ptr,   # [num_tokens] int32 or int64
     k_scale_ptr,        # static: one float32, or one a head, or None for 1; nvfp4 has it beside the scales of groups
-    v_scale_ptr,
+    v_scale_ptr,        # … of V
     layer,              # one integer in memory (LAYER_IS_POINTER), an integer, or None
     num_tokens,         # entries of slot_mapping
     num_slots,          # of one layer
-    num_layers,
+    num_layers,         # 1 where the cache has no axis layer
     K: tl.constexpr,             # kvcore.plan.rows.Rows of key and key cache; columns cover a head
     V: tl.constexpr,             # … of value and value cache
     KS: tl.constexpr,            # kvcore.plan.rows.ScaleRows of k's computed scales, or None

@@ -14,10 +14,10 @@ from .decode import narrow, widen
 from .reduce import maximum
 from .softmax import LOG2E
 
-# The exponent of a float32 is stored with 127 added. For 2^e that is e + 127, and for its reciprocal 254 less that. The
-# largest power of two whose reciprocal is a normal number, and no 0, is 2^126.
-_EXPONENT = tl.constexpr(0x7F800000)  # where it is stored
-_SUM = tl.constexpr(254 << 23)  # of the exponents of a number and its reciprocal, as they are stored
+# A float32 stores its exponent with 127 added: 2^e has e + 127, and its reciprocal -e + 127, so the two add up to 254.
+# 2^126 is the largest power of two whose reciprocal is a normal number.
+_EXPONENT = tl.constexpr(0x7F800000)  # the bits of the exponent
+_SUM = tl.constexpr(254 << 23)  # the bits of a power of two plus those of its reciprocal
 _LARGEST_POWER = tl.constexpr(253 << 23)  # the bits of 2^126
 
 
@@ -27,7 +27,7 @@ class Query(NamedTuple):
     main: tl.tuple
     rest: tl.tuple  # empty if there is none
     rope: tl.tuple  # empty if there is none
-    scale: tl.tensor  # [ROWS]: times products with K: logits to base 2; never negative
+    scale: tl.tensor  # [ROWS]: makes logits to base 2 of scores; never negative
     position: tl.tensor  # [ROWS]: where the row's token stands in its sequence; one number where rows see the same
 
 
@@ -56,8 +56,8 @@ def load_query(query_ptr, k_scale_ptr, head, row_offset, inside, position, P: tl
     scale = tl.abs(scale)
     COMPUTE: tl.constexpr = P.compute
     if COMPUTE.mantissa_bits == 10:
-        # Each row is divided by a power of two near its largest magnitude, so that float16 can hold it: exact, but for
-        # elements that are 2^-24 of the largest.
+        # Each row is divided by a power of two near its largest magnitude, so that float16 can hold it. That is exact
+        # for elements that are at least 2^-14 of that power; smaller ones become multiples of 2^-24 of it.
         largest = _largest(main, K)
         if K.rest > 0:
             largest = tl.maximum(largest, _largest(rest, K))
@@ -78,7 +78,10 @@ def load_query(query_ptr, k_scale_ptr, head, row_offset, inside, position, P: tl
 @triton.jit
 def _load_piece(query_ptr, row_offset, inside, DIM: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.constexpr,
                 C: tl.constexpr, P: tl.constexpr):  # fmt: skip
-    """What meets words FIRST … FIRST + SIZE - 1 of the heads that C describes, which begin at DIM."""
+    """What is multiplied with words FIRST … FIRST + SIZE - 1 of the heads that C describes.
+
+    In query, these begin at element DIM of a head. Returns `[ROWS, SIZE]` for each element of a word.
+    """
     ELEMENTS: tl.constexpr = C.elements_per_word
     piece = (_load_element(query_ptr, row_offset, inside, DIM, FIRST, SIZE, C, P),)
     for element in tl.static_range(1, ELEMENTS):
@@ -89,7 +92,7 @@ def _load_piece(query_ptr, row_offset, inside, DIM: tl.constexpr, FIRST: tl.cons
 @triton.jit
 def _load_element(query_ptr, row_offset, inside, DIM: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.constexpr,
                   C: tl.constexpr, P: tl.constexpr):  # fmt: skip
-    """What meets one element of each word, `[ROWS, SIZE]`: in bfloat16 where that is multiplied, else in float32."""
+    """What is multiplied with one element of each word, `[ROWS, SIZE]`: bfloat16 if P.compute is that, else float32."""
     Q: tl.constexpr = P.query
     COMPUTE: tl.constexpr = P.compute
     word = FIRST + tl.arange(0, SIZE)
@@ -106,7 +109,7 @@ def _load_element(query_ptr, row_offset, inside, DIM: tl.constexpr, FIRST: tl.co
 
 @triton.jit
 def _largest(piece, C: tl.constexpr):
-    """The largest magnitude of each row, `[ROWS]`."""
+    """The largest magnitude of each row of a piece, `[ROWS]`."""
     ELEMENTS: tl.constexpr = C.elements_per_word
     largest = maximum(tl.abs(piece[0]), 1)
     for element in tl.static_range(1, ELEMENTS):

@@ -3,7 +3,7 @@
 A row is a head of a token, in float32, `[ROWS, COLUMNS]`; GROUP of its elements share a scale, `[ROWS, COLUMNS //
 GROUP]`. Where a head has one scale, GROUP is COLUMNS. Columns that are not `inside` the head count as zeros.
 
-LARGEST is the magnitude that the format of the elements ends with: the largest of a group becomes that.
+LARGEST is the largest number of the elements' format: quantised, the largest magnitude of a group becomes that.
 """
 
 import triton
@@ -50,10 +50,10 @@ def power_scales(x, inside, LARGEST: tl.constexpr, LEAST: tl.constexpr, ROWS: tl
 @triton.jit
 def encoded_scales(x, inside, row_scale, FORMAT: tl.constexpr, HARDWARE: tl.constexpr, LARGEST: tl.constexpr,
                    ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
-    """Scales of nvfp4, as bytes of FORMAT, and the factors that elements are multiplied by.
+    """Scales of nvfp4, as bytes of FORMAT, and the factors that elements are multiplied by to be quantised.
 
-    `row_scale`, `[ROWS, 1]`, is the static scale: a scale in FORMAT counts multiples of it. Where that rounds to 0, so
-    does the factor.
+    `row_scale`, `[ROWS, 1]`, is the static scale, and a scale in FORMAT is a multiple of it. Where that multiple rounds
+    to 0, the factor is 0, too.
     """
     top = _largest_magnitudes(x, inside, ROWS, COLUMNS, GROUP).to(tl.float32, bitcast=True)
     top = tl.div_rn(top, tl.full(top.shape, LARGEST, tl.float32))
@@ -65,9 +65,9 @@ def encoded_scales(x, inside, row_scale, FORMAT: tl.constexpr, HARDWARE: tl.cons
 
 @triton.jit
 def _largest_magnitudes(x, inside, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
-    """Bits of the largest magnitude of each group, `[ROWS, COLUMNS // GROUP]`.
+    """float32 bits of the largest magnitude of each group, `[ROWS, COLUMNS // GROUP]`.
 
-    They are compared as integers, so that on every target NaN is larger than all numbers.
+    Magnitudes are compared as integers, so that on every target NaN is larger than all numbers.
     """
     magnitude = tl.where(inside, x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
     if GROUP == COLUMNS:

@@ -35,24 +35,26 @@ class RowTile(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Positions of a sequence: what a program's rows see, and which of that it takes."""
+    """Positions of a sequence: those that a program's rows see, and those of them that the program takes."""
 
     first_token: tl.tensor  # position of the sequence's first token of query; may be below 0
-    first: tl.tensor  # that any row sees
-    limit: tl.tensor  # past the last that any row sees
-    begin: tl.tensor  # that the program takes: begin … end - 1, a multiple of the tile
+    first: tl.tensor  # the first that any row sees
+    limit: tl.tensor  # one past the last that any row sees
+    begin: tl.tensor  # the program takes begin … end - 1; both are multiples of a tile's positions
     end: tl.tensor
 
 
 @triton.jit
 def cdiv(a, b):
-    """The quotient, rounded up. `tl.cdiv` would be interpreted or compiled as the process decided: see `reduce.py`."""
+    """The quotient, rounded up. `tl.cdiv` is not usable here, for the reason that `reduce.py` has for `tl.sum`."""
     return (a + b - 1) // b
 
 
 @triton.jit
 def find_rows(query_start_loc_ptr, seq_lens_ptr, num_tokens, num_seqs, P: tl.constexpr, T: tl.constexpr):
-    """This program's rows, where its sequence ends in query, as query_start_loc has it, and the sequence's length.
+    """Finds this program's rows.
+
+    Returns the rows, the token of query where query_start_loc ends their sequence, and the sequence's length.
 
     Tiles are taken from the last to the first: later ones of a prefill see more, and short ones fill gaps at the end.
     """
@@ -79,9 +81,10 @@ def find_rows(query_start_loc_ptr, seq_lens_ptr, num_tokens, num_seqs, P: tl.con
 
 @triton.jit
 def _find_sequence(query_start_loc_ptr, tile, num_seqs, num_tokens, P: tl.constexpr, T: tl.constexpr):
-    """The sequence that a tile of rows belongs to, and its first token of query, which is before no earlier sequence's.
+    """The sequence that a tile of rows belongs to, and its first token of query.
 
-    -1 and num_seqs stand for the tokens before and after all sequences.
+    -1 and num_seqs stand for the tokens before and after all sequences. A sequence begins no earlier than the ones
+    before it do, even where query_start_loc says otherwise.
     """
     Q: tl.constexpr = P.query
     # Sequence s begins after the tile if begin[j] * q_per_kv // ROWS + s + 1 > tile for any j ≤ s. The first that does:
@@ -101,7 +104,7 @@ def _find_sequence(query_start_loc_ptr, tile, num_seqs, num_tokens, P: tl.conste
 
 @triton.jit
 def _begins(query_start_loc_ptr, s, num_seqs, num_tokens, P: tl.constexpr):
-    """Where sequences s begin in query, brought into 0 … num_tokens."""
+    """Where sequences s begin in query, brought into 0 … num_tokens; of the shape of `s`."""
     Q: tl.constexpr = P.query
     start = tl.load(query_start_loc_ptr + s * Q.start_stride, mask=s <= num_seqs, other=0)
     return tl.minimum(tl.maximum(start, 0), num_tokens).to(tl.int32)
@@ -116,7 +119,7 @@ def find_span(rows, end, seq_len, max_blocks, layer, num_layers, P: tl.constexpr
         end: One past the sequence's last token of query, as query_start_loc has it.
         seq_len: Positions of the sequence. The last of them is that of the token before end.
         max_blocks: Entries of a row of block_tables.
-        layer: As the kernel is given it; where there is no such layer there is nothing to see.
+        layer: As the kernel is given it. Where there is no such layer, rows see no position.
         num_layers: Layers of the cache.
         P: All constants.
         T: The tile.
@@ -147,7 +150,7 @@ def find_span(rows, end, seq_len, max_blocks, layer, num_layers, P: tl.constexpr
 
 @triton.jit
 def all_blocks_exist(table_ptr, num_entries, num_blocks, P: tl.constexpr):
-    """Whether the first entries of a row of block_tables all name a block."""
+    """Whether the first num_entries entries of a row of block_tables all name a block that exists."""
     Q: tl.constexpr = P.query
     missing = 0
     for chunk in range(0, num_entries, _CHUNK):

@@ -28,7 +28,7 @@ def tanh(x):
 
 @triton.jit
 def origin_of(m):
-    """What logits are counted from: the maximum, or 0 where all are -inf, from which -inf would be NaN away."""
+    """What logits are counted from: the maximum, or 0 where all logits are -inf, as -inf - -inf would be NaN."""
     return tl.where(m == float("-inf"), 0.0, m)
 
 
@@ -40,7 +40,7 @@ def fold_logits(m, l, logits, scale, SCALED: tl.constexpr, MASKED: tl.constexpr,
         m: `[ROWS]`.
         l: `[ROWS]`, in weights that are multiplied by 2^WEIGHT_BITS.
         logits: `[ROWS, POSITIONS]`.
-        scale: `[ROWS]`, not negative.
+        scale: `[ROWS]`, never negative, so that the largest logit is the largest product times scale.
         SCALED: Whether logits are multiplied by scale already. If not, one multiply-add scales and subtracts.
         MASKED: Whether a row may have seen nothing yet.
         WEIGHT_BITS: Weights are multiplied by two to this power.
@@ -63,7 +63,7 @@ def fold_logits(m, l, logits, scale, SCALED: tl.constexpr, MASKED: tl.constexpr,
 
 @triton.jit
 def finish(m, l, sink):
-    """The factor that makes the result of acc, and the base-2 logarithm of the normalizer, all positions being in.
+    """Once all positions are in: the factor that makes acc the result, and the base-2 logarithm of the normalizer.
 
     A sink is one more logit, whose value is 0. Where there is nothing at all, the result is 0 and the logarithm -inf.
     """

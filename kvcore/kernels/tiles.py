@@ -22,12 +22,12 @@ _SMALLEST = tl.constexpr(2.0**-126)  # the smallest normal float32
 
 
 class Sums(NamedTuple):
-    """What is known of the positions so far; see `softmax.py`."""
+    """What has been summed over the positions so far; see `softmax.py`."""
 
     m: tl.tensor  # [ROWS] running maximum
     l: tl.tensor  # [ROWS] normalizer
     acc: tl.tuple  # [ROWS, words] for each element of a word
-    v_scale_max: tl.tensor  # [ROWS] or one number: where positions of V have scales, the largest; acc is relative to it
+    v_scale_max: tl.tensor  # [ROWS], or one number: the largest scale of a position of V; acc is in multiples of it
 
 
 @triton.jit
@@ -45,7 +45,10 @@ def no_sums(P: tl.constexpr, T: tl.constexpr):
 
 @triton.jit
 def _scores(query, k, pages, slots, MASKED: tl.constexpr, P: tl.constexpr, T: tl.constexpr):
-    """Scores of a tile, `[ROWS, POSITIONS]`, before they are scaled; `k` are the main words of K."""
+    """Scores of a tile, `[ROWS, POSITIONS]`, times the scales of positions.
+
+    `k` are the main words of K, `[POSITIONS, words]`; others are loaded here.
+    """
     K: tl.constexpr = P.k
     KS: tl.constexpr = K.scales
     ROPE: tl.constexpr = P.rope
@@ -80,10 +83,11 @@ def _seen(query, n, slots, P: tl.constexpr):
 
 @triton.jit
 def _weigh_by_scale(weights, shrink, old, v_scale, seen, MASKED: tl.constexpr, CAREFUL: tl.constexpr, P: tl.constexpr):
-    """Multiplies weights by the scales of their positions, `[POSITIONS]`, relative to the largest so far.
+    """Multiplies weights by the scales of their positions, `[POSITIONS]`, in multiples of the largest so far.
 
-    Products with the scales themselves could be too large or too small for float16. `old` is the largest before this
-    tile; the new one is returned with weights and with shrink, which takes sums from the old to the new.
+    Products with the scales themselves could be too large or too small for float16. `old` is the largest scale before
+    this tile, `[ROWS]` or one number. Returns the weights; shrink, which takes sums from the old largest to the new
+    one; and the new one.
     """
     magnitude = tl.where(tl.abs(v_scale) < float("inf"), tl.abs(v_scale), 0.0)
     if MASKED and P.by_row:  # the largest that the row sees: what it does not see changes nothing
@@ -105,9 +109,9 @@ def fold_tiles(
     """Takes tiles of positions into the sums.
 
     Args:
-        sums: `Sums` of what was before.
-        query: The rows.
-        pages: The cache.
+        sums: `Sums` of the tiles before.
+        query: The rows, a `Query`.
+        pages: The cache, as `Pages`.
         first_tile: Tiles first_tile … end_tile - 1 are taken.
         end_tile: See first_tile.
         first: Positions first … limit - 1 exist.
@@ -123,12 +127,14 @@ def fold_tiles(
     OPTIONS: tl.constexpr = P.options
     SCALED: tl.constexpr = MASKED or OPTIONS.soft_cap is not None
     for tile in tl.range(first_tile, end_tile, num_stages=T.stages):
+        # ---- scores, [ROWS, POSITIONS]
         m, l, acc, v_scale_max = sums
         n = tile * T.positions + tl.arange(0, T.positions)
         slots = find_slots(pages, n, first, limit, MASKED, P)
         k = load_words(pages.key_cache_ptr, pages, slots, 0, K.main, MASKED, K)
         scores = _scores(query, k, pages, slots, MASKED, P, T)
 
+        # ---- logits, [ROWS, POSITIONS]; without a cap or a mask, fold_logits scales them
         logits = scores
         if OPTIONS.soft_cap is not None:
             CAP: tl.constexpr = OPTIONS.soft_cap * LOG2E
@@ -139,6 +145,8 @@ def fold_tiles(
             if OPTIONS.soft_cap is None:
                 logits = scores * query.scale[:, None]
             logits = tl.where(seen, logits, float("-inf"))
+
+        # ---- weights, [ROWS, POSITIONS]
         m, l, weights, shrink = fold_logits(m, l, logits, query.scale, SCALED, MASKED, P.weight_bits)
 
         v_scales = load_word_scales(pages.value_cache_ptr, pages, slots, 0, V.main, T.positions, V, P)
@@ -149,6 +157,8 @@ def fold_tiles(
                 weights, shrink, v_scale_max = _weigh_by_scale(
                     weights, shrink, v_scale_max, v_scale, seen, MASKED, CAREFUL, P
                 )
+
+        # ---- sums, [ROWS, words] for each element of a word; v is [POSITIONS, words]
         if P.v_in_k:
             v = k
         else:

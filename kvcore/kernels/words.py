@@ -1,8 +1,8 @@
 """Read heads of K and V out of a cache, in words: of one stored unit each, or of two bytes that lie side by side.
 
 A word holds one, two or four elements: tensor cores take 16-bit words from shared memory as they lie, where bytes would
-be carried one by one. Each element of a word has a product of its own with those elements of query that it meets, or a
-sum of its own of values.
+be carried one by one. Words are not taken apart into one long head: element i of all words makes a matrix of its own,
+which is multiplied with the elements i of query's words (of K), or summed on its own (of V).
 
 C is kvcore.plan.attention_constants.CacheRows, of K, of V or of the rotary part.
 """
@@ -31,11 +31,11 @@ class Pages(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """Where a tile's positions are in the cache."""
+    """Where the positions of a tile are in the cache."""
 
     block: tl.tensor  # [POSITIONS]
     place: tl.tensor  # [POSITIONS], in the block
-    exists: tl.tensor  # [POSITIONS]
+    exists: tl.tensor  # [POSITIONS]: False past the ends, before the window, and where the table names no block
 
 
 @triton.jit
@@ -96,8 +96,8 @@ def load_word_scales(cache_ptr, pages, slots, FIRST: tl.constexpr, SIZE: tl.cons
                      C: tl.constexpr, P: tl.constexpr):  # fmt: skip
     """The scales of words FIRST … FIRST + SIZE - 1, `[POSITIONS, SIZE]`, out of the cache's own memory.
 
-    None where scales do not lie there. Those of 8 bits are floats of P.compute, which has all their products with
-    elements; others are float32.
+    None where no scales lie there. Scales of 8 bits come as floats of P.compute, which holds the product of any of them
+    with any element exactly; those of 32 bits stay float32.
     """
     COMPUTE: tl.constexpr = P.compute
     S: tl.constexpr = C.scales
@@ -123,7 +123,7 @@ def load_word_scales(cache_ptr, pages, slots, FIRST: tl.constexpr, SIZE: tl.cons
 
 @triton.jit
 def element_of(words, scale, ELEMENT: tl.constexpr, C: tl.constexpr, P: tl.constexpr):
-    """One element of each word, times the words' scales unless those are None, as floats of P.compute."""
+    """Element ELEMENT of each word, `[POSITIONS, words]`, times the words' scales, if any, as floats of P.compute."""
     FORMAT: tl.constexpr = C.format
     COMPUTE: tl.constexpr = P.compute
     if scale is None:

@@ -1,6 +1,6 @@
 """Write keys and values of new tokens into a paged KV cache.
 
-A program takes TOKENS tokens (axis 0 of the grid) and one stretch of their rows (axis 1), of K and of V:
+A program takes TOKENS tokens (axis 0 of the grid) and one stretch of their token rows (axis 1), of K and of V:
 
     slot  = slot_mapping[token]          skipped unless 0 <= slot < num_slots
     block = slot // BLOCK_SIZE,   place = slot % BLOCK_SIZE
@@ -19,7 +19,7 @@ from .encode import encode, pack
 def _load(array_ptr, token, element, mask, R: tl.constexpr):
     """Elements of token rows, `[TOKENS, elements]`.
 
-    Where the mask has none it is 1, not 0: to divide 0 takes the slow path of an exact division.
+    Where the mask is False they are 1, not 0: to divide 0 takes the slow path of an exact division.
     """
     return tl.load(array_ptr + token_offsets(token, element, R), mask=mask, other=1)
 
@@ -39,11 +39,11 @@ def reshape_and_cache_kernel_flash(
     value_cache_ptr,   # V's array
     slot_mapping_ptr,  # [num_tokens] int32 or int64
     k_scale_ptr,       # one float32, or None for 1
-    v_scale_ptr,
+    v_scale_ptr,       # … of V
     layer,             # one integer in memory (LAYER_IS_POINTER), an integer, or None
     num_tokens,        # entries of slot_mapping
     num_slots,         # of one layer
-    num_layers,
+    num_layers,        # 1 where the cache has no axis layer
     K: tl.constexpr,             # kvcore.plan.rows.Rows of key and key cache
     V: tl.constexpr,             # … of value and value cache
     BLOCK_SIZE: tl.constexpr,    # slots of a block
@@ -59,7 +59,8 @@ def reshape_and_cache_kernel_flash(
     k_element, k_in_row = elements(K)
     v_element, v_in_row = elements(V)
 
-    # No load waits for another: rows are read before it is known whether their slots are valid.
+    # ---- loads: k and v are [TOKENS, elements]. None waits for another: token rows are read before it is known whether
+    # their slots are valid.
     slot = tl.load(slot_mapping_ptr + token * SLOT_STRIDE, mask=in_batch, other=-1).to(tl.int64)
     k = _load(key_ptr, token, k_element, in_batch[:, None] & k_in_row[None, :], K)
     v = _load(value_ptr, token, v_element, in_batch[:, None] & v_in_row[None, :], V)
@@ -69,12 +70,14 @@ def reshape_and_cache_kernel_flash(
     if v_scale_ptr is not None:
         v_scale = tl.load(v_scale_ptr)
 
+    # ---- where tokens go: written, block and place are [TOKENS]
     written = (slot >= 0) & (slot < num_slots)
     index = layer_index(layer, LAYER_IS_POINTER)
     written = in_layer(written, layer, index, num_layers)
     block = slot // BLOCK_SIZE
     place = slot % BLOCK_SIZE
 
+    # ---- stored units: k and v become [TOKENS, columns]
     if FORMAT is not None:
         k = pack(encode(k, k_scale, FORMAT, HARDWARE_FP8), TOKENS, K.columns * K.elements_per_unit, FORMAT)
         v = pack(encode(v, v_scale, FORMAT, HARDWARE_FP8), TOKENS, V.columns * V.elements_per_unit, FORMAT)

@@ -1,4 +1,4 @@
-"""Launch plans of `paged_attention_kernel` and `merge_attention_kernel`: plain numbers, never from data."""
+"""Launch plans of `paged_attention_kernel` and `merge_attention_kernel`: plain numbers, made from no data."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -32,14 +32,14 @@ class AttentionPlan(NamedTuple):
 
 
 _FUSED: dict[str, Any] = {"enable_fp_fusion": True}
-"""Options for arithmetic whose results are rounded, not bits to be kept: a multiply and an add may become one."""
+"""Options for arithmetic whose last bits nothing depends on: a multiplication and an addition may become one."""
 
 _FEWEST_POSITIONS = 256
 """A split takes at least so many positions: with fewer, it costs more to merge than it gains."""
 
 _FLOAT16_WEIGHT_BITS = 14.0
-"""In float16, weights are up to 2^14, not to 1: then all down to 2^-28 of the largest keep float16's precision. Smaller
-ones lose bits, but it takes millions of those for a sum to show it."""
+"""In float16, weights are at most 2^14, not 1: then all that are at least 2^-28 of the largest keep float16's
+precision. Smaller ones lose bits, but a sum would need millions of those for that to show."""
 
 POINTERS = (
     "query_ptr", "key_cache_ptr", "value_cache_ptr", "block_tables_ptr", "seq_lens_ptr", "query_start_loc_ptr",
@@ -126,7 +126,7 @@ def plan_attention(
     num_seqs, max_blocks = call.block_tables.shape
     compute = _compute(call, target)
     tile, warps = choose_tile(call, target, compute)
-    # Tiles of rows: at most one more than full ones for each sequence, and for what is before and after them.
+    # Tiles of query rows: the full ones, and one more for each sequence, and for the tokens before and after all.
     q_per_kv = q_heads // extents.num_heads
     if call.query_start_loc is not None:
         row_tiles = tokens * q_per_kv // tile.rows + num_seqs + 2

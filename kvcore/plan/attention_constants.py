@@ -19,9 +19,9 @@ class QueryRows(NamedTuple):
     head_stride: int
     dim_stride: int
     table_step: int  # from one entry of a row of block_tables to the next
-    lens_stride: int
-    start_stride: int
-    sink_stride: int
+    lens_stride: int  # of seq_lens
+    start_stride: int  # of query_start_loc
+    sink_stride: int  # of sinks
     k_scale_stride: int  # from one head's static scale to the next; 0: one for all
     v_scale_stride: int
 
@@ -35,8 +35,8 @@ class CacheRows(NamedTuple):
     units_per_word: int
     elements_per_word: int
     words: int  # of a head
-    main: int  # columns of a tile, a power of two
-    rest: int  # more columns, of K, which two powers of two cover with less waste (576 = 512 + 64); 0: none
+    main: int  # columns of a tile, a power of two; a column is a word
+    rest: int  # more columns, of K, where two powers of two cover a head with less waste (576 = 512 + 64); 0: none
     address: Address
     wide: bool  # whether offsets need 64 bits
     format: FloatFormat
@@ -52,7 +52,10 @@ class Tile(NamedTuple):
 
 
 class AttentionConstants(NamedTuple):
-    """All constants of `paged_attention_kernel`. None may be called value: Triton 3.6 would take the constexpr's."""
+    """All constants of `paged_attention_kernel`.
+
+    None may be called `value`: Triton 3.6 would read the attribute of that name which a constexpr has itself.
+    """
 
     query: QueryRows
     k: CacheRows
@@ -76,8 +79,8 @@ class AttentionConstants(NamedTuple):
 
 
 _MARGIN = 2**16
-"""A tile's columns are powers of two: some lie past the end of a head. What they would read is masked, but its offset
-is computed, and must not overflow either."""
+"""A tile has a power of two of columns, so some lie past the end of a head. They are masked and read nothing, but their
+offsets are computed, and must not overflow either."""
 
 
 def cache_rows(
@@ -92,10 +95,10 @@ def cache_rows(
     """Rows of heads at an address.
 
     Args:
-        cache: What they are in.
-        address: Counts stored units, and so does `units`.
+        cache: What the heads are in.
+        address: Where they lie in it; counts stored units.
         stored: What a unit holds.
-        units: Of a head.
+        units: Stored units of a head.
         units_per_word: 1, or 2 where `address` lets two be read as one.
         tile: Columns, main and rest.
         scales: Computed scales, or None.

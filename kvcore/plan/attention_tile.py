@@ -17,7 +17,7 @@ def choose_tile(call: Attention, target: Target, compute: FloatFormat) -> tuple[
     """The tile, and the warps of a program."""
     tokens, q_heads, head_size = call.query.shape
     widest = max(head_size, call.cache.head_size_v)
-    # A sequence's rows on average: few of them wait for memory, many of them for the tensor cores.
+    # Query rows of a sequence on average. Where they are few, memory is the limit; where many, the tensor cores.
     average = q_heads // call.cache.extents.num_heads * -(-tokens // max(call.block_tables.shape[0], 1))
     most = 128 if widest <= 256 else 64
     rows = min(most, max(16, power_of_two(average)))

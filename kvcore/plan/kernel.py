@@ -23,11 +23,11 @@ INTERPRETER = Target("interpret", 0)
 
 
 EXACT = {"enable_fp_fusion": False}
-"""Options for arithmetic that is exact as written: a fused multiply-add would round once where it rounds twice."""
+"""Options for arithmetic that is done as it is written: a fused multiply-add would round once, not twice."""
 
 
 class KernelPlan(NamedTuple):
-    """A kernel, and all that its compilation depends on but for the types of its pointers.
+    """A kernel, and all that its compilation depends on, except the types of its pointers.
 
     Attributes:
         module: Name of its module in `kvcore.kernels`.

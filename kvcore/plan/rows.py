@@ -1,4 +1,4 @@
-"""Token rows and scales, as the kernels that move them are told of them."""
+"""Token rows and scales, as the kernels that move them get them: as constexprs."""
 
 import struct
 from typing import NamedTuple
@@ -13,8 +13,9 @@ from kvcore.scales import Scales
 class Rows(NamedTuple):
     """Token rows of K, or of V: where they lie in the array of tokens, and in the cache. A constexpr of the kernels.
 
-    A token row is one token's `num_heads * head_units` stored units. Where heads follow each other without a gap on
-    both sides, they are described as one long head. Strides count elements of the array of tokens, `address` units.
+    A token row is one token's `num_heads * head_units` stored units. Where heads follow each other without gaps, in the
+    array of tokens and in the cache, they are described as one long head. Strides count elements of the array of
+    tokens, `address` counts stored units.
     """
 
     num_heads: int
@@ -47,7 +48,8 @@ def scale_rows(scales: Scales, address: Address, head_size: int, stored: FloatFo
     Args:
         scales: What the cache has.
         address: Where those of K, or of V, are.
-        head_size: Elements of a head, as many as the kernel's tile has for one.
+        head_size: How many elements share a scale where each head has one: all of a head, or, where the scale is
+            computed, all that a tile has for a head.
         stored: Format of the elements.
     """
     powers = stored == FP8_DS_MLA
@@ -64,10 +66,11 @@ def scale_rows(scales: Scales, address: Address, head_size: int, stored: FloatFo
 
 
 def plan_tile(placement: Placement, elements: int, target: Target) -> tuple[int, int]:
-    """Tokens and columns of a program that moves about `elements` elements of token rows. Measured on an H100.
+    """Tokens and columns of a program that moves about `elements` stored units of token rows. Measured on an H100.
 
-    K and V have as many columns, also where their rows differ, so that a thread moves 16 bytes of each. Columns are the
-    power of two that covers a row: threads without an element cost less than narrow accesses or more programs would.
+    A program takes as many columns of K as of V, also where their token rows differ, so that a thread moves 16 bytes of
+    each. Columns are the power of two that covers a token row, up to a limit: threads without an element cost less than
+    narrow accesses or more programs would.
     """
     extents, key, value = placement
     row = power_of_two(extents.num_heads * max(extents.head_units, extents.head_units_v))
@@ -102,14 +105,14 @@ def plan_rows(
     """Token rows, as they lie in an array of tokens and in the cache.
 
     Args:
-        spec: The array: `(num_tokens, num_heads, head_size)`.
+        spec: The array of tokens: `(num_tokens, num_heads, head_size)`.
         num_heads: KV heads.
         head_units: Stored units of a head.
-        address: Where the cache has them.
+        address: Where they lie in the cache.
         columns: Units of a token row that a program takes.
         elements_per_unit: 1 or 2.
         scale_stride: From one head's static scale to the next; 0: one for all.
-        merge: Whether heads without gaps may be described as one; never where each has a scale.
+        merge: Whether heads without gaps may be described as one. They never are where each has a static scale.
     """
     token_stride, head_stride, dim_stride = spec.steps
     head_reach = head_units * elements_per_unit * dim_stride

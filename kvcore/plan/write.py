@@ -21,8 +21,8 @@ class WritePlan(NamedTuple):
 
     Attributes:
         kernel: What to launch.
-        token_rows: Rows of a token: 1, or its heads.
-        rows: Rows per program.
+        token_rows: Rows of a token: 1, a token row, or one for each head.
+        rows: Rows that a program takes.
         row_programs: Programs that share a row.
     """
 

@@ -1,7 +1,7 @@
 """Run the kernels in Triton's interpreter, on host memory, whether or not the process also compiles them.
 
 Triton decides when a kernel is decorated. So the package of kernels is loaded a second time, under a name of its
-own, with interpretation switched on; the compiled twin stays as it is.
+own, with interpretation switched on; the package that is compiled stays as it is.
 """
 
 import importlib.util

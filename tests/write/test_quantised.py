@@ -40,10 +40,10 @@ def test_numbers_as_models_have_them(name, granularity):
 @pytest.mark.parametrize("head_size", [2, 34, 80, 256])
 @pytest.mark.parametrize("name", ["int4", "fp8_e4m3"])
 def test_head_sizes_that_are_no_power_of_two(name, head_size):
-    """Lanes without an element hold 1, far above what these rows have: they stay out of the maximum."""
+    """Columns past the end of a head hold 1, far above what these heads have: they stay out of the maximum."""
     case = make_case(
         np.random.default_rng(3), kv_cache_dtype=name, head_size=head_size, per_token_head=True, bits=False,
-        dtype="float32",  # the interpreter makes another number of a lane's 1 in bfloat16
+        dtype="float32",  # the interpreter makes another number of such a 1 in bfloat16
     )  # fmt: skip
     case.key *= np.float32(1e-3)
     case.value *= np.float32(1e-3)

@@ -25,8 +25,8 @@ class Backends:
     call brings for them, new ones, or None where the op has none.
 
     Attributes:
-        triton: Launches kernels on the device of a call's tensors. It checks the call itself: once for all that are
-            alike.
+        triton: Launches kernels on the device of a call's tensors. It gets the call only, and checks it itself, once
+            for all calls that are alike.
         interpret: Runs the kernels in Triton's interpreter, on CPU tensors.
         torch: Computes with torch's own operations.
         fake: Makes tensors like the results, without values.
@@ -39,7 +39,8 @@ class Backends:
 
 
 Rule = Callable[[Any, int, Sequence[Any], Sequence[Any]], Any]
-"""What vmap does with an op: a function of the op, the batch's size, the mapped axis of each argument, and these."""
+"""What vmap does with an op: a function of the op, the batch's size, the mapped axis of each argument, and the
+arguments."""
 
 
 def define(schema: str, call_of: Callable[..., Any], backends: Backends, vmap: Rule) -> Any:
@@ -47,7 +48,7 @@ def define(schema: str, call_of: Callable[..., Any], backends: Backends, vmap: R
 
     Args:
         schema: Its name, parameters and results. Without results, it writes to parameters that follow each other.
-        call_of: Makes a call of `torchkv._call` of its arguments.
+        call_of: Makes one of the calls of `torchkv._call` of the op's arguments.
         backends: What carries it out.
         vmap: Its rule for vmap, which returns what `torch.library.register_vmap` asks for.
 

@@ -1,6 +1,6 @@
 """The ops that read a cache, as torch.library knows them.
 
-Each has a twin, `…_out`, that writes its results to tensors given for them: its first two arguments.
+Each has a variant, `…_out`, that writes its results to the tensors which are its first two arguments.
 """
 
 from collections.abc import Sequence
@@ -84,7 +84,7 @@ def _gather_fake(gather: Gather, call: GatherCall) -> Results:
 
 
 def _in_place(computed: Results, results: Results | None) -> Results:
-    """What was computed, in the tensors that are given for results."""
+    """Results, copied to the tensors that a call brings for them, if it does."""
     if results is None:
         return computed
     for result, new in zip(results, computed, strict=True):

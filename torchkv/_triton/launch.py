@@ -53,7 +53,7 @@ def start(kernel: Kernel, grid: tuple[int, int, int], device: int, arguments: Se
 
 
 def target() -> Target:
-    """What torch's current device is."""
+    """What to compile for on torch's current device."""
     from kvcore.run.compiler import LOCK, readable_errors, with_cache  # first: says so where there is no Triton
 
     from triton.runtime import driver  # isort: skip
@@ -76,7 +76,7 @@ def interpret(kernel: KernelPlan, grid: tuple[int, int, int], arguments: Sequenc
 
 
 def signature(tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    """All of tensors that a launch depends on: of their addresses, what they are multiples of."""
+    """All that a launch depends on of tensors; of their addresses, only whether they are multiples of 16, and of 4."""
     return tuple(
         None if t is None else (t.dtype, t.shape, t.stride(), t.device, t.data_ptr() % 16 == 0, t.data_ptr() % 4)
         for t in tensors
@@ -84,7 +84,10 @@ def signature(tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
 
 
 def pointees(names: Sequence[str], arguments: Sequence[Any]) -> dict[str, str | None]:
-    """What each pointer argument points to; "scalar" for a number in its place. Arguments that follow do not count."""
+    """The dtype that each argument of these names points to; "scalar" for a number, None for None.
+
+    Arguments may have more at the end than names; these are ignored.
+    """
     return {
         name: dtype_name(argument) if isinstance(argument, Tensor) else None if argument is None else "scalar"
         for name, argument in zip(names, arguments, strict=False)
@@ -92,7 +95,7 @@ def pointees(names: Sequence[str], arguments: Sequence[Any]) -> dict[str, str | 
 
 
 def aligned_pointers(names: Sequence[str], arguments: Sequence[Any]) -> frozenset[str]:
-    """Pointer arguments that are multiples of 16. Arguments that follow do not count."""
+    """The names of the arguments that are pointers to multiples of 16. Those beyond the names are ignored."""
     return frozenset(
         name
         for name, argument in zip(names, arguments, strict=False)

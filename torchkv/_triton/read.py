@@ -45,11 +45,11 @@ class _GatherKernel(NamedTuple):
 
 @dataclass(slots=True)
 class _Launch[Kernels: (_AttentionKernels, _GatherKernel)]:
-    """What calls have in common that differ in addresses only.
+    """What calls have in common whose tensors differ in their addresses only.
 
     Attributes:
         kernels: What is launched.
-        apart: Addresses of results and inputs that were seen to share nothing.
+        apart: Addresses of results and inputs that were seen to share no memory.
     """
 
     kernels: Kernels
@@ -63,7 +63,7 @@ _launches: dict[tuple[Any, ...], Any] = {}
 
 
 def _launch_for(key: tuple[Any, ...], layer: int | None, prepare: Callable[[], Any]) -> Any:
-    """The launch for such tensors and options. A static layer is not among them: its range is."""
+    """The launch for a key. A static layer is no part of the key; it is checked here that the cache has it."""
     launch = _launches.get(key)
     if launch is None or not (layer is None or 0 <= layer < launch.kernels.described.cache.extents.num_layers):
         launch = _Launch(prepare())  # raises where the contract does
@@ -76,7 +76,7 @@ def _launch_for(key: tuple[Any, ...], layer: int | None, prepare: Callable[[], A
 def _check_apart(
     apart: set[tuple[int, ...]], names: Sequence[str], results: Results, inputs: dict[str, Tensor | None]
 ) -> None:
-    """Checks that results share no memory with one another or with inputs; at known addresses they do not."""
+    """Checks that results share no memory with one another or with inputs, unless `apart` has their addresses."""
     addresses = tuple(0 if t is None else t.data_ptr() for t in (*results, *inputs.values()))
     if addresses not in apart:
         check_results_apart(names, results, inputs)
@@ -118,7 +118,7 @@ def interpret_attention(described: Attention, call: AttentionCall) -> Results:
 
 
 def _attention_arguments(described: Attention, call: AttentionCall) -> list[Any]:
-    """What the kernel is launched with, but for its results."""
+    """All arguments of the kernel except its results."""
     return plan_attention.arguments(
         described, call.query, call.caches, call.block_tables, call.seq_lens, call.query_start_loc, call.sinks,
         call.k_scale, call.v_scale, layer_of(call),
@@ -193,7 +193,7 @@ def interpret_gather(described: Gather, call: GatherCall) -> Results:
 
 
 def _gather_arguments(described: Gather, call: GatherCall) -> list[Any]:
-    """What the kernel is launched with, but for its results."""
+    """All arguments of the kernel except its results."""
     return plan_gather.arguments(
         described, call.caches, call.block_tables, call.seq_lens, call.k_scale, call.v_scale, layer_of(call)
     )

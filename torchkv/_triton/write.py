@@ -1,7 +1,7 @@
 """Compile and launch the kernels that write on CUDA and ROCm tensors, and interpret them on CPU tensors.
 
-A launch is a dictionary look-up and a call of the compiled kernel with integer pointers. All that the contract and the
-plan depend on is in the dictionary's key, but for the number of tokens, so both run once a configuration.
+A launch is a dictionary look-up and a call of the compiled kernel with integer pointers. The dictionary's key has all
+that contract and plan depend on, except the numbers of tokens and a static layer, so both run once for each key.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ from torchkv._triton.launch import Kernel, aligned_pointers, interpret, load, po
 
 
 class _Pair(NamedTuple):
-    """Two tensors that are written to: their places among the addresses of a call, and the bytes that each reaches."""
+    """Two tensors that are written to: their indices among the addresses of a call, and the bytes that each spans."""
 
     first: int
     second: int
@@ -40,8 +40,9 @@ class _Launch:
         pointers: Picks the kernel's pointer arguments, in its order, among the inputs that `write` has.
         num_slots: The kernel's scalar of this name.
         num_layers: The kernel's scalar of this name.
-        pairs: Any two tensors that are written to.
-        apart: Places of two of them, and bytes from one to the other, at which none were seen to share memory.
+        pairs: All pairs of tensors that are written to.
+        apart: Pairs that were seen to share no memory although their spans overlap: the two indices, and the bytes from
+            one address to the other.
     """
 
     kernel: Kernel
@@ -113,7 +114,7 @@ def _prepare(call: WriteCall) -> _Launch:
     described = call.check()
     check_cache_address(described.cache.format, call.caches[0].data_ptr())
     names, values = plan_write.pointers(described), _arguments(described, call)
-    # Not of scales and layer: the signature does not say how they are aligned.
+    # Scales and layer count as unaligned: the signature does not say how they are aligned.
     aligned = aligned_pointers(names, values) - {"k_scale_ptr", "v_scale_ptr", "layer"}
     with torch.cuda.device(call.device):
         plan = plan_write.plan_write(described, target(), layer_is_pointer=call.layer_index is not None)
@@ -131,7 +132,7 @@ def _prepare(call: WriteCall) -> _Launch:
 
 
 def _places(described: Write, call: WriteCall) -> list[int]:
-    """Where `write` has each of the kernel's arguments among its inputs. The last of these is None."""
+    """The index of each of the kernel's arguments among the `inputs` of `write`; -1 for None, which is their last."""
     num_caches, num_written = len(call.caches), len(call.written)
     key, value, *written, slot_mapping, k_scale, v_scale, layer = range(6 + num_written)
     places = plan_write.arguments(
