@@ -82,7 +82,7 @@ def layout_of(
     if len(caches) == 1:
         chosen = CacheLayout.MLA if rank == 3 else CacheLayout.PACKED_NHD
     else:
-        if rank == len(caches[1].shape) == 5:
+        if layer is None and rank == len(caches[1].shape) == 5:
             raise ValueError("layer must be given where key_cache and value_cache have 5 axes each, got None")
         chosen = CacheLayout.HEAD_MAJOR if rank == 5 else CacheLayout.NHD
     return chosen if layer is None else chosen.with_layer()

@@ -165,6 +165,8 @@ def check_attention(
         raise TypeError(f"query must have dtype {either(FLOATS)}, got {query.dtype}")
     if head_size != cache.head_size:
         raise ValueError(f"query must have shape (num_tokens, num_q_heads, {cache.head_size}), got {shape_of(query)}")
+    if head_size == 0:
+        raise ValueError(f"query must have a head_size of at least 1, got shape {shape_of(query)}")
     if heads == 0 or q_heads % heads:
         block_size = cache.extents.block_size
         fits = block_size > 0 and q_heads % block_size == 0

@@ -32,6 +32,8 @@ def _computed_scales(scales_ptr, layer, block, place, column, mask, R: tl.conste
     """The computed scale of each unit, `[TOKENS, columns]` float32."""
     ADDRESS: tl.constexpr = S.address
     FORMAT: tl.constexpr = S.format
+    if R.wide:
+        column = column.to(tl.int64)
     group = column % R.head_units // (S.group // R.elements_per_unit)
     within = (column // R.head_units) * ADDRESS.head + unit_offset(group, ADDRESS)
     offset = slot_offset(layer, block, place, ADDRESS)[:, None] + within[None, :]

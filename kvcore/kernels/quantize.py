@@ -31,6 +31,8 @@ def _load(array_ptr, row, in_batch, R: tl.constexpr):
     head = row % R.num_heads
     element = tl.arange(0, R.columns * R.elements_per_unit)
     in_head = element < R.head_units * R.elements_per_unit
+    if R.wide:
+        element = element.to(tl.int64)
     row_offset = token * R.token_stride + head * R.head_stride
     x = tl.load(
         array_ptr + row_offset[:, None] + (element * R.dim_stride)[None, :],
@@ -73,6 +75,8 @@ def _store_scales(
     ADDRESS: tl.constexpr = S.address
     group = tl.arange(0, WIDTH // S.group)
     in_head = group * S.group < R.head_units * R.elements_per_unit
+    if R.wide:
+        group = group.to(tl.int64)
     row_offset = slot_offset(layer, block, place, ADDRESS) + head * ADDRESS.head
     tl.store(
         scales_ptr.to(tl.pointer_type(scale.dtype)) + row_offset[:, None] + unit_offset(group, ADDRESS)[None, :],
@@ -86,6 +90,8 @@ def _store(cache_ptr, x, head, layer, block, place, written, R: tl.constexpr):
     """Stores units of rows, `[ROWS, columns]`."""
     ADDRESS: tl.constexpr = R.address
     unit = tl.arange(0, R.columns)
+    if R.wide:
+        unit = unit.to(tl.int64)
     row_offset = slot_offset(layer, block, place, ADDRESS) + head * ADDRESS.head
     tl.store(
         cache_ptr.to(tl.pointer_type(x.dtype)) + row_offset[:, None] + unit_offset(unit, ADDRESS)[None, :],

@@ -65,14 +65,19 @@ def load_words(cache_ptr, pages, slots, FIRST: tl.constexpr, SIZE: tl.constexpr,
     ADDRESS: tl.constexpr = C.address
     if C.units_per_word == 2:
         cache_ptr = cache_ptr.to(tl.pointer_type(tl.uint16))
-    if C.wide:
-        block = slots.block.to(tl.int64)
-        layer = pages.layer
-    else:
-        block = slots.block.to(tl.int32)
-        layer = pages.layer.to(tl.int32)
-    head_offset = slot_offset(layer, block, slots.place, ADDRESS) + pages.head * ADDRESS.head
     word = FIRST + tl.arange(0, SIZE)
+    if C.wide:  # any of the axes may be the outermost one
+        layer = pages.layer
+        block = slots.block.to(tl.int64)
+        place = slots.place.to(tl.int64)
+        head = pages.head.to(tl.int64)
+        word = word.to(tl.int64)
+    else:
+        layer = pages.layer.to(tl.int32)
+        block = slots.block.to(tl.int32)
+        place = slots.place
+        head = pages.head
+    head_offset = slot_offset(layer, block, place, ADDRESS) + head * ADDRESS.head
     words = cache_ptr + head_offset[:, None] + unit_offset(word, ADDRESS)[None, :]
     if C.words < FIRST + SIZE:
         x = tl.load(words, mask=slots.exists[:, None] & (word < C.words)[None, :], other=0)
@@ -87,7 +92,8 @@ def load_words(cache_ptr, pages, slots, FIRST: tl.constexpr, SIZE: tl.constexpr,
 def load_position_scales(scale_cache_ptr, pages, slots, S: tl.constexpr):
     """Scales of each position's head, `[POSITIONS]`, out of a scale cache. S is kvcore.plan.rows.ScaleRows."""
     ADDRESS: tl.constexpr = S.address
-    offset = slot_offset(pages.layer, slots.block.to(tl.int64), slots.place, ADDRESS) + pages.head * ADDRESS.head
+    slot = slot_offset(pages.layer, slots.block.to(tl.int64), slots.place, ADDRESS)
+    offset = slot + pages.head.to(tl.int64) * ADDRESS.head
     return tl.load(scale_cache_ptr + offset, mask=slots.exists, other=0)
 
 
@@ -109,7 +115,7 @@ def load_word_scales(cache_ptr, pages, slots, FIRST: tl.constexpr, SIZE: tl.cons
             GROUP: tl.constexpr = S.group // C.elements_per_word  # words that share one
             group = FIRST // GROUP + tl.arange(0, SIZE // GROUP)
             head_offset = slot_offset(pages.layer, slots.block.to(tl.int64), slots.place, ADDRESS)
-            head_offset = head_offset + pages.head * ADDRESS.head
+            head_offset = head_offset + pages.head.to(tl.int64) * ADDRESS.head
             offset = head_offset[:, None] + unit_offset(group, ADDRESS)[None, :]
             mask = slots.exists[:, None] & (group * GROUP < C.words)[None, :]
             if FORMAT.bits == 8:

@@ -2,6 +2,10 @@ import jax
 import numpy as np
 import pytest
 
+from kvcore.arrays import ArraySpec
+from kvcore.contract.cache import CacheArguments
+from kvcore.contract.read import AttentionOptions, check_attention
+from kvcore.contract.write import check_write
 from kvcore.layout import CacheLayout
 from tests.cases.bad_writes import BAD, stacked, valid
 from tests.cases.write_ways import WAYS, assert_caches, assert_writes, cache_names
@@ -48,3 +52,20 @@ def test_layers_of_every_type(layer, way):
 )
 def test_layouts_of_every_type(layout, way):
     assert_writes(way, "flash", valid("flash") | ({} if layout is None else {"layout": layout}))
+
+
+def test_head_major_caches_of_all_layers_are_the_default_where_keys_have_an_axis_more():
+    key = ArraySpec((5, 3, 16), "bfloat16")
+    caches = [ArraySpec((2, 6, 3, 2, 4, 8), "bfloat16"), ArraySpec((2, 6, 3, 16, 4), "bfloat16")]
+    write = check_write(key, key, ArraySpec((5,), "int32"), CacheArguments(caches, layer=1))
+    assert write.cache.layout == CacheLayout.HEAD_MAJOR.with_layer()
+
+
+@pytest.mark.parametrize("scale", [None, 1.0])
+def test_heads_of_nothing_are_refused_in_reading(scale):
+    caches = CacheArguments([ArraySpec((6, 4, 3, 0), "bfloat16")] * 2)
+    integers = ArraySpec((2, 3), "int32"), ArraySpec((2,), "int32"), None, None
+    with pytest.raises(ValueError, match=r"^query must have a head_size of at least 1, got shape \(2, 3, 0\)$"):
+        check_attention(
+            ArraySpec((2, 3, 0), "bfloat16"), *integers, AttentionOptions(scale, True, None, None), caches, None
+        )

@@ -19,6 +19,8 @@ from examples.llama.gguf_model import InputError, load_model, open_model
 from examples.llama.memory import check_host_memory, free_host_memory, ran_out
 from tests.cases.examples import EXAMPLES, PROMPTS, TWINS, write_gguf
 
+FIRST_BYTES = Path(__file__).read_bytes()[:4]
+
 
 def start(*arguments, tmp_path, **variables):
     """Starts the script in a process that at the end says which frameworks it imported."""
@@ -91,7 +93,7 @@ def test_command_runs_torch_on_a_batch_without_jax(small_file, tmp_path):
         (["x", "--model", "nowhere.gguf"], "model must be a GGUF file, got 'nowhere.gguf', which is no file"),
         (
             ["x", "--model", __file__],
-            f'model must be a GGUF file, got {Path(__file__).name}, which starts with b\'"""T\'',
+            f"model must be a GGUF file, got {Path(__file__).name}, which starts with {FIRST_BYTES!r}",
         ),
         (
             ["--prompts", "nowhere.txt"],

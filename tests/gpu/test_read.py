@@ -141,36 +141,6 @@ def test_no_worse_than_torch():
     assert error(ours) <= 1.25 * error(theirs)
 
 
-@pytest.mark.xdist_group("large")  # one at a time: GBs each
-@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
-def test_offsets_beyond_32_bits(kv_cache_dtype):
-    """Two blocks at the ends of a cache of more than 2³² elements give what they give in a small one."""
-    import torch
-
-    import torchkv
-
-    num_blocks = 2**32 // (16 * 4 * 128) + 64 if HAS_GPU else 64
-    dtype = torch.bfloat16 if kv_cache_dtype == "auto" else torch.uint8
-    cache = torch.zeros((num_blocks, 16, 2, 2, 128), dtype=dtype, device=DEVICE)
-    tables = torch.tensor([[num_blocks - 1, num_blocks // 2 + 1]], device=DEVICE, dtype=torch.int32)
-    slots = (tables.long()[0, :, None] * 16 + torch.arange(16, device=DEVICE)).flatten()
-    lens = torch.tensor([32], device=DEVICE, dtype=torch.int32)
-    key, value = torch.randn((2, 32, 2, 128), device=DEVICE, dtype=torch.bfloat16)
-    query = torch.randn((1, 4, 128), device=DEVICE, dtype=torch.bfloat16)
-    options = {"kv_cache_dtype": kv_cache_dtype, "layout": "block slot kv head dim"}
-    torchkv.reshape_and_cache_flash_diffkv(key, value, cache, slots, **options)
-    small, first_two = cache[tables[0].long()].contiguous(), torch.tensor([[0, 1]], device=DEVICE)
-    out = torchkv.paged_attention(query, cache, tables, lens, **options)
-    assert out.abs().max() > 0
-    assert torch.equal(out, torchkv.paged_attention(query, small, first_two, lens, **options))
-    for got, want in zip(
-        torchkv.gather_kv(cache, tables, lens, 32, **options),
-        torchkv.gather_kv(small, first_two, lens, 32, **options),
-        strict=True,
-    ):
-        assert torch.equal(got, want)
-
-
 CONVERSIONS = [
     ("bfloat16", "auto", "bfloat16"), (None, "fp8", "bfloat16"), ("float32", "auto", "bfloat16"),
     (None, "fp8_e5m2", "float16"), ("bfloat16", "auto", "float32"),

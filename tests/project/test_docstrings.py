@@ -70,7 +70,7 @@ WORDS = [
     (r"on CPU arrays, for tests", "through a host callback, for tests"),
     (r"a shape, layout, choice or device does", "a shape, layout or choice does"),
     (r"a shape, choice, address or device does", "a shape or choice does"),
-    (r"a shape, or a device of out or lse, does not fit, or they overlap.*", "a shape does not fit."),
+    (r"a shape or a device does not fit, or out or lse overlaps.*", "a shape does not fit."),
     (r"[Aa] Tensor of one integer, on the (?:caches'|cache's) device,", "A traced integer"),
     (r"in a Tensor, nothing", "in a traced integer, nothing"),
     (r"or a Tensor of one integer", "maybe traced"),

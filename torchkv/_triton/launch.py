@@ -9,6 +9,9 @@ from torch import Tensor
 from kvcore.plan.kernel import KernelPlan, Target
 from torchkv._arguments import dtype_name
 
+MOST_LAUNCHES = 4096
+"""Launches that are remembered of each kind: shapes that never come back would fill the memory."""
+
 
 class Kernel(NamedTuple):
     """A compiled kernel and what its launches have in common."""

@@ -20,7 +20,17 @@ from kvcore.plan.kernel import INTERPRETER
 from torchkv._arguments import dtype_name
 from torchkv._call import ATTENTION_RESULTS, GATHER_RESULTS, AttentionCall, GatherCall, Results, layer_of
 from torchkv._memory import check_results_apart
-from torchkv._triton.launch import Kernel, aligned_pointers, interpret, load, pointees, signature, start, target
+from torchkv._triton.launch import (
+    MOST_LAUNCHES,
+    Kernel,
+    aligned_pointers,
+    interpret,
+    load,
+    pointees,
+    signature,
+    start,
+    target,
+)
 
 _Start = Callable[[tuple[int, int, int], Sequence[Any]], None]
 """Starts a kernel: given its grid and its arguments."""
@@ -56,9 +66,6 @@ class _Launch[Kernels: (_AttentionKernels, _GatherKernel)]:
     apart: set[tuple[int, ...]] = field(default_factory=set)
 
 
-_MOST_LAUNCHES = 4096
-"""So many are kept, and of each so many addresses. Then all are dropped: shapes and addresses may never return."""
-
 _launches: dict[tuple[Any, ...], Any] = {}
 
 
@@ -67,7 +74,7 @@ def _launch_for(key: tuple[Any, ...], layer: int | None, prepare: Callable[[], A
     launch = _launches.get(key)
     if launch is None or not (layer is None or 0 <= layer < launch.kernels.described.cache.extents.num_layers):
         launch = _Launch(prepare())  # raises where the contract does
-        if len(_launches) >= _MOST_LAUNCHES:
+        if len(_launches) >= MOST_LAUNCHES:
             _launches.clear()
         _launches[key] = launch
     return launch
@@ -80,7 +87,7 @@ def _check_apart(
     addresses = tuple(0 if t is None else t.data_ptr() for t in (*results, *inputs.values()))
     if addresses not in apart:
         check_results_apart(names, results, inputs)
-        if len(apart) >= _MOST_LAUNCHES:
+        if len(apart) >= MOST_LAUNCHES:
             apart.clear()
         apart.add(addresses)
 

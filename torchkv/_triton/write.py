@@ -18,7 +18,7 @@ from kvcore.plan import write as plan_write
 from kvcore.plan.kernel import INTERPRETER
 from torchkv._call import WriteCall, layer_of
 from torchkv._memory import check_apart, span
-from torchkv._triton.launch import Kernel, aligned_pointers, interpret, load, pointees, start, target
+from torchkv._triton.launch import MOST_LAUNCHES, Kernel, aligned_pointers, interpret, load, pointees, start, target
 
 
 class _Pair(NamedTuple):
@@ -85,7 +85,10 @@ def write(call: WriteCall) -> None:
         or not num_tokens <= key.shape[0] == value.shape[0]
         or not (layer is None or 0 <= layer < launch.num_layers)
     ):
-        launch = _launches[signature] = _prepare(call)
+        launch = _prepare(call)  # raises where the contract does
+        if len(_launches) >= MOST_LAUNCHES:
+            _launches.clear()
+        _launches[signature] = launch
     for first, second, first_span, second_span in launch.pairs:
         distance = addresses[second] - addresses[first]
         if -second_span < distance < first_span and (first, second, distance) not in launch.apart:
