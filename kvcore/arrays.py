@@ -6,6 +6,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 
+class HeadGroups(NamedTuple):
+    """Heads that lie in groups, each followed by what belongs to other arrays.
+
+    Attributes:
+        size: Heads of a group, which are a head's stride apart.
+        stride: From a group's first element to the next one's.
+    """
+
+    size: int
+    stride: int
+
+
 class ArraySpec(NamedTuple):
     """What the contract asks of an array.
 
@@ -14,12 +26,16 @@ class ArraySpec(NamedTuple):
         dtype: The name that NumPy, JAX and torch share: "bfloat16", "float8_e4m3fn", "int32", …
         strides: In elements; None means C order.
         device: Name of the device; None where the framework takes care of devices itself.
+        offset: Of the first element, in a larger array that is passed in place of this one.
+        groups: How the heads of `[tokens, heads, dim]` lie where one stride does not say it.
     """
 
     shape: tuple[int, ...]
     dtype: str
     strides: tuple[int, ...] | None = None
     device: str | None = None
+    offset: int = 0
+    groups: HeadGroups | None = None
 
     @property
     def steps(self) -> tuple[int, ...]:

@@ -6,7 +6,8 @@ byte that holds two of them. Along a token row, all heads are one axis:
     column = 0 … num_heads * head_units - 1     a stored unit: head = column // head_units, unit = column % head_units
     element = column * elements_per_unit        the first, or only, element that it holds
 
-    token's element   token·T + head·h + dim·d
+    token's element   offset + token·T + head·h + dim·d        or, where heads lie in groups of g,
+                      offset + token·T + (head // g)·G + (head % g)·h + dim·d
     cache's unit      offset + layer·L + block·B + place·S + head·H + (unit // x)·D + (unit % x)·X
 
 `place` is a slot's index in its block. The second formula is kvcore.placement.Address, a constexpr, as all strides
@@ -42,13 +43,28 @@ def token_offsets(token, element, R: tl.constexpr):
     `token`, `[TOKENS]`, is a token's index in the array; `element`, `[elements]`, is an element's in its token row.
     """
     HEAD_SIZE: tl.constexpr = R.head_units * R.elements_per_unit
+    GROUPS: tl.constexpr = R.groups
     if R.wide:
         element = element.to(tl.int64)
-    if R.head_stride == HEAD_SIZE * R.dim_stride:
+    if GROUPS is None and R.head_stride == HEAD_SIZE * R.dim_stride:
         within = element * R.dim_stride
     else:
-        within = (element // HEAD_SIZE) * R.head_stride + (element % HEAD_SIZE) * R.dim_stride
-    return token[:, None] * R.token_stride + within[None, :]
+        within = head_offset(element // HEAD_SIZE, R) + (element % HEAD_SIZE) * R.dim_stride
+    return (R.offset + token * R.token_stride)[:, None] + within[None, :]
+
+
+@triton.jit
+def head_offset(head, R: tl.constexpr):
+    """Offsets of heads from the beginning of their token, in an array of tokens; of the shape of `head`.
+
+    R may be any description with `head_stride` and `groups`.
+    """
+    GROUPS: tl.constexpr = R.groups
+    if GROUPS is None:
+        offset = head * R.head_stride
+    else:
+        offset = (head // GROUPS.size) * GROUPS.stride + (head % GROUPS.size) * R.head_stride
+    return offset
 
 
 @triton.jit

@@ -28,7 +28,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .address import layer_index
+from .address import head_offset, layer_index
 from .encode import store_rounded
 from .query import load_query
 from .reduce import total
@@ -67,7 +67,7 @@ def _attend(arrays, rows, span, CAREFUL: tl.constexpr, P: tl.constexpr, T: tl.co
     inside = row < rows.length * Q.q_per_kv
     token = row // Q.q_per_kv
     q_head = rows.head * Q.q_per_kv + row % Q.q_per_kv
-    row_offset = (rows.start + token).to(tl.int64) * Q.token_stride + q_head * Q.head_stride
+    row_offset = Q.offset + (rows.start + token).to(tl.int64) * Q.token_stride + head_offset(q_head, Q)
     position = span.first_token
     if P.by_row:
         position = span.first_token + token

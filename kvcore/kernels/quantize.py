@@ -15,7 +15,7 @@ stored in scale caches, or in the cache's memory. `address.py` says where everyt
 import triton
 import triton.language as tl
 
-from .address import in_layer, layer_index, slot_offset, unit_offset
+from .address import head_offset, in_layer, layer_index, slot_offset, unit_offset
 from .decode import widen
 from .encode import encode, pack
 from .scales import encoded_scales, float_scales, power_scales, spread
@@ -33,7 +33,7 @@ def _load(array_ptr, row, in_batch, R: tl.constexpr):
     in_head = element < R.head_units * R.elements_per_unit
     if R.wide:
         element = element.to(tl.int64)
-    row_offset = token * R.token_stride + head * R.head_stride
+    row_offset = R.offset + token * R.token_stride + head_offset(head, R)
     x = tl.load(
         array_ptr + row_offset[:, None] + (element * R.dim_stride)[None, :],
         mask=in_batch[:, None] & in_head[None, :],

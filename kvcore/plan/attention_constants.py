@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from kvcore.arrays import HeadGroups
 from kvcore.contract.cache import Cache
 from kvcore.contract.read import AttentionOptions
 from kvcore.formats import FloatFormat
@@ -15,9 +16,11 @@ class QueryRows(NamedTuple):
     num_heads: int
     num_kv_heads: int
     q_per_kv: int  # query heads that share a KV head
-    token_stride: int  # query: [num_tokens, num_heads, head_size]
+    offset: int  # query: of the first token's first element
+    token_stride: int  # [num_tokens, num_heads, head_size]
     head_stride: int
     dim_stride: int
+    groups: HeadGroups | None  # heads that lie in groups, else None
     table_step: int  # from one entry of a row of block_tables to the next
     lens_stride: int  # of seq_lens
     start_stride: int  # of query_start_loc

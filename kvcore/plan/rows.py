@@ -3,7 +3,7 @@
 import struct
 from typing import NamedTuple
 
-from kvcore.arrays import ArraySpec
+from kvcore.arrays import ArraySpec, HeadGroups
 from kvcore.formats import DS_MLA_SMALLEST_SCALE, FP8_DS_MLA, SMALLEST_SCALE, FloatFormat
 from kvcore.placement import Address, Placement
 from kvcore.plan.kernel import Target
@@ -22,9 +22,11 @@ class Rows(NamedTuple):
     head_units: int
     elements_per_unit: int
     scale_stride: int  # from one head's static scale to the next; 0: one for all
+    offset: int  # of the first token's first element
     token_stride: int  # the array of tokens: [num_tokens, num_heads, head_size]
     head_stride: int
     dim_stride: int
+    groups: HeadGroups | None  # heads that lie in groups, else None
     address: Address
     columns: int  # units of a token row that a program takes, a power of two
     wide: bool  # whether offsets within a token row need 64 bits
@@ -116,7 +118,8 @@ def plan_rows(
     """
     token_stride, head_stride, dim_stride = spec.steps
     head_reach = head_units * elements_per_unit * dim_stride
-    gapless = address.x == 1 and address.head == head_units * address.dim and head_stride == head_reach
+    in_a_row = spec.groups is None and head_stride == head_reach
+    gapless = in_a_row and address.x == 1 and address.head == head_units * address.dim
     if gapless and merge and not scale_stride:
         heads, units = 1, num_heads * head_units
     else:
@@ -127,13 +130,22 @@ def plan_rows(
         head_units=units,
         elements_per_unit=elements_per_unit,
         scale_stride=scale_stride,
+        offset=spec.offset,
         token_stride=token_stride,
         head_stride=head_stride,
         dim_stride=dim_stride,
+        groups=spec.groups,
         address=address,
         columns=columns,
-        wide=max(cache_reach, num_heads * head_stride + head_reach) >= 2**31,
+        wide=max(cache_reach, heads_reach(spec) + head_reach) >= 2**31,
     )
+
+
+def heads_reach(spec: ArraySpec) -> int:
+    """Elements of an array `[tokens, heads, dim]` from its first to the last that any of a token's heads begins at."""
+    num_heads, head_stride = spec.shape[1], spec.steps[1]
+    groups = spec.groups or HeadGroups(num_heads, 0)
+    return spec.offset + num_heads // max(groups.size, 1) * groups.stride + groups.size * head_stride
 
 
 def power_of_two(n: int) -> int:
