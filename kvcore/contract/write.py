@@ -143,32 +143,40 @@ def _check_rows(
     check_same_dtype("value", value, "key", key)
 
 
-def check_mla(kv_c: ArraySpec, k_pe: ArraySpec, kv_cache: ArraySpec, kv_cache_dtype: str, layer: object) -> None:
-    """Checks what `concat_and_cache_mla` asks beyond `check_write`, under the names of its own arguments.
+def check_mla(
+    kv_c: ArraySpec,
+    k_pe: ArraySpec,
+    kv_cache: ArraySpec,
+    kv_cache_dtype: str,
+    layer: object,
+    names: tuple[str, str] = ("kv_c", "k_pe"),
+) -> None:
+    """Checks what MLA asks beyond `check_write`: of an op that calls kv_c and k_pe by these names.
 
     Raises:
         ValueError: a shape or a choice does not fit.
         TypeError: a dtype does not fit.
     """
-    check_rank("kv_c", kv_c, 2, "(num_tokens, kv_lora_rank)")
-    check_rank("k_pe", k_pe, 2, "(num_tokens, qk_rope_head_dim)")
+    name, rope_name = names
+    check_rank(name, kv_c, 2, "(num_tokens, kv_lora_rank)")
+    check_rank(rope_name, k_pe, 2, "(num_tokens, qk_rope_head_dim)")
     stored = KV_CACHE_DTYPES[kv_cache_dtype]
     rank, rope = kv_c.shape[1], k_pe.shape[1]
     if k_pe.shape[0] != kv_c.shape[0]:
-        raise ValueError(f"k_pe must have shape ({kv_c.shape[0]}, {rope}), got {shape_of(k_pe)}")
+        raise ValueError(f"{rope_name} must have shape ({kv_c.shape[0]}, {rope}), got {shape_of(k_pe)}")
     if stored == FP8_DS_MLA:
         if rank != DS_MLA_LATENT or rope not in (DS_MLA_ROPE, 0):
             raise ValueError(
-                f"kv_c must have {DS_MLA_LATENT} columns, and k_pe {DS_MLA_ROPE} or none, for kv_cache_dtype "
+                f"{name} must have {DS_MLA_LATENT} columns, and {rope_name} {DS_MLA_ROPE} or none, for kv_cache_dtype "
                 f"'fp8_ds_mla', got {rank} and {rope}"
             )
         rope = DS_MLA_ROPE
     elif stored is not None:
-        check_head_size("kv_c's columns", stored, rank)
-        check_head_size("k_pe's columns", stored, rope)
-    check_same_dtype("k_pe", k_pe, "kv_c", kv_c)
+        check_head_size(f"{name}'s columns", stored, rank)
+        check_head_size(f"{rope_name}'s columns", stored, rope)
+    check_same_dtype(rope_name, k_pe, name, kv_c)
     if kv_c.dtype not in FLOATS:
-        raise TypeError(f"kv_c must have dtype {either(FLOATS)}, got {kv_c.dtype}")
+        raise TypeError(f"{name} must have dtype {either(FLOATS)}, got {kv_c.dtype}")
     units = stored_size(stored, rank + rope)
     axes = "(num_blocks, block_size, " if layer is None else "(num_layers, num_blocks, block_size, "
     if len(kv_cache.shape) != (3 if layer is None else 4) or kv_cache.shape[-1] != units:

@@ -22,24 +22,22 @@ from .scales import encoded_scales, float_scales, power_scales, spread
 
 
 @triton.jit
-def _load(array_ptr, row, in_batch, R: tl.constexpr):
-    """Elements of rows, `[ROWS, elements]`, and which of them a head has, `[1, elements]`.
+def load_rows(array_ptr, row, element, mask, R: tl.constexpr):
+    """Elements of rows, `[ROWS, elements]`, those that `element`, `[elements]`, counts in their head.
 
-    Those that a head does not have are 1, not 0: to divide 0 takes the slow path of an exact division.
+    Where the mask is False they are 1, not 0: to divide 0 takes the slow path of an exact division.
     """
-    token = row // R.num_heads
-    head = row % R.num_heads
-    element = tl.arange(0, R.columns * R.elements_per_unit)
-    in_head = element < R.head_units * R.elements_per_unit
     if R.wide:
         element = element.to(tl.int64)
-    row_offset = R.offset + token * R.token_stride + head_offset(head, R)
-    x = tl.load(
-        array_ptr + row_offset[:, None] + (element * R.dim_stride)[None, :],
-        mask=in_batch[:, None] & in_head[None, :],
-        other=1,
-    )
-    return x, in_head[None, :]
+    row_offset = R.offset + (row // R.num_heads) * R.token_stride + head_offset(row % R.num_heads, R)
+    return tl.load(array_ptr + row_offset[:, None] + (element * R.dim_stride)[None, :], mask=mask, other=1)
+
+
+@triton.jit
+def elements_of_head(R: tl.constexpr):
+    """The elements that a tile has for a head, `[elements]`, and which of them are the head's, `[1, elements]`."""
+    element = tl.arange(0, R.columns * R.elements_per_unit)
+    return element, (element < R.head_units * R.elements_per_unit)[None, :]
 
 
 @triton.jit
@@ -86,7 +84,7 @@ def _store_scales(
 
 
 @triton.jit
-def _store(cache_ptr, x, head, layer, block, place, written, R: tl.constexpr):
+def store_units(cache_ptr, x, head, layer, block, place, written, R: tl.constexpr):
     """Stores units of rows, `[ROWS, columns]`."""
     ADDRESS: tl.constexpr = R.address
     unit = tl.arange(0, R.columns)
@@ -101,17 +99,16 @@ def _store(cache_ptr, x, head, layer, block, place, written, R: tl.constexpr):
 
 
 @triton.jit
-def _write(
-    array_ptr, cache_ptr, scale_cache_ptr, scale_ptr, row, slot, layer, in_batch, written,
+def store_rows(
+    x, in_head, cache_ptr, scale_cache_ptr, scale_ptr, row, slot, layer, written,
     R: tl.constexpr, S: tl.constexpr, FORMAT: tl.constexpr, HARDWARE_FP8: tl.constexpr,
     HARDWARE_SCALES: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Writes rows of K, or of V."""
+    """Stores rows of K, or of V, `[ROWS, elements]`: quantised by scales that S computes, encoded, or as they are."""
     WIDTH: tl.constexpr = R.columns * R.elements_per_unit
     head = (row % R.num_heads).to(tl.int64)
     block = slot // BLOCK_SIZE
     place = slot % BLOCK_SIZE
-    x, in_head = _load(array_ptr, row, in_batch, R)
     static_scale = scale_ptr
     if scale_ptr is not None:
         static_scale = tl.load(scale_ptr + head[:, None] * R.scale_stride)
@@ -121,7 +118,22 @@ def _write(
         _store_scales(scales_ptr, scale, head, layer, block, place, written, R, S, WIDTH)
     elif FORMAT is not None:
         x = encode(x, static_scale, FORMAT, HARDWARE_FP8 and FORMAT.bits == 8)
-    _store(cache_ptr, pack(x, ROWS, WIDTH, FORMAT), head, layer, block, place, written, R)
+    store_units(cache_ptr, pack(x, ROWS, WIDTH, FORMAT), head, layer, block, place, written, R)
+
+
+@triton.jit
+def write_rows(
+    array_ptr, cache_ptr, scale_cache_ptr, scale_ptr, row, slot, layer, in_batch, written,
+    R: tl.constexpr, S: tl.constexpr, FORMAT: tl.constexpr, HARDWARE_FP8: tl.constexpr,
+    HARDWARE_SCALES: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Writes rows of K, or of V, out of an array of tokens."""
+    element, in_head = elements_of_head(R)
+    x = load_rows(array_ptr, row, element, in_batch[:, None] & in_head, R)
+    store_rows(
+        x, in_head, cache_ptr, scale_cache_ptr, scale_ptr, row, slot, layer, written,
+        R, S, FORMAT, HARDWARE_FP8, HARDWARE_SCALES, BLOCK_SIZE, ROWS,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -160,11 +172,11 @@ def quantize_and_cache_kernel(
     written = (slot >= 0) & (slot < num_slots)
     index = layer_index(layer, LAYER_IS_POINTER)
     written = in_layer(written, layer, index, num_layers)
-    _write(
+    write_rows(
         key_ptr, key_cache_ptr, k_scale_cache_ptr, k_scale_ptr, row, slot, index, in_batch, written,
         K, KS, FORMAT, HARDWARE_FP8, HARDWARE_SCALES, BLOCK_SIZE, ROWS,
     )  # fmt: skip
-    _write(
+    write_rows(
         value_ptr, key_cache_ptr if value_cache_ptr is None else value_cache_ptr, v_scale_cache_ptr, v_scale_ptr,
         row, slot, index, in_batch, written,
         V, VS, FORMAT_V, HARDWARE_FP8, HARDWARE_SCALES, BLOCK_SIZE, ROWS,

@@ -1,0 +1,217 @@
+"""Rotate queries and keys by their positions, norm them before that, and write keys and values into a paged KV cache.
+
+A program takes ROWS heads of tokens, of query, or of K and V (axis 0 of the grid: first all of query); a *row* is here
+a head of a token, `row = token * num_heads + head`. What is rotated are the first `dim` elements of a row, in pairs
+(x, y), by the angle of the token's position p and the pair's index i:
+
+    x' = x · cos[p, i] - y · sin[p, i],   y' = y · cos[p, i] + x · sin[p, i]
+
+All of it is float32 arithmetic in the order that kvcore.oracle.rope writes down: every operation is rounded.
+`quantize.py` stores the rows of K and V, `address.py` says where everything is. ROTARY is kvcore.plan.rope.Rotary.
+"""
+
+import triton
+import triton.language as tl
+
+from .address import in_layer, layer_index
+from .decode import widen
+from .encode import encode
+from .quantize import elements_of_head, load_rows, store_rows, store_units, write_rows
+from .reduce import total
+
+
+@triton.jit
+def _root_mean_square(x, in_head, SIZE: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """`sqrt(mean(x²) + EPS)` of rows of SIZE elements, `[ROWS, 1]`.
+
+    Squares are added in pairs of neighbours, their sums in pairs, and so on: the order is part of the result.
+    """
+    sums = tl.where(in_head, x * x, 0.0)
+    for level in tl.static_range(1, 32):
+        if (WIDTH >> level) > 0:
+            sums = total(tl.reshape(sums, [ROWS, WIDTH >> level, 2]), 2)
+    mean = tl.div_rn(sums, tl.full(sums.shape, SIZE, tl.float32))
+    return tl.sqrt_rn(mean + EPS)
+
+
+@triton.jit
+def _normed(x, root, norm_ptr, element, in_head, NORM_STRIDE: tl.constexpr):
+    """Rows divided by `root`, `[ROWS, 1]`, times the weights of their elements."""
+    weight = tl.load(norm_ptr + element * NORM_STRIDE, mask=element >= 0, other=0)
+    return tl.div_rn(x, tl.broadcast_to(root, x.shape)) * widen(weight)[None, :]
+
+
+@triton.jit
+def _swapped(x, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows with the elements of each pair of neighbours exchanged."""
+    first, second = tl.split(tl.reshape(x, [ROWS, WIDTH // 2, 2]))
+    return tl.reshape(tl.join(second, first), [ROWS, WIDTH])
+
+
+@triton.jit
+def _find_position(positions_ptr, token, in_batch, pair, max_position, ROTARY: tl.constexpr):
+    """Where tokens stand, for each pair of elements, `[ROWS, 1]` or `[ROWS, pairs]`, and whether the table has that."""
+    positions_ptr += token * ROTARY.position_stride
+    position = tl.load(positions_ptr, mask=in_batch, other=-1).to(tl.int64)
+    exists = (position >= 0) & (position < max_position)
+    position = position[:, None]
+    SECTIONS: tl.constexpr = ROTARY.sections
+    if SECTIONS is not None:
+        second = tl.load(positions_ptr + ROTARY.section_stride, mask=in_batch, other=-1).to(tl.int64)
+        third = tl.load(positions_ptr + 2 * ROTARY.section_stride, mask=in_batch, other=-1).to(tl.int64)
+        exists = exists & (second >= 0) & (second < max_position) & (third >= 0) & (third < max_position)
+        later = tl.where((pair < SECTIONS[0] + SECTIONS[1])[None, :], second[:, None], third[:, None])
+        position = tl.where((pair < SECTIONS[0])[None, :], position, later)
+    return position, exists
+
+
+@triton.jit
+def _load_table(cos_sin_ptr, position, pair, mask, ROTARY: tl.constexpr):
+    """Cosines and sines of pairs at positions, `[ROWS, pairs]`."""
+    offset = position * ROTARY.row_stride + (pair * ROTARY.column_stride)[None, :]
+    cosine = tl.load(cos_sin_ptr + offset, mask=mask, other=0)
+    sine = tl.load(cos_sin_ptr + offset + (ROTARY.dim // 2) * ROTARY.column_stride, mask=mask, other=0)
+    return widen(cosine), widen(sine)
+
+
+@triton.jit
+def _rotated(
+    array_ptr, norm_ptr, positions_ptr, cos_sin_ptr, row, in_batch, max_position,
+    R: tl.constexpr, ROTATES: tl.constexpr, NORM_STRIDE: tl.constexpr, ROTARY: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Rows in float32, `[ROWS, elements]`, normed unless norm_ptr is None, and rotated if ROTATES.
+
+    Also which elements a head has, `[1, elements]`.
+    """
+    WIDTH: tl.constexpr = R.columns * R.elements_per_unit
+    HALF: tl.constexpr = ROTARY.dim // 2
+    element, in_head = elements_of_head(R)
+    mask = in_batch[:, None] & in_head
+    x = widen(load_rows(array_ptr, row, element, mask, R))
+    root = None
+    if norm_ptr is not None:
+        SIZE: tl.constexpr = R.head_units * R.elements_per_unit
+        root = _root_mean_square(x, in_head, SIZE, ROTARY.eps, ROWS, WIDTH)
+        x = _normed(x, root, norm_ptr, tl.where(element < SIZE, element, -1), in_head, NORM_STRIDE)
+    if ROTATES:
+        token = row // R.num_heads
+        turns = element < ROTARY.dim
+        if ROTARY.interleaved:
+            y = _swapped(x, ROWS, WIDTH)
+            pair = tl.arange(0, WIDTH // 2)
+            position, exists = _find_position(positions_ptr, token, in_batch, pair, max_position, ROTARY)
+            cosine, sine = _load_table(
+                cos_sin_ptr, position, pair, exists[:, None] & (pair < HALF)[None, :], ROTARY
+            )  # fmt: skip
+            cosine = tl.reshape(tl.join(cosine, cosine), [ROWS, WIDTH])
+            sine = tl.reshape(tl.join(-sine, sine), [ROWS, WIDTH])
+        else:
+            # The other element of the pair is loaded, too: registers of other threads are further away than the cache.
+            other = element + tl.where(element < HALF, HALF, -HALF)
+            y = widen(load_rows(array_ptr, row, other, in_batch[:, None] & turns[None, :], R))
+            if norm_ptr is not None:
+                y = _normed(y, root, norm_ptr, tl.where(turns, other, -1), in_head, NORM_STRIDE)
+            pair = element - tl.where(element < HALF, 0, HALF)
+            position, exists = _find_position(positions_ptr, token, in_batch, pair, max_position, ROTARY)
+            cosine, sine = _load_table(cos_sin_ptr, position, pair, exists[:, None] & turns[None, :], ROTARY)
+            sine = tl.where((element < HALF)[None, :], -sine, sine)
+        x = tl.where(turns[None, :], x * cosine + y * sine, x)
+        x = tl.where(exists[:, None], x, 0.0)
+    return x, in_head
+
+
+@triton.jit
+def rope_and_cache_kernel(
+    query_ptr,          # [num_tokens, num_q_heads, head_size]
+    key_ptr,            # [num_tokens, num_heads, head_size]
+    value_ptr,          # [num_tokens, num_heads, head_size_v]
+    key_cache_ptr,      # K's array, or the array of both
+    value_cache_ptr,    # V's array; None: key_cache_ptr
+    k_scale_cache_ptr,  # float32; None: there are none, or they lie in the cache
+    v_scale_cache_ptr,  # … of V
+    positions_ptr,      # [num_tokens], or [3, num_tokens], int32 or int64
+    cos_sin_ptr,        # [max_position, dim]
+    slot_mapping_ptr,   # [num_slots_given] int32 or int64
+    q_norm_ptr,         # [head_size], or None for no norm
+    k_norm_ptr,         # [head_size] of K, or None for no norm
+    k_scale_ptr,        # static: one float32, or one a head, or None for 1; nvfp4 has it beside the scales of groups
+    v_scale_ptr,        # … of V
+    layer,              # one integer in memory (LAYER_IS_POINTER), an integer, or None
+    num_tokens,         # rows of query
+    num_written,        # entries of slot_mapping
+    num_slots,          # of one layer
+    num_layers,         # 1 where the cache has no axis layer
+    max_position,       # rows of cos_sin
+    out_ptr,            # query, rotated
+    Q: tl.constexpr,             # kvcore.plan.rows.Rows of query and out, whose tokens are blocks of one slot
+    K: tl.constexpr,             # … of key and key cache; columns cover a head
+    V: tl.constexpr,             # … of value and value cache
+    KS: tl.constexpr,            # kvcore.plan.rows.ScaleRows of k's computed scales, or None
+    VS: tl.constexpr,            # … of v's
+    BLOCK_SIZE: tl.constexpr,    # slots of a block
+    SLOT_STRIDE: tl.constexpr,   # elements from one entry of slot_mapping to the next
+    FORMAT_Q: tl.constexpr,      # kvcore.formats.FloatFormat of out
+    FORMAT: tl.constexpr,        # … of K's elements; None: copied
+    FORMAT_V: tl.constexpr,      # … of V's
+    HARDWARE_FP8: tl.constexpr,  # whether the compiler's cast to fp8 is exact on the target
+    HARDWARE_SCALES: tl.constexpr,  # … to the format of computed scales
+    LAYER_IS_POINTER: tl.constexpr,
+    ROTARY: tl.constexpr,        # kvcore.plan.rope.Rotary
+    LATENT: tl.constexpr,        # whether V is rotated, not K
+    Q_NORM_STRIDE: tl.constexpr,  # elements from one weight of q_norm to the next
+    K_NORM_STRIDE: tl.constexpr,
+    IN_PLACE: tl.constexpr,      # whether out is query
+    Q_ROWS: tl.constexpr,        # rows of query of a program
+    ROWS: tl.constexpr,          # rows of K, and of V, of a program
+):  # fmt: skip
+    """Rotate a tile of rows of query, or write a tile of rows of K and of V."""
+    program = tl.program_id(0).to(tl.int64)
+    q_programs = (tl.cast(num_tokens, tl.int64) * Q.num_heads + (Q_ROWS - 1)) // Q_ROWS
+    if program < q_programs:
+        row = program * Q_ROWS + tl.arange(0, Q_ROWS)
+        token = row // Q.num_heads
+        in_batch = token < num_tokens
+        x, in_head = _rotated(
+            query_ptr, q_norm_ptr, positions_ptr, cos_sin_ptr, row, in_batch, max_position,
+            Q, True, Q_NORM_STRIDE, ROTARY, Q_ROWS,
+        )  # fmt: skip
+        if IN_PLACE:
+            tl.debug_barrier()  # other threads of the program may still be loading these elements
+        store_units(out_ptr, encode(x, None, FORMAT_Q, False), row % Q.num_heads, 0, token, 0, in_batch, Q)
+    else:
+        row = (program - q_programs) * ROWS + tl.arange(0, ROWS)
+        token = row // K.num_heads
+        in_batch = token < num_written
+        slot = tl.load(slot_mapping_ptr + token * SLOT_STRIDE, mask=in_batch, other=-1).to(tl.int64)
+        written = (slot >= 0) & (slot < num_slots)
+        index = layer_index(layer, LAYER_IS_POINTER)
+        written = in_layer(written, layer, index, num_layers)
+        if LATENT and k_norm_ptr is None:
+            write_rows(
+                key_ptr, key_cache_ptr, k_scale_cache_ptr, k_scale_ptr, row, slot, index, in_batch, written,
+                K, KS, FORMAT, HARDWARE_FP8, HARDWARE_SCALES, BLOCK_SIZE, ROWS,
+            )  # fmt: skip
+        else:
+            x, in_head = _rotated(
+                key_ptr, k_norm_ptr, positions_ptr, cos_sin_ptr, row, in_batch, max_position,
+                K, not LATENT, K_NORM_STRIDE, ROTARY, ROWS,
+            )  # fmt: skip
+            store_rows(
+                x, in_head, key_cache_ptr, k_scale_cache_ptr, k_scale_ptr, row, slot, index, written,
+                K, KS, FORMAT, HARDWARE_FP8, HARDWARE_SCALES, BLOCK_SIZE, ROWS,
+            )  # fmt: skip
+        values_ptr = key_cache_ptr if value_cache_ptr is None else value_cache_ptr
+        if LATENT:
+            x, in_head = _rotated(
+                value_ptr, None, positions_ptr, cos_sin_ptr, row, in_batch, max_position,
+                V, True, 0, ROTARY, ROWS,
+            )  # fmt: skip
+            store_rows(
+                x, in_head, values_ptr, v_scale_cache_ptr, v_scale_ptr, row, slot, index, written,
+                V, VS, FORMAT_V, HARDWARE_FP8, HARDWARE_SCALES, BLOCK_SIZE, ROWS,
+            )  # fmt: skip
+        else:
+            write_rows(
+                value_ptr, values_ptr, v_scale_cache_ptr, v_scale_ptr, row, slot, index, in_batch, written,
+                V, VS, FORMAT_V, HARDWARE_FP8, HARDWARE_SCALES, BLOCK_SIZE, ROWS,
+            )  # fmt: skip
