@@ -22,22 +22,27 @@ from .scales import encoded_scales, float_scales, power_scales, spread
 
 
 @triton.jit
-def load_rows(array_ptr, row, element, mask, R: tl.constexpr):
-    """Elements of rows, `[ROWS, elements]`, those that `element`, `[elements]`, counts in their head.
-
-    Where the mask is False they are 1, not 0: to divide 0 takes the slow path of an exact division.
-    """
-    if R.wide:
-        element = element.to(tl.int64)
-    row_offset = R.offset + (row // R.num_heads) * R.token_stride + head_offset(row % R.num_heads, R)
-    return tl.load(array_ptr + row_offset[:, None] + (element * R.dim_stride)[None, :], mask=mask, other=1)
+def row_offsets(row, R: tl.constexpr):
+    """Where rows begin in an array of tokens; of the shape of `row`."""
+    return R.offset + (row // R.num_heads) * R.token_stride + head_offset(row % R.num_heads, R)
 
 
 @triton.jit
-def elements_of_head(R: tl.constexpr):
-    """The elements that a tile has for a head, `[elements]`, and which of them are the head's, `[1, elements]`."""
+def load_rows(array_ptr, row, in_batch, R: tl.constexpr):
+    """Elements of rows, `[ROWS, elements]`, and which of them a head has, `[1, elements]`.
+
+    Those that a head does not have are 1, not 0: to divide 0 takes the slow path of an exact division.
+    """
     element = tl.arange(0, R.columns * R.elements_per_unit)
-    return element, (element < R.head_units * R.elements_per_unit)[None, :]
+    in_head = element < R.head_units * R.elements_per_unit
+    if R.wide:
+        element = element.to(tl.int64)
+    x = tl.load(
+        array_ptr + row_offsets(row, R)[:, None] + (element * R.dim_stride)[None, :],
+        mask=in_batch[:, None] & in_head[None, :],
+        other=1,
+    )
+    return x, in_head[None, :]
 
 
 @triton.jit
@@ -128,8 +133,7 @@ def write_rows(
     HARDWARE_SCALES: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Writes rows of K, or of V, out of an array of tokens."""
-    element, in_head = elements_of_head(R)
-    x = load_rows(array_ptr, row, element, in_batch[:, None] & in_head, R)
+    x, in_head = load_rows(array_ptr, row, in_batch, R)
     store_rows(
         x, in_head, cache_ptr, scale_cache_ptr, scale_ptr, row, slot, layer, written,
         R, S, FORMAT, HARDWARE_FP8, HARDWARE_SCALES, BLOCK_SIZE, ROWS,

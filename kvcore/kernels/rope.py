@@ -16,7 +16,7 @@ import triton.language as tl
 from .address import in_layer, layer_index
 from .decode import widen
 from .encode import encode
-from .quantize import elements_of_head, load_rows, store_rows, store_units, write_rows
+from .quantize import load_rows, row_offsets, store_rows, store_units, write_rows
 from .reduce import total
 
 
@@ -35,22 +35,17 @@ def _root_mean_square(x, in_head, SIZE: tl.constexpr, EPS: tl.constexpr, ROWS: t
 
 
 @triton.jit
-def _normed(x, root, norm_ptr, element, in_head, NORM_STRIDE: tl.constexpr):
-    """Rows divided by `root`, `[ROWS, 1]`, times the weights of their elements."""
-    weight = tl.load(norm_ptr + element * NORM_STRIDE, mask=element >= 0, other=0)
-    return tl.div_rn(x, tl.broadcast_to(root, x.shape)) * widen(weight)[None, :]
+def _normed(x, root, weight):
+    """Elements of rows divided by the root of their row, times the weights of their columns."""
+    return tl.div_rn(x, tl.broadcast_to(root, x.shape)) * widen(weight)
 
 
 @triton.jit
-def _swapped(x, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """Rows with the elements of each pair of neighbours exchanged."""
-    first, second = tl.split(tl.reshape(x, [ROWS, WIDTH // 2, 2]))
-    return tl.reshape(tl.join(second, first), [ROWS, WIDTH])
+def _find_positions(positions_ptr, token, in_batch, pair, max_position, ROTARY: tl.constexpr):
+    """Where tokens, `[ROWS]`, stand for pairs, `[pairs]`; and whether the table has it.
 
-
-@triton.jit
-def _find_position(positions_ptr, token, in_batch, pair, max_position, ROTARY: tl.constexpr):
-    """Where tokens stand, for each pair of elements, `[ROWS, 1]` or `[ROWS, pairs]`, and whether the table has that."""
+    Returns `[ROWS, 1]`, or `[ROWS, pairs]` where pairs have positions of their own; and `[ROWS]`.
+    """
     positions_ptr += token * ROTARY.position_stride
     position = tl.load(positions_ptr, mask=in_batch, other=-1).to(tl.int64)
     exists = (position >= 0) & (position < max_position)
@@ -66,16 +61,82 @@ def _find_position(positions_ptr, token, in_batch, pair, max_position, ROTARY: t
 
 
 @triton.jit
-def _load_table(cos_sin_ptr, position, pair, mask, ROTARY: tl.constexpr):
-    """Cosines and sines of pairs at positions, `[ROWS, pairs]`."""
+def _load_angles(
+    positions_ptr, cos_sin_ptr, token, in_batch, max_position, ROTARY: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    """Cosines and sines of tokens, `[ROWS, WIDTH // 2]`, and whether the table has those of a token, `[ROWS]`."""
+    pair = tl.arange(0, WIDTH // 2)
+    position, exists = _find_positions(positions_ptr, token, in_batch, pair, max_position, ROTARY)
     offset = position * ROTARY.row_stride + (pair * ROTARY.column_stride)[None, :]
+    mask = exists[:, None] & (pair < ROTARY.dim // 2)[None, :]
     cosine = tl.load(cos_sin_ptr + offset, mask=mask, other=0)
     sine = tl.load(cos_sin_ptr + offset + (ROTARY.dim // 2) * ROTARY.column_stride, mask=mask, other=0)
-    return widen(cosine), widen(sine)
+    return widen(cosine), widen(sine), exists
 
 
 @triton.jit
-def _rotated(
+def _rotate_neighbours(
+    x, positions_ptr, cos_sin_ptr, token, in_batch, max_position, ROTARY: tl.constexpr, ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Rows, `[ROWS, WIDTH]`, whose pairs are neighbours, and so lie in registers of one thread."""
+    cosine, sine, exists = _load_angles(positions_ptr, cos_sin_ptr, token, in_batch, max_position, ROTARY, WIDTH)
+    first, second = tl.split(tl.reshape(x, [ROWS, WIDTH // 2, 2]))
+    turned = tl.join(first * cosine - second * sine, second * cosine + first * sine)
+    return tl.reshape(turned, [ROWS, WIDTH]), exists
+
+
+@triton.jit
+def _rotate_halves(
+    x, array_ptr, norm_ptr, root, positions_ptr, cos_sin_ptr, row, in_batch, max_position,
+    R: tl.constexpr, NORM_STRIDE: tl.constexpr, ROTARY: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Rows, `[ROWS, WIDTH]`, whose pairs are half of ROTARY.dim apart.
+
+    The other element of each pair is loaded, too: registers of another thread are further away than the cache. Elements
+    are taken in runs that stay side by side, which have an axis of their own, `[runs, RUN]`, and begin at multiples of
+    RUN: only so does the compiler see that it may load many at a time. To `tl.where` it is blind.
+    """
+    HALF: tl.constexpr = ROTARY.dim // 2
+    RUN: tl.constexpr = ROTARY.run
+    run = tl.arange(0, WIDTH // RUN)[:, None]
+    within = tl.arange(0, RUN)[None, :]
+    first = run < HALF // RUN
+    turns = (run < ROTARY.dim // RUN)[None, :, :]
+    half = first.to(tl.int32)  # 1 in the first half
+    other = (run + (2 * half - 1) * (HALF // RUN)) * RUN + within
+    pair = (run + (half - 1) * (HALF // RUN)) * RUN + within
+    offset = other.to(tl.int64) if R.wide else other
+    y = tl.load(
+        array_ptr + row_offsets(row, R)[:, None, None] + (offset * R.dim_stride)[None, :, :],
+        mask=in_batch[:, None, None] & turns,
+        other=1,
+    )
+    y = tl.reshape(widen(y), [ROWS, WIDTH])
+    if norm_ptr is not None:
+        weight = tl.load(norm_ptr + other * NORM_STRIDE, mask=(run < ROTARY.dim // RUN) & (within >= 0), other=0)
+        y = _normed(y, root, tl.reshape(weight, [1, WIDTH]))
+
+    token = row // R.num_heads
+    SECTIONS: tl.constexpr = ROTARY.sections
+    position, exists = _find_positions(
+        positions_ptr, token, in_batch, tl.reshape(pair, [WIDTH]), max_position, ROTARY
+    )  # fmt: skip
+    if SECTIONS is None:
+        position = position[:, :, None]
+    else:
+        position = tl.reshape(position, [ROWS, WIDTH // RUN, RUN])
+    angle_ptr = cos_sin_ptr + position * ROTARY.row_stride + (pair * ROTARY.column_stride)[None, :, :]
+    mask = exists[:, None, None] & turns
+    cosine = tl.load(angle_ptr, mask=mask, other=0)
+    sine = tl.load(angle_ptr + HALF * ROTARY.column_stride, mask=mask, other=0)
+    sine = widen(sine)
+    sine = tl.where(first[None, :, :], -sine, sine)
+    return x * tl.reshape(widen(cosine), [ROWS, WIDTH]) + y * tl.reshape(sine, [ROWS, WIDTH]), exists
+
+
+@triton.jit
+def _load_rotated(
     array_ptr, norm_ptr, positions_ptr, cos_sin_ptr, row, in_batch, max_position,
     R: tl.constexpr, ROTATES: tl.constexpr, NORM_STRIDE: tl.constexpr, ROTARY: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -84,38 +145,24 @@ def _rotated(
     Also which elements a head has, `[1, elements]`.
     """
     WIDTH: tl.constexpr = R.columns * R.elements_per_unit
-    HALF: tl.constexpr = ROTARY.dim // 2
-    element, in_head = elements_of_head(R)
-    mask = in_batch[:, None] & in_head
-    x = widen(load_rows(array_ptr, row, element, mask, R))
+    x, in_head = load_rows(array_ptr, row, in_batch, R)
+    x = widen(x)
+    element = tl.arange(0, WIDTH)[None, :]
     root = None
     if norm_ptr is not None:
-        SIZE: tl.constexpr = R.head_units * R.elements_per_unit
-        root = _root_mean_square(x, in_head, SIZE, ROTARY.eps, ROWS, WIDTH)
-        x = _normed(x, root, norm_ptr, tl.where(element < SIZE, element, -1), in_head, NORM_STRIDE)
+        root = _root_mean_square(x, in_head, R.head_units * R.elements_per_unit, ROTARY.eps, ROWS, WIDTH)
+        x = _normed(x, root, tl.load(norm_ptr + element * NORM_STRIDE, mask=in_head, other=0))
     if ROTATES:
-        token = row // R.num_heads
-        turns = element < ROTARY.dim
         if ROTARY.interleaved:
-            y = _swapped(x, ROWS, WIDTH)
-            pair = tl.arange(0, WIDTH // 2)
-            position, exists = _find_position(positions_ptr, token, in_batch, pair, max_position, ROTARY)
-            cosine, sine = _load_table(
-                cos_sin_ptr, position, pair, exists[:, None] & (pair < HALF)[None, :], ROTARY
-            )  # fmt: skip
-            cosine = tl.reshape(tl.join(cosine, cosine), [ROWS, WIDTH])
-            sine = tl.reshape(tl.join(-sine, sine), [ROWS, WIDTH])
+            turned, exists = _rotate_neighbours(
+                x, positions_ptr, cos_sin_ptr, row // R.num_heads, in_batch, max_position, ROTARY, ROWS, WIDTH
+            )
         else:
-            # The other element of the pair is loaded, too: registers of other threads are further away than the cache.
-            other = element + tl.where(element < HALF, HALF, -HALF)
-            y = widen(load_rows(array_ptr, row, other, in_batch[:, None] & turns[None, :], R))
-            if norm_ptr is not None:
-                y = _normed(y, root, norm_ptr, tl.where(turns, other, -1), in_head, NORM_STRIDE)
-            pair = element - tl.where(element < HALF, 0, HALF)
-            position, exists = _find_position(positions_ptr, token, in_batch, pair, max_position, ROTARY)
-            cosine, sine = _load_table(cos_sin_ptr, position, pair, exists[:, None] & turns[None, :], ROTARY)
-            sine = tl.where((element < HALF)[None, :], -sine, sine)
-        x = tl.where(turns[None, :], x * cosine + y * sine, x)
+            turned, exists = _rotate_halves(
+                x, array_ptr, norm_ptr, root, positions_ptr, cos_sin_ptr, row, in_batch, max_position,
+                R, NORM_STRIDE, ROTARY, ROWS, WIDTH,
+            )  # fmt: skip
+        x = tl.where(element < ROTARY.dim, turned, x)
         x = tl.where(exists[:, None], x, 0.0)
     return x, in_head
 
@@ -171,7 +218,7 @@ def rope_and_cache_kernel(
         row = program * Q_ROWS + tl.arange(0, Q_ROWS)
         token = row // Q.num_heads
         in_batch = token < num_tokens
-        x, in_head = _rotated(
+        x, in_head = _load_rotated(
             query_ptr, q_norm_ptr, positions_ptr, cos_sin_ptr, row, in_batch, max_position,
             Q, True, Q_NORM_STRIDE, ROTARY, Q_ROWS,
         )  # fmt: skip
@@ -192,7 +239,7 @@ def rope_and_cache_kernel(
                 K, KS, FORMAT, HARDWARE_FP8, HARDWARE_SCALES, BLOCK_SIZE, ROWS,
             )  # fmt: skip
         else:
-            x, in_head = _rotated(
+            x, in_head = _load_rotated(
                 key_ptr, k_norm_ptr, positions_ptr, cos_sin_ptr, row, in_batch, max_position,
                 K, not LATENT, K_NORM_STRIDE, ROTARY, ROWS,
             )  # fmt: skip
@@ -202,7 +249,7 @@ def rope_and_cache_kernel(
             )  # fmt: skip
         values_ptr = key_cache_ptr if value_cache_ptr is None else value_cache_ptr
         if LATENT:
-            x, in_head = _rotated(
+            x, in_head = _load_rotated(
                 value_ptr, None, positions_ptr, cos_sin_ptr, row, in_batch, max_position,
                 V, True, 0, ROTARY, ROWS,
             )  # fmt: skip

@@ -39,6 +39,7 @@ class Rotary(NamedTuple):
 
     dim: int  # elements of a head that are rotated
     interleaved: bool  # whether the elements of a pair are neighbours, not dim / 2 apart
+    run: int  # elements of a half that are taken together: the largest power of two that divides dim / 2
     sections: tuple[int, int, int] | None  # pairs that have each of three rows of positions, or None
     position_stride: int  # from one token's position to the next
     section_stride: int  # from one row of positions to the next
@@ -172,6 +173,7 @@ def plan_rope(
             "ROTARY": Rotary(
                 dim=call.rotary_dim,
                 interleaved=call.options.interleaved,
+                run=call.rotary_dim // 2 & -(call.rotary_dim // 2),
                 sections=call.options.sections,
                 position_stride=position_steps[-1],
                 section_stride=position_steps[0] if len(position_steps) == 2 else 0,
