@@ -114,8 +114,9 @@ def _rotate_halves(
     )
     y = tl.reshape(widen(y), [ROWS, WIDTH])
     if norm_ptr is not None:
-        weight = tl.load(norm_ptr + other * NORM_STRIDE, mask=(run < ROTARY.dim // RUN) & (within >= 0), other=0)
-        y = _normed(y, root, tl.reshape(weight, [1, WIDTH]))
+        # For all rows, although they are the same: so they need not go from the threads of one row to all others.
+        weight_ptr = norm_ptr + tl.broadcast_to((other * NORM_STRIDE)[None, :, :], [ROWS, WIDTH // RUN, RUN])
+        y = _normed(y, root, tl.reshape(tl.load(weight_ptr, mask=turns, other=0), [ROWS, WIDTH]))
 
     token = row // R.num_heads
     SECTIONS: tl.constexpr = ROTARY.sections
@@ -151,7 +152,8 @@ def _load_rotated(
     root = None
     if norm_ptr is not None:
         root = _root_mean_square(x, in_head, R.head_units * R.elements_per_unit, ROTARY.eps, ROWS, WIDTH)
-        x = _normed(x, root, tl.load(norm_ptr + element * NORM_STRIDE, mask=in_head, other=0))
+        weight_ptr = norm_ptr + tl.broadcast_to(element * NORM_STRIDE, x.shape)
+        x = _normed(x, root, tl.load(weight_ptr, mask=in_head, other=0))
     if ROTATES:
         if ROTARY.interleaved:
             turned, exists = _rotate_neighbours(
