@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxkv._xla.arithmetic import bits_of, divide, float_of, is_nan, normal, round_up, sixth, times, unfolded
+from jaxkv._xla.arithmetic import INFINITY, bits_of, divide, float_of, is_nan, normal, sixth, times, unfolded
 from kvcore.formats import DS_MLA_SMALLEST_SCALE, E4M3, FP8_DS_MLA, NVFP4, NVFP4_GROUP, SMALLEST_SCALE, FloatFormat
 
 _NAN = 0x7FC00000
