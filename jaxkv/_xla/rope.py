@@ -1,6 +1,6 @@
 """Norm and rotation in XLA, and the write of what comes of them: on a CPU bit for bit as the oracle's."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,15 +64,20 @@ def _angles(positions: jax.Array, cos_sin: jax.Array, numbers: RopeOptions) -> _
 
 
 def _normed(x: jax.Array, weights: jax.Array | None, eps: float) -> jax.Array:
-    """Rows `[…, n]` in float32, divided by the root of their mean square and multiplied by weights, if there are."""
+    """Heads `[num_tokens, num_heads, n]` in float32, divided by the root of their mean square and multiplied by weights, if there are."""
     x = x.astype(jnp.float32)
     if weights is None:
         return x
     size = x.shape[-1]
     width = 1 << (size - 1).bit_length()
-    sums = jnp.pad(multiply(x, x), (*((0, 0),) * (x.ndim - 1), (0, width - size)))
-    while sums.shape[-1] > 1:
-        sums = add(sums[..., ::2], sums[..., 1::2])
+    squares = jnp.pad(multiply(x, x), ((0, 0), (0, 0), (0, width - size)))
+
+    def add_neighbours(_: Any, sums: jax.Array) -> jax.Array:
+        added = add(sums[..., ::2], sums[..., 1::2])
+        return jnp.concatenate([added, jnp.zeros_like(added)], axis=-1)
+
+    # A loop, whose body is compiled once.
+    sums = lax.fori_loop(0, width.bit_length() - 1, add_neighbours, squares)[..., :1]
     mean = quotient(sums, unfolded(size, bits_of(sums) & 0x7FFFFFFF))
     scale = root(add(mean, jnp.full_like(mean, eps)))
     return multiply(quotient(x, scale), weights.astype(jnp.float32)[None, None])
