@@ -9,16 +9,14 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxkv._arguments import BACKENDS, ArrayLike, Index, Scale, as_array, as_scale, dtype_name
-from jaxkv._call import spec_of
-from jaxkv._mesh import mesh_axes_by_name, used_spec
+from jaxkv._arguments import ArrayLike, Index, Scale, as_array, dtype_name
+from jaxkv._memory import allocate
 from jaxkv._write import write_caches
 from jaxkv.mla import write_latent
 from jaxkv.read import AttendOptions, gather_kv, paged_attention
 from jaxkv.rope import rope_and_cache
 from kvcore.cache_spec import CacheSpec, Described
 from kvcore.choices import JaxBackend, KVCacheDtype, Layout, RopeName
-from kvcore.contract.checks import check_options, check_scale
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["caches", "k_scale", "v_scale"], meta_fields=["spec"])
@@ -105,28 +103,8 @@ class PagedKVCache(Described):
             kv_cache_dtype, per_token_head, scale_layout, num_kv_heads,
         )  # fmt: skip
         spec.check_scales(k_scale, v_scale)
-        splits: list[dict[str, Any]] = [{}] * len(spec.shapes)
-        if isinstance(sharding, jax.sharding.NamedSharding):
-            splits = [mesh_axes_by_name(axes, used_spec(sharding)) for axes in spec.layout.arrays]
-        caches = tuple(jnp.zeros(shape, spec.dtype, device=sharding) for shape in spec.shapes)
-
-        if spec.scale_layout is None:
-            scales = {"k_scale": as_scale(k_scale), "v_scale": as_scale(v_scale)}
-            check_options(kv_cache_dtype, scales["k_scale"], scales["v_scale"], None, None, BACKENDS)
-            for given, scale in scales.items():
-                if scale is not None:
-                    check_scale(given, spec_of(scale), spec.num_heads)
-            return cls(caches, spec, **jax.tree.map(jnp.asarray, scales))
-        shardings = [sharding] * 2
-        if isinstance(sharding, jax.sharding.NamedSharding):
-            shardings = [
-                jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*(split.get(a[0]) for a in axes)))
-                for split, (*axes, _) in zip((splits[0], splits[-1]), spec.scale_layout.arrays, strict=True)
-            ]
-        scale_caches = (
-            jnp.zeros(shape, jnp.float32, device=s) for shape, s in zip(spec.scale_shapes, shardings, strict=True)
-        )
-        return cls(caches, spec, *scale_caches)
+        caches, scales = allocate(spec, k_scale, v_scale, sharding)
+        return cls(caches, spec, *scales)
 
     def write(
         self,
@@ -156,10 +134,8 @@ class PagedKVCache(Described):
         keys, values = as_array(key), as_array(value)
         spec.check_rows(keys.shape, values.shape)
         if layout.latent:
-            kv_cache = write_latent(
-                keys, values, self.caches[0], slot_mapping, spec.kv_cache_dtype, self.k_scale, layout, layer, backend
-            )
-            return replace(self, caches=(kv_cache,))
+            rest = (slot_mapping, spec.kv_cache_dtype, self.k_scale, layout, layer, backend)
+            return replace(self, caches=(write_latent(keys, values, self.caches[0], *rest),))
         scales, scale_caches = self._scales
         new = write_caches(
             keys, values, self.caches, slot_mapping, spec.kv_cache_dtype, *scales, layout, layer, backend,
@@ -194,8 +170,7 @@ class PagedKVCache(Described):
             value: `[num_tokens, num_heads, head_size_v]` of query's dtype; with `block slot latent`, k_pe.
             positions: `[num_tokens]` of int32 or int64; `[3, num_tokens]` with mrope_section.
             cos_sin: `[max_position, rotary_dim]` of float32 or query's dtype: cosines of each pair, then sines.
-            slot_mapping: `[n]` of int32 or int64, n ≤ num_tokens: slots of the first n tokens. Outside the cache is
-                skipped.
+            slot_mapping: `[n]` of int32 or int64, n ≤ num_tokens: slots of the first n tokens.
             rope: "neox" or "gptj".
             rotary_dim: How many elements of a head are rotated; None means all.
             mrope_section: How many pairs have the angles of each of three rows of positions.

@@ -64,8 +64,7 @@ def _angles(positions: jax.Array, cos_sin: jax.Array, numbers: RopeOptions) -> _
 
 
 def _normed(x: jax.Array, weights: jax.Array | None, eps: float) -> jax.Array:
-    """Heads `[num_tokens, num_heads, n]` in float32; where there are weights, divided by the root of their mean square
-    and multiplied by these."""
+    """Heads `[num_tokens, num_heads, n]` in float32, normed where there are weights."""
     x = x.astype(jnp.float32)
     if weights is None:
         return x

@@ -36,7 +36,7 @@ LEVELS = {
         "run",
     ],
     "jaxkv": [
-        "_arguments _call _rotated _mesh",
+        "_arguments _call _rotated _mesh _memory",
         "_triton _xla",
         "_primitive",
         "_write",
