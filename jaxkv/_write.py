@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxkv._arguments import BACKENDS, as_array, as_indices, as_layer, as_scale, with_axis
+from jaxkv._arguments import BACKENDS, as_array, as_indices, as_layer, as_rows, as_scale, with_axis
 from jaxkv._call import CacheOperands, CacheOptions, WriteOperands, WriteOptions, spec_of
 from jaxkv._primitive.write import write
 from kvcore.arrays import array_names
@@ -56,7 +56,7 @@ def write_caches(
     """
     k_scale, v_scale, layer = as_scale(k_scale), as_scale(v_scale), as_layer(layer)
     check_options(kv_cache_dtype, k_scale, v_scale, layer, backend, BACKENDS)
-    key, value, slot_mapping = as_array(key), as_array(value), as_indices(slot_mapping)
+    key, value, slot_mapping = as_rows(key), as_rows(value), as_indices(slot_mapping)
     memory = tuple(map(as_memory, (*caches, *scale_caches)))
     are_refs = _check_refs(memory, array_names(len(caches), len(scale_caches)))
     in_memory = hasattr(layer, "shape")  # the layer's index, maybe traced
@@ -88,7 +88,7 @@ def write_caches(
         layer=jnp.reshape(jnp.asarray(layer), 1) if in_memory else None,
     )
     options = WriteOptions(cache_options, backend)
-    operands = WriteOperands(jnp.asarray(key), jnp.asarray(value), cache_operands, jnp.asarray(slot_mapping))
+    operands = jax.tree.map(jnp.asarray, WriteOperands(key, value, cache_operands, slot_mapping))
     if are_refs:
         _write_refs(options, memory, operands, shape)
         return None

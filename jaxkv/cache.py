@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxkv._arguments import BACKENDS, ArrayLike, Index, Scale, as_array, as_scale, dtype_name
+from jaxkv._arguments import BACKENDS, ArrayLike, Index, Scale, TokenRows, as_rows, as_scale, dtype_name
 from jaxkv._call import spec_of
 from jaxkv._mesh import mesh_axes_by_name, used_spec
 from jaxkv.mla import write_latent
@@ -132,8 +132,8 @@ class PagedKVCache(Described):
 
     def write(
         self,
-        key: ArrayLike,
-        value: ArrayLike,
+        key: TokenRows,
+        value: TokenRows,
         slot_mapping: ArrayLike,
         *,
         layer: Index | None = None,
@@ -155,7 +155,7 @@ class PagedKVCache(Described):
             The new cache: the same memory, where this one was donated or is not used again.
         """
         spec, layout = self.spec, self.spec.layout
-        keys, values = as_array(key), as_array(value)
+        keys, values = as_rows(key), as_rows(value)
         spec.check_rows(keys.shape, values.shape)
         if layout.latent:
             kv_cache = write_latent(
@@ -182,7 +182,7 @@ class PagedKVCache(Described):
     @overload
     def attend(
         self,
-        query: ArrayLike,
+        query: TokenRows,
         block_tables: ArrayLike,
         seq_lens: ArrayLike,
         *,
@@ -192,7 +192,7 @@ class PagedKVCache(Described):
     @overload
     def attend(
         self,
-        query: ArrayLike,
+        query: TokenRows,
         block_tables: ArrayLike,
         seq_lens: ArrayLike,
         *,
@@ -202,7 +202,7 @@ class PagedKVCache(Described):
     @overload
     def attend(
         self,
-        query: ArrayLike,
+        query: TokenRows,
         block_tables: ArrayLike,
         seq_lens: ArrayLike,
         *,
@@ -211,7 +211,7 @@ class PagedKVCache(Described):
     ) -> jax.Array | tuple[jax.Array, jax.Array]: ...
     def attend(
         self,
-        query: ArrayLike,
+        query: TokenRows,
         block_tables: ArrayLike,
         seq_lens: ArrayLike,
         *,
@@ -246,7 +246,7 @@ class PagedKVCache(Described):
             `[num_tokens, num_q_heads, head_size_v]` of query's dtype; with return_lse also `[num_tokens, num_q_heads]`
             float32.
         """
-        queries = as_array(query)
+        queries = as_rows(query)
         self.spec.check_query(queries.shape)
         return paged_attention(
             queries, self.caches, block_tables, seq_lens, query_start_loc=query_start_loc, scale=scale, causal=causal,

@@ -124,7 +124,7 @@ def _partitioned(local_p: Primitive, specs: Specs, rule: Rule, tree: Any, option
             return mesh, local, tuple(array.sharding for array in results), tuple(array.sharding for array in leaves)
         in_specs, out_specs = specs(options, jax.tree.map(lambda array: array.sharding.spec, operands), operands)
         operand_shardings, result_shardings = (
-            tuple(NamedSharding(mesh, spec) for spec in _spec_leaves(part)) for part in (in_specs, out_specs)
+            tuple(NamedSharding(mesh, spec) for spec in spec_leaves(part)) for part in (in_specs, out_specs)
         )
         return mesh, local, result_shardings, operand_shardings
 
@@ -146,7 +146,8 @@ def _spell(rule: Rule) -> str:
     return f"{', '.join(jax.tree.leaves(operands))} -> {', '.join(results)}"
 
 
-def _spec_leaves(specs: Any) -> list[P]:
+def spec_leaves(specs: Any) -> list[P]:
+    """The specs in a pytree of them."""
     return jax.tree.leaves(specs, is_leaf=lambda spec: isinstance(spec, P))
 
 

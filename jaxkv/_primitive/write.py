@@ -8,10 +8,19 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from jaxkv._call import CacheOperands, WriteOperands, WriteOptions
-from jaxkv._mesh import cache_specs, head_mesh_axes, heads_share_regions, replicated
+from jaxkv._mesh import (
+    cache_specs,
+    check_views,
+    head_factor,
+    head_mesh_axes,
+    head_specs,
+    heads_share_regions,
+    replicated,
+)
 from jaxkv._primitive.base import batch_by, bind, lower_by_platform, make_primitives, refuse_derivatives
 from jaxkv._primitive.sharding import Rule, bind_sharded, lower_by_heads
 from jaxkv._triton import interpret
+from jaxkv._views import sliced
 from jaxkv._xla import write as xla
 from kvcore.contract.write import Write
 
@@ -29,7 +38,7 @@ def _compute(
     call: Write, options: WriteOptions, operands: WriteOperands, backend: str, platform: str
 ) -> list[jax.Array]:
     if backend == "xla":
-        return xla.write(call, options, operands)
+        return xla.write(call, options, sliced(operands))
     if backend == "interpret":
         return interpret.write(call, options, operands)
     from jaxkv._triton import launch  # imports Triton, which only GPUs need
@@ -38,15 +47,17 @@ def _compute(
 
 
 def _specs(options: WriteOptions, specs: WriteOperands, operands: WriteOperands) -> tuple[WriteOperands, list[P]]:
-    new = _split(options, operands, head_mesh_axes(options.cache, specs.cache.memory))
+    mesh_axes = head_mesh_axes(options.cache, specs.cache.memory)
+    check_views(operands, specs, mesh_axes)
+    new = _split(options, operands, mesh_axes)
     return new, list(new.cache.memory)
 
 
 def _split(options: WriteOptions, operands: WriteOperands, mesh_axes: Any) -> WriteOperands:
     """Specs of operands with heads split over mesh axes, and nothing else."""
     return replicated(operands)._replace(
-        key=P(None, mesh_axes, None),
-        value=P(None, mesh_axes, None),
+        key=head_specs(operands.key, mesh_axes),
+        value=head_specs(operands.value, mesh_axes),
         cache=cache_specs(options.cache, operands.cache, mesh_axes),
     )
 
@@ -57,7 +68,9 @@ def _rule(options: WriteOptions, operands: WriteOperands) -> Rule:
     heads = None if heads_share_regions(options.cache) else "h"
     # An axis (head kv) has twice as many entries as there are heads: nothing else can share it.
     joined = any(len(axis) > 1 and "head" in axis for axes in caches for axis in axes)
-    specs = _split(options, operands, None if joined else heads)
+    rows_heads = None if joined else heads
+    specs = _split(options, operands, rows_heads)
+    specs = specs._replace(key=head_factor(operands.key, rows_heads), value=head_factor(operands.value, rows_heads))
     cache = specs.cache._replace(caches=cache_specs(options.cache, operands.cache, heads).caches)
     return Rule(specs._replace(cache=cache), results=None, sizes={})
 
@@ -92,9 +105,10 @@ def _fold_into_blocks(operands: WriteOperands, num_slots: int) -> WriteOperands:
     batch, num_tokens = slots.shape
     start = jnp.arange(batch, dtype=slots.dtype)[:, None] * num_slots
     slots = jnp.where((slots >= 0) & (slots < num_slots), slots + start, -1)
+    # Of views, the arrays that they are of: their heads stay where they are.
+    rows = jax.tree.map(lambda array: _merge_front(array[:, :num_tokens]), (operands.key, operands.value))
     return WriteOperands(
-        key=_merge_front(operands.key[:, :num_tokens]),
-        value=_merge_front(operands.value[:, :num_tokens]),
+        *rows,
         cache=CacheOperands(
             caches=tuple(map(_merge_front, cache.caches)),
             scale_caches=tuple(map(_merge_front, cache.scale_caches)),

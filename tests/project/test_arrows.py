@@ -36,11 +36,11 @@ LEVELS = {
         "run",
     ],
     "jaxkv": [
-        "_arguments _call _mesh",
+        "_views _arguments _call _mesh",
         "_triton _xla",
         "_primitive",
         "_write",
-        "write quantize mla read merge scales",
+        "write quantize mla read merge scales views",
         "cache",
         "integrations",
         "jaxkv",
