@@ -158,7 +158,7 @@ def check_views(operands: Any, specs: Any, mesh_axes: Any) -> None:
     """Checks that views of heads can be split as the heads of the caches are, and are not split in a way of their own.
 
     Args:
-        operands: Of an op.
+        operands: Of an op; arrays with a mesh, of which only shapes count.
         specs: That they have.
         mesh_axes: Over which heads are split; None if they are not.
 
@@ -166,19 +166,47 @@ def check_views(operands: Any, specs: Any, mesh_axes: Any) -> None:
         ValueError: heads that follow each other are split: a device has no way to know which of them are its own.
     """
     present = specs.named()
-    for name, view in operands.named().items():
-        if not isinstance(view, Heads):
-            continue
+    for name, view in _views(operands):
         shape, mesh = view.array.shape, jax.typeof(view.array).sharding.mesh
-        if view.num_groups is not None:
-            devices = _num_devices(mesh, mesh_axes)
-            if view.num_groups % devices:
-                raise groups_error(name, shape, devices)
-        elif view.kind in ("heads", "flat"):
-            own = (*present[name].array, None, None)[1]
-            for axes in (mesh_axes, own):
-                if _num_devices(mesh, axes) > 1:
-                    raise split_error(name, shape, axes)
+        devices = _num_devices(mesh, mesh_axes)
+        if view.num_groups is not None and view.num_groups % devices:
+            raise groups_error(name, shape, devices)
+        if view.kind in ("heads", "flat"):
+            devices = max(devices, _num_devices(mesh, (*present[name].array, None, None)[1]))
+            if devices > 1:
+                raise split_error(name, shape, devices)
+
+
+def check_split_views(options: CacheOptions, operands: Any) -> None:
+    """Checks views whose arrays XLA has split, or the caches: a device must have whole heads, and know which ones.
+
+    Args:
+        options: Of the cache.
+        operands: Of an op; types with shardings.
+
+    Raises:
+        ValueError: it has not, or does not.
+    """
+    cache = operands.cache.caches[0]
+    axes = zip(options.arrays[0], _num_parts(cache), strict=True)
+    of_cache = max((parts for axis, parts in axes if "head" in axis), default=1)
+    for name, view in _views(operands):
+        parts = _num_parts(view.array)[1 if view.num_groups is None else 2 :]
+        devices = max(*parts, of_cache if view.kind in ("heads", "flat") else 1)
+        if devices > 1:
+            raise split_error(name, view.array.shape, devices)
+
+
+def _num_parts(array: Any) -> list[int]:
+    """Into how many parts each axis of an array is split; an axis without entries into none."""
+    return [
+        -(-size // max(part, 1))
+        for size, part in zip(array.shape, array.sharding.shard_shape(array.shape), strict=True)
+    ]
+
+
+def _views(operands: Any) -> list[tuple[str, Heads]]:
+    return [(name, operand) for name, operand in operands.named().items() if isinstance(operand, Heads)]
 
 
 def _num_devices(mesh: Any, mesh_axes: Any) -> int:

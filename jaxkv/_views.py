@@ -6,12 +6,15 @@ hand.
 """
 
 import functools
+import json
+import operator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import export
 
 from kvcore.arrays import ArraySpec, HeadGroups
 from kvcore.contract.views import check_view
@@ -22,9 +25,7 @@ from kvcore.contract.views import check_view
 )
 @dataclass(frozen=True, eq=False)
 class Heads:
-    """A view of heads, which `jaxkv.heads` makes: what ops take for key, value and query.
-
-    Making one checks nothing, as JAX makes them of anything.
+    """A view of heads, as `jaxkv.heads` makes them. The class itself checks nothing, as JAX makes views of anything.
 
     Attributes:
         array: What has the heads.
@@ -72,26 +73,18 @@ class Heads:
     @property
     def spec(self) -> ArraySpec:
         """What the contract asks of an array, and where the heads lie in the larger one."""
-        shape, dtype, row = self.shape, np.dtype(self.dtype).name, self._row
-        if self.kind == "columns":
-            return ArraySpec(shape, dtype, (row, 1), offset=self.start)
-        if self.kind == "row":
-            return ArraySpec(shape, dtype, (row, shape[2], 1), offset=self.start)
-        size, offset, groups = shape[2], self.start * shape[2], None
-        head_stride = size
+        shape, array = self.shape, self.array.shape
+        size = 1 if self.kind in ("columns", "row") else shape[2]
+        head_stride, groups = shape[-1], None
         if self.kind == "groups":
-            _, num_groups, in_array, _ = self.array.shape
-            in_view = self.stop - self.start
+            in_view, in_group = self.stop - self.start, array[2]
             if in_view == 1:
-                head_stride = in_array * size
-            elif in_view < in_array and num_groups > 1:
-                groups = HeadGroups(in_view, in_array * size)
-        return ArraySpec(shape, dtype, (row, head_stride, 1), offset=offset, groups=groups)
-
-    @property
-    def _row(self) -> Any:
-        """Elements of a token in the array."""
-        return functools.reduce(lambda a, b: a * b, self.array.shape[1:])
+                head_stride = in_group * size
+            elif in_view < in_group and array[1] != 1:
+                groups = HeadGroups(in_view, in_group * size)
+        row = functools.reduce(operator.mul, array[1:])
+        strides = (row, 1) if self.kind == "columns" else (row, head_stride, 1)
+        return ArraySpec(shape, np.dtype(self.dtype).name, strides, offset=self.start * size, groups=groups)
 
     def check(self) -> "Heads":
         """The view itself.
@@ -126,6 +119,14 @@ class Heads:
         if hasattr(array, "shape") and hasattr(array, "dtype"):
             array = f"{np.dtype(array.dtype).name}[{','.join(map(str, array.shape))}]"
         return f"heads({array}, {self.start}, {self.stop}{size})"
+
+
+export.register_pytree_node_serialization(
+    Heads,
+    serialized_name="jaxkv.heads",
+    serialize_auxdata=lambda static: json.dumps(static).encode(),
+    deserialize_auxdata=lambda static: tuple(json.loads(static)),
+)
 
 
 def array_of(operand: Any) -> Any:

@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxkv._call import Operands, Options
-from jaxkv._mesh import explicit_axes, head_mesh_axes, used_spec, vary, varying_axes
+from jaxkv._mesh import check_split_views, explicit_axes, head_mesh_axes, used_spec, vary, varying_axes
 from jaxkv._primitive.base import bind, compute_capability
 
 
@@ -120,6 +120,7 @@ def _partitioned(local_p: Primitive, specs: Specs, rule: Rule, tree: Any, option
         operands = jax.tree.unflatten(tree, leaves)
         if not all(isinstance(array.sharding, NamedSharding) for array in operands.cache.memory):
             # Within a shard_map over some of the mesh's axes. XLA's shardings there have no spec to look at.
+            check_split_views(options.cache, operands)
             results = operands.cache.memory if rule.results is None else results
             return mesh, local, tuple(array.sharding for array in results), tuple(array.sharding for array in leaves)
         in_specs, out_specs = specs(options, jax.tree.map(lambda array: array.sharding.spec, operands), operands)

@@ -61,18 +61,18 @@ def check_view(kind: str, shape: Sequence[int], start: int, stop: int, head_size
         )
 
 
-def split_error(name: str, shape: Sequence[int], mesh_axes: Any) -> ValueError:
+def split_error(name: str, shape: Sequence[int], devices: int) -> ValueError:
     """The error for a view of heads that follow each other, and are split over devices."""
     return ValueError(
-        f"{name} must be a view of an array [num_tokens, num_kv_heads, q_per_kv + 2, head_size] where heads are split "
-        f"over devices, with start and stop on its third axis and the second one split, got a view of {tuple(shape)} "
-        f"and heads split over {mesh_axes}; jax.shard_map can give each device an array of its own heads"
+        f"{name} must be a view of [num_tokens, num_kv_heads, q_per_kv + 2, head_size], start and stop on its third "
+        f"axis, where heads are split over devices, got a view of {tuple(shape)} and {devices} devices; jax.shard_map "
+        "can give each device an array of its own heads"
     )
 
 
 def groups_error(name: str, shape: Sequence[int], devices: int) -> ValueError:
     """The error for a view of heads in groups, which cannot be split over devices as heads are."""
     return ValueError(
-        f"{name} must be a view of an array whose second axis can be split over {devices} devices, as the heads of the "
-        f"caches are, got a view of {tuple(shape)}"
+        f"{name} must be a view of [num_tokens, num_kv_heads, …, head_size] with num_kv_heads a multiple of {devices}, "
+        f"the devices over which heads are split, got a view of {tuple(shape)}"
     )
