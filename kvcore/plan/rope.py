@@ -167,7 +167,8 @@ def plan_rope(
             "FORMAT_Q": FLOATS[call.query.dtype],
             "FORMAT": None if not computed_k and stored.name == write.key.dtype else stored,
             "FORMAT_V": None if not computed_v and stored_v.name == write.value.dtype else stored_v,
-            "HARDWARE_FP8": converts_exactly(stored, target),
+            "HARDWARE_Q": converts_exactly(FLOATS[call.query.dtype], target),
+            "HARDWARE_CAST": converts_exactly(stored, target),
             "HARDWARE_SCALES": scales is not None and converts_exactly(scales.format, target),
             "LAYER_IS_POINTER": layer_is_pointer,
             "ROTARY": Rotary(
