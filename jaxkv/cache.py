@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxkv._arguments import ArrayLike, Index, Scale, as_array, dtype_name
+from jaxkv._arguments import ArrayLike, Index, Scale, TokenRows, as_rows, dtype_name
 from jaxkv._memory import allocate
 from jaxkv._write import write_caches
 from jaxkv.mla import write_latent
@@ -108,8 +108,8 @@ class PagedKVCache(Described):
 
     def write(
         self,
-        key: ArrayLike,
-        value: ArrayLike,
+        key: TokenRows,
+        value: TokenRows,
         slot_mapping: ArrayLike,
         *,
         layer: Index | None = None,
@@ -131,7 +131,7 @@ class PagedKVCache(Described):
             The new cache: the same memory, where this one was donated or is not used again.
         """
         spec, layout = self.spec, self.spec.layout
-        keys, values = as_array(key), as_array(value)
+        keys, values = as_rows(key), as_rows(value)
         spec.check_rows(keys.shape, values.shape)
         if layout.latent:
             rest = (slot_mapping, spec.kv_cache_dtype, self.k_scale, layout, layer, backend)
@@ -145,9 +145,9 @@ class PagedKVCache(Described):
 
     def rope_and_cache(
         self,
-        query: ArrayLike,
-        key: ArrayLike,
-        value: ArrayLike,
+        query: TokenRows,
+        key: TokenRows,
+        value: TokenRows,
         positions: ArrayLike,
         cos_sin: ArrayLike,
         slot_mapping: ArrayLike,
@@ -184,7 +184,7 @@ class PagedKVCache(Described):
             The rotated query, and the new cache: the same memory, where this one was donated or is not used again.
         """
         spec = self.spec
-        keys, values = as_array(key), as_array(value)
+        keys, values = as_rows(key), as_rows(value)
         spec.check_rows(keys.shape, values.shape)
         (k_scale, v_scale), scale_caches = self._scales
         rotated, *new = rope_and_cache(
@@ -198,7 +198,7 @@ class PagedKVCache(Described):
     @overload
     def attend(
         self,
-        query: ArrayLike,
+        query: TokenRows,
         block_tables: ArrayLike,
         seq_lens: ArrayLike,
         *,
@@ -208,7 +208,7 @@ class PagedKVCache(Described):
     @overload
     def attend(
         self,
-        query: ArrayLike,
+        query: TokenRows,
         block_tables: ArrayLike,
         seq_lens: ArrayLike,
         *,
@@ -218,7 +218,7 @@ class PagedKVCache(Described):
     @overload
     def attend(
         self,
-        query: ArrayLike,
+        query: TokenRows,
         block_tables: ArrayLike,
         seq_lens: ArrayLike,
         *,
@@ -227,7 +227,7 @@ class PagedKVCache(Described):
     ) -> jax.Array | tuple[jax.Array, jax.Array]: ...
     def attend(
         self,
-        query: ArrayLike,
+        query: TokenRows,
         block_tables: ArrayLike,
         seq_lens: ArrayLike,
         *,
@@ -262,7 +262,7 @@ class PagedKVCache(Described):
             `[num_tokens, num_q_heads, head_size_v]` of query's dtype; with return_lse also `[num_tokens, num_q_heads]`
             float32.
         """
-        queries = as_array(query)
+        queries = as_rows(query)
         self.spec.check_query(queries.shape)
         return paged_attention(
             queries, self.caches, block_tables, seq_lens, query_start_loc=query_start_loc, scale=scale, causal=causal,
