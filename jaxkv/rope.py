@@ -103,8 +103,8 @@ def rope_and_cache(
 
     With a norm, a head x becomes `x * (1 / sqrt(mean(x²) + eps)) * weights` before. Then a pair (a, b) of its first
     rotary_dim elements becomes `(a cos - b sin, b cos + a sin)`. All of it is float32 arithmetic, each operation
-    rounded once (by "xla" on CPUs only). Key is then written as the writers write float32: rounded to the cache's
-    dtype, or quantised; value as it came.
+    rounded once; by "xla" on CPUs only, where numbers below 2^-126 may become zeros on the way. Key is then written as
+    the writers write float32: rounded to the cache's dtype, or quantised; value as it came.
 
     Token t goes to slot `slot_mapping[t]`, as with `reshape_and_cache_flash`; every row of query is rotated. A position
     outside the table makes zeros of query's row, and of the key that is written. Negative ones are for padding.
