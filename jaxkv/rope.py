@@ -203,8 +203,11 @@ def _rope_and_cache(
     arrays, scale_caches = split_caches(caches if isinstance(caches, Sequence) else (caches,))
     memory = as_memories(arrays, scale_caches)
     arguments = cache_arguments(memory, len(arrays), kv_cache_dtype, k_scale, v_scale, layout, layer, scale_layout)
-    arrays = (query, key, value, indices, cos_sin, slot_mapping, q_norm, k_norm)
-    described = check_rope(*(None if array is None else spec_of(array) for array in arrays), numbers, arguments)
+    norms = [None if weights is None else spec_of(weights) for weights in (q_norm, k_norm)]
+    described = check_rope(
+        spec_of(query), spec_of(key), spec_of(value), spec_of(indices), spec_of(cos_sin), spec_of(slot_mapping),
+        norms[0], norms[1], numbers, arguments,
+    )  # fmt: skip
     if isinstance(indices, np.ndarray):
         check_positions(np.asarray(positions), cos_sin.shape[0])
 
