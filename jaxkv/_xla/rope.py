@@ -64,8 +64,7 @@ def _angles(positions: jax.Array, cos_sin: jax.Array, numbers: RopeOptions) -> _
 
 
 def _normed(x: jax.Array, weights: jax.Array | None, eps: float) -> jax.Array:
-    """Heads `[num_tokens, num_heads, n]` in float32; where there are weights, divided by the root of their mean square
-    and multiplied by these."""
+    """Heads `[num_tokens, num_heads, n]` in float32, normed where there are weights."""
     x = x.astype(jnp.float32)
     if weights is None:
         return x
@@ -80,8 +79,8 @@ def _normed(x: jax.Array, weights: jax.Array | None, eps: float) -> jax.Array:
     # A loop, whose body is compiled once.
     sums = lax.fori_loop(0, width.bit_length() - 1, add_neighbours, squares)[..., :1]
     mean = quotient(sums, unfolded(size, bits_of(sums) & 0x7FFFFFFF))
-    scale = root(add(mean, jnp.full_like(mean, eps)))
-    return multiply(quotient(x, scale), weights.astype(jnp.float32)[None, None])
+    inverse = quotient(jnp.ones_like(mean), root(add(mean, jnp.full_like(mean, eps))))
+    return multiply(multiply(x, inverse), weights.astype(jnp.float32)[None, None])
 
 
 def _rotated(x: jax.Array, angles: _Angles, numbers: RopeOptions) -> jax.Array:
