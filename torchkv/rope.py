@@ -91,9 +91,9 @@ def rope_and_cache(
         scale_layout: Pattern of the scale caches; None means `block slot head`, or
             `layer block slot head`.
         layer: Index into the layout's `layer` axis; out of range in a Tensor, nothing is written.
-        out: A tensor of query's shape and dtype that the result is written to, and that is returned; its elements lie in
-            places of their own, at any strides. It may be query itself, else it must not overlap the arguments. None: a
-            new one.
+        out: A tensor of query's shape and dtype, of any strides that give each element a place of its own, that the
+            result is written to, and that is returned. It may be query itself; else it must not overlap the arguments.
+            None: a new one.
         backend: None runs "triton" on CUDA and ROCm, "torch" elsewhere. "interpret" runs the Triton kernel in its
             interpreter, on CPU tensors, for tests.
 
@@ -101,8 +101,8 @@ def rope_and_cache(
         The rotated query, of query's shape and dtype.
 
     Raises:
-        ValueError: a shape, layout, choice or device does not fit, or caches or scale caches overlap, or out overlaps an
-            argument.
+        ValueError: a shape, layout, choice or device does not fit, caches or scale caches overlap, or out overlaps
+            itself or an argument.
         TypeError: a dtype does not fit.
         NotImplementedError: grad mode is on, and an argument requires gradients.
 

@@ -54,8 +54,8 @@ def _call(
     out: Tensor | None = None,
 ) -> RopeCall:
     refuse_gradients(
-        "rope_and_cache", query, key, value, key_cache, value_cache, k_scale_cache, v_scale_cache, cos_sin, q_norm, k_norm,
-        k_scale, v_scale, out,
+        "rope_and_cache", query, key, value, key_cache, value_cache, k_scale_cache, v_scale_cache, cos_sin, q_norm,
+        k_norm, k_scale, v_scale, out,
     )  # fmt: skip
     caches = (key_cache,) if value_cache is None else (key_cache, value_cache)
     scale_caches = tuple(cache for cache in (k_scale_cache, v_scale_cache) if cache is not None)

@@ -72,16 +72,17 @@ def _angles(positions: Tensor, cos_sin: Tensor, sections: Sequence[int] | None) 
 
 
 def _normed(x: Tensor, weights: Tensor | None, eps: float) -> Tensor:
-    """Rows `[…, n]` in float32; where there are weights, divided by the root of their mean square and multiplied."""
+    """`x * (1 / sqrt(mean(x * x) + eps)) * weights` of rows `[…, n]`, in float32; without weights x, in float32.
+
+    Divisions are of tensors: where a divisor is a number, CUDA multiplies by its reciprocal.
+    """
     x = x.float()
     if weights is None:
         return x
-    size = x.shape[-1]
-    # A divisor that is a number is multiplied by its reciprocal on a GPU.
-    mean = _sum_in_pairs(x * x) / x.new_full((), size)
+    mean = _sum_in_pairs(x * x) / x.new_full((), x.shape[-1])
     # MKL's square root, which torch takes on CPUs, misses the last bit. That of float64, rounded, cannot.
     root = (mean + eps).double().sqrt().float()
-    return x / root * weights.float()
+    return x * (torch.ones_like(root) / root) * weights.float()
 
 
 def _sum_in_pairs(x: Tensor) -> Tensor:

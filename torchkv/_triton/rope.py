@@ -77,6 +77,7 @@ def rope_and_cache(call: RopeCall) -> Tensor:
     """
     write, query, out, in_place = call.write, call.query, call.out, call.in_place
     key, value, positions, slot_mapping = write.key, write.value, call.positions, write.slot_mapping
+    num_tokens, num_written = query.shape[0], slot_mapping.shape[0]
     tensors = _tensors(call, in_place)
     addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
     rows = (query, key, value, None if in_place else out)
@@ -87,12 +88,12 @@ def rope_and_cache(call: RopeCall) -> Tensor:
         positions.dtype, positions.shape[:-1], positions.stride(), positions.device,
         slot_mapping.dtype, slot_mapping.dim(), slot_mapping.stride(), slot_mapping.device,
         call.rope, call.rotary_dim, call.mrope_section and tuple(call.mrope_section), call.eps, in_place,
+        num_tokens >= plan_rope.MANY_TOKENS,
         len(write.caches), write.kv_cache_dtype, write.layout, write.scale_layout, write.layer is None,
         *[address is None or address % 16 == 0 for address in addresses], write.caches[0].data_ptr() % 4,
     )  # fmt: skip
     launch = _launches.get(signature)
     # The contract has to see again what the signature leaves out: the numbers of tokens, and a static layer.
-    num_tokens, num_written = query.shape[0], slot_mapping.shape[0]
     if (
         launch is None
         or not num_written <= num_tokens == key.shape[0] == value.shape[0] == positions.shape[-1]
