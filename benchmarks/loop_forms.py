@@ -134,14 +134,11 @@ def split(shape: Shape, qkv: Array) -> tuple[Array, Array]:
     return turning, value
 
 
-def views(shape: Shape, qkv: Array) -> tuple[Any, Any, Any]:
-    """Query, key and value as views that kernels read where they lie."""
-    q_end, k_end = shape.q_heads, shape.q_heads + shape.heads
-    ranges = ((0, q_end), (q_end, k_end), (k_end, k_end + shape.heads))
-    query, key, value = (
-        jaxkv.heads(qkv, *each, head_size=shape.head_size) if each[1] > each[0] else None for each in ranges
-    )
-    return query, key, value
+def kv_views(shape: Shape, qkv: Array) -> tuple[Any, Any]:
+    """Key and value as views, which kernels read where they lie."""
+    start, middle = shape.q_heads, shape.q_heads + shape.heads
+    key = jaxkv.heads(qkv, start, middle, head_size=shape.head_size)
+    return key, jaxkv.heads(qkv, middle, middle + shape.heads, head_size=shape.head_size)
 
 
 def halves(x: Array, step: Step) -> Array:
@@ -233,24 +230,15 @@ def write_none(shape: Shape, inputs: Inputs, step: Step, qkv: Array, caches: Cac
     return None, caches
 
 
-def write_slices(shape: Shape, inputs: Inputs, step: Step, qkv: Array, caches: Caches, layer: Any) -> Any:
-    key, value = kv_of(shape, qkv)
-    return None, jaxkv.reshape_and_cache_flash(key, value, *caches, inputs.slots, layer=layer)
+def jaxkv_write(rows: Callable[[Shape, Array], tuple[Any, Any]], indexed: bool) -> Front:
+    """A write by jaxkv: of slices or views, to the layer of an index or to slots of stacked layers."""
 
+    def front(shape: Shape, inputs: Inputs, step: Step, qkv: Array, caches: Caches, layer: Any) -> Any:
+        slots = inputs.slots if indexed else step.slots + layer * shape.slots
+        new = jaxkv.reshape_and_cache_flash(*rows(shape, qkv), *caches, slots, layer=layer if indexed else None)
+        return None, new
 
-def write_heads(shape: Shape, inputs: Inputs, step: Step, qkv: Array, caches: Caches, layer: Any) -> Any:
-    _, key, value = views(shape, qkv)
-    return None, jaxkv.reshape_and_cache_flash(key, value, *caches, inputs.slots, layer=layer)
-
-
-def write_stacked(shape: Shape, inputs: Inputs, step: Step, qkv: Array, caches: Caches, layer: Any) -> Any:
-    key, value = kv_of(shape, qkv)
-    return None, jaxkv.reshape_and_cache_flash(key, value, *caches, step.slots + layer * shape.slots)
-
-
-def write_stacked_heads(shape: Shape, inputs: Inputs, step: Step, qkv: Array, caches: Caches, layer: Any) -> Any:
-    _, key, value = views(shape, qkv)
-    return None, jaxkv.reshape_and_cache_flash(key, value, *caches, step.slots + layer * shape.slots)
+    return front
 
 
 def write_flat(shape: Shape, inputs: Inputs, step: Step, qkv: Array, caches: Caches, layer: Any) -> Any:
@@ -265,10 +253,10 @@ def write_two_index(shape: Shape, inputs: Inputs, step: Step, qkv: Array, caches
 
 WRITES = (
     Form("none", by_layer, write_none),
-    Form("jaxkv_slices", by_layer, write_slices),
-    Form("jaxkv_heads", by_layer, write_heads),
-    Form("jaxkv_stacked", stacked, write_stacked),
-    Form("jaxkv_stacked_heads", stacked, write_stacked_heads),
+    Form("jaxkv_slices", by_layer, jaxkv_write(kv_of, indexed=True)),
+    Form("jaxkv_heads", by_layer, jaxkv_write(kv_views, indexed=True)),
+    Form("jaxkv_stacked", stacked, jaxkv_write(kv_of, indexed=False)),
+    Form("jaxkv_stacked_heads", stacked, jaxkv_write(kv_views, indexed=False)),
     Form("xla_flat", flat, write_flat),
     Form("xla_two_index", stacked, write_two_index),
 )
@@ -296,7 +284,8 @@ def front_fused(shape: Shape, inputs: Inputs, step: Step, qkv: Array, caches: Ca
         options |= {"q_norm": inputs.q_norm, "k_norm": inputs.k_norm, "eps": EPSILON}
     if shape.kv_cache_dtype != "auto":
         options |= {"k_scale": inputs.k_scale, "v_scale": inputs.v_scale}
-    rows = views(shape, qkv)
+    query = jaxkv.heads(qkv, 0, shape.q_heads, head_size=shape.head_size)
+    rows = query, *kv_views(shape, qkv)
     query, *new = jaxkv.rope_and_cache(*rows, caches, inputs.positions, inputs.cos_sin, inputs.slots, **options)
     return query, tuple(new)
 
