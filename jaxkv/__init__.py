@@ -29,7 +29,9 @@ from jaxkv.quantize import (
     reshape_and_cache_flash_per_token_head_quant,
 )
 from jaxkv.read import gather_kv, paged_attention
+from jaxkv.rope import rope_and_cache
 from jaxkv.scales import kv_scales
+from jaxkv.tables import rope_table
 from jaxkv.write import reshape_and_cache_flash, reshape_and_cache_flash_diffkv
 from kvcore.layout import CacheLayout
 from kvcore.slots import check_tables, find_duplicate_slots
@@ -48,6 +50,8 @@ __all__ = [
     "reshape_and_cache_flash_diffkv",
     "reshape_and_cache_flash_diffkv_per_token_head_quant",
     "reshape_and_cache_flash_per_token_head_quant",
+    "rope_and_cache",
+    "rope_table",
 ]
 
 __version__: str

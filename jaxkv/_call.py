@@ -116,6 +116,11 @@ class WriteOperands(NamedTuple):
     cache: CacheOperands
     slot_mapping: Any
 
+    @property
+    def updated(self) -> tuple[Any, ...]:
+        """The operands whose new states are the results."""
+        return self.cache.memory
+
     def named(self) -> dict[str, Any]:
         """The arrays, each with what errors call it."""
         return {"key": self.key, "value": self.value, **self.cache.named(), "slot_mapping": self.slot_mapping}
@@ -210,10 +215,6 @@ class ReadOptions(NamedTuple):
             specs.query, specs.block_tables, specs.seq_lens, specs.query_start_loc, specs.sinks, self.attention,
             arguments, self.head_size_v,
         )  # fmt: skip
-
-
-Options = WriteOptions | ReadOptions
-Operands = WriteOperands | ReadOperands
 
 
 def layer_of(options: CacheOptions, operands: CacheOperands) -> Any:

@@ -1,6 +1,7 @@
 """PagedKVCache: a paged cache and how it is laid out, in one pytree."""
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Unpack, overload
 
@@ -11,15 +12,12 @@ from jax.typing import DTypeLike
 from jaxkv._arguments import BACKENDS, ArrayLike, Index, Scale, as_array, as_scale, dtype_name
 from jaxkv._call import spec_of
 from jaxkv._mesh import mesh_axes_by_name, used_spec
+from jaxkv._write import write_caches
 from jaxkv.mla import write_latent
-from jaxkv.quantize import (
-    reshape_and_cache_flash_diffkv_per_token_head_quant,
-    reshape_and_cache_flash_per_token_head_quant,
-)
 from jaxkv.read import AttendOptions, gather_kv, paged_attention
-from jaxkv.write import reshape_and_cache_flash, reshape_and_cache_flash_diffkv
+from jaxkv.rope import rope_and_cache
 from kvcore.cache_spec import CacheSpec, Described
-from kvcore.choices import JaxBackend, KVCacheDtype, Layout
+from kvcore.choices import JaxBackend, KVCacheDtype, Layout, RopeName
 from kvcore.contract.checks import check_options, check_scale
 
 
@@ -162,22 +160,65 @@ class PagedKVCache(Described):
                 keys, values, self.caches[0], slot_mapping, spec.kv_cache_dtype, self.k_scale, layout, layer, backend
             )
             return replace(self, caches=(kv_cache,))
-        options: dict[str, Any] = {"layout": layout, "layer": layer, "backend": backend}
-        op: Any
-        if spec.scale_layout is not None:
-            op = reshape_and_cache_flash_per_token_head_quant
-            if layout.single_array:
-                op = reshape_and_cache_flash_diffkv_per_token_head_quant
-            memory = (*self.caches, self.k_scale, self.v_scale)
-            new = op(
-                keys, values, *memory, slot_mapping, spec.kv_cache_dtype, scale_layout=spec.scale_layout, **options
-            )
-            *caches, k_scale, v_scale = new
-            return replace(self, caches=tuple(caches), k_scale=k_scale, v_scale=v_scale)
-        op = reshape_and_cache_flash_diffkv if layout.single_array else reshape_and_cache_flash
-        scales = (self.k_scale, self.v_scale)
-        new = op(keys, values, *self.caches, slot_mapping, spec.kv_cache_dtype, *scales, **options)
-        return replace(self, caches=(new,) if layout.single_array else new)
+        scales, scale_caches = self._scales
+        new = write_caches(
+            keys, values, self.caches, slot_mapping, spec.kv_cache_dtype, *scales, layout, layer, backend,
+            scale_caches, spec.scale_layout,
+        )  # fmt: skip
+        return self._with(new)
+
+    def rope_and_cache(
+        self,
+        query: ArrayLike,
+        key: ArrayLike,
+        value: ArrayLike,
+        positions: ArrayLike,
+        cos_sin: ArrayLike,
+        slot_mapping: ArrayLike,
+        *,
+        rope: RopeName,
+        rotary_dim: int | None = None,
+        mrope_section: Sequence[int] | None = None,
+        q_norm: ArrayLike | None = None,
+        k_norm: ArrayLike | None = None,
+        eps: float = 1e-6,
+        layer: Index | None = None,
+        backend: JaxBackend | None = None,
+    ) -> tuple[jax.Array, "PagedKVCache"]:
+        """Rotates queries and keys, and writes keys and values. The function `rope_and_cache` tells more of each.
+
+        Args:
+            query: `[num_tokens, num_q_heads, head_size]` of float16, bfloat16 or float32. With the layout
+                `block slot latent`, heads have the size of k_pe.
+            key: `[num_tokens, num_heads, head_size]` of query's dtype; with `block slot latent`, kv_c.
+            value: `[num_tokens, num_heads, head_size_v]` of query's dtype; with `block slot latent`, k_pe.
+            positions: `[num_tokens]` of int32 or int64; `[3, num_tokens]` with mrope_section.
+            cos_sin: `[max_position, rotary_dim]` of float32 or query's dtype: cosines of each pair, then sines.
+            slot_mapping: `[n]` of int32 or int64, n ≤ num_tokens: slots of the first n tokens. Outside the cache is
+                skipped.
+            rope: "neox" or "gptj".
+            rotary_dim: How many elements of a head are rotated; None means all.
+            mrope_section: How many pairs have the angles of each of three rows of positions.
+            q_norm: `[head_size]`: weights of query's norm; None means no norm.
+            k_norm: `[head_size]`: weights of key's norm; None means no norm.
+            eps: What is added to the mean of the squares.
+            layer: Index into the cache's layers, maybe traced; None for a cache of one layer.
+            backend: None, "triton", "xla" or "interpret".
+
+        Returns:
+            The rotated query, and the new cache: the same memory, where this one was donated or is not used again.
+        """
+        spec = self.spec
+        keys, values = as_array(key), as_array(value)
+        spec.check_rows(keys.shape, values.shape)
+        (k_scale, v_scale), scale_caches = self._scales
+        rotated, *new = rope_and_cache(
+            query, keys, values, (*self.caches, *scale_caches), positions, cos_sin, slot_mapping, rope=rope,
+            rotary_dim=rotary_dim, mrope_section=mrope_section, q_norm=q_norm, k_norm=k_norm, eps=eps,
+            kv_cache_dtype=spec.kv_cache_dtype, k_scale=k_scale, v_scale=v_scale, layout=spec.layout,
+            scale_layout=spec.scale_layout, layer=layer, backend=backend,
+        )  # fmt: skip
+        return rotated, self._with(new)
 
     @overload
     def attend(
@@ -282,6 +323,18 @@ class PagedKVCache(Described):
             self.caches, block_tables, seq_lens, max_len, dtype=dtype, layer=layer, backend=backend,
             head_size=self.spec.head_size, **self._reading,
         )  # fmt: skip
+
+    @property
+    def _scales(self) -> tuple[tuple[Any, Any], tuple[Any, ...]]:
+        """Static scales of K and V, and scale caches, as writers take them."""
+        scales = self.k_scale, self.v_scale
+        return (scales, ()) if self.spec.scale_layout is None else ((None, None), scales)
+
+    def _with(self, memory: Sequence[jax.Array]) -> "PagedKVCache":
+        """The cache with new caches and scale caches."""
+        count = len(self.caches)
+        scales = dict(zip(("k_scale", "v_scale"), memory[count:], strict=False))
+        return replace(self, caches=tuple(memory[:count]), **scales)
 
     @property
     def _reading(self) -> dict[str, Any]:

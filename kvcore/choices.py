@@ -35,6 +35,9 @@ FloatDtype = Literal["float16", "bfloat16", "float32"]
 Granularity = Literal["tensor", "head"]
 """How many static scales there are: one, or one a head."""
 
+RopeName = Literal["neox", "gptj"]
+"""How the elements of a head are paired for a rotation: `kvcore.contract.rope.ROPES`."""
+
 JaxBackend = Literal["triton", "xla", "interpret"]
 """`jaxkv._arguments.BACKENDS`."""
 

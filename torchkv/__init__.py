@@ -31,6 +31,7 @@ from torchkv.quantize import (
 )
 from torchkv.read import gather_kv, paged_attention
 from torchkv.scales import kv_scales
+from torchkv.tables import rope_table
 from torchkv.write import reshape_and_cache_flash, reshape_and_cache_flash_diffkv
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "reshape_and_cache_flash_diffkv",
     "reshape_and_cache_flash_diffkv_per_token_head_quant",
     "reshape_and_cache_flash_per_token_head_quant",
+    "rope_table",
     "triton_reshape_and_cache_flash",
     "triton_reshape_and_cache_flash_diffkv",
     "triton_reshape_and_cache_flash_per_token_head_quant",

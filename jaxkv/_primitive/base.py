@@ -16,8 +16,12 @@ import jax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
 
-from jaxkv._call import Operands, Options
+from jaxkv._call import ReadOperands, ReadOptions, WriteOperands, WriteOptions
+from jaxkv._rotated import RotatedWriteOperands, RotatedWriteOptions
 from kvcore.contract.checks import no_triton_error
+
+Options = WriteOptions | RotatedWriteOptions | ReadOptions
+Operands = WriteOperands | RotatedWriteOperands | ReadOperands
 
 PLATFORMS = ("cpu", "tpu", "cuda", "rocm")
 

@@ -22,9 +22,8 @@ from jax.interpreters import mlir
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxkv._call import Operands, Options
 from jaxkv._mesh import explicit_axes, head_mesh_axes, used_spec, vary, varying_axes
-from jaxkv._primitive.base import bind, compute_capability
+from jaxkv._primitive.base import Operands, Options, bind, compute_capability
 
 
 class Rule(NamedTuple):
@@ -33,8 +32,8 @@ class Rule(NamedTuple):
     Attributes:
         operands: A spec for each operand, with names of factors in place of mesh axes. Axes with the same factor are
             split alike; an axis with None is split like no other.
-        results: A spec of that kind for each result; None where the results are the caches and scale caches, updated,
-            which have the factors and the shardings of these operands.
+        results: A spec of that kind for each result; None where the results are new states of operands (`updated`),
+            whose factors and shardings they have.
         sizes: The sizes of the factors that are nowhere alone on an axis.
     """
 
@@ -120,7 +119,7 @@ def _partitioned(local_p: Primitive, specs: Specs, rule: Rule, tree: Any, option
         operands = jax.tree.unflatten(tree, leaves)
         if not all(isinstance(array.sharding, NamedSharding) for array in operands.cache.memory):
             # Within a shard_map over some of the mesh's axes. XLA's shardings there have no spec to look at.
-            results = operands.cache.memory if rule.results is None else results
+            results = operands.updated if rule.results is None else results
             return mesh, local, tuple(array.sharding for array in results), tuple(array.sharding for array in leaves)
         in_specs, out_specs = specs(options, jax.tree.map(lambda array: array.sharding.spec, operands), operands)
         operand_shardings, result_shardings = (
@@ -142,7 +141,7 @@ def _spell(rule: Rule) -> str:
         return " ".join(factor or next(fresh) for factor in spec)
 
     operands = jax.tree.map(spelled, rule.operands, is_leaf=lambda spec: isinstance(spec, P))
-    results = operands.cache.memory if rule.results is None else map(spelled, rule.results)
+    results = operands.updated if rule.results is None else map(spelled, rule.results)
     return f"{', '.join(jax.tree.leaves(operands))} -> {', '.join(results)}"
 
 

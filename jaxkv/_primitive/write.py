@@ -1,10 +1,12 @@
 """The write as a primitive. Results: caches and scale caches, as they are then."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.core import Primitive
 from jax.sharding import PartitionSpec as P
 
 from jaxkv._call import CacheOperands, WriteOperands, WriteOptions
@@ -22,7 +24,7 @@ def write(options: WriteOptions, operands: WriteOperands) -> list[jax.Array]:
 
 
 def _result_types(options: WriteOptions, operands: WriteOperands) -> list[Any]:
-    return list(operands.cache.memory)
+    return list(operands.updated)
 
 
 def _compute(
@@ -38,12 +40,12 @@ def _compute(
 
 
 def _specs(options: WriteOptions, specs: WriteOperands, operands: WriteOperands) -> tuple[WriteOperands, list[P]]:
-    new = _split(options, operands, head_mesh_axes(options.cache, specs.cache.memory))
-    return new, list(new.cache.memory)
+    new = split_heads(options, operands, head_mesh_axes(options.cache, specs.cache.memory))
+    return new, list(new.updated)
 
 
-def _split(options: WriteOptions, operands: WriteOperands, mesh_axes: Any) -> WriteOperands:
-    """Specs of operands with heads split over mesh axes, and nothing else."""
+def split_heads(options: Any, operands: Any, mesh_axes: Any) -> Any:
+    """Specs of operands with KV heads split over mesh axes, and nothing else."""
     return replicated(operands)._replace(
         key=P(None, mesh_axes, None),
         value=P(None, mesh_axes, None),
@@ -51,13 +53,13 @@ def _split(options: WriteOptions, operands: WriteOperands, mesh_axes: Any) -> Wr
     )
 
 
-def _rule(options: WriteOptions, operands: WriteOperands) -> Rule:
-    """Heads are shared by all operands with that axis; every other axis is on its own."""
+def rule_of_heads(options: Any, operands: Any) -> Rule:
+    """KV heads are shared by all operands with that axis; every other axis is on its own."""
     caches = options.cache.layout.arrays
     heads = None if heads_share_regions(options.cache) else "h"
     # An axis (head kv) has twice as many entries as there are heads: nothing else can share it.
     joined = any(len(axis) > 1 and "head" in axis for axes in caches for axis in axes)
-    specs = _split(options, operands, None if joined else heads)
+    specs = split_heads(options, operands, None if joined else heads)
     cache = specs.cache._replace(caches=cache_specs(options.cache, operands.cache, heads).caches)
     return Rule(specs._replace(cache=cache), results=None, sizes={})
 
@@ -65,39 +67,63 @@ def _rule(options: WriteOptions, operands: WriteOperands) -> Rule:
 # ---- vmap
 
 
-def _batched(options: WriteOptions, operands: WriteOperands, is_batched: WriteOperands, batch: int) -> list[jax.Array]:
-    """One write where the batch can be folded into blocks, else a loop over it; in place either way."""
-    operands = jax.tree.map(
-        lambda array, has_batch: array if has_batch else jnp.broadcast_to(array, (batch, *array.shape)),
-        operands,
-        is_batched,
-    )
-    item = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape[1:], array.dtype), operands)
-    extents = options.describe(item).cache.extents
-    first_axes = {axes[0] for axes in options.cache.arrays}
-    one_cache = not (is_batched.cache.k_scale or is_batched.cache.v_scale or is_batched.cache.layer)
-    slots_fit = batch * extents.num_slots <= jnp.iinfo(operands.slot_mapping.dtype).max
-    if first_axes == {("block",)} and one_cache and slots_fit:
-        new = bind(write_p, options, _fold_into_blocks(operands, extents.num_slots))
-    elif first_axes == {("layer",)} or not options.cache.layout.has_layer:
-        new = _loop_over_layers(options, operands, batch, extents.num_layers)
-    else:  # an axis layer that is not in front: the batch cannot be one axis with it
-        new = lax.map(lambda item: bind(write_p, options, item), operands)
-    return [array.reshape(old.shape) for array, old in zip(new, operands.cache.memory, strict=True)]
+def batch_writes(
+    primitive: Primitive, fold: Callable[[Any, int], Any], shared: Sequence[str] = ()
+) -> Callable[[Any, Any, Any, int], list[jax.Array]]:
+    """A rule for vmap, of an op whose last results are caches and scale caches.
+
+    One call does what the batch of them does where it can be folded into blocks, else a loop; in place either way.
+
+    Args:
+        primitive: The one that users bind.
+        fold: Makes the one call's operands of those of the batch, and the slots of an item's cache.
+        shared: Names of operands that the one call has for all: it needs them to be no batch, and so they stay for
+            `fold`. All others it gets as batches.
+    """
+
+    def batched(options: Any, operands: Any, is_batched: Any, batch: int) -> list[jax.Array]:
+        memory = _spread(operands.cache.memory, is_batched.cache.memory, batch)
+        operands = operands._replace(cache=operands.cache.with_memory(memory))
+        is_batched = is_batched._replace(cache=is_batched.cache.with_memory([True] * len(memory)))
+        item = jax.tree.map(
+            lambda array, has_batch: jax.ShapeDtypeStruct(array.shape[1:] if has_batch else array.shape, array.dtype),
+            operands,
+            is_batched,
+        )
+        write = WriteOptions(options.cache, options.backend).describe(
+            WriteOperands(item.key, item.value, item.cache, item.slot_mapping)
+        )
+        extents = write.cache.extents
+        first_axes = {axes[0] for axes in options.cache.arrays}
+        cache = is_batched.cache
+        shares = not (cache.k_scale or cache.v_scale or cache.layer or any(getattr(is_batched, n) for n in shared))
+        slots_fit = batch * extents.num_slots <= jnp.iinfo(operands.slot_mapping.dtype).max
+        if first_axes == {("block",)} and shares and slots_fit:
+            every = _spread(operands, is_batched, batch)
+            every = every._replace(**{name: getattr(operands, name) for name in shared})
+            new = bind(primitive, options, fold(every, extents.num_slots))
+        elif first_axes == {("layer",)} or not options.cache.layout.has_layer:
+            new = _loop_over_layers(primitive, options, operands, is_batched, batch, extents.num_layers)
+        else:  # an axis layer that is not in front: the batch cannot be one axis with it
+            batches, item_of = _items(operands, is_batched)
+            new = lax.map(lambda arrays: bind(primitive, options, item_of(arrays)), batches)
+        return [array.reshape(batch, *like.shape) for array, like in zip(new, item.updated, strict=True)]
+
+    return batched
 
 
-def _fold_into_blocks(operands: WriteOperands, num_slots: int) -> WriteOperands:
+def fold_into_blocks(operands: Any, num_slots: int) -> WriteOperands:
     """One write that does what a batch of them does: the blocks of all of them follow each other."""
     slots, cache = operands.slot_mapping, operands.cache
     batch, num_tokens = slots.shape
     start = jnp.arange(batch, dtype=slots.dtype)[:, None] * num_slots
     slots = jnp.where((slots >= 0) & (slots < num_slots), slots + start, -1)
     return WriteOperands(
-        key=_merge_front(operands.key[:, :num_tokens]),
-        value=_merge_front(operands.value[:, :num_tokens]),
+        key=merge_front(operands.key[:, :num_tokens]),
+        value=merge_front(operands.value[:, :num_tokens]),
         cache=CacheOperands(
-            caches=tuple(map(_merge_front, cache.caches)),
-            scale_caches=tuple(map(_merge_front, cache.scale_caches)),
+            caches=tuple(map(merge_front, cache.caches)),
+            scale_caches=tuple(map(merge_front, cache.scale_caches)),
             k_scale=None if cache.k_scale is None else cache.k_scale[0],
             v_scale=None if cache.v_scale is None else cache.v_scale[0],
             layer=None if cache.layer is None else cache.layer[0],
@@ -106,30 +132,59 @@ def _fold_into_blocks(operands: WriteOperands, num_slots: int) -> WriteOperands:
     )
 
 
+def merge_front(array: jax.Array) -> jax.Array:
+    """The first two axes as one."""
+    return array.reshape(-1, *array.shape[2:])
+
+
+def _spread(arrays: Any, is_batched: Any, batch: int) -> Any:
+    """The arrays, with copies in a batch of those that are none."""
+    return jax.tree.map(
+        lambda array, has_batch: array if has_batch else jnp.broadcast_to(array, (batch, *array.shape)),
+        arrays,
+        is_batched,
+    )
+
+
+def _items(operands: Any, is_batched: Any) -> tuple[dict[int, jax.Array], Callable[[dict[int, jax.Array]], Any]]:
+    """The operands that are batches, and what makes of one item of each all operands."""
+    leaves, tree = jax.tree.flatten(operands)
+    batches = {i: leaves[i] for i, has_batch in enumerate(jax.tree.leaves(is_batched)) if has_batch}
+
+    def item_of(arrays: dict[int, jax.Array]) -> Any:
+        return tree.unflatten([arrays.get(i, leaf) for i, leaf in enumerate(leaves)])
+
+    return batches, item_of
+
+
 def _loop_over_layers(
-    options: WriteOptions, operands: WriteOperands, batch: int, num_layers: int | None
+    primitive: Primitive, options: Any, operands: Any, is_batched: Any, batch: int, num_layers: int | None
 ) -> list[jax.Array]:
-    """Makes the batch an axis of layers, or one axis with the layers that there are, and writes item by item."""
+    """Makes the batch an axis of layers, or one axis with the layers that there are, and calls item by item."""
     layers, cache = num_layers or 1, operands.cache
-    layer = jnp.full(batch, options.cache.layer or 0, jnp.int32) if cache.layer is None else cache.layer[:, 0]
+    if cache.layer is None:
+        layer = jnp.full(batch, options.cache.layer or 0, jnp.int32)
+    else:
+        layer = _spread(cache.layer, is_batched.cache.layer, batch)[:, 0]
     exists = (layer >= 0) & (layer < layers)
     layer = jnp.where(exists, jnp.arange(batch, dtype=layer.dtype) * layers + layer, -1).astype(jnp.int32)
     options = options._replace(cache=options.cache.with_layer_axis())
     inputs = operands._replace(cache=cache._replace(caches=(), scale_caches=(), layer=layer[:, None]))
-    num_caches = len(cache.caches)
+    batches, item_of = _items(
+        inputs, is_batched._replace(cache=is_batched.cache._replace(caches=(), scale_caches=(), layer=True))
+    )
+    memory = [array if num_layers is None else merge_front(array) for array in cache.memory]
 
-    def step(i: Any, memory: list[jax.Array]) -> list[jax.Array]:
-        item = jax.tree.map(lambda array: array[i], inputs)
+    def step(memory: list[jax.Array], arrays: dict[int, jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
+        item = item_of(arrays)
+        num_caches = len(cache.caches)
         item_cache = item.cache._replace(caches=tuple(memory[:num_caches]), scale_caches=tuple(memory[num_caches:]))
-        return bind(write_p, options, item._replace(cache=item_cache))
+        results = bind(primitive, options, item._replace(cache=item_cache))
+        others = len(results) - len(memory)
+        return list(results[others:]), list(results[:others])
 
-    memory = [array if num_layers is None else _merge_front(array) for array in cache.memory]
-    return lax.fori_loop(0, batch, step, memory)
-
-
-def _merge_front(array: jax.Array) -> jax.Array:
-    """The first two axes as one."""
-    return array.reshape(-1, *array.shape[2:])
+    memory, others = lax.scan(step, memory, batches)
+    return [*others, *memory]
 
 
 def _derivatives(_: WriteOptions) -> str:
@@ -138,6 +193,6 @@ def _derivatives(_: WriteOptions) -> str:
 
 write_p, local_p = make_primitives("reshape_and_cache", _result_types)
 lower_by_platform(local_p, _compute)
-lower_by_heads(write_p, local_p, _specs, _rule)
-batch_by(write_p, _batched)
+lower_by_heads(write_p, local_p, _specs, rule_of_heads)
+batch_by(write_p, batch_writes(write_p, fold_into_blocks))
 refuse_derivatives(write_p, _derivatives)

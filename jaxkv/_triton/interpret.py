@@ -9,9 +9,12 @@ import jax
 import numpy as np
 
 from jaxkv._call import ReadOperands, ReadOptions, WriteOperands, WriteOptions, read_results
+from jaxkv._rotated import RotatedWriteOperands, RotatedWriteOptions
 from jaxkv._triton.read import launch_read
+from jaxkv._triton.rope import launch_rope
 from jaxkv._triton.write import launch_write
 from kvcore.contract.read import Attention, Gather
+from kvcore.contract.rope import Rope
 from kvcore.contract.write import Write
 from kvcore.plan.kernel import INTERPRETER, KernelPlan, Target
 
@@ -26,6 +29,18 @@ def write(call: Write, options: WriteOptions, operands: WriteOperands) -> list[j
         return memory
 
     results = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in operands.cache.memory]
+    return _call_on_host(on_host, results, operands)
+
+
+def rope_and_cache(call: Rope, options: RotatedWriteOptions, operands: RotatedWriteOperands) -> list[jax.Array]:
+    """The rotated query, and the new caches and scale caches."""
+
+    def on_host(host: RotatedWriteOperands) -> list[np.ndarray]:
+        memory = [array.copy() for array in host.cache.memory]
+        host = host._replace(cache=host.cache.with_memory(memory))
+        return [launch_rope(call, options, host, INTERPRETER, launch), *memory]
+
+    results = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in operands.updated]
     return _call_on_host(on_host, results, operands)
 
 

@@ -9,11 +9,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxkv._call import ReadOperands, ReadOptions, WriteOperands, WriteOptions
+from jaxkv._rotated import RotatedWriteOperands, RotatedWriteOptions
 from jaxkv._triton.compat import import_jax_triton
 from jaxkv._triton.read import launch_read
+from jaxkv._triton.rope import launch_rope
 from jaxkv._triton.write import launch_write
 from kvcore import installed
 from kvcore.contract.read import Attention, Gather
+from kvcore.contract.rope import Rope
 from kvcore.contract.write import Write
 from kvcore.formats import FP8
 from kvcore.plan.kernel import KernelPlan, Target
@@ -30,11 +33,20 @@ _PTX_VERSIONS = {80: 78, 86: 78, 87: 78, 89: 81, 90: 80, 100: 86, 101: 86, 103: 
 def write(call: Write, options: WriteOptions, operands: WriteOperands, target: Target) -> list[jax.Array]:
     """The new caches and scale caches: the same buffers, updated in place."""
     memory = operands.cache.memory
-    refs = [jax.new_ref(_as_bytes(array)) for array in memory]
+    refs = _refs_of(memory)
+    launch_write(call, options, operands._replace(cache=operands.cache.with_memory(refs)), target, launch)
+    return _freeze(refs, memory)
+
+
+def rope_and_cache(
+    call: Rope, options: RotatedWriteOptions, operands: RotatedWriteOperands, target: Target
+) -> list[jax.Array]:
+    """The rotated query; the new caches and scale caches: the same buffers, updated in place."""
+    memory = operands.cache.memory
+    refs = _refs_of(memory)
     operands = operands._replace(cache=operands.cache.with_memory(refs))
-    launch_write(call, options, operands, target, launch)
-    new = [jax.freeze(ref) for ref in refs]
-    return [lax.bitcast_convert_type(array, old.dtype) for array, old in zip(new, memory, strict=True)]
+    query = launch_rope(call, options, operands, target, launch)
+    return [query, *_freeze(refs, memory)]
 
 
 def read(
@@ -64,6 +76,16 @@ def launch(
         name=kernel.name,
         **kernel.constexprs,
     )
+
+
+def _refs_of(memory: Sequence[jax.Array]) -> list[jax.Ref]:
+    return [jax.new_ref(_as_bytes(array)) for array in memory]
+
+
+def _freeze(refs: Sequence[jax.Ref], memory: Sequence[jax.Array]) -> list[jax.Array]:
+    """What Refs hold, in the dtypes of the arrays that they were made of."""
+    new = [jax.freeze(ref) for ref in refs]
+    return [lax.bitcast_convert_type(array, old.dtype) for array, old in zip(new, memory, strict=True)]
 
 
 def _as_bytes(argument: Any) -> Any:

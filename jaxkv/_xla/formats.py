@@ -15,15 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxkv._xla.arithmetic import INFINITY, bits_of, divide, float_of, is_nan, normal, sixth, times, unfolded
 from kvcore.formats import DS_MLA_SMALLEST_SCALE, E4M3, FP8_DS_MLA, NVFP4, NVFP4_GROUP, SMALLEST_SCALE, FloatFormat
 
-_NAN, _INFINITY = 0x7FC00000, 0x7F800000
+_NAN = 0x7FC00000
 
 
 def encode(x: jax.Array, stored: FloatFormat) -> jax.Array:
     """Bits of float32 numbers in another format, the nearest, or the even one of two: uint8, uint16 or uint32."""
-    bits = _bits(x)
-    magnitude, nan = bits & 0x7FFFFFFF, _is_nan(bits)
+    bits = bits_of(x)
+    magnitude, nan = bits & 0x7FFFFFFF, is_nan(bits)
     if stored.bits == 32:
         return jnp.where(nan, jnp.uint32(stored.nan), bits)
     if stored.integer:
@@ -39,7 +40,7 @@ def encode(x: jax.Array, stored: FloatFormat) -> jax.Array:
         # Subnormal numbers: next to 2^23 quanta, a float addition rounds to a multiple of the quantum, and leaves the
         # multiple in the sum's low bits.
         quanta = jnp.uint32((127 + 24 - stored.bias - stored.mantissa_bits) << 23)
-        subnormal = _bits(_float(magnitude) + _float(quanta)) - quanta
+        subnormal = bits_of(float_of(magnitude) + float_of(quanta)) - quanta
         code = jnp.where(magnitude < ((128 - stored.bias) << 23), subnormal, code)
     sign = (bits >> (32 - stored.bits)) & (1 << (stored.bits - 1))
     if stored.unsigned_zero:
@@ -61,8 +62,8 @@ def decode(units: jax.Array, stored: FloatFormat) -> jax.Array:
         whole = codes.astype(jnp.uint32)
         # The same fields in float32. Its exponents reach further, so that of a subnormal number has to be found.
         normal = ((whole & 7) << (23 - NVFP4.mantissa_bits)) + ((127 - NVFP4.bias) << 23)
-        magnitude = jnp.where((whole & 7) < 2, _bits((whole & 7).astype(jnp.float32) * 0.5), normal)
-        return _float(magnitude | (whole & 8) << 28)
+        magnitude = jnp.where((whole & 7) < 2, bits_of((whole & 7).astype(jnp.float32) * 0.5), normal)
+        return float_of(magnitude | (whole & 8) << 28)
     dtype = jnp.dtype(E4M3.name if stored == FP8_DS_MLA else stored.name)
     return (units if units.dtype == dtype else lax.bitcast_convert_type(units, dtype)).astype(jnp.float32)
 
@@ -91,7 +92,7 @@ def from_bytes(units: jax.Array, dtype: Any) -> jax.Array:
 
 def largest_of(x: jax.Array, axis: tuple[int, ...]) -> jax.Array:
     """The largest magnitude; a NaN, if there is one, is above all. As integers: floats' maxima lose subnormals."""
-    return _float(jnp.max(_bits(x) & 0x7FFFFFFF, axis, initial=0))
+    return float_of(jnp.max(bits_of(x) & 0x7FFFFFFF, axis, initial=0))
 
 
 def scale_of(largest: jax.Array, stored_largest: float) -> jax.Array:
@@ -99,10 +100,10 @@ def scale_of(largest: jax.Array, stored_largest: float) -> jax.Array:
 
     1 where that is below float32's normal numbers.
     """
-    bits = _bits(largest)
+    bits = bits_of(largest)
     zero = bits < np.float32(stored_largest * SMALLEST_SCALE).view(np.uint32)
-    scale = jnp.where(zero, jnp.float32(1), divide(largest, _unfolded(stored_largest, bits)))
-    return jnp.where(_is_nan(bits), _float(jnp.uint32(_NAN)), scale)
+    scale = jnp.where(zero, jnp.float32(1), divide(largest, unfolded(stored_largest, bits)))
+    return jnp.where(is_nan(bits), float_of(jnp.uint32(_NAN)), scale)
 
 
 def quantise(x: jax.Array, stored: FloatFormat) -> tuple[jax.Array, jax.Array]:
@@ -113,102 +114,24 @@ def quantise(x: jax.Array, stored: FloatFormat) -> tuple[jax.Array, jax.Array]:
 
 def quantise_ds_mla(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Tiles `[…, n]` of float32 as fp8_ds_mla has them: e4m3, and scales `[…, 1]` that are powers of two."""
-    largest = largest_of(jnp.where(_is_nan(_bits(x)), jnp.float32(0), x), (-1,))
+    largest = largest_of(jnp.where(is_nan(bits_of(x)), jnp.float32(0), x), (-1,))
     # The first power of two not below largest / 448. Exponents count in steps of 2^23, so the difference of the bits,
     # rounded up to such a step, is the difference of the exponents: exact, also where divisions are not.
-    bits = _bits(largest).astype(jnp.int32)
-    steps = (bits - _bits(jnp.float32(FP8_DS_MLA.largest)).astype(jnp.int32) + 0x7FFFFF) & ~0x7FFFFF
-    power = jnp.maximum(steps + 0x3F800000, _bits(jnp.float32(DS_MLA_SMALLEST_SCALE)).astype(jnp.int32))
-    scale = _float(jnp.where(bits == _INFINITY, _INFINITY, power).astype(jnp.uint32))[..., None]
+    bits = bits_of(largest).astype(jnp.int32)
+    steps = (bits - bits_of(jnp.float32(FP8_DS_MLA.largest)).astype(jnp.int32) + 0x7FFFFF) & ~0x7FFFFF
+    power = jnp.maximum(steps + 0x3F800000, bits_of(jnp.float32(DS_MLA_SMALLEST_SCALE)).astype(jnp.int32))
+    scale = float_of(jnp.where(bits == INFINITY, INFINITY, power).astype(jnp.uint32))[..., None]
     return encode(divide(x, scale), FP8_DS_MLA), scale
 
 
 def quantise_nvfp4(x: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Rows of float32 as bytes of two elements, and the e4m3 scales of their groups, which a static scale divides."""
     x, scale = x.reshape(*x.shape[:-1], -1, NVFP4_GROUP), scale[..., None]
-    group_scales = encode(divide(_sixth(largest_of(x, (-1,)))[..., None], scale), E4M3)
+    group_scales = encode(divide(sixth(largest_of(x, (-1,)))[..., None], scale), E4M3)
     numbers = decode(group_scales, E4M3)
     # Elements of a group whose scale is zero become zero.
     product = times(numbers, scale)
     factor = jnp.where(numbers == 0, jnp.float32(0), divide(jnp.ones_like(product), product))
-    x, x_factor = _normal(x)
+    x, x_factor = normal(x)
     codes = encode(x * (factor * x_factor), NVFP4)
     return pack(codes.reshape(*x.shape[:-2], -1), NVFP4), group_scales[..., 0]
-
-
-# ---- arithmetic as IEEE 754 has it
-
-
-def divide(x: jax.Array, y: jax.Array) -> jax.Array:
-    """`x / y`, for y in which XLA would take shortcuts. A subnormal quotient becomes zero.
-
-    It multiplies by the reciprocal of a broadcast scalar, hence the barrier. And XLA's CPU code reads subnormal
-    numbers as zero: they are brought into the normal range, and the quotient back.
-    """
-    x, x_factor = _normal(x)
-    y, y_factor = _normal(lax.optimization_barrier(jnp.broadcast_to(y, x.shape)))
-    return x / y * x_factor / y_factor
-
-
-def times(x: jax.Array, y: jax.Array) -> jax.Array:
-    """`x * y`, where y or the product is subnormal too. x is zero or has 8 significant bits and at least 2^-24."""
-    x, y = jnp.broadcast_arrays(x, y)
-    x_bits, y_bits = _bits(x), _bits(y)
-    x_exponent, y_exponent = (((b >> 23) & 0xFF).astype(jnp.int32) for b in (x_bits, y_bits))
-    # Significands as integers: their product fits 32 bits, and counts multiples of 2^(shift - 149).
-    x_whole = jnp.where(x_exponent > 0, (x_bits & 0x7FFFFF | 0x800000) >> 16, 0)
-    y_whole = y_bits & 0x7FFFFF | jnp.where(y_exponent > 0, jnp.uint32(0x800000), 0)
-    product = x_whole * y_whole
-    shift = x_exponent - 134 + jnp.maximum(y_exponent, 1) - 1
-    down, up = (jnp.clip(s, 0, 31).astype(jnp.uint32) for s in (-shift, shift))
-    last = jnp.uint32(1) << down
-    multiple = _round_up(product >> down, 2 * (product & (last - 1)), last)
-    tiny = (multiple <= (jnp.uint32(0x800000) >> up)) & jnp.isfinite(x) & jnp.isfinite(y)
-    y, factor = _normal(y)
-    return jnp.where(tiny, _float(multiple << up | (x_bits ^ y_bits) & jnp.uint32(1 << 31)), x * y * factor)
-
-
-def _sixth(x: jax.Array) -> jax.Array:
-    """`x / 6`, where x or the quotient is subnormal too. x is not negative."""
-    bits = _bits(x)
-    # Below 6 · 2^-126, a number is a small multiple of 2^-149, and so is the quotient.
-    shift = jnp.clip(bits >> 23, 1, 3) - 1
-    multiple = jnp.where(bits >= 0x800000, (bits & 0x7FFFFF | 0x800000) << shift, bits)
-    tiny = _float(_round_up(multiple // 6, 2 * (multiple % 6), jnp.uint32(6)))
-    return jnp.where(bits < np.float32(6 * SMALLEST_SCALE).view(np.uint32), tiny, divide(x, _unfolded(6, bits)))
-
-
-def _unfolded(number: float, bits: jax.Array) -> jax.Array:
-    """A number that XLA cannot know: on GPUs it drops barriers and multiplies by the reciprocal of a constant.
-
-    `bits` are of numbers without a sign, so never all ones.
-    """
-    return jnp.where(bits == np.uint32(0xFFFFFFFF), jnp.float32(1), jnp.float32(number))
-
-
-def _round_up(whole: jax.Array, twice_rest: jax.Array, divisor: jax.Array) -> jax.Array:
-    """`whole + rest / divisor` as an integer, the nearest, or the even one of two."""
-    up = (twice_rest > divisor) | ((twice_rest == divisor) & (whole & 1 == 1))
-    return whole + up.astype(jnp.uint32)
-
-
-def _normal(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(y, f) with x = y·f and y normal, or zero, infinite or NaN."""
-    bits = _bits(x)
-    subnormal = (bits & _INFINITY) == 0
-    # A subnormal is mantissa · 2^-149; times 2^24 it is normal.
-    scaled = (bits & 0x7FFFFF).astype(jnp.float32) * jnp.float32(2.0**-125)
-    y = jnp.where(subnormal, jnp.copysign(scaled, x), x)
-    return y, jnp.where(subnormal, jnp.float32(2.0**-24), jnp.float32(1))
-
-
-def _is_nan(bits: jax.Array) -> jax.Array:
-    return (bits & 0x7FFFFFFF) > _INFINITY
-
-
-def _bits(x: jax.Array) -> jax.Array:
-    return lax.bitcast_convert_type(x, jnp.uint32)
-
-
-def _float(bits: jax.Array) -> jax.Array:
-    return lax.bitcast_convert_type(bits, jnp.float32)

@@ -13,7 +13,8 @@ from jax import lax
 from jaxkv._call import CacheOperands, CacheOptions, ReadOperands, ReadOptions
 from jaxkv._mesh import vary, varying_axes
 from jaxkv._xla.access import Source
-from jaxkv._xla.formats import encode, times
+from jaxkv._xla.arithmetic import times
+from jaxkv._xla.formats import encode
 from kvcore.contract.read import Attention, Gather
 
 _TILE = 256

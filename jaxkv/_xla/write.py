@@ -3,15 +3,37 @@
 import jax
 import jax.numpy as jnp
 
-from jaxkv._call import WriteOperands, WriteOptions
+from jaxkv._call import CacheOptions, WriteOperands, WriteOptions
 from jaxkv._xla.access import parts_of, put
-from jaxkv._xla.formats import divide, encode, pack, quantise, quantise_ds_mla, quantise_nvfp4, to_bytes
+from jaxkv._xla.arithmetic import divide
+from jaxkv._xla.formats import encode, pack, quantise, quantise_ds_mla, quantise_nvfp4, to_bytes
 from kvcore.contract.write import Write
 from kvcore.formats import DS_MLA_GROUP, FP8_DS_MLA, NVFP4
 
 
 def write(call: Write, options: WriteOptions, operands: WriteOperands) -> list[jax.Array]:
     """The new arrays. A scatter for each of K, V and their scales, over blocks and slots: in place where donated."""
+    written = operands.slot_mapping.shape[0]
+    rows = operands.key[:written], operands.value[:written]
+    return write_rows(call, options.cache, operands, rows, computed=(False, False))
+
+
+def write_rows(
+    call: Write,
+    options: CacheOptions,
+    operands: WriteOperands,
+    rows: tuple[jax.Array, jax.Array],
+    computed: tuple[bool, bool],
+) -> list[jax.Array]:
+    """The new arrays after a write of rows that may have been computed of key and value.
+
+    Args:
+        call: What is written.
+        options: Of the cache.
+        operands: The cache and the slots.
+        rows: Of K and V, as many as there are slots.
+        computed: Whether those of K, and of V, have been computed; then they are float32.
+    """
     extents, cache = call.cache.extents, operands.cache
     slots = operands.slot_mapping
     written = (slots >= 0) & (slots < extents.num_slots)
@@ -19,28 +41,28 @@ def write(call: Write, options: WriteOptions, operands: WriteOperands) -> list[j
         # What is skipped goes to a block that does not exist, and is dropped.
         "block": jnp.where(written, slots // extents.block_size, extents.num_blocks).astype(jnp.int32),
         "slot": (slots % extents.block_size).astype(jnp.int32),
-        "layer": jnp.int32(options.cache.layer or 0) if cache.layer is None else cache.layer[0].astype(jnp.int32),
+        "layer": jnp.int32(options.layer or 0) if cache.layer is None else cache.layer[0].astype(jnp.int32),
     }
     memory = list(cache.memory)
     if 0 in (slots.size, memory[0].size):
         return memory
     shapes = [array.shape for array in memory]
-    key, value = operands.key[: slots.shape[0]], operands.value[: slots.shape[0]]
     if call.cache.format == FP8_DS_MLA:
         part, _ = parts_of(call.cache, shapes, None, 0)
-        return [put(memory[0], part, indices, _rows_of_mla(key, value, call))]
-    for kv, (rows, scale) in enumerate(((key, cache.k_scale), (value, cache.v_scale))):
-        parts = parts_of(call.cache, shapes, options.cache.scale_layout, kv)
-        for part, units in zip(parts, _encode(rows, call, scale), strict=True):
+        return [put(memory[0], part, indices, _rows_of_mla(*rows, call))]
+    for kv, (array, scale) in enumerate(zip(rows, (cache.k_scale, cache.v_scale), strict=True)):
+        copies = call.copies and not computed[kv]
+        parts = parts_of(call.cache, shapes, options.scale_layout, kv)
+        for part, units in zip(parts, _encode(array, call, scale, copies), strict=True):
             if part is not None and units is not None:
                 memory[part.array] = put(memory[part.array], part, indices, units)
     return memory
 
 
-def _encode(rows: jax.Array, call: Write, scale: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
-    """Bits of elements, and of scales that are computed."""
+def _encode(rows: jax.Array, call: Write, scale: jax.Array | None, copies: bool) -> tuple[jax.Array, jax.Array | None]:
+    """Bits of elements, and of scales that are computed; rows as they are if it `copies`."""
     stored = call.cache.format
-    if call.copies:
+    if copies:
         return rows, None
     rows = rows.astype(jnp.float32)
     scale = None if scale is None else scale.reshape(-1, 1)  # of heads, or of all

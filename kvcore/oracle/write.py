@@ -29,7 +29,7 @@ def reshape_and_cache_flash(
     """Writes key and value into the two caches, in place."""
     layout = CacheLayout.of(layout)
     caches = (key_cache, value_cache)
-    _write(key, value, caches, slot_mapping, kv_cache_dtype, (k_scale, v_scale), layout, layer)
+    write_rows(key, value, caches, slot_mapping, kv_cache_dtype, (k_scale, v_scale), layout, layer)
 
 
 def reshape_and_cache_flash_diffkv(
@@ -46,7 +46,7 @@ def reshape_and_cache_flash_diffkv(
 ) -> None:
     """Writes key and value into the one cache, in place."""
     layout = CacheLayout.of(layout)
-    _write(key, value, (kv_cache,), slot_mapping, kv_cache_dtype, (k_scale, v_scale), layout, layer)
+    write_rows(key, value, (kv_cache,), slot_mapping, kv_cache_dtype, (k_scale, v_scale), layout, layer)
 
 
 def reshape_and_cache_flash_per_token_head_quant(
@@ -67,7 +67,7 @@ def reshape_and_cache_flash_per_token_head_quant(
     layout = CacheLayout.of(layout)
     scales = (k_scale_cache, v_scale_cache)
     caches = (key_cache, value_cache)
-    _write(key, value, caches, slot_mapping, kv_cache_dtype, (None, None), layout, layer, scales, scale_layout)
+    write_rows(key, value, caches, slot_mapping, kv_cache_dtype, (None, None), layout, layer, scales, scale_layout)
 
 
 def reshape_and_cache_flash_diffkv_per_token_head_quant(
@@ -86,7 +86,7 @@ def reshape_and_cache_flash_diffkv_per_token_head_quant(
     """Writes key and value into the one cache, and a scale for each token's head into the scale caches, in place."""
     layout = CacheLayout.of(layout)
     scales = (k_scale_cache, v_scale_cache)
-    _write(key, value, (kv_cache,), slot_mapping, kv_cache_dtype, (None, None), layout, layer, scales, scale_layout)
+    write_rows(key, value, (kv_cache,), slot_mapping, kv_cache_dtype, (None, None), layout, layer, scales, scale_layout)
 
 
 def concat_and_cache_mla(
@@ -104,7 +104,7 @@ def concat_and_cache_mla(
     if kv_cache_dtype != "fp8_ds_mla":
         layout = CacheLayout.PACKED_NHD if layer is None else CacheLayout.PACKED_NHD.with_layer()
         rows = (kv_cache[..., None, :],)
-        _write(key, value, rows, slot_mapping, kv_cache_dtype, (scale, scale), layout, layer)
+        write_rows(key, value, rows, slot_mapping, kv_cache_dtype, (scale, scale), layout, layer)
         return
     cache_rows = kv_cache if layer is not None else kv_cache[None]
     num_layers, num_blocks, block_size, _ = cache_rows.shape
@@ -130,7 +130,7 @@ def kv_scales(
     return k_scale, v_scale
 
 
-def _write(
+def write_rows(
     key: np.ndarray,
     value: np.ndarray,
     caches: Sequence[np.ndarray],
@@ -142,6 +142,20 @@ def _write(
     scale_caches: Sequence[np.ndarray] = (),
     scale_layout: str | None = None,
 ) -> None:
+    """Writes the rows of key and of value, each from its own dtype, into caches of any layout but MLA's, in place.
+
+    Args:
+        key: `[num_tokens, num_heads, head_size]`.
+        value: `[num_tokens, num_heads, head_size_v]`.
+        caches: The key and the value cache, or the one array of both.
+        slot_mapping: `[n]`, n ≤ num_tokens.
+        kv_cache_dtype: A name of `KV_CACHE_DTYPES`, but not "fp8_ds_mla".
+        static: Static scales of key and of value.
+        layout: Of the caches.
+        layer: Index of the layer, where caches have several.
+        scale_caches: Where each token's head has a scale: those of key and of value.
+        scale_layout: Of the scale caches.
+    """
     stored = KV_CACHE_DTYPES[kv_cache_dtype] or (FLOATS | FP8)[caches[0].dtype.name]
     units_of = views(caches, layout, key.shape[2], None, stored)
     scales = scale_views(scale_caches, scale_layout, layout) if len(scale_caches) else (None, None)
@@ -170,6 +184,3 @@ def _write(
 def _scale_of_head(scale: Scale, head: int) -> Scale:
     """A head's static scale, of one for all heads or one for each."""
     return scale[head] if isinstance(scale, np.ndarray) and scale.size > 1 else scale
-
-
-# ---- views
