@@ -279,7 +279,7 @@ def front_steps(shape: Shape, inputs: Inputs, step: Step, qkv: Array, caches: Ca
 
 
 def front_fused(shape: Shape, inputs: Inputs, step: Step, qkv: Array, caches: Caches, layer: Any) -> Any:
-    options: dict[str, Any] = {"kv_cache_dtype": shape.kv_cache_dtype, "layer": layer}
+    options: dict[str, Any] = {"rope": "neox", "kv_cache_dtype": shape.kv_cache_dtype, "layer": layer}
     if shape.norm:
         options |= {"q_norm": inputs.q_norm, "k_norm": inputs.k_norm, "eps": EPSILON}
     if shape.kv_cache_dtype != "auto":

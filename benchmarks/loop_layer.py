@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+import jaxkv
 from benchmarks.loop_forms import MAX_POSITION, Caches, Form, Inputs, Shape, Step, kv_of
 
 POISON = 0.25  # what slots hold that are not written
@@ -70,17 +71,14 @@ def loop(form: Form, shape: Shape, steps: int, unrolled: bool, x: Array, caches:
 # ---- arrays, and what is right
 
 
-@jax.jit(static_argnums=0)
 def make_inputs(shape: Shape) -> Inputs:
     keys = jax.random.split(jax.random.key(0), 6)
     bf16 = jnp.bfloat16
-    angles = jnp.arange(MAX_POSITION, dtype=jnp.float32)[:, None]
-    angles = angles * 10000.0 ** (-jnp.arange(shape.head_size // 2, dtype=jnp.float32) / (shape.head_size // 2))[None]
     return Inputs(
         weights=jax.random.normal(keys[0], (shape.hidden, shape.columns), bf16) * bf16(shape.hidden**-0.5),
         slots=jax.random.permutation(keys[1], shape.slots)[: shape.tokens].astype(jnp.int32),
         positions=jax.random.randint(keys[2], (shape.tokens,), 0, MAX_POSITION, jnp.int32),
-        cos_sin=jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=1),
+        cos_sin=jaxkv.rope_table({"head_dim": shape.head_size}, MAX_POSITION),
         q_norm=jax.random.uniform(keys[3], (shape.head_size,), bf16, 0.5, 1.5),
         k_norm=jax.random.uniform(keys[4], (shape.head_size,), bf16, 0.5, 1.5),
         k_scale=jnp.full(1, SCALE, jnp.float32),

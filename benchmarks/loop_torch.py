@@ -70,9 +70,7 @@ class Inputs:
         self.scale_caches = [torch.zeros(shape[:3], device=device) for _ in range(2 * case.token_head)]
         static = case.kv_cache_dtype != "auto" and not case.token_head
         self.scales = [torch.full((1,), SCALE * n, device=device) for n in (1, 2)] if static else []
-        exponents = torch.arange(head_size // 2, device=device) / (head_size // 2)
-        angles = torch.arange(MAX_POSITION, device=device)[:, None] * 10000.0**-exponents
-        self.cos_sin = torch.cat([angles.cos(), angles.sin()], dim=1)
+        self.cos_sin = torchkv.rope_table({"head_dim": head_size}, MAX_POSITION, device=device)
         weights = torch.rand((2, head_size), device=device, generator=generator) + 0.5
         self.norms = list(weights.bfloat16()) if case.norm else [None, None]
         self.sets = []
@@ -96,12 +94,12 @@ Peer = Callable[[Inputs, Set], Callable[[], torch.Tensor]]
 
 
 def fused(inputs: Inputs, of: Set) -> Callable[[], torch.Tensor]:
-    options: dict[str, Any] = {"kv_cache_dtype": inputs.case.kv_cache_dtype, "eps": EPSILON, "out": of.out}
+    options: dict[str, Any] = {"rope": "neox", "kv_cache_dtype": inputs.case.kv_cache_dtype, "eps": EPSILON}
     options |= dict(zip(("q_norm", "k_norm"), inputs.norms, strict=True))
     options |= dict(zip(("k_scale", "v_scale"), inputs.scales, strict=False))
     caches = (*inputs.caches, *inputs.scale_caches)
     rows = of.query, of.key, of.value, caches, of.positions, inputs.cos_sin, of.slots
-    return lambda: torchkv.rope_and_cache(*rows, **options)
+    return lambda: torchkv.rope_and_cache(*rows, **options, out=of.out)
 
 
 def separate(inputs: Inputs, of: Set) -> Callable[[], torch.Tensor]:

@@ -137,7 +137,7 @@ def test_decode(tmp_path):
     (row,) = found["rows"]
     assert row["failed"] == {}
     assert row["finite"]
-    for key in ("step_ms", "limit_ms", "ratio", "tokens_s", "no_attention_ms", "no_write_ms", "no_head_ms"):
+    for key in ("step_ms", "limit_ms", "ratio", "tokens_s", "no_attention_ms", "no_rope_and_cache_ms", "no_head_ms"):
         assert row[key] > 0
 
 
