@@ -32,6 +32,7 @@ from jaxkv.read import gather_kv, paged_attention
 from jaxkv.rope import rope_and_cache
 from jaxkv.scales import kv_scales
 from jaxkv.tables import rope_table
+from jaxkv.views import heads
 from jaxkv.write import reshape_and_cache_flash, reshape_and_cache_flash_diffkv
 from kvcore.layout import CacheLayout
 from kvcore.slots import check_tables, find_duplicate_slots
@@ -43,6 +44,7 @@ __all__ = [
     "concat_and_cache_mla",
     "find_duplicate_slots",
     "gather_kv",
+    "heads",
     "kv_scales",
     "merge_attention",
     "paged_attention",

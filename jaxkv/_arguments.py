@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from jaxkv._views import Heads, is_view
 from kvcore.contract.checks import is_number
 
 ArrayLike = jax.Array | np.ndarray | list[Any]
+TokenRows = ArrayLike | Heads
 Scale = ArrayLike | float | np.floating[Any] | np.integer[Any]
 Index = ArrayLike | int | np.integer[Any]
 
@@ -20,16 +22,23 @@ BACKENDS = ("triton", "xla", "interpret")
 def as_array(argument: Any) -> Any:
     """An array of JAX, or still of NumPy, so that the contract sees a dtype that JAX would narrow.
 
-    Refs are read. Lists of numbers are float32, as single numbers are.
+    Refs are read, and views sliced. Lists of numbers are float32, as single numbers are.
     """
     if isinstance(argument, jax.Ref):
         return argument[...]
+    if is_view(argument):
+        return argument.check().sliced()
     if hasattr(argument, "dtype"):
         return argument
     numbers = _numbers(argument)
     if numbers is None:
         return jnp.asarray(argument)
     return numbers.astype(np.float32) if numbers.dtype.kind in "iuf" else numbers
+
+
+def as_rows(argument: Any) -> Any:
+    """Key, value or query: an array as `as_array` has it, or a view, whose array is checked to have the heads."""
+    return argument.check() if is_view(argument) else as_array(argument)
 
 
 def as_scale(scale: Any) -> Any:
@@ -49,8 +58,8 @@ def as_indices(indices: Any, lengths: bool = False) -> Any:
 
     What does not fit stays as far outside as it was: a slot or block becomes -1, lengths and starts the nearest number.
     """
-    if isinstance(indices, jax.Ref):
-        indices = indices[...]
+    if isinstance(indices, jax.Ref) or is_view(indices):
+        indices = as_array(indices)
     if not hasattr(indices, "dtype"):
         numbers = _numbers(indices)
         indices = jnp.asarray(indices) if numbers is None else numbers

@@ -1,8 +1,9 @@
 """A call of an op, as primitives and backends pass it on: its options and its operands.
 
 Options are the static half: hashable, and without shapes, which sharding and batching change. Operands are the arrays,
-a pytree with a name for each; the same classes hold specs, shardings or partition specs instead of arrays. Both halves
-have a part `cache`, the same for all ops. `options.describe(operands)` is the contract's description of the call.
+a pytree with a name for each; the same classes hold specs, shardings or partition specs instead of arrays. Key, value
+and query may be views of heads (`jaxkv._views`), whose one leaf is the array that they are of. Both halves have a part
+`cache`, the same for all ops. `options.describe(operands)` is the contract's description of the call.
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxkv._views import Heads, is_view
 from kvcore.arrays import ArraySpec, array_names
 from kvcore.contract.cache import CacheArguments
 from kvcore.contract.read import Attention, AttentionOptions, Gather, check_attention, check_gather
@@ -105,8 +107,8 @@ class WriteOperands(NamedTuple):
     """The arrays of a write.
 
     Attributes:
-        key: `(num_tokens, num_heads, head_size)`.
-        value: `(num_tokens, num_heads, head_size_v)`.
+        key: `(num_tokens, num_heads, head_size)`; it may be a view.
+        value: `(num_tokens, num_heads, head_size_v)`; it may be a view.
         cache: What is written.
         slot_mapping: `(n,)`.
     """
@@ -118,7 +120,7 @@ class WriteOperands(NamedTuple):
 
     @property
     def updated(self) -> tuple[Any, ...]:
-        """The operands whose new states are the results."""
+        """The operands whose new states are the results, with their shapes and dtypes."""
         return self.cache.memory
 
     def named(self) -> dict[str, Any]:
@@ -141,7 +143,7 @@ class WriteOptions(NamedTuple):
 
     def describe(self, operands: WriteOperands) -> Write:
         """The contract's description of the write."""
-        specs = jax.tree.map(spec_of, operands)
+        specs = specs_of(operands)
         return check_write(specs.key, specs.value, specs.slot_mapping, self.cache.arguments(specs.cache))
 
 
@@ -149,7 +151,7 @@ class ReadOperands(NamedTuple):
     """The arrays of an attention or a gather.
 
     Attributes:
-        query: `(num_tokens, num_q_heads, head_size)`; None for a gather.
+        query: `(num_tokens, num_q_heads, head_size)`, maybe a view; None for a gather.
         cache: What is read.
         block_tables: `(num_seqs, max_blocks)`.
         seq_lens: `(num_seqs,)`.
@@ -202,7 +204,7 @@ class ReadOptions(NamedTuple):
 
     def describe(self, operands: ReadOperands) -> Attention | Gather:
         """The contract's description of the read."""
-        specs = jax.tree.map(spec_of, operands)
+        specs = specs_of(operands)
         k_scale, v_scale = specs.cache.scales  # users pass scale caches as k_scale and v_scale, and errors say so
         cache = specs.cache._replace(scale_caches=(), k_scale=k_scale, v_scale=v_scale)
         arguments = self.cache.arguments(cache)
@@ -222,8 +224,15 @@ def layer_of(options: CacheOptions, operands: CacheOperands) -> Any:
     return options.layer if operands.layer is None else operands.layer
 
 
+def specs_of(operands: Any) -> Any:
+    """Operands, a pytree, with specs in place of arrays and views."""
+    return jax.tree.map(spec_of, operands, is_leaf=is_view)
+
+
 def spec_of(array: Any) -> ArraySpec:
-    """What the contract asks of an array."""
+    """What the contract asks of an array, or of a view."""
+    if isinstance(array, Heads):
+        return array.check().spec
     return ArraySpec(tuple(array.shape), np.dtype(array.dtype).name)
 
 

@@ -3,6 +3,7 @@
 Only heads are ever split: every device has all slots of some heads, so that no op needs to communicate.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxkv._call import CacheOperands, CacheOptions
+from jaxkv._views import Heads
+from kvcore.contract.views import groups_error, split_error
 from kvcore.formats import NVFP4
 from kvcore.pattern import Axis
 from kvcore.scales import region_start
@@ -133,6 +136,83 @@ def cache_specs(options: CacheOptions, operands: CacheOperands, mesh_axes: Any) 
         .with_memory(memory)
         ._replace(k_scale=_scale_spec(operands.k_scale, mesh_axes), v_scale=_scale_spec(operands.v_scale, mesh_axes))
     )
+
+
+def head_specs(rows: Any, mesh_axes: Any) -> Any:
+    """The spec of key, value or query with heads split over mesh axes; of a view, in place of its array.
+
+    Heads of groups are split by splitting the groups. `check_views` refuses those of other views.
+    """
+    if not isinstance(rows, Heads):
+        return P(None, mesh_axes, None)
+    return replicated(rows) if rows.num_groups is None else rows.with_array(P(None, mesh_axes, None, None))
+
+
+def head_factor(rows: Any, factor: str | None) -> Any:
+    """As `head_specs`, for a factor of heads in place of mesh axes: without it where no axis has one entry a head."""
+    one_a_head = not isinstance(rows, Heads) or rows.num_groups == rows.shape[1]
+    return head_specs(rows, factor if one_a_head else None)
+
+
+def check_views(operands: Any, specs: Any, mesh_axes: Any) -> None:
+    """Checks that views of heads can be split as the heads of the caches are, and are not split in a way of their own.
+
+    Args:
+        operands: Of an op; arrays with a mesh, of which only shapes count.
+        specs: That they have.
+        mesh_axes: Over which heads are split; None if they are not.
+
+    Raises:
+        ValueError: heads that follow each other are split: a device has no way to know which of them are its own.
+    """
+    present = specs.named()
+    for name, view in _views(operands):
+        shape, mesh = view.array.shape, jax.typeof(view.array).sharding.mesh
+        devices = _num_devices(mesh, mesh_axes)
+        if view.num_groups is not None and view.num_groups % devices:
+            raise groups_error(name, shape, devices)
+        if view.kind in ("heads", "flat"):
+            devices = max(devices, _num_devices(mesh, (*present[name].array, None, None)[1]))
+            if devices > 1:
+                raise split_error(name, shape, devices)
+
+
+def check_split_views(options: CacheOptions, operands: Any) -> None:
+    """Checks views whose arrays XLA has split, or the caches: a device must have whole heads, and know which ones.
+
+    Args:
+        options: Of the cache.
+        operands: Of an op; types with shardings.
+
+    Raises:
+        ValueError: it has not, or does not.
+    """
+    cache = operands.cache.caches[0]
+    axes = zip(options.arrays[0], _num_parts(cache), strict=True)
+    of_cache = max((parts for axis, parts in axes if "head" in axis), default=1)
+    for name, view in _views(operands):
+        parts = _num_parts(view.array)[1 if view.num_groups is None else 2 :]
+        devices = max(*parts, of_cache if view.kind in ("heads", "flat") else 1)
+        if devices > 1:
+            raise split_error(name, view.array.shape, devices)
+
+
+def _num_parts(array: Any) -> list[int]:
+    """Into how many parts each axis of an array is split; an axis without entries into none."""
+    return [
+        -(-size // max(part, 1))
+        for size, part in zip(array.shape, array.sharding.shard_shape(array.shape), strict=True)
+    ]
+
+
+def _views(operands: Any) -> list[tuple[str, Heads]]:
+    return [(name, operand) for name, operand in operands.named().items() if isinstance(operand, Heads)]
+
+
+def _num_devices(mesh: Any, mesh_axes: Any) -> int:
+    """Devices along mesh axes."""
+    names = mesh_axes if isinstance(mesh_axes, tuple) else () if mesh_axes is None else (mesh_axes,)
+    return math.prod(mesh.shape[name] for name in names)
 
 
 def _scale_spec(scale: Any | None, mesh_axes: Any) -> P | None:

@@ -2,9 +2,7 @@
 
 from typing import Any, NamedTuple
 
-import jax
-
-from jaxkv._call import CacheOperands, CacheOptions, WriteOperands, spec_of
+from jaxkv._call import CacheOperands, CacheOptions, WriteOperands, specs_of
 from kvcore.contract.rope import Rope, RopeOptions, describe_rope
 
 
@@ -12,7 +10,7 @@ class RotatedWriteOperands(NamedTuple):
     """The arrays of a write of keys that are rotated before, with their queries.
 
     Attributes:
-        query: `(num_tokens, num_q_heads, head_size)`.
+        query: `(num_tokens, num_q_heads, head_size)`; it may be a view, like the next two.
         key: `(num_tokens, num_heads, head_size)`; of MLA kv_c, with one head.
         value: `(num_tokens, num_heads, head_size_v)`; of MLA k_pe, with one head.
         cache: What is written.
@@ -40,7 +38,7 @@ class RotatedWriteOperands(NamedTuple):
 
     @property
     def updated(self) -> tuple[Any, ...]:
-        """The operands whose new states are the results: query, caches, scale caches."""
+        """The operands whose new states are the results, with their shapes and dtypes: query, caches, scale caches."""
         return self.query, *self.cache.memory
 
     def named(self) -> dict[str, Any]:
@@ -69,7 +67,7 @@ class RotatedWriteOptions(NamedTuple):
 
     def describe(self, operands: RotatedWriteOperands) -> Rope:
         """The contract's description of the call."""
-        specs = jax.tree.map(spec_of, operands)
+        specs = specs_of(operands)
         return describe_rope(
             specs.query, specs.key, specs.value, specs.positions, specs.cos_sin, specs.slot_mapping, specs.q_norm,
             specs.k_norm, self.rope, self.cache.arguments(specs.cache), self.latent,

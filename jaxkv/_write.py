@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxkv._arguments import BACKENDS, as_array, as_indices, as_layer, as_scale, with_axis
+from jaxkv._arguments import BACKENDS, as_array, as_indices, as_layer, as_rows, as_scale, with_axis
 from jaxkv._call import CacheOperands, CacheOptions, WriteOperands, WriteOptions, spec_of
 from jaxkv._primitive.write import write
 from kvcore.arrays import array_names
@@ -56,7 +56,7 @@ def write_caches(
     """
     k_scale, v_scale, layer = as_scale(k_scale), as_scale(v_scale), as_layer(layer)
     check_options(kv_cache_dtype, k_scale, v_scale, layer, backend, BACKENDS)
-    key, value, slot_mapping = as_array(key), as_array(value), as_indices(slot_mapping)
+    key, value, slot_mapping = as_rows(key), as_rows(value), as_indices(slot_mapping)
     memory = as_memories(caches, scale_caches)
     arguments = cache_arguments(
         memory, len(caches), kv_cache_dtype, k_scale, v_scale, layout, layer, scale_layout, shape
@@ -64,7 +64,7 @@ def write_caches(
     described = check_write(spec_of(key), spec_of(value), spec_of(slot_mapping), arguments)
     cache_options, cache = cache_of(described, arguments, k_scale, v_scale, layer)
     options = WriteOptions(cache_options, backend)
-    operands = WriteOperands(jnp.asarray(key), jnp.asarray(value), cache, jnp.asarray(slot_mapping))
+    operands = jax.tree.map(jnp.asarray, WriteOperands(key, value, cache, slot_mapping))
     _, new = update(write, options, memory, operands, shape)
     return new
 

@@ -9,16 +9,14 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxkv._arguments import BACKENDS, ArrayLike, Index, Scale, as_array, as_scale, dtype_name
-from jaxkv._call import spec_of
-from jaxkv._mesh import mesh_axes_by_name, used_spec
+from jaxkv._arguments import ArrayLike, Index, Scale, TokenRows, as_rows, dtype_name
+from jaxkv._memory import allocate
 from jaxkv._write import write_caches
 from jaxkv.mla import write_latent
 from jaxkv.read import AttendOptions, gather_kv, paged_attention
 from jaxkv.rope import rope_and_cache
 from kvcore.cache_spec import CacheSpec, Described
 from kvcore.choices import JaxBackend, KVCacheDtype, Layout, RopeName
-from kvcore.contract.checks import check_options, check_scale
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["caches", "k_scale", "v_scale"], meta_fields=["spec"])
@@ -105,33 +103,13 @@ class PagedKVCache(Described):
             kv_cache_dtype, per_token_head, scale_layout, num_kv_heads,
         )  # fmt: skip
         spec.check_scales(k_scale, v_scale)
-        splits: list[dict[str, Any]] = [{}] * len(spec.shapes)
-        if isinstance(sharding, jax.sharding.NamedSharding):
-            splits = [mesh_axes_by_name(axes, used_spec(sharding)) for axes in spec.layout.arrays]
-        caches = tuple(jnp.zeros(shape, spec.dtype, device=sharding) for shape in spec.shapes)
-
-        if spec.scale_layout is None:
-            scales = {"k_scale": as_scale(k_scale), "v_scale": as_scale(v_scale)}
-            check_options(kv_cache_dtype, scales["k_scale"], scales["v_scale"], None, None, BACKENDS)
-            for given, scale in scales.items():
-                if scale is not None:
-                    check_scale(given, spec_of(scale), spec.num_heads)
-            return cls(caches, spec, **jax.tree.map(jnp.asarray, scales))
-        shardings = [sharding] * 2
-        if isinstance(sharding, jax.sharding.NamedSharding):
-            shardings = [
-                jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*(split.get(a[0]) for a in axes)))
-                for split, (*axes, _) in zip((splits[0], splits[-1]), spec.scale_layout.arrays, strict=True)
-            ]
-        scale_caches = (
-            jnp.zeros(shape, jnp.float32, device=s) for shape, s in zip(spec.scale_shapes, shardings, strict=True)
-        )
-        return cls(caches, spec, *scale_caches)
+        caches, scales = allocate(spec, k_scale, v_scale, sharding)
+        return cls(caches, spec, *scales)
 
     def write(
         self,
-        key: ArrayLike,
-        value: ArrayLike,
+        key: TokenRows,
+        value: TokenRows,
         slot_mapping: ArrayLike,
         *,
         layer: Index | None = None,
@@ -153,30 +131,25 @@ class PagedKVCache(Described):
             The new cache: the same memory, where this one was donated or is not used again.
         """
         spec, layout = self.spec, self.spec.layout
-        keys, values = as_array(key), as_array(value)
+        keys, values = as_rows(key), as_rows(value)
         spec.check_rows(keys.shape, values.shape)
         if layout.latent:
-            kv_cache = write_latent(
-                keys, values, self.caches[0], slot_mapping, spec.kv_cache_dtype, self.k_scale, layout, layer, backend
-            )
-            return replace(self, caches=(kv_cache,))
-        scales, scale_caches = self._scales
-        new = write_caches(
-            keys, values, self.caches, slot_mapping, spec.kv_cache_dtype, *scales, layout, layer, backend,
-            scale_caches, spec.scale_layout,
-        )  # fmt: skip
-        return self._with(new)
+            rest = (slot_mapping, spec.kv_cache_dtype, self.k_scale, layout, layer, backend)
+            return replace(self, caches=(write_latent(keys, values, self.caches[0], *rest),))
+        scale_caches, options = self._writing
+        options |= {"layer": layer, "backend": backend, "scale_caches": scale_caches}
+        return self._with(write_caches(keys, values, self.caches, slot_mapping, **options))
 
     def rope_and_cache(
         self,
-        query: ArrayLike,
-        key: ArrayLike,
-        value: ArrayLike,
+        query: TokenRows,
+        key: TokenRows,
+        value: TokenRows,
         positions: ArrayLike,
         cos_sin: ArrayLike,
         slot_mapping: ArrayLike,
         *,
-        rope: RopeName,
+        rope: RopeName = "neox",
         rotary_dim: int | None = None,
         mrope_section: Sequence[int] | None = None,
         q_norm: ArrayLike | None = None,
@@ -188,14 +161,12 @@ class PagedKVCache(Described):
         """Rotates queries and keys, and writes keys and values. The function `rope_and_cache` tells more of each.
 
         Args:
-            query: `[num_tokens, num_q_heads, head_size]` of float16, bfloat16 or float32. With the layout
-                `block slot latent`, heads have the size of k_pe.
+            query: `[num_tokens, num_q_heads, head_size]`; with `block slot latent`, heads have the size of k_pe.
             key: `[num_tokens, num_heads, head_size]` of query's dtype; with `block slot latent`, kv_c.
             value: `[num_tokens, num_heads, head_size_v]` of query's dtype; with `block slot latent`, k_pe.
             positions: `[num_tokens]` of int32 or int64; `[3, num_tokens]` with mrope_section.
             cos_sin: `[max_position, rotary_dim]` of float32 or query's dtype: cosines of each pair, then sines.
-            slot_mapping: `[n]` of int32 or int64, n ≤ num_tokens: slots of the first n tokens. Outside the cache is
-                skipped.
+            slot_mapping: `[n]` of int32 or int64, n ≤ num_tokens: slots of the first n tokens.
             rope: "neox" or "gptj".
             rotary_dim: How many elements of a head are rotated; None means all.
             mrope_section: How many pairs have the angles of each of three rows of positions.
@@ -208,22 +179,20 @@ class PagedKVCache(Described):
         Returns:
             The rotated query, and the new cache: the same memory, where this one was donated or is not used again.
         """
-        spec = self.spec
-        keys, values = as_array(key), as_array(value)
-        spec.check_rows(keys.shape, values.shape)
-        (k_scale, v_scale), scale_caches = self._scales
+        keys, values = as_rows(key), as_rows(value)
+        self.spec.check_rows(keys.shape, values.shape)
+        scale_caches, options = self._writing
         rotated, *new = rope_and_cache(
             query, keys, values, (*self.caches, *scale_caches), positions, cos_sin, slot_mapping, rope=rope,
             rotary_dim=rotary_dim, mrope_section=mrope_section, q_norm=q_norm, k_norm=k_norm, eps=eps,
-            kv_cache_dtype=spec.kv_cache_dtype, k_scale=k_scale, v_scale=v_scale, layout=spec.layout,
-            scale_layout=spec.scale_layout, layer=layer, backend=backend,
+            layer=layer, backend=backend, **options,
         )  # fmt: skip
         return rotated, self._with(new)
 
     @overload
     def attend(
         self,
-        query: ArrayLike,
+        query: TokenRows,
         block_tables: ArrayLike,
         seq_lens: ArrayLike,
         *,
@@ -233,7 +202,7 @@ class PagedKVCache(Described):
     @overload
     def attend(
         self,
-        query: ArrayLike,
+        query: TokenRows,
         block_tables: ArrayLike,
         seq_lens: ArrayLike,
         *,
@@ -243,7 +212,7 @@ class PagedKVCache(Described):
     @overload
     def attend(
         self,
-        query: ArrayLike,
+        query: TokenRows,
         block_tables: ArrayLike,
         seq_lens: ArrayLike,
         *,
@@ -252,7 +221,7 @@ class PagedKVCache(Described):
     ) -> jax.Array | tuple[jax.Array, jax.Array]: ...
     def attend(
         self,
-        query: ArrayLike,
+        query: TokenRows,
         block_tables: ArrayLike,
         seq_lens: ArrayLike,
         *,
@@ -287,7 +256,7 @@ class PagedKVCache(Described):
             `[num_tokens, num_q_heads, head_size_v]` of query's dtype; with return_lse also `[num_tokens, num_q_heads]`
             float32.
         """
-        queries = as_array(query)
+        queries = as_rows(query)
         self.spec.check_query(queries.shape)
         return paged_attention(
             queries, self.caches, block_tables, seq_lens, query_start_loc=query_start_loc, scale=scale, causal=causal,
@@ -325,10 +294,15 @@ class PagedKVCache(Described):
         )  # fmt: skip
 
     @property
-    def _scales(self) -> tuple[tuple[Any, Any], tuple[Any, ...]]:
-        """Static scales of K and V, and scale caches, as writers take them."""
-        scales = self.k_scale, self.v_scale
-        return (scales, ()) if self.spec.scale_layout is None else ((None, None), scales)
+    def _writing(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Scale caches, and the arguments that say how to write."""
+        spec, scales = self.spec, (self.k_scale, self.v_scale)
+        own = spec.scale_layout is not None
+        k_scale, v_scale = (None, None) if own else scales
+        return scales if own else (), {
+            "kv_cache_dtype": spec.kv_cache_dtype, "k_scale": k_scale, "v_scale": v_scale, "layout": spec.layout,
+            "scale_layout": spec.scale_layout,
+        }  # fmt: skip
 
     def _with(self, memory: Sequence[jax.Array]) -> "PagedKVCache":
         """The cache with new caches and scale caches."""

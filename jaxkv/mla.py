@@ -5,8 +5,9 @@ from typing import Any, TypedDict, Unpack, overload
 import jax
 import jax.numpy as jnp
 
-from jaxkv._arguments import BACKENDS, ArrayLike, Index, Scale, as_array, as_layer, as_scale
+from jaxkv._arguments import BACKENDS, ArrayLike, Index, Scale, TokenRows, as_layer, as_rows, as_scale
 from jaxkv._call import spec_of
+from jaxkv._views import as_head, split_columns
 from jaxkv._write import as_memory, write_caches
 from kvcore.choices import JaxBackend, KVCacheDtype
 from kvcore.contract.checks import check_options, check_scale, check_scale_type
@@ -24,8 +25,8 @@ class MlaKeywords(TypedDict, total=False):
 
 @overload
 def concat_and_cache_mla(
-    kv_c: ArrayLike,
-    k_pe: ArrayLike,
+    kv_c: TokenRows,
+    k_pe: TokenRows,
     kv_cache: jax.Ref,
     slot_mapping: ArrayLike,
     kv_cache_dtype: KVCacheDtype = ...,
@@ -34,8 +35,8 @@ def concat_and_cache_mla(
 ) -> None: ...
 @overload
 def concat_and_cache_mla(
-    kv_c: ArrayLike,
-    k_pe: ArrayLike,
+    kv_c: TokenRows,
+    k_pe: TokenRows,
     kv_cache: ArrayLike,
     slot_mapping: ArrayLike,
     kv_cache_dtype: KVCacheDtype = ...,
@@ -43,8 +44,8 @@ def concat_and_cache_mla(
     **options: Unpack[MlaKeywords],
 ) -> jax.Array: ...
 def concat_and_cache_mla(
-    kv_c: ArrayLike,
-    k_pe: ArrayLike,
+    kv_c: TokenRows,
+    k_pe: TokenRows,
     kv_cache: ArrayLike | jax.Ref,
     slot_mapping: ArrayLike,
     kv_cache_dtype: KVCacheDtype = "auto",
@@ -126,7 +127,7 @@ def write_latent(
     layer, scale = as_layer(layer), as_scale(scale)
     check_options(kv_cache_dtype, None, None, layer, backend, BACKENDS)
     check_scale_type("scale", scale)
-    kv_c, k_pe, kv_cache = as_array(kv_c), as_array(k_pe), as_memory(kv_cache)
+    kv_c, k_pe, kv_cache = as_rows(kv_c), as_rows(k_pe), as_memory(kv_cache)
     spec, axes = spec_of(kv_cache), layout.arrays[0]
     order = [axes.index((name,)) for name in ("layer", "block", "slot", "latent") if (name,) in axes]
     rows = spec
@@ -140,12 +141,12 @@ def write_latent(
         if kv_cache_dtype == "fp8_ds_mla":
             k_pe = jnp.zeros((k_pe.shape[0], DS_MLA_ROPE), k_pe.dtype)
         else:  # a write has two parts: the latent vector is cut in two
-            kv_c, k_pe = jnp.split(jnp.asarray(kv_c), [split_of_latent(kv_c.shape[1])], axis=1)
+            kv_c, k_pe = split_columns(kv_c, split_of_latent(kv_c.shape[1]))
     if kv_cache_dtype != "fp8_ds_mla":  # the same memory with kv_c as keys and k_pe as values of its one head
         layout = CacheLayout(layout.pattern.replace("latent", "head k+v"))
         latent_axis = order[-1]
         shape = (*shape[:latent_axis], 1, *shape[latent_axis:])
-    key, value = jnp.asarray(kv_c)[:, None], jnp.asarray(k_pe)[:, None]
+    key, value = as_head(kv_c), as_head(k_pe)
     new = write_caches(
         key, value, (kv_cache,), slot_mapping, kv_cache_dtype, scale, scale, layout, layer, backend, shape=shape
     )

@@ -4,7 +4,7 @@ from typing import TypedDict, Unpack, overload
 
 import jax
 
-from jaxkv._arguments import ArrayLike, Index
+from jaxkv._arguments import ArrayLike, Index, TokenRows
 from jaxkv._write import write_caches
 from kvcore.choices import JaxBackend, Layout, PerTokenHeadDtype
 from kvcore.layout import CacheLayout
@@ -21,8 +21,8 @@ class QuantizeKeywords(TypedDict, total=False):
 
 @overload
 def reshape_and_cache_flash_per_token_head_quant(
-    key: ArrayLike,
-    value: ArrayLike,
+    key: TokenRows,
+    value: TokenRows,
     key_cache: jax.Ref,
     value_cache: jax.Ref,
     k_scale_cache: jax.Ref,
@@ -33,8 +33,8 @@ def reshape_and_cache_flash_per_token_head_quant(
 ) -> None: ...
 @overload
 def reshape_and_cache_flash_per_token_head_quant(
-    key: ArrayLike,
-    value: ArrayLike,
+    key: TokenRows,
+    value: TokenRows,
     key_cache: ArrayLike,
     value_cache: ArrayLike,
     k_scale_cache: ArrayLike,
@@ -44,8 +44,8 @@ def reshape_and_cache_flash_per_token_head_quant(
     **options: Unpack[QuantizeKeywords],
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]: ...
 def reshape_and_cache_flash_per_token_head_quant(
-    key: ArrayLike,
-    value: ArrayLike,
+    key: TokenRows,
+    value: TokenRows,
     key_cache: ArrayLike | jax.Ref,
     value_cache: ArrayLike | jax.Ref,
     k_scale_cache: ArrayLike | jax.Ref,
@@ -124,8 +124,8 @@ def reshape_and_cache_flash_per_token_head_quant(
 
 @overload
 def reshape_and_cache_flash_diffkv_per_token_head_quant(
-    key: ArrayLike,
-    value: ArrayLike,
+    key: TokenRows,
+    value: TokenRows,
     kv_cache: jax.Ref,
     k_scale_cache: jax.Ref,
     v_scale_cache: jax.Ref,
@@ -135,8 +135,8 @@ def reshape_and_cache_flash_diffkv_per_token_head_quant(
 ) -> None: ...
 @overload
 def reshape_and_cache_flash_diffkv_per_token_head_quant(
-    key: ArrayLike,
-    value: ArrayLike,
+    key: TokenRows,
+    value: TokenRows,
     kv_cache: ArrayLike,
     k_scale_cache: ArrayLike,
     v_scale_cache: ArrayLike,
@@ -145,8 +145,8 @@ def reshape_and_cache_flash_diffkv_per_token_head_quant(
     **options: Unpack[QuantizeKeywords],
 ) -> tuple[jax.Array, jax.Array, jax.Array]: ...
 def reshape_and_cache_flash_diffkv_per_token_head_quant(
-    key: ArrayLike,
-    value: ArrayLike,
+    key: TokenRows,
+    value: TokenRows,
     kv_cache: ArrayLike | jax.Ref,
     k_scale_cache: ArrayLike | jax.Ref,
     v_scale_cache: ArrayLike | jax.Ref,

@@ -13,9 +13,11 @@ from jaxkv._arguments import (
     ArrayLike,
     Index,
     Scale,
+    TokenRows,
     as_array,
     as_indices,
     as_layer,
+    as_rows,
     as_scale,
     as_static,
     dtype_name,
@@ -58,7 +60,7 @@ class AttentionOptions(AttendOptions, total=False):
 
 @overload
 def paged_attention(
-    query: ArrayLike,
+    query: TokenRows,
     caches: Caches,
     block_tables: ArrayLike,
     seq_lens: ArrayLike,
@@ -68,7 +70,7 @@ def paged_attention(
 ) -> jax.Array: ...
 @overload
 def paged_attention(
-    query: ArrayLike,
+    query: TokenRows,
     caches: Caches,
     block_tables: ArrayLike,
     seq_lens: ArrayLike,
@@ -78,7 +80,7 @@ def paged_attention(
 ) -> tuple[jax.Array, jax.Array]: ...
 @overload
 def paged_attention(
-    query: ArrayLike,
+    query: TokenRows,
     caches: Caches,
     block_tables: ArrayLike,
     seq_lens: ArrayLike,
@@ -87,7 +89,7 @@ def paged_attention(
     **options: Unpack[AttentionOptions],
 ) -> jax.Array | tuple[jax.Array, jax.Array]: ...
 def paged_attention(
-    query: ArrayLike,
+    query: TokenRows,
     caches: Caches,
     block_tables: ArrayLike,
     seq_lens: ArrayLike,
@@ -174,7 +176,7 @@ def paged_attention(
     check_options(kv_cache_dtype, k_scale, v_scale, layer, backend, BACKENDS)
     cache_options, cache = _cache(caches, kv_cache_dtype, k_scale, v_scale, layout, scale_layout, layer)
     operands = ReadOperands(
-        query=as_array(query),
+        query=as_rows(query),
         cache=cache,
         block_tables=as_indices(block_tables),
         seq_lens=as_indices(seq_lens, lengths=True),

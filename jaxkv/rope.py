@@ -7,10 +7,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkv._arguments import BACKENDS, ArrayLike, Index, Scale, as_array, as_indices, as_layer, as_scale, as_static
+from jaxkv._arguments import (
+    BACKENDS,
+    ArrayLike,
+    Index,
+    Scale,
+    TokenRows,
+    as_array,
+    as_indices,
+    as_layer,
+    as_rows,
+    as_scale,
+    as_static,
+)
 from jaxkv._call import spec_of
 from jaxkv._primitive.rope import rope_and_cache as bind_rope
 from jaxkv._rotated import RotatedWriteOperands, RotatedWriteOptions
+from jaxkv._views import as_head
 from jaxkv._write import as_memories, cache_arguments, cache_of, update
 from kvcore.choices import JaxBackend, KVCacheDtype, Layout, RopeName
 from kvcore.contract.checks import check_options
@@ -21,6 +34,7 @@ from kvcore.layout import CacheLayout
 class RopeKeywords(TypedDict, total=False):
     """Keywords of `PagedKVCache.rope_and_cache`, and of the function below, for its overloads."""
 
+    rope: RopeName
     rotary_dim: int | None
     mrope_section: Sequence[int] | None
     q_norm: ArrayLike | None
@@ -42,40 +56,36 @@ class RopeCacheKeywords(RopeKeywords, total=False):
 
 @overload
 def rope_and_cache(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
+    query: TokenRows,
+    key: TokenRows,
+    value: TokenRows,
     caches: Sequence[jax.Ref],
     positions: ArrayLike,
     cos_sin: ArrayLike,
     slot_mapping: ArrayLike,
-    *,
-    rope: RopeName,
     **options: Unpack[RopeCacheKeywords],
 ) -> tuple[jax.Array]: ...
 @overload
 def rope_and_cache(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
+    query: TokenRows,
+    key: TokenRows,
+    value: TokenRows,
     caches: Sequence[ArrayLike],
     positions: ArrayLike,
     cos_sin: ArrayLike,
     slot_mapping: ArrayLike,
-    *,
-    rope: RopeName,
     **options: Unpack[RopeCacheKeywords],
 ) -> tuple[jax.Array, ...]: ...
 def rope_and_cache(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
+    query: TokenRows,
+    key: TokenRows,
+    value: TokenRows,
     caches: Sequence[ArrayLike | jax.Ref],
     positions: ArrayLike,
     cos_sin: ArrayLike,
     slot_mapping: ArrayLike,
     *,
-    rope: RopeName,
+    rope: RopeName = "neox",
     rotary_dim: int | None = None,
     mrope_section: Sequence[int] | None = None,
     q_norm: ArrayLike | None = None,
@@ -91,10 +101,10 @@ def rope_and_cache(
 ) -> tuple[jax.Array, ...]:
     """Rotates queries and keys by their positions, writes keys and values into a paged KV cache, and returns the query.
 
-    With a norm, a head x becomes `x / sqrt(mean(x²) + eps) * weights` before. Then a pair (a, b) of its first
+    With a norm, a head x becomes `x * (1 / sqrt(mean(x²) + eps)) * weights` before. Then a pair (a, b) of its first
     rotary_dim elements becomes `(a cos - b sin, b cos + a sin)`. All of it is float32 arithmetic, each operation
-    rounded once (by "xla" on CPUs only). Key is then written as the writers write float32: rounded to the cache's
-    dtype, or quantised; value as it came.
+    rounded once; by "xla" on CPUs only, where numbers below 2^-126 may become zeros on the way. Key is then written as
+    the writers write float32: rounded to the cache's dtype, or quantised; value as it came.
 
     Token t goes to slot `slot_mapping[t]`, as with `reshape_and_cache_flash`; every row of query is rotated. A position
     outside the table makes zeros of query's row, and of the key that is written. Negative ones are for padding.
@@ -187,22 +197,23 @@ def _rope_and_cache(
     """Checks a call whose numbers are checked, and carries it out."""
     k_scale, v_scale, layer = as_scale(k_scale), as_scale(v_scale), as_layer(layer)
     check_options(kv_cache_dtype, k_scale, v_scale, layer, backend, BACKENDS)
-    query, key, value, cos_sin = map(as_array, (query, key, value, cos_sin))
+    query, key, value, cos_sin = as_rows(query), as_rows(key), as_rows(value), as_array(cos_sin)
     q_norm, k_norm = (None if weights is None else as_array(weights) for weights in (q_norm, k_norm))
     slot_mapping, indices = as_indices(slot_mapping), as_indices(positions)
     arrays, scale_caches = split_caches(caches if isinstance(caches, Sequence) else (caches,))
     memory = as_memories(arrays, scale_caches)
     arguments = cache_arguments(memory, len(arrays), kv_cache_dtype, k_scale, v_scale, layout, layer, scale_layout)
-    arrays = (query, key, value, indices, cos_sin, slot_mapping, q_norm, k_norm)
-    described = check_rope(*(None if array is None else spec_of(array) for array in arrays), numbers, arguments)
+    norms = [None if weights is None else spec_of(weights) for weights in (q_norm, k_norm)]
+    described = check_rope(
+        spec_of(query), spec_of(key), spec_of(value), spec_of(indices), spec_of(cos_sin), spec_of(slot_mapping),
+        norms[0], norms[1], numbers, arguments,
+    )  # fmt: skip
     if isinstance(indices, np.ndarray):
         check_positions(np.asarray(positions), cos_sin.shape[0])
 
     write, shape = described.write, None
-    arrays = [None if array is None else jnp.asarray(array) for array in arrays]
-    query, key, value, indices, cos_sin, slot_mapping, q_norm, k_norm = arrays
     if described.latent:  # MLA's rows are those of one head
-        key, value, v_scale = key[:, None], value[:, None], k_scale
+        key, value, v_scale = as_head(key), as_head(value), k_scale
         layout = write.cache.layout
         if not layout.latent:
             at = layout.arrays[0].index(("head",))
@@ -210,5 +221,5 @@ def _rope_and_cache(
     cache_options, cache = cache_of(write, arguments, k_scale, v_scale, layer)
     options = RotatedWriteOptions(cache_options, numbers, described.latent, backend)
     operands = RotatedWriteOperands(query, key, value, cache, slot_mapping, indices, cos_sin, q_norm, k_norm)
-    rotated, new = update(bind_rope, options, memory, operands, shape)
+    rotated, new = update(bind_rope, options, memory, jax.tree.map(jnp.asarray, operands), shape)
     return (*rotated, *(new or ()))

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from jaxkv._arguments import ArrayLike, as_array
+from jaxkv._arguments import TokenRows, as_array
 from jaxkv._call import spec_of
 from jaxkv._xla.formats import largest_of, scale_of
 from kvcore.choices import Granularity, ScaledDtype
@@ -11,7 +11,7 @@ from kvcore.contract.scales import check_kv_scales
 
 
 def kv_scales(
-    key: ArrayLike, value: ArrayLike, kv_cache_dtype: ScaledDtype, granularity: Granularity = "tensor"
+    key: TokenRows, value: TokenRows, kv_cache_dtype: ScaledDtype, granularity: Granularity = "tensor"
 ) -> tuple[jax.Array, jax.Array]:
     """Static scales with which a quantised cache holds numbers like these without saturating.
 

@@ -4,7 +4,7 @@ from typing import TypedDict, Unpack, overload
 
 import jax
 
-from jaxkv._arguments import ArrayLike, Index, Scale
+from jaxkv._arguments import ArrayLike, Index, Scale, TokenRows
 from jaxkv._write import write_caches
 from kvcore.choices import JaxBackend, KVCacheDtype, Layout
 
@@ -19,8 +19,8 @@ class WriteKeywords(TypedDict, total=False):
 
 @overload
 def reshape_and_cache_flash(
-    key: ArrayLike,
-    value: ArrayLike,
+    key: TokenRows,
+    value: TokenRows,
     key_cache: jax.Ref,
     value_cache: jax.Ref,
     slot_mapping: ArrayLike,
@@ -31,8 +31,8 @@ def reshape_and_cache_flash(
 ) -> None: ...
 @overload
 def reshape_and_cache_flash(
-    key: ArrayLike,
-    value: ArrayLike,
+    key: TokenRows,
+    value: TokenRows,
     key_cache: ArrayLike,
     value_cache: ArrayLike,
     slot_mapping: ArrayLike,
@@ -42,8 +42,8 @@ def reshape_and_cache_flash(
     **options: Unpack[WriteKeywords],
 ) -> tuple[jax.Array, jax.Array]: ...
 def reshape_and_cache_flash(
-    key: ArrayLike,
-    value: ArrayLike,
+    key: TokenRows,
+    value: TokenRows,
     key_cache: ArrayLike | jax.Ref,
     value_cache: ArrayLike | jax.Ref,
     slot_mapping: ArrayLike,
@@ -114,8 +114,8 @@ def reshape_and_cache_flash(
 
 @overload
 def reshape_and_cache_flash_diffkv(
-    key: ArrayLike,
-    value: ArrayLike,
+    key: TokenRows,
+    value: TokenRows,
     kv_cache: jax.Ref,
     slot_mapping: ArrayLike,
     kv_cache_dtype: KVCacheDtype = ...,
@@ -125,8 +125,8 @@ def reshape_and_cache_flash_diffkv(
 ) -> None: ...
 @overload
 def reshape_and_cache_flash_diffkv(
-    key: ArrayLike,
-    value: ArrayLike,
+    key: TokenRows,
+    value: TokenRows,
     kv_cache: ArrayLike,
     slot_mapping: ArrayLike,
     kv_cache_dtype: KVCacheDtype = ...,
@@ -135,8 +135,8 @@ def reshape_and_cache_flash_diffkv(
     **options: Unpack[WriteKeywords],
 ) -> jax.Array: ...
 def reshape_and_cache_flash_diffkv(
-    key: ArrayLike,
-    value: ArrayLike,
+    key: TokenRows,
+    value: TokenRows,
     kv_cache: ArrayLike | jax.Ref,
     slot_mapping: ArrayLike,
     kv_cache_dtype: KVCacheDtype = "auto",

@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 
 from kvcore.arrays import ArraySpec
 from kvcore.contract.cache import check_cache_count, stored_dtype_error
+from kvcore.contract.rope import split_caches
 from kvcore.formats import KV_CACHE_DTYPES
 from kvcore.layout import CacheLayout
 from kvcore.scales import check_scale_layout_type
@@ -63,6 +64,22 @@ def as_caches(caches: Tensor | Sequence[Tensor]) -> list[Tensor]:
         raise TypeError(f"caches must be a torch.Tensor or a sequence of them, got {type(caches).__name__}")
     check_cache_count(len(caches))
     return list(caches)
+
+
+def as_memory(caches: Any) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Key cache, value cache, and a scale cache of each, out of the caches that there are, in this order."""
+    if isinstance(caches, Tensor):
+        return caches, None, None, None
+    if not isinstance(caches, (list, tuple, Sequence)):
+        raise TypeError(f"caches must be a torch.Tensor or a sequence of them, got {type(caches).__name__}")
+    arrays, scale_caches = split_caches(caches)
+    for i, cache in enumerate(caches):
+        if not isinstance(cache, Tensor):
+            raise TypeError(f"caches[{i}] must be a torch.Tensor, got {type(cache).__name__}")
+    (key_cache, value_cache), (k_scale_cache, v_scale_cache) = (
+        (*given, *[None] * (2 - len(given))) for given in (arrays, scale_caches)
+    )
+    return key_cache, value_cache, k_scale_cache, v_scale_cache
 
 
 def as_scale(scale: Any, cache: Tensor) -> Tensor | None:
@@ -133,7 +150,7 @@ def check_tensors(**tensors: Any) -> None:
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
 
 
-def refuse_gradients(name: str, *tensors: Tensor | None) -> None:
+def refuse_gradients(name: str, *tensors: Any) -> None:
     """Raises where autograd follows one of the tensors, backward or forward: it would lose track of them in silence.
 
     An autograd kernel in Python would cost each call more than all else. So the ops' own kernels ask, where tensors

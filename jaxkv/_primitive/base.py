@@ -18,6 +18,7 @@ from jax.interpreters import ad, batching, mlir, xla
 
 from jaxkv._call import ReadOperands, ReadOptions, WriteOperands, WriteOptions
 from jaxkv._rotated import RotatedWriteOperands, RotatedWriteOptions
+from jaxkv._views import array_of
 from kvcore.contract.checks import no_triton_error
 
 Options = WriteOptions | RotatedWriteOptions | ReadOptions
@@ -87,7 +88,8 @@ def _backend_on(platform: str, backend: str | None) -> str:
 
 def _check_static(platform: str, operands: Operands) -> None:
     """Raises where jax.export leaves sizes open: grids and strides of a kernel are numbers."""
-    for name, array in operands.named().items():
+    for name, operand in operands.named().items():
+        array = array_of(operand)
         if not all(isinstance(size, int) for size in array.shape):
             raise ValueError(
                 f"{name} must have a static shape on {platform}, where kernels depend on it, got {array.shape}"

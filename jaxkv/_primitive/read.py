@@ -7,10 +7,19 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from jaxkv._call import ReadOperands, ReadOptions, read_results
-from jaxkv._mesh import cache_specs, head_mesh_axes, heads_share_regions, replicated
+from jaxkv._mesh import (
+    cache_specs,
+    check_views,
+    head_factor,
+    head_mesh_axes,
+    head_specs,
+    heads_share_regions,
+    replicated,
+)
 from jaxkv._primitive.base import batch_by, lower_by_platform, make_primitives, refuse_derivatives
 from jaxkv._primitive.sharding import Rule, bind_sharded, lower_by_heads
 from jaxkv._triton import interpret
+from jaxkv._views import Heads, array_of, sliced
 from jaxkv._xla import read as xla
 from kvcore.contract.read import Attention, Gather
 from kvcore.pattern import Axis
@@ -40,7 +49,7 @@ def _compute(
     if backend == "xla":
         if isinstance(call, Gather):
             return xla.gather(call, options, operands)
-        return xla.attention(call, options, operands)
+        return xla.attention(call, options, sliced(operands))
     if backend == "interpret":
         return interpret.read(call, options, operands)
     from jaxkv._triton import launch  # imports Triton, which only GPUs need
@@ -53,16 +62,24 @@ def _specs(options: ReadOptions, specs: ReadOperands, operands: ReadOperands) ->
     cache = cache_specs(options.cache, operands.cache, mesh_axes)
     if mesh_axes is None and specs.query is not None and _num_heads(options, operands) == 1:
         # One KV head for all query heads: every device has it, and takes query heads of its own.
-        mesh_axes = (*specs.query, None, None)[1]
-    return _split_queries(replicated(operands)._replace(cache=cache), mesh_axes)
+        mesh_axes = (*array_of(specs.query), None, None)[1]
+    check_views(operands, specs, mesh_axes)
+    specs = replicated(operands)._replace(cache=cache)
+    return _split_queries(specs, mesh_axes, head_specs(operands.query, mesh_axes))
 
 
-def _split_queries(specs: ReadOperands, mesh_axes: Any) -> tuple[ReadOperands, list[P]]:
-    """Specs of operands and results with query heads split over mesh axes, or with a gather's heads."""
+def _split_queries(specs: ReadOperands, mesh_axes: Any, query: Any) -> tuple[ReadOperands, list[P]]:
+    """Specs of operands and results with query heads split over mesh axes, or with a gather's heads.
+
+    Args:
+        specs: Of operands; all that have an axis of query heads are replaced.
+        mesh_axes: Or factors.
+        query: The spec of query, which may be a view.
+    """
     if specs.query is None:
         return specs, [P(None, None, mesh_axes, None)] * 2
     sinks = None if specs.sinks is None else P(mesh_axes)
-    specs = specs._replace(query=P(None, mesh_axes, None), sinks=sinks)
+    specs = specs._replace(query=query, sinks=sinks)
     return specs, [P(None, mesh_axes, None), P(None, mesh_axes)]
 
 
@@ -85,19 +102,31 @@ def _rule(options: ReadOptions, operands: ReadOperands) -> Rule:
     caches = tuple(P(*map(factors.get, axes)) for axes in options.cache.layout.arrays)
     cache = cache_specs(options.cache, operands.cache, heads)._replace(caches=caches)
     specs = replicated(operands)._replace(cache=cache)
-    of_cache = jax.tree.leaves(cache, is_leaf=lambda spec: isinstance(spec, P))
-    sizes = {"c": 2} if any("(h c)" in spec for spec in of_cache) else {}
-    if operands.query is None:
-        return Rule(*_split_queries(specs, heads), sizes)
-    q_per_kv = operands.query.shape[1] // num_heads
-    if q_per_kv == 1 or heads is None:
-        return Rule(*_split_queries(specs, heads), sizes)
-    if num_heads == 1:
-        return Rule(*_split_queries(specs, "q"), sizes)
-    sizes["g"] = q_per_kv
-    if not any("h" in spec for spec in of_cache):
-        sizes["h"] = num_heads
-    return Rule(*_split_queries(specs, "(h g)"), sizes)
+    query_heads, of_query, in_group = query_factors(operands.query, num_heads, heads)
+    specs, results = _split_queries(specs, query_heads, of_query)
+    return Rule(specs, results, sizes={"c": 2, "h": num_heads, "g": in_group})
+
+
+def query_factors(query: Any, num_heads: int, heads: str | None) -> tuple[str | None, Any, int]:
+    """The factors of an axis of query heads; those of query's axes; and g, neighbours that share a KV head or a group.
+
+    Args:
+        query: An array; or a view, which may have groups of heads; None for a gather.
+        num_heads: KV heads.
+        heads: Their factor.
+    """
+    if query is None:
+        return heads, None, 1
+    q_heads = query.shape[1]
+    if heads is None or q_heads == num_heads:
+        return heads, head_factor(query, heads), 1
+    groups = query.num_groups if isinstance(query, Heads) else q_heads
+    factors = "q" if num_heads == 1 else "(h g)"
+    if groups == q_heads:
+        return factors, head_specs(query, factors), q_heads // num_heads
+    if num_heads == 1 and groups is not None and groups > 1:
+        return "(q g)", head_specs(query, "q"), q_heads // groups
+    return factors, head_specs(query, "h" if groups == num_heads > 1 else None), q_heads // num_heads
 
 
 def _batched(options: ReadOptions, operands: ReadOperands, is_batched: ReadOperands, batch: int) -> list[jax.Array]:

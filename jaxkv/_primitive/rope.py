@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxkv._mesh import head_mesh_axes
+from jaxkv._mesh import check_views, head_factor, head_mesh_axes, head_specs
 from jaxkv._primitive.base import batch_by, lower_by_platform, make_primitives, refuse_derivatives
+from jaxkv._primitive.read import query_factors
 from jaxkv._primitive.sharding import Rule, bind_sharded, lower_by_heads
-from jaxkv._primitive.write import batch_writes, fold_into_blocks, merge_front, rule_of_heads, split_heads
+from jaxkv._primitive.write import batch_writes, fold_into_blocks, merge_front, rows_factor, rule_of_heads, split_heads
 from jaxkv._rotated import RotatedWriteOperands, RotatedWriteOptions
 from jaxkv._triton import interpret
+from jaxkv._views import array_of, sliced
 from jaxkv._xla import rope as xla
 from kvcore.contract.rope import Rope
 
@@ -22,14 +24,18 @@ def rope_and_cache(options: RotatedWriteOptions, operands: RotatedWriteOperands)
 
 
 def _result_types(options: RotatedWriteOptions, operands: RotatedWriteOperands) -> list[Any]:
-    return list(operands.updated)
+    query, array = operands.query, array_of(operands.query)
+    if query is not array:
+        spec = P(*(None,) * len(query.shape))
+        query = array.update(shape=query.shape, sharding=array.sharding.update(spec=spec))
+    return [query, *operands.cache.memory]
 
 
 def _compute(
     call: Rope, options: RotatedWriteOptions, operands: RotatedWriteOperands, backend: str, platform: str
 ) -> list[jax.Array]:
     if backend == "xla":
-        return xla.rope_and_cache(call, options, operands)
+        return xla.rope_and_cache(call, options, sliced(operands))
     if backend == "interpret":
         return interpret.rope_and_cache(call, options, operands)
     from jaxkv._triton import launch  # imports Triton, which only GPUs need
@@ -41,31 +47,33 @@ def _specs(
     options: RotatedWriteOptions, specs: RotatedWriteOperands, operands: RotatedWriteOperands
 ) -> tuple[RotatedWriteOperands, list[P]]:
     """Each query head is rotated where it is, whichever KV heads are there."""
-    new = split_heads(options, operands, head_mesh_axes(options.cache, specs.cache.memory))
-    new = new._replace(query=P(None, (*specs.query, None, None)[1], None))
-    return new, list(new.updated)
+    mesh_axes = head_mesh_axes(options.cache, specs.cache.memory)
+    check_views(operands, specs, mesh_axes)
+    q_mesh_axes = (*array_of(specs.query), None, None)[1]
+    new = split_heads(options, operands, mesh_axes)._replace(query=head_specs(operands.query, q_mesh_axes))
+    return new, [P(None, q_mesh_axes, None), *new.cache.memory]
 
 
 def _rule(options: RotatedWriteOptions, operands: RotatedWriteOperands) -> Rule:
     """As of a write. Query heads are "(h g)" where g of them share a KV head, else on their own."""
-    rule = rule_of_heads(options, operands)
-    q_heads, num_heads = operands.query.shape[1], operands.key.shape[1]
-    factor, sizes = "q", rule.sizes
-    if rule.operands.key[1] is not None and num_heads > 1 and q_heads % num_heads == 0:
-        factor = "h" if q_heads == num_heads else "(h g)"
-        sizes = {} if q_heads == num_heads else {"g": q_heads // num_heads}
-    return Rule(rule.operands._replace(query=P(None, factor, None)), results=None, sizes=sizes)
+    rule, query = rule_of_heads(options, operands), operands.query
+    q_heads, num_heads = query.shape[1], operands.key.shape[1]
+    factor, of_query, in_group = "q", head_factor(query, "q"), 1
+    if rows_factor(options) is not None and q_heads % num_heads == 0:
+        factor, of_query, in_group = query_factors(query, num_heads, "h")
+    specs = rule.operands._replace(query=of_query)
+    return Rule(specs, [P(None, factor, None)], updates=True, sizes={"h": num_heads, "g": in_group})
 
 
 def _fold(operands: RotatedWriteOperands, num_slots: int) -> RotatedWriteOperands:
     """One call that does what a batch of them does. Tokens without a slot get one that is skipped."""
-    batch, num_tokens = operands.query.shape[:2]
     slots, positions = operands.slot_mapping, operands.positions
+    batch, num_tokens = positions.shape[0], positions.shape[-1]
     slots = jnp.pad(slots, ((0, 0), (0, num_tokens - slots.shape[1])), constant_values=-1)
     if positions.ndim == 3:
         positions = jnp.moveaxis(positions, 0, 1)
     return operands._replace(
-        query=merge_front(operands.query),
+        query=jax.tree.map(merge_front, operands.query),
         positions=positions.reshape(*positions.shape[:-2], batch * num_tokens),
         **fold_into_blocks(operands._replace(slot_mapping=slots), num_slots)._asdict(),
     )

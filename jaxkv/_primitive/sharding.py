@@ -7,7 +7,8 @@ it would gather the caches. Within a shard_map of the user's, each device's call
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +23,7 @@ from jax.interpreters import mlir
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxkv._mesh import explicit_axes, head_mesh_axes, used_spec, vary, varying_axes
+from jaxkv._mesh import check_split_views, explicit_axes, head_mesh_axes, used_spec, vary, varying_axes
 from jaxkv._primitive.base import Operands, Options, bind, compute_capability
 
 
@@ -32,14 +33,23 @@ class Rule(NamedTuple):
     Attributes:
         operands: A spec for each operand, with names of factors in place of mesh axes. Axes with the same factor are
             split alike; an axis with None is split like no other.
-        results: A spec of that kind for each result; None where the results are new states of operands (`updated`),
-            whose factors and shardings they have.
-        sizes: The sizes of the factors that are nowhere alone on an axis.
+        results: A spec of that kind for each result that is a new array.
+        updates: Whether the caches and scale caches follow these as results, updated: with the factors and the
+            shardings of these operands.
+        sizes: The sizes of factors; those are looked at that are nowhere alone on an axis.
     """
 
     operands: Any
-    results: list[P] | None
-    sizes: dict[str, int]
+    results: list[P]
+    updates: bool = False
+    sizes: Mapping[str, int] = MappingProxyType({})
+
+    @property
+    def needed_sizes(self) -> dict[str, int]:
+        """The sizes that XLA cannot tell from the shapes."""
+        of_axes = {axis for spec in spec_leaves((self.operands, self.results)) for axis in spec if axis}
+        nowhere_alone = {factor for axis in of_axes for factor in axis.strip("()").split()} - of_axes
+        return {factor: self.sizes[factor] for factor in nowhere_alone}
 
 
 Specs = Callable[[Any, Any, Any], tuple[Any, list[P]]]
@@ -119,16 +129,17 @@ def _partitioned(local_p: Primitive, specs: Specs, rule: Rule, tree: Any, option
         operands = jax.tree.unflatten(tree, leaves)
         if not all(isinstance(array.sharding, NamedSharding) for array in operands.cache.memory):
             # Within a shard_map over some of the mesh's axes. XLA's shardings there have no spec to look at.
-            results = operands.updated if rule.results is None else results
+            check_split_views(options.cache, operands)
+            results = [*results[: len(rule.results)], *(operands.cache.memory if rule.updates else ())]
             return mesh, local, tuple(array.sharding for array in results), tuple(array.sharding for array in leaves)
         in_specs, out_specs = specs(options, jax.tree.map(lambda array: array.sharding.spec, operands), operands)
         operand_shardings, result_shardings = (
-            tuple(NamedSharding(mesh, spec) for spec in _spec_leaves(part)) for part in (in_specs, out_specs)
+            tuple(NamedSharding(mesh, spec) for spec in spec_leaves(part)) for part in (in_specs, out_specs)
         )
         return mesh, local, result_shardings, operand_shardings
 
     partitioned = custom_partitioning(local)
-    sizes: Any = rule.sizes
+    sizes: Any = rule.needed_sizes
     partitioned.def_partition(partition, sharding_rule=_spell(rule), **sizes)
     return partitioned
 
@@ -141,11 +152,12 @@ def _spell(rule: Rule) -> str:
         return " ".join(factor or next(fresh) for factor in spec)
 
     operands = jax.tree.map(spelled, rule.operands, is_leaf=lambda spec: isinstance(spec, P))
-    results = operands.updated if rule.results is None else map(spelled, rule.results)
+    results = [*map(spelled, rule.results), *(operands.cache.memory if rule.updates else ())]
     return f"{', '.join(jax.tree.leaves(operands))} -> {', '.join(results)}"
 
 
-def _spec_leaves(specs: Any) -> list[P]:
+def spec_leaves(specs: Any) -> list[P]:
+    """The specs in a pytree of them."""
     return jax.tree.leaves(specs, is_leaf=lambda spec: isinstance(spec, P))
 
 

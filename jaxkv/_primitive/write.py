@@ -10,10 +10,19 @@ from jax.extend.core import Primitive
 from jax.sharding import PartitionSpec as P
 
 from jaxkv._call import CacheOperands, WriteOperands, WriteOptions
-from jaxkv._mesh import cache_specs, head_mesh_axes, heads_share_regions, replicated
+from jaxkv._mesh import (
+    cache_specs,
+    check_views,
+    head_factor,
+    head_mesh_axes,
+    head_specs,
+    heads_share_regions,
+    replicated,
+)
 from jaxkv._primitive.base import batch_by, bind, lower_by_platform, make_primitives, refuse_derivatives
 from jaxkv._primitive.sharding import Rule, bind_sharded, lower_by_heads
 from jaxkv._triton import interpret
+from jaxkv._views import sliced
 from jaxkv._xla import write as xla
 from kvcore.contract.write import Write
 
@@ -24,14 +33,14 @@ def write(options: WriteOptions, operands: WriteOperands) -> list[jax.Array]:
 
 
 def _result_types(options: WriteOptions, operands: WriteOperands) -> list[Any]:
-    return list(operands.updated)
+    return list(operands.cache.memory)
 
 
 def _compute(
     call: Write, options: WriteOptions, operands: WriteOperands, backend: str, platform: str
 ) -> list[jax.Array]:
     if backend == "xla":
-        return xla.write(call, options, operands)
+        return xla.write(call, options, sliced(operands))
     if backend == "interpret":
         return interpret.write(call, options, operands)
     from jaxkv._triton import launch  # imports Triton, which only GPUs need
@@ -40,28 +49,36 @@ def _compute(
 
 
 def _specs(options: WriteOptions, specs: WriteOperands, operands: WriteOperands) -> tuple[WriteOperands, list[P]]:
-    new = split_heads(options, operands, head_mesh_axes(options.cache, specs.cache.memory))
-    return new, list(new.updated)
+    mesh_axes = head_mesh_axes(options.cache, specs.cache.memory)
+    check_views(operands, specs, mesh_axes)
+    new = split_heads(options, operands, mesh_axes)
+    return new, list(new.cache.memory)
 
 
 def split_heads(options: Any, operands: Any, mesh_axes: Any) -> Any:
     """Specs of operands with KV heads split over mesh axes, and nothing else."""
     return replicated(operands)._replace(
-        key=P(None, mesh_axes, None),
-        value=P(None, mesh_axes, None),
+        key=head_specs(operands.key, mesh_axes),
+        value=head_specs(operands.value, mesh_axes),
         cache=cache_specs(options.cache, operands.cache, mesh_axes),
     )
 
 
 def rule_of_heads(options: Any, operands: Any) -> Rule:
     """KV heads are shared by all operands with that axis; every other axis is on its own."""
-    caches = options.cache.layout.arrays
-    heads = None if heads_share_regions(options.cache) else "h"
+    heads = rows_factor(options)
+    specs = split_heads(options, operands, heads)
+    specs = specs._replace(key=head_factor(operands.key, heads), value=head_factor(operands.value, heads))
+    of_caches = cache_specs(options.cache, operands.cache, None if heads_share_regions(options.cache) else "h").caches
+    return Rule(specs._replace(cache=specs.cache._replace(caches=of_caches)), results=[], updates=True)
+
+
+def rows_factor(options: Any) -> str | None:
+    """The factor of the KV heads of key and value; None where they are split like nothing else."""
     # An axis (head kv) has twice as many entries as there are heads: nothing else can share it.
-    joined = any(len(axis) > 1 and "head" in axis for axes in caches for axis in axes)
-    specs = split_heads(options, operands, None if joined else heads)
-    cache = specs.cache._replace(caches=cache_specs(options.cache, operands.cache, heads).caches)
-    return Rule(specs._replace(cache=cache), results=None, sizes={})
+    axes = [axis for axes in options.cache.layout.arrays for axis in axes]
+    joined = any(len(axis) > 1 and "head" in axis for axis in axes)
+    return None if joined or heads_share_regions(options.cache) else "h"
 
 
 # ---- vmap
@@ -118,9 +135,10 @@ def fold_into_blocks(operands: Any, num_slots: int) -> WriteOperands:
     batch, num_tokens = slots.shape
     start = jnp.arange(batch, dtype=slots.dtype)[:, None] * num_slots
     slots = jnp.where((slots >= 0) & (slots < num_slots), slots + start, -1)
+    # Of views, the arrays that they are of: their heads stay where they are.
+    rows = jax.tree.map(lambda array: merge_front(array[:, :num_tokens]), (operands.key, operands.value))
     return WriteOperands(
-        key=merge_front(operands.key[:, :num_tokens]),
-        value=merge_front(operands.value[:, :num_tokens]),
+        *rows,
         cache=CacheOperands(
             caches=tuple(map(merge_front, cache.caches)),
             scale_caches=tuple(map(merge_front, cache.scale_caches)),

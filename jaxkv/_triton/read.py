@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxkv._call import ReadOperands, ReadOptions, layer_of, read_results
+from jaxkv._views import array_of
 from kvcore.contract.read import Attention, Gather
 from kvcore.plan import attention as plan_attention
 from kvcore.plan import gather as plan_gather
@@ -32,8 +33,8 @@ def _launch_attention(
     cache = operands.cache
     plan = plan_attention.plan_attention(call, target, layer_is_pointer=cache.layer is not None)
     inputs = plan_attention.arguments(
-        call, operands.query, cache.caches, operands.block_tables, operands.seq_lens, operands.query_start_loc,
-        operands.sinks, *cache.scales, layer_of(options.cache, cache),
+        call, array_of(operands.query), cache.caches, operands.block_tables, operands.seq_lens,
+        operands.query_start_loc, operands.sinks, *cache.scales, layer_of(options.cache, cache),
     )  # fmt: skip
     results = read_results(call)
     if plan.splits == 1:

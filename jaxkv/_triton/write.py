@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxkv._call import WriteOperands, WriteOptions, layer_of
+from jaxkv._views import array_of
 from kvcore.contract.write import Write
 from kvcore.plan.kernel import Target
 from kvcore.plan.write import arguments, plan_write
@@ -20,7 +21,7 @@ def launch_write(
     num_tokens = operands.slot_mapping.shape[0]
     plan = plan_write(call, target, layer_is_pointer=cache.layer is not None)
     inputs = arguments(
-        call, operands.key, operands.value, cache.caches, cache.scale_caches, operands.slot_mapping, cache.k_scale,
-        cache.v_scale, layer_of(options.cache, cache), num_tokens,
+        call, array_of(operands.key), array_of(operands.value), cache.caches, cache.scale_caches, operands.slot_mapping,
+        cache.k_scale, cache.v_scale, layer_of(options.cache, cache), num_tokens,
     )  # fmt: skip
     launch(plan.kernel, plan.grid(num_tokens), inputs, target)

@@ -36,11 +36,11 @@ LEVELS = {
         "run",
     ],
     "jaxkv": [
-        "_arguments _call _rotated _mesh",
+        "_views _arguments _call _rotated _mesh _memory",
         "_triton _xla",
         "_primitive",
         "_write",
-        "write quantize mla rope read merge scales tables",
+        "write quantize mla rope read merge scales tables views",
         "cache",
         "integrations",
         "jaxkv",

@@ -47,7 +47,7 @@ def define(schema: str, call_of: Callable[..., Any], backends: Backends, vmap: R
     """Defines an op.
 
     Args:
-        schema: Its name, parameters and results. Without results, it writes to parameters that follow each other.
+        schema: Its name, parameters and results.
         call_of: Makes one of the calls of `torchkv._call` of the op's arguments.
         backends: What carries it out.
         vmap: Its rule for vmap, which returns what `torch.library.register_vmap` asks for.
@@ -60,12 +60,14 @@ def define(schema: str, call_of: Callable[..., Any], backends: Backends, vmap: R
     op = getattr(torch.ops.torchkv, name).default
     written, returns = _written(op), bool(op._schema.returns)
 
+    def mark(args: Sequence[Any]) -> None:
+        _mark_changed([args[i] for i in written if args[i] is not None])
+
     def on_gpu(*args: Any) -> Any:
         call = call_of(*args)
         if call.backend is None or call.backend == "triton":
             results = backends.triton(call)
-            if not returns:
-                _mark_changed(args[written])
+            mark(args)
         else:
             described = call.check()
             if call.backend == "interpret":
@@ -84,8 +86,7 @@ def define(schema: str, call_of: Callable[..., Any], backends: Backends, vmap: R
         with torch.no_grad():
             if call.backend == "interpret":
                 results = backends.interpret(described, call)
-                if not returns:
-                    _mark_changed(args[written])
+                mark(args)
             else:
                 results = backends.torch(described, call)
         return results if returns else None
@@ -117,13 +118,14 @@ def _item(argument: Any, dim: Any, i: int) -> Any:
     return argument if dim is None else argument.select(dim, i)
 
 
-def _written(op: Any) -> slice:
-    """The arguments that an op without results writes to."""
-    places = [i for i, a in enumerate(op._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
-    return slice(places[0], places[-1] + 1) if places else slice(0)
+def _written(op: Any) -> list[int]:
+    """The places of the arguments that an op writes to."""
+    arguments = enumerate(op._schema.arguments)
+    return [i for i, a in arguments if a.alias_info is not None and a.alias_info.is_write]
 
 
 def _mark_changed(tensors: Sequence[Tensor]) -> None:
     """Tells autograd that kernels changed tensors, as torch's own in-place operations do."""
-    if not tensors[0].is_inference():
-        torch.autograd.graph.increment_version(tensors)
+    followed = [tensor for tensor in tensors if not tensor.is_inference()]
+    if followed:
+        torch.autograd.graph.increment_version(followed)
