@@ -136,12 +136,9 @@ class PagedKVCache(Described):
         if layout.latent:
             rest = (slot_mapping, spec.kv_cache_dtype, self.k_scale, layout, layer, backend)
             return replace(self, caches=(write_latent(keys, values, self.caches[0], *rest),))
-        scales, scale_caches = self._scales
-        new = write_caches(
-            keys, values, self.caches, slot_mapping, spec.kv_cache_dtype, *scales, layout, layer, backend,
-            scale_caches, spec.scale_layout,
-        )  # fmt: skip
-        return self._with(new)
+        scale_caches, options = self._writing
+        options |= {"layer": layer, "backend": backend, "scale_caches": scale_caches}
+        return self._with(write_caches(keys, values, self.caches, slot_mapping, **options))
 
     def rope_and_cache(
         self,
@@ -164,8 +161,7 @@ class PagedKVCache(Described):
         """Rotates queries and keys, and writes keys and values. The function `rope_and_cache` tells more of each.
 
         Args:
-            query: `[num_tokens, num_q_heads, head_size]` of float16, bfloat16 or float32. With the layout
-                `block slot latent`, heads have the size of k_pe.
+            query: `[num_tokens, num_q_heads, head_size]`; with `block slot latent`, heads have the size of k_pe.
             key: `[num_tokens, num_heads, head_size]` of query's dtype; with `block slot latent`, kv_c.
             value: `[num_tokens, num_heads, head_size_v]` of query's dtype; with `block slot latent`, k_pe.
             positions: `[num_tokens]` of int32 or int64; `[3, num_tokens]` with mrope_section.
@@ -183,15 +179,13 @@ class PagedKVCache(Described):
         Returns:
             The rotated query, and the new cache: the same memory, where this one was donated or is not used again.
         """
-        spec = self.spec
         keys, values = as_rows(key), as_rows(value)
-        spec.check_rows(keys.shape, values.shape)
-        (k_scale, v_scale), scale_caches = self._scales
+        self.spec.check_rows(keys.shape, values.shape)
+        scale_caches, options = self._writing
         rotated, *new = rope_and_cache(
             query, keys, values, (*self.caches, *scale_caches), positions, cos_sin, slot_mapping, rope=rope,
             rotary_dim=rotary_dim, mrope_section=mrope_section, q_norm=q_norm, k_norm=k_norm, eps=eps,
-            kv_cache_dtype=spec.kv_cache_dtype, k_scale=k_scale, v_scale=v_scale, layout=spec.layout,
-            scale_layout=spec.scale_layout, layer=layer, backend=backend,
+            layer=layer, backend=backend, **options,
         )  # fmt: skip
         return rotated, self._with(new)
 
@@ -300,10 +294,15 @@ class PagedKVCache(Described):
         )  # fmt: skip
 
     @property
-    def _scales(self) -> tuple[tuple[Any, Any], tuple[Any, ...]]:
-        """Static scales of K and V, and scale caches, as writers take them."""
-        scales = self.k_scale, self.v_scale
-        return (scales, ()) if self.spec.scale_layout is None else ((None, None), scales)
+    def _writing(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Scale caches, and the arguments that say how to write."""
+        spec, scales = self.spec, (self.k_scale, self.v_scale)
+        own = spec.scale_layout is not None
+        k_scale, v_scale = (None, None) if own else scales
+        return scales if own else (), {
+            "kv_cache_dtype": spec.kv_cache_dtype, "k_scale": k_scale, "v_scale": v_scale, "layout": spec.layout,
+            "scale_layout": spec.scale_layout,
+        }  # fmt: skip
 
     def _with(self, memory: Sequence[jax.Array]) -> "PagedKVCache":
         """The cache with new caches and scale caches."""

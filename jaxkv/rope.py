@@ -103,8 +103,8 @@ def rope_and_cache(
 
     With a norm, a head x becomes `x * (1 / sqrt(mean(x²) + eps)) * weights` before. Then a pair (a, b) of its first
     rotary_dim elements becomes `(a cos - b sin, b cos + a sin)`. All of it is float32 arithmetic, each operation
-    rounded once (by "xla" on CPUs only). Key is then written as the writers write float32: rounded to the cache's
-    dtype, or quantised; value as it came.
+    rounded once; by "xla" on CPUs only, where numbers below 2^-126 may become zeros on the way. Key is then written as
+    the writers write float32: rounded to the cache's dtype, or quantised; value as it came.
 
     Token t goes to slot `slot_mapping[t]`, as with `reshape_and_cache_flash`; every row of query is rotated. A position
     outside the table makes zeros of query's row, and of the key that is written. Negative ones are for padding.
@@ -203,8 +203,11 @@ def _rope_and_cache(
     arrays, scale_caches = split_caches(caches if isinstance(caches, Sequence) else (caches,))
     memory = as_memories(arrays, scale_caches)
     arguments = cache_arguments(memory, len(arrays), kv_cache_dtype, k_scale, v_scale, layout, layer, scale_layout)
-    arrays = (query, key, value, indices, cos_sin, slot_mapping, q_norm, k_norm)
-    described = check_rope(*(None if array is None else spec_of(array) for array in arrays), numbers, arguments)
+    norms = [None if weights is None else spec_of(weights) for weights in (q_norm, k_norm)]
+    described = check_rope(
+        spec_of(query), spec_of(key), spec_of(value), spec_of(indices), spec_of(cos_sin), spec_of(slot_mapping),
+        norms[0], norms[1], numbers, arguments,
+    )  # fmt: skip
     if isinstance(indices, np.ndarray):
         check_positions(np.asarray(positions), cos_sin.shape[0])
 

@@ -27,13 +27,14 @@ def launch_rope(
     Returns:
         The rotated query.
     """
-    cache, rows = operands.cache, map(array_of, (operands.query, operands.key, operands.value))
+    cache = operands.cache
+    query, key, value = map(array_of, (operands.query, operands.key, operands.value))
     num_tokens, num_written = operands.query.shape[0], operands.slot_mapping.shape[0]
     plan = plan_rope(call, target, layer_is_pointer=cache.layer is not None)
     inputs = arguments(
-        call, *rows, cache.caches, cache.scale_caches, operands.positions, operands.cos_sin, operands.slot_mapping,
-        operands.q_norm, operands.k_norm, cache.k_scale, cache.v_scale, layer_of(options.cache, cache), num_tokens,
-        num_written,
+        call, query, key, value, cache.caches, cache.scale_caches, operands.positions, operands.cos_sin,
+        operands.slot_mapping, operands.q_norm, operands.k_norm, cache.k_scale, cache.v_scale,
+        layer_of(options.cache, cache), num_tokens, num_written,
     )  # fmt: skip
     out_type = (jax.ShapeDtypeStruct(operands.query.shape, operands.query.dtype),)
     (rotated,) = launch(plan.kernel, plan.grid(num_tokens, num_written), inputs, target, out_type)
