@@ -16,6 +16,13 @@ from tests.cases.rope import CASES, MLA, NORMS, RopeCase, run_oracle
 BACKENDS = pytest.mark.parametrize("backend", ["xla", "interpret"])
 
 
+def without_tiny_numbers(got, want):
+    """Puts zeros in the place of numbers that are tiny in both: XLA's CPU code reads subnormal numbers as zeros."""
+    for i, (g, w) in enumerate(zip(got, want, strict=True)):
+        tiny = (np.abs(np.float32(g)) < 2.0**-90) & (np.abs(np.float32(w)) < 2.0**-90)
+        got[i], want[i] = np.where(tiny, 0, np.asarray(g)).astype(w.dtype), np.where(tiny, 0, w).astype(w.dtype)
+
+
 @BACKENDS
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_cases(case, backend):
@@ -160,7 +167,7 @@ def test_what_they_differ_from_is_right(kind, way):
 def test_known_positions_beyond_the_table(changes, text, convert):
     arguments = valid() | changes
     arguments["positions"] = convert(arguments["positions"])
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
         in_numpy(arguments)
     assert str(caught.value) == text
     in_arrays(valid() | {name: x for name, x in changes.items() if name != "positions"} | {
