@@ -149,7 +149,7 @@ class PagedKVCache(Described):
         cos_sin: ArrayLike,
         slot_mapping: ArrayLike,
         *,
-        rope: RopeName,
+        rope: RopeName = "neox",
         rotary_dim: int | None = None,
         mrope_section: Sequence[int] | None = None,
         q_norm: ArrayLike | None = None,

@@ -34,6 +34,7 @@ from kvcore.layout import CacheLayout
 class RopeKeywords(TypedDict, total=False):
     """Keywords of `PagedKVCache.rope_and_cache`, and of the function below, for its overloads."""
 
+    rope: RopeName
     rotary_dim: int | None
     mrope_section: Sequence[int] | None
     q_norm: ArrayLike | None
@@ -62,8 +63,6 @@ def rope_and_cache(
     positions: ArrayLike,
     cos_sin: ArrayLike,
     slot_mapping: ArrayLike,
-    *,
-    rope: RopeName,
     **options: Unpack[RopeCacheKeywords],
 ) -> tuple[jax.Array]: ...
 @overload
@@ -75,8 +74,6 @@ def rope_and_cache(
     positions: ArrayLike,
     cos_sin: ArrayLike,
     slot_mapping: ArrayLike,
-    *,
-    rope: RopeName,
     **options: Unpack[RopeCacheKeywords],
 ) -> tuple[jax.Array, ...]: ...
 def rope_and_cache(
@@ -88,7 +85,7 @@ def rope_and_cache(
     cos_sin: ArrayLike,
     slot_mapping: ArrayLike,
     *,
-    rope: RopeName,
+    rope: RopeName = "neox",
     rotary_dim: int | None = None,
     mrope_section: Sequence[int] | None = None,
     q_norm: ArrayLike | None = None,
@@ -104,10 +101,10 @@ def rope_and_cache(
 ) -> tuple[jax.Array, ...]:
     """Rotates queries and keys by their positions, writes keys and values into a paged KV cache, and returns the query.
 
-    With a norm, a head x becomes `x / sqrt(mean(x²) + eps) * weights` before. Then a pair (a, b) of its first
+    With a norm, a head x becomes `x * (1 / sqrt(mean(x²) + eps)) * weights` before. Then a pair (a, b) of its first
     rotary_dim elements becomes `(a cos - b sin, b cos + a sin)`. All of it is float32 arithmetic, each operation
-    rounded once (by "xla" on CPUs only). Key is then written as the writers write float32: rounded to the cache's
-    dtype, or quantised; value as it came.
+    rounded once; by "xla" on CPUs only, where numbers below 2^-126 may become zeros on the way. Key is then written as
+    the writers write float32: rounded to the cache's dtype, or quantised; value as it came.
 
     Token t goes to slot `slot_mapping[t]`, as with `reshape_and_cache_flash`; every row of query is rotated. A position
     outside the table makes zeros of query's row, and of the key that is written. Negative ones are for padding.

@@ -30,6 +30,7 @@ from torchkv.quantize import (
     reshape_and_cache_flash_per_token_head_quant,
 )
 from torchkv.read import gather_kv, paged_attention
+from torchkv.rope import rope_and_cache
 from torchkv.scales import kv_scales
 from torchkv.tables import rope_table
 from torchkv.write import reshape_and_cache_flash, reshape_and_cache_flash_diffkv
@@ -49,6 +50,7 @@ __all__ = [
     "reshape_and_cache_flash_diffkv",
     "reshape_and_cache_flash_diffkv_per_token_head_quant",
     "reshape_and_cache_flash_per_token_head_quant",
+    "rope_and_cache",
     "rope_table",
     "triton_reshape_and_cache_flash",
     "triton_reshape_and_cache_flash_diffkv",

@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 
 from kvcore.arrays import ArraySpec
 from kvcore.contract.cache import check_cache_count, stored_dtype_error
+from kvcore.contract.rope import split_caches
 from kvcore.formats import KV_CACHE_DTYPES
 from kvcore.layout import CacheLayout
 from kvcore.scales import check_scale_layout_type
@@ -63,6 +64,21 @@ def as_caches(caches: Tensor | Sequence[Tensor]) -> list[Tensor]:
         raise TypeError(f"caches must be a torch.Tensor or a sequence of them, got {type(caches).__name__}")
     check_cache_count(len(caches))
     return list(caches)
+
+
+def as_memory(caches: Any) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Key cache, value cache, and a scale cache of each, out of the caches that there are, in this order."""
+    if isinstance(caches, Tensor):
+        return caches, None, None, None
+    if not isinstance(caches, (list, tuple, Sequence)):
+        raise TypeError(f"caches must be a torch.Tensor or a sequence of them, got {type(caches).__name__}")
+    arrays, scale_caches = split_caches(caches)
+    for i, cache in enumerate(caches):
+        if not isinstance(cache, Tensor):
+            raise TypeError(f"caches[{i}] must be a torch.Tensor, got {type(cache).__name__}")
+    value_cache = arrays[1] if len(arrays) == 2 else None
+    k_scale_cache, v_scale_cache = scale_caches or (None, None)
+    return arrays[0], value_cache, k_scale_cache, v_scale_cache
 
 
 def as_scale(scale: Any, cache: Tensor) -> Tensor | None:
@@ -118,6 +134,8 @@ def as_scale_pattern(scale_layout: str | CacheLayout | None) -> str | None:
 
 def as_layer(layer: int | Tensor | None) -> tuple[int | None, Tensor | None]:
     """A layer as a static index and one in memory, of which at most one is given."""
+    if layer is None:
+        return None, None
     if isinstance(layer, Tensor):
         return None, layer
     return int(layer) if isinstance(layer, np.integer) else layer, None
@@ -133,7 +151,7 @@ def check_tensors(**tensors: Any) -> None:
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
 
 
-def refuse_gradients(name: str, *tensors: Tensor | None) -> None:
+def refuse_gradients(name: str, *tensors: Any) -> None:
     """Raises where autograd follows one of the tensors, backward or forward: it would lose track of them in silence.
 
     An autograd kernel in Python would cost each call more than all else. So the ops' own kernels ask, where tensors
@@ -152,19 +170,6 @@ def refuse_gradients(name: str, *tensors: Tensor | None) -> None:
         raise NotImplementedError(
             f"torchkv.{name} is not differentiable: detach its arguments, or call it under torch.no_grad()"
         )
-
-
-def call(op: Any, arguments: Sequence[Any]) -> Any:
-    """Calls an op. Where it is an argument that torch's dispatcher refuses, the error is one line that names it.
-
-    Raises:
-        TypeError: an argument is of a wrong type.
-    """
-    try:
-        return op(*arguments)
-    except (RuntimeError, AttributeError):
-        explain(op, arguments)
-        raise
 
 
 def explain(op: Any, arguments: Sequence[Any]) -> None:

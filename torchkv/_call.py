@@ -71,15 +71,10 @@ class WriteCall(NamedTuple):
         """What errors call the tensors that are written to."""
         return array_names(len(self.caches), len(self.scale_caches))
 
-    def check(self) -> Write:
-        """What the contract says of the call.
-
-        Raises:
-            ValueError: a shape, layout, choice or device does not fit.
-            TypeError: a dtype does not fit.
-        """
-        key, value, slot_mapping = spec_of(self.key), spec_of(self.value), spec_of(self.slot_mapping)
-        cache = CacheArguments(
+    @property
+    def cache_arguments(self) -> CacheArguments:
+        """The cache that is written, as the contract is told of it."""
+        return CacheArguments(
             caches=[spec_of(c) for c in self.caches],
             kv_cache_dtype=self.kv_cache_dtype,
             k_scale=maybe_spec(self.k_scale),
@@ -89,6 +84,16 @@ class WriteCall(NamedTuple):
             scale_caches=[spec_of(c) for c in self.scale_caches],
             scale_layout=self.scale_layout,
         )
+
+    def check(self) -> Write:
+        """What the contract says of the call.
+
+        Raises:
+            ValueError: a shape, layout, choice or device does not fit.
+            TypeError: a dtype does not fit.
+        """
+        key, value, slot_mapping = spec_of(self.key), spec_of(self.value), spec_of(self.slot_mapping)
+        cache = self.cache_arguments
         if self.latent:
             kv_cache, scale = cache.caches[0], cache.k_scale
             check_mla(key, value, kv_cache, self.kv_cache_dtype, cache.layer)

@@ -6,7 +6,7 @@ from math import gcd
 
 from torch import Tensor
 
-from kvcore.contract.checks import overlap_error
+from kvcore.contract.checks import overlap_error, self_overlap_error
 
 
 def check_apart(names: Sequence[str], tensors: Sequence[Tensor]) -> None:
@@ -32,6 +32,20 @@ def share_elements(a: Tensor, b: Tensor) -> bool:
         return False
     unit = gcd(a.element_size(), b.element_size(), distance)
     return _reachable(distance // unit, _differences(a, b, unit))
+
+
+def check_distinct(name: str, tensor: Tensor) -> None:
+    """Raises a ValueError if two elements of a tensor lie in one place."""
+    if tensor.numel() == 0:
+        return
+    smaller: list[tuple[int, int, int]] = []  # axes with smaller strides, as `_reachable` has them
+    reach = 0  # how far these go
+    for stride, n in sorted((s, n) for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n > 1):
+        steps = range(1, min(n - 1, reach // stride) + 1) if stride else ()
+        if stride == 0 or any(_reachable(stride * step, smaller) for step in steps):
+            raise self_overlap_error(name, tensor.stride())
+        smaller.insert(0, (stride, 1 - n, n - 1))
+        reach += stride * (n - 1)
 
 
 def span(tensor: Tensor) -> int:

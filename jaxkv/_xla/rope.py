@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxkv._rotated import RotatedWriteOperands, RotatedWriteOptions
-from jaxkv._xla.arithmetic import add, bits_of, multiply, quotient, root, unfolded
+from jaxkv._xla.arithmetic import bits_of, divide, unfolded
 from jaxkv._xla.formats import encode
 from jaxkv._xla.write import write_rows
 from kvcore.contract.rope import Rope, RopeOptions
@@ -73,14 +73,19 @@ def _normed(x: jax.Array, weights: jax.Array | None, eps: float) -> jax.Array:
     squares = jnp.pad(multiply(x, x), ((0, 0), (0, 0), (0, width - size)))
 
     def add_neighbours(_: Any, sums: jax.Array) -> jax.Array:
-        added = add(sums[..., ::2], sums[..., 1::2])
+        added = sums[..., ::2] + sums[..., 1::2]
         return jnp.concatenate([added, jnp.zeros_like(added)], axis=-1)
 
     # A loop, whose body is compiled once.
     sums = lax.fori_loop(0, width.bit_length() - 1, add_neighbours, squares)[..., :1]
-    mean = quotient(sums, unfolded(size, bits_of(sums) & 0x7FFFFFFF))
-    scale = root(add(mean, jnp.full_like(mean, eps)))
-    return multiply(quotient(x, scale), weights.astype(jnp.float32)[None, None])
+    mean = divide(sums, unfolded(size, bits_of(sums) & 0x7FFFFFFF))
+    inverse = divide(jnp.ones_like(mean), jnp.sqrt(mean + eps))
+    return multiply(multiply(x, inverse), weights.astype(jnp.float32)[None, None])
+
+
+def multiply(x: jax.Array, y: jax.Array) -> jax.Array:
+    """`x * y`, which XLA's CPU code would contract with a sum that follows, but for the barrier."""
+    return lax.optimization_barrier(x * y)
 
 
 def _rotated(x: jax.Array, angles: _Angles, numbers: RopeOptions) -> jax.Array:
@@ -93,8 +98,8 @@ def _rotated(x: jax.Array, angles: _Angles, numbers: RopeOptions) -> jax.Array:
     else:
         a, b = turned[..., :pairs], turned[..., pairs:]
     new = (
-        add(multiply(a, cosines), -multiply(b, sines)),
-        add(multiply(b, cosines), multiply(a, sines)),
+        multiply(a, cosines) - multiply(b, sines),
+        multiply(b, cosines) + multiply(a, sines),
     )
     turned = jnp.stack(new, axis=-1).reshape(turned.shape) if numbers.interleaved else jnp.concatenate(new, axis=-1)
     return jnp.where(exist, jnp.concatenate([turned, rest], axis=-1), jnp.float32(0))

@@ -21,11 +21,14 @@ def check_options(
         TypeError: a scale or layer is neither a number nor an array.
     """
     check_kv_cache_dtype(kv_cache_dtype)
-    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
-        check_scale_type(name, scale)
-    number = isinstance(layer, int) or hasattr(layer, "__index__")  # in this order for torch.compile's integers
-    if is_bool(layer) or not (layer is None or number or hasattr(layer, "shape")):
-        raise TypeError(f"layer must be an int or an integer scalar, got {layer!r}")
+    if k_scale is not None:
+        check_scale_type("k_scale", k_scale)
+    if v_scale is not None:
+        check_scale_type("v_scale", v_scale)
+    if layer is not None:
+        number = isinstance(layer, int) or hasattr(layer, "__index__")  # in this order for torch.compile's integers
+        if is_bool(layer) or not (number or hasattr(layer, "shape")):
+            raise TypeError(f"layer must be an int or an integer scalar, got {layer!r}")
     if backend is not None and backend not in backends:
         raise ValueError(f"backend must be None, {either(map(repr, backends))}, got {backend!r}")
 
@@ -70,6 +73,11 @@ def no_interpreter_error(device: str) -> ValueError:
 def overlap_error(name: str, other: str) -> ValueError:
     """The error for arrays that share memory and must not."""
     return ValueError(f"{name} and {other} must not overlap in memory")
+
+
+def self_overlap_error(name: str, strides: Sequence[int]) -> ValueError:
+    """The error for an array that is written to, and has two elements in one place."""
+    return ValueError(f"{name} must not overlap itself in memory, got strides {tuple(strides)}")
 
 
 def layout_of(
@@ -166,14 +174,14 @@ def check_devices(named: Sequence[tuple[str, ArraySpec | None]], home_name: str,
             raise ValueError(f"{name} must be on device {home.device}, as {home_name}, got {spec.device}")
 
 
-def check_result(name: str, spec: ArraySpec, shape: Sequence[int], dtype: str) -> None:
-    """Checks that an array for a result has the result's shape and dtype, and no gaps."""
+def check_result(name: str, spec: ArraySpec, shape: Sequence[int], dtype: str, strided: bool = False) -> None:
+    """Checks that an array for a result has the result's shape and dtype, and no gaps unless it may be strided."""
     if tuple(spec.shape) != tuple(shape):
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {shape_of(spec)}")
     if spec.dtype != dtype:
         raise TypeError(f"{name} must have dtype {dtype}, got {spec.dtype}")
     steps = zip(spec.shape, spec.steps, contiguous_strides(spec.shape), strict=True)
-    if 0 not in spec.shape and any(n > 1 and step != wanted for n, step, wanted in steps):
+    if not strided and 0 not in spec.shape and any(n > 1 and step != wanted for n, step, wanted in steps):
         raise ValueError(f"{name} must be contiguous, got strides {tuple(spec.steps)}")
 
 

@@ -16,12 +16,18 @@ _MAGNITUDE = tl.constexpr(0x7FFFFFFF)  # all float32 bits but the sign
 
 
 @triton.jit
-def encode(x, scale, FORMAT: tl.constexpr, HARDWARE_FP8: tl.constexpr):
+def encode(x, scale, FORMAT: tl.constexpr, HARDWARE_CAST: tl.constexpr):
     """Bits of `x / scale` in FORMAT (a kvcore.formats.FloatFormat), rounded once, to nearest even."""
     x = widen(x)
     if scale is not None:
         x = tl.div_rn(x, scale)  # IEEE division; `/` is not
-    if HARDWARE_FP8:
+    if HARDWARE_CAST and FORMAT.bits == 16:
+        if FORMAT.mantissa_bits == 7:
+            bits = x.to(tl.bfloat16).to(tl.uint16, bitcast=True)
+        else:
+            bits = x.to(tl.float16).to(tl.uint16, bitcast=True)
+        bits = tl.where(x == x, bits, FORMAT.nan).to(tl.uint16)
+    elif HARDWARE_CAST:
         if FORMAT.mantissa_bits == 3:
             bits = x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
         else:

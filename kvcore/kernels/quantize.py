@@ -9,7 +9,7 @@ A program takes ROWS heads of tokens (axis 0 of the grid), of K and of V; a *row
 Scales are static, one for each head, or computed for each group of elements, as `scales.py` says. Computed ones are
 stored in scale caches, or in the cache's memory. `address.py` says where everything is.
 
-`row`, `slot`, `head`, `block`, `place` and the masks `in_batch` and `written` are `[ROWS]`, `layer` is `[1]`.
+`token`, `slot`, `head`, `block`, `place` and the masks `in_batch` and `written` are `[ROWS]`, `layer` is `[1]`.
 """
 
 import triton
@@ -22,13 +22,21 @@ from .scales import encoded_scales, float_scales, power_scales, spread
 
 
 @triton.jit
-def row_offsets(row, R: tl.constexpr):
-    """Where rows begin in an array of tokens; of the shape of `row`."""
-    return R.offset + (row // R.num_heads) * R.token_stride + head_offset(row % R.num_heads, R)
+def find_rows(program, R: tl.constexpr, ROWS: tl.constexpr):
+    """The tokens and the heads of a program's rows, `[ROWS]` of 64 bits."""
+    token = program * ROWS // R.num_heads  # of the first; to divide all rows in 64 bits takes longer than to load them
+    row = (program * ROWS - token * R.num_heads).to(tl.int32) + tl.arange(0, ROWS)
+    return token + row // R.num_heads, (row % R.num_heads).to(tl.int64)
 
 
 @triton.jit
-def load_rows(array_ptr, row, in_batch, R: tl.constexpr):
+def row_offsets(token, head, R: tl.constexpr):
+    """Where rows begin in an array of tokens, `[ROWS]`."""
+    return R.offset + token * R.token_stride + head_offset(head, R)
+
+
+@triton.jit
+def load_rows(array_ptr, token, head, in_batch, R: tl.constexpr):
     """Elements of rows, `[ROWS, elements]`, and which of them a head has, `[1, elements]`.
 
     Those that a head does not have are 1, not 0: to divide 0 takes the slow path of an exact division.
@@ -38,7 +46,7 @@ def load_rows(array_ptr, row, in_batch, R: tl.constexpr):
     if R.wide:
         element = element.to(tl.int64)
     x = tl.load(
-        array_ptr + row_offsets(row, R)[:, None] + (element * R.dim_stride)[None, :],
+        array_ptr + row_offsets(token, head, R)[:, None] + (element * R.dim_stride)[None, :],
         mask=in_batch[:, None] & in_head[None, :],
         other=1,
     )
@@ -47,7 +55,7 @@ def load_rows(array_ptr, row, in_batch, R: tl.constexpr):
 
 @triton.jit
 def _quantise(
-    x, in_head, static_scale, S: tl.constexpr, FORMAT: tl.constexpr, HARDWARE_FP8: tl.constexpr,
+    x, in_head, static_scale, S: tl.constexpr, FORMAT: tl.constexpr, HARDWARE_CAST: tl.constexpr,
     HARDWARE_SCALES: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Encoded elements of rows, `[ROWS, WIDTH]`, and their computed scales as stored, `[ROWS, WIDTH // group]`."""
@@ -60,13 +68,13 @@ def _quantise(
         scale, factor = encoded_scales(
             x, in_head, row_scale, SCALE_FORMAT, HARDWARE_SCALES, S.largest, ROWS, WIDTH, S.group
         )
-        bits = encode(x * spread(factor, ROWS, WIDTH, S.group), None, FORMAT, HARDWARE_FP8)
+        bits = encode(x * spread(factor, ROWS, WIDTH, S.group), None, FORMAT, HARDWARE_CAST)
     else:
         if S.power_of_two:  # fp8_ds_mla
             scale = power_scales(x, in_head, S.largest, S.least, ROWS, WIDTH, S.group)
         else:
             scale = float_scales(x, in_head, S.largest, S.least, ROWS, WIDTH, S.group)
-        bits = encode(x, spread(scale, ROWS, WIDTH, S.group), FORMAT, HARDWARE_FP8)
+        bits = encode(x, spread(scale, ROWS, WIDTH, S.group), FORMAT, HARDWARE_CAST)
     return bits, scale
 
 
@@ -105,38 +113,37 @@ def store_units(cache_ptr, x, head, layer, block, place, written, R: tl.constexp
 
 @triton.jit
 def store_rows(
-    x, in_head, cache_ptr, scale_cache_ptr, scale_ptr, row, slot, layer, written,
-    R: tl.constexpr, S: tl.constexpr, FORMAT: tl.constexpr, HARDWARE_FP8: tl.constexpr,
+    x, in_head, cache_ptr, scale_cache_ptr, scale_ptr, head, slot, layer, written,
+    R: tl.constexpr, S: tl.constexpr, FORMAT: tl.constexpr, HARDWARE_CAST: tl.constexpr,
     HARDWARE_SCALES: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Stores rows of K, or of V, `[ROWS, elements]`: quantised by scales that S computes, encoded, or as they are."""
     WIDTH: tl.constexpr = R.columns * R.elements_per_unit
-    head = (row % R.num_heads).to(tl.int64)
     block = slot // BLOCK_SIZE
     place = slot % BLOCK_SIZE
     static_scale = scale_ptr
     if scale_ptr is not None:
         static_scale = tl.load(scale_ptr + head[:, None] * R.scale_stride)
     if S is not None:
-        x, scale = _quantise(x, in_head, static_scale, S, FORMAT, HARDWARE_FP8, HARDWARE_SCALES, ROWS, WIDTH)
+        x, scale = _quantise(x, in_head, static_scale, S, FORMAT, HARDWARE_CAST, HARDWARE_SCALES, ROWS, WIDTH)
         scales_ptr = cache_ptr if S.inside else scale_cache_ptr
         _store_scales(scales_ptr, scale, head, layer, block, place, written, R, S, WIDTH)
     elif FORMAT is not None:
-        x = encode(x, static_scale, FORMAT, HARDWARE_FP8 and FORMAT.bits == 8)
+        x = encode(x, static_scale, FORMAT, HARDWARE_CAST)
     store_units(cache_ptr, pack(x, ROWS, WIDTH, FORMAT), head, layer, block, place, written, R)
 
 
 @triton.jit
 def write_rows(
-    array_ptr, cache_ptr, scale_cache_ptr, scale_ptr, row, slot, layer, in_batch, written,
-    R: tl.constexpr, S: tl.constexpr, FORMAT: tl.constexpr, HARDWARE_FP8: tl.constexpr,
+    array_ptr, cache_ptr, scale_cache_ptr, scale_ptr, token, head, slot, layer, in_batch, written,
+    R: tl.constexpr, S: tl.constexpr, FORMAT: tl.constexpr, HARDWARE_CAST: tl.constexpr,
     HARDWARE_SCALES: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Writes rows of K, or of V, out of an array of tokens."""
-    x, in_head = load_rows(array_ptr, row, in_batch, R)
+    x, in_head = load_rows(array_ptr, token, head, in_batch, R)
     store_rows(
-        x, in_head, cache_ptr, scale_cache_ptr, scale_ptr, row, slot, layer, written,
-        R, S, FORMAT, HARDWARE_FP8, HARDWARE_SCALES, BLOCK_SIZE, ROWS,
+        x, in_head, cache_ptr, scale_cache_ptr, scale_ptr, head, slot, layer, written,
+        R, S, FORMAT, HARDWARE_CAST, HARDWARE_SCALES, BLOCK_SIZE, ROWS,
     )  # fmt: skip
 
 
@@ -163,25 +170,24 @@ def quantize_and_cache_kernel(
     SLOT_STRIDE: tl.constexpr,   # elements from one entry of slot_mapping to the next
     FORMAT: tl.constexpr,        # kvcore.formats.FloatFormat of the elements
     FORMAT_V: tl.constexpr,      # … of value's; None: copied
-    HARDWARE_FP8: tl.constexpr,  # whether the compiler's cast to fp8 is exact on the target
+    HARDWARE_CAST: tl.constexpr,  # whether the compiler's cast to FORMAT is exact on the target
     HARDWARE_SCALES: tl.constexpr,  # … to the format of computed scales
     LAYER_IS_POINTER: tl.constexpr,
     ROWS: tl.constexpr,          # rows of a program
 ):  # fmt: skip
     """Quantise each row, and write it and its scales."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    token = row // K.num_heads
+    token, head = find_rows(tl.program_id(0).to(tl.int64), K, ROWS)
     in_batch = token < num_tokens
     slot = tl.load(slot_mapping_ptr + token * SLOT_STRIDE, mask=in_batch, other=-1).to(tl.int64)
     written = (slot >= 0) & (slot < num_slots)
     index = layer_index(layer, LAYER_IS_POINTER)
     written = in_layer(written, layer, index, num_layers)
     write_rows(
-        key_ptr, key_cache_ptr, k_scale_cache_ptr, k_scale_ptr, row, slot, index, in_batch, written,
-        K, KS, FORMAT, HARDWARE_FP8, HARDWARE_SCALES, BLOCK_SIZE, ROWS,
+        key_ptr, key_cache_ptr, k_scale_cache_ptr, k_scale_ptr, token, head, slot, index, in_batch, written,
+        K, KS, FORMAT, HARDWARE_CAST, HARDWARE_SCALES, BLOCK_SIZE, ROWS,
     )  # fmt: skip
     write_rows(
         value_ptr, key_cache_ptr if value_cache_ptr is None else value_cache_ptr, v_scale_cache_ptr, v_scale_ptr,
-        row, slot, index, in_batch, written,
-        V, VS, FORMAT_V, HARDWARE_FP8, HARDWARE_SCALES, BLOCK_SIZE, ROWS,
+        token, head, slot, index, in_batch, written,
+        V, VS, FORMAT_V, HARDWARE_CAST, HARDWARE_SCALES, BLOCK_SIZE, ROWS,
     )  # fmt: skip

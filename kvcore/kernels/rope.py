@@ -16,13 +16,13 @@ import triton.language as tl
 from .address import in_layer, layer_index
 from .decode import widen
 from .encode import encode
-from .quantize import load_rows, row_offsets, store_rows, store_units, write_rows
+from .quantize import find_rows, load_rows, row_offsets, store_rows, store_units
 from .reduce import total
 
 
 @triton.jit
-def _root_mean_square(x, in_head, SIZE: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """`sqrt(mean(x²) + EPS)` of rows of SIZE elements, `[ROWS, 1]`.
+def _inverse_norm(x, in_head, SIZE: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """`1 / sqrt(mean(x²) + EPS)` of rows of SIZE elements, `[ROWS, 1]`.
 
     Squares are added in pairs of neighbours, their sums in pairs, and so on: the order is part of the result.
     """
@@ -31,13 +31,7 @@ def _root_mean_square(x, in_head, SIZE: tl.constexpr, EPS: tl.constexpr, ROWS: t
         if (WIDTH >> level) > 0:
             sums = total(tl.reshape(sums, [ROWS, WIDTH >> level, 2]), 2)
     mean = tl.div_rn(sums, tl.full(sums.shape, SIZE, tl.float32))
-    return tl.sqrt_rn(mean + EPS)
-
-
-@triton.jit
-def _normed(x, root, weight):
-    """Elements of rows divided by the root of their row, times the weights of their columns."""
-    return tl.div_rn(x, tl.broadcast_to(root, x.shape)) * widen(weight)
+    return tl.div_rn(tl.full(mean.shape, 1.0, tl.float32), tl.sqrt_rn(mean + EPS))
 
 
 @triton.jit
@@ -88,7 +82,7 @@ def _rotate_neighbours(
 
 @triton.jit
 def _rotate_halves(
-    x, array_ptr, norm_ptr, root, positions_ptr, cos_sin_ptr, row, in_batch, max_position,
+    x, array_ptr, norm_ptr, inverse, positions_ptr, cos_sin_ptr, token, head, in_batch, max_position,
     R: tl.constexpr, NORM_STRIDE: tl.constexpr, ROTARY: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Rows, `[ROWS, WIDTH]`, whose pairs are half of ROTARY.dim apart.
@@ -108,7 +102,7 @@ def _rotate_halves(
     pair = (run + (half - 1) * (HALF // RUN)) * RUN + within
     offset = other.to(tl.int64) if R.wide else other
     y = tl.load(
-        array_ptr + row_offsets(row, R)[:, None, None] + (offset * R.dim_stride)[None, :, :],
+        array_ptr + row_offsets(token, head, R)[:, None, None] + (offset * R.dim_stride)[None, :, :],
         mask=in_batch[:, None, None] & turns,
         other=1,
     )
@@ -116,9 +110,9 @@ def _rotate_halves(
     if norm_ptr is not None:
         # For all rows, although they are the same: so they need not go from the threads of one row to all others.
         weight_ptr = norm_ptr + tl.broadcast_to((other * NORM_STRIDE)[None, :, :], [ROWS, WIDTH // RUN, RUN])
-        y = _normed(y, root, tl.reshape(tl.load(weight_ptr, mask=turns, other=0), [ROWS, WIDTH]))
+        weight = tl.load(weight_ptr, mask=turns, other=0)
+        y = y * inverse * tl.reshape(widen(weight), [ROWS, WIDTH])
 
-    token = row // R.num_heads
     SECTIONS: tl.constexpr = ROTARY.sections
     position, exists = _find_positions(
         positions_ptr, token, in_batch, tl.reshape(pair, [WIDTH]), max_position, ROTARY
@@ -131,14 +125,16 @@ def _rotate_halves(
     mask = exists[:, None, None] & turns
     cosine = tl.load(angle_ptr, mask=mask, other=0)
     sine = tl.load(angle_ptr + HALF * ROTARY.column_stride, mask=mask, other=0)
-    sine = widen(sine)
-    sine = tl.where(first[None, :, :], -sine, sine)
-    return x * tl.reshape(widen(cosine), [ROWS, WIDTH]) + y * tl.reshape(sine, [ROWS, WIDTH]), exists
+    kept = x * tl.reshape(widen(cosine), [ROWS, WIDTH])
+    mixed = y * tl.reshape(widen(sine), [ROWS, WIDTH])
+    element = tl.arange(0, WIDTH)[None, :]
+    # Not the sine is negated: to the compiler that is 0 - sine, and 0 - 0 has the wrong sign.
+    return tl.where(element < HALF, kept - mixed, kept + mixed), exists
 
 
 @triton.jit
 def _load_rotated(
-    array_ptr, norm_ptr, positions_ptr, cos_sin_ptr, row, in_batch, max_position,
+    array_ptr, norm_ptr, positions_ptr, cos_sin_ptr, token, head, in_batch, max_position,
     R: tl.constexpr, ROTATES: tl.constexpr, NORM_STRIDE: tl.constexpr, ROTARY: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Rows in float32, `[ROWS, elements]`, normed unless norm_ptr is None, and rotated if ROTATES.
@@ -146,27 +142,67 @@ def _load_rotated(
     Also which elements a head has, `[1, elements]`.
     """
     WIDTH: tl.constexpr = R.columns * R.elements_per_unit
-    x, in_head = load_rows(array_ptr, row, in_batch, R)
+    x, in_head = load_rows(array_ptr, token, head, in_batch, R)
     x = widen(x)
     element = tl.arange(0, WIDTH)[None, :]
-    root = None
+    inverse = None
     if norm_ptr is not None:
-        root = _root_mean_square(x, in_head, R.head_units * R.elements_per_unit, ROTARY.eps, ROWS, WIDTH)
+        inverse = _inverse_norm(x, in_head, R.head_units * R.elements_per_unit, ROTARY.eps, ROWS, WIDTH)
         weight_ptr = norm_ptr + tl.broadcast_to(element * NORM_STRIDE, x.shape)
-        x = _normed(x, root, tl.load(weight_ptr, mask=in_head, other=0))
+        x = x * inverse * widen(tl.load(weight_ptr, mask=in_head, other=0))
     if ROTATES:
         if ROTARY.interleaved:
             turned, exists = _rotate_neighbours(
-                x, positions_ptr, cos_sin_ptr, row // R.num_heads, in_batch, max_position, ROTARY, ROWS, WIDTH
+                x, positions_ptr, cos_sin_ptr, token, in_batch, max_position, ROTARY, ROWS, WIDTH
             )
         else:
             turned, exists = _rotate_halves(
-                x, array_ptr, norm_ptr, root, positions_ptr, cos_sin_ptr, row, in_batch, max_position,
+                x, array_ptr, norm_ptr, inverse, positions_ptr, cos_sin_ptr, token, head, in_batch, max_position,
                 R, NORM_STRIDE, ROTARY, ROWS, WIDTH,
             )  # fmt: skip
         x = tl.where(element < ROTARY.dim, turned, x)
         x = tl.where(exists[:, None], x, 0.0)
     return x, in_head
+
+
+@triton.jit
+def _rotate_query(
+    query_ptr, positions_ptr, cos_sin_ptr, norm_ptr, num_tokens, max_position, out_ptr, program,
+    Q: tl.constexpr, FORMAT: tl.constexpr, HARDWARE_CAST: tl.constexpr, ROTARY: tl.constexpr,
+    NORM_STRIDE: tl.constexpr, IN_PLACE: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Rotates a program's rows of query."""
+    token, head = find_rows(program, Q, ROWS)
+    in_batch = token < num_tokens
+    x, _ = _load_rotated(
+        query_ptr, norm_ptr, positions_ptr, cos_sin_ptr, token, head, in_batch, max_position,
+        Q, True, NORM_STRIDE, ROTARY, ROWS,
+    )  # fmt: skip
+    if IN_PLACE:
+        tl.debug_barrier()  # other threads of the program may still be loading these elements
+    store_units(out_ptr, encode(x, None, FORMAT, HARDWARE_CAST), head, 0, token, 0, in_batch, Q)
+
+
+@triton.jit
+def _write_side(
+    array_ptr, cache_ptr, scale_cache_ptr, positions_ptr, cos_sin_ptr, norm_ptr, scale_ptr,
+    max_position, token, head, slot, layer, in_batch, written,
+    R: tl.constexpr, S: tl.constexpr, FORMAT: tl.constexpr, HARDWARE_CAST: tl.constexpr,
+    HARDWARE_SCALES: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROTARY: tl.constexpr, ROTATES: tl.constexpr,
+    NORM_STRIDE: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Writes a program's rows of K, or of V: normed unless norm_ptr is None, rotated if ROTATES, else as they are."""
+    if norm_ptr is None and not ROTATES:
+        x, in_head = load_rows(array_ptr, token, head, in_batch, R)
+    else:
+        x, in_head = _load_rotated(
+            array_ptr, norm_ptr, positions_ptr, cos_sin_ptr, token, head, in_batch, max_position,
+            R, ROTATES, NORM_STRIDE, ROTARY, ROWS,
+        )  # fmt: skip
+    store_rows(
+        x, in_head, cache_ptr, scale_cache_ptr, scale_ptr, head, slot, layer, written,
+        R, S, FORMAT, HARDWARE_CAST, HARDWARE_SCALES, BLOCK_SIZE, ROWS,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -202,7 +238,8 @@ def rope_and_cache_kernel(
     FORMAT_Q: tl.constexpr,      # kvcore.formats.FloatFormat of out
     FORMAT: tl.constexpr,        # … of K's elements; None: copied
     FORMAT_V: tl.constexpr,      # … of V's
-    HARDWARE_FP8: tl.constexpr,  # whether the compiler's cast to fp8 is exact on the target
+    HARDWARE_Q: tl.constexpr,    # whether the compiler's cast to FORMAT_Q is exact on the target
+    HARDWARE_CAST: tl.constexpr,  # … to FORMAT
     HARDWARE_SCALES: tl.constexpr,  # … to the format of computed scales
     LAYER_IS_POINTER: tl.constexpr,
     ROTARY: tl.constexpr,        # kvcore.plan.rope.Rotary
@@ -217,50 +254,26 @@ def rope_and_cache_kernel(
     program = tl.program_id(0).to(tl.int64)
     q_programs = (tl.cast(num_tokens, tl.int64) * Q.num_heads + (Q_ROWS - 1)) // Q_ROWS
     if program < q_programs:
-        row = program * Q_ROWS + tl.arange(0, Q_ROWS)
-        token = row // Q.num_heads
-        in_batch = token < num_tokens
-        x, in_head = _load_rotated(
-            query_ptr, q_norm_ptr, positions_ptr, cos_sin_ptr, row, in_batch, max_position,
-            Q, True, Q_NORM_STRIDE, ROTARY, Q_ROWS,
+        _rotate_query(
+            query_ptr, positions_ptr, cos_sin_ptr, q_norm_ptr, num_tokens, max_position, out_ptr, program,
+            Q, FORMAT_Q, HARDWARE_Q, ROTARY, Q_NORM_STRIDE, IN_PLACE, Q_ROWS,
         )  # fmt: skip
-        if IN_PLACE:
-            tl.debug_barrier()  # other threads of the program may still be loading these elements
-        store_units(out_ptr, encode(x, None, FORMAT_Q, False), row % Q.num_heads, 0, token, 0, in_batch, Q)
     else:
-        row = (program - q_programs) * ROWS + tl.arange(0, ROWS)
-        token = row // K.num_heads
+        program -= q_programs
+        token, head = find_rows(program, K, ROWS)
         in_batch = token < num_written
         slot = tl.load(slot_mapping_ptr + token * SLOT_STRIDE, mask=in_batch, other=-1).to(tl.int64)
         written = (slot >= 0) & (slot < num_slots)
         index = layer_index(layer, LAYER_IS_POINTER)
         written = in_layer(written, layer, index, num_layers)
-        if LATENT and k_norm_ptr is None:
-            write_rows(
-                key_ptr, key_cache_ptr, k_scale_cache_ptr, k_scale_ptr, row, slot, index, in_batch, written,
-                K, KS, FORMAT, HARDWARE_FP8, HARDWARE_SCALES, BLOCK_SIZE, ROWS,
-            )  # fmt: skip
-        else:
-            x, in_head = _load_rotated(
-                key_ptr, k_norm_ptr, positions_ptr, cos_sin_ptr, row, in_batch, max_position,
-                K, not LATENT, K_NORM_STRIDE, ROTARY, ROWS,
-            )  # fmt: skip
-            store_rows(
-                x, in_head, key_cache_ptr, k_scale_cache_ptr, k_scale_ptr, row, slot, index, written,
-                K, KS, FORMAT, HARDWARE_FP8, HARDWARE_SCALES, BLOCK_SIZE, ROWS,
-            )  # fmt: skip
-        values_ptr = key_cache_ptr if value_cache_ptr is None else value_cache_ptr
-        if LATENT:
-            x, in_head = _load_rotated(
-                value_ptr, None, positions_ptr, cos_sin_ptr, row, in_batch, max_position,
-                V, True, 0, ROTARY, ROWS,
-            )  # fmt: skip
-            store_rows(
-                x, in_head, values_ptr, v_scale_cache_ptr, v_scale_ptr, row, slot, index, written,
-                V, VS, FORMAT_V, HARDWARE_FP8, HARDWARE_SCALES, BLOCK_SIZE, ROWS,
-            )  # fmt: skip
-        else:
-            write_rows(
-                value_ptr, values_ptr, v_scale_cache_ptr, v_scale_ptr, row, slot, index, in_batch, written,
-                V, VS, FORMAT_V, HARDWARE_FP8, HARDWARE_SCALES, BLOCK_SIZE, ROWS,
-            )  # fmt: skip
+        _write_side(
+            key_ptr, key_cache_ptr, k_scale_cache_ptr, positions_ptr, cos_sin_ptr, k_norm_ptr, k_scale_ptr,
+            max_position, token, head, slot, index, in_batch, written,
+            K, KS, FORMAT, HARDWARE_CAST, HARDWARE_SCALES, BLOCK_SIZE, ROTARY, not LATENT, K_NORM_STRIDE, ROWS,
+        )  # fmt: skip
+        _write_side(
+            value_ptr, key_cache_ptr if value_cache_ptr is None else value_cache_ptr, v_scale_cache_ptr,
+            positions_ptr, cos_sin_ptr, None, v_scale_ptr,
+            max_position, token, head, slot, index, in_batch, written,
+            V, VS, FORMAT_V, HARDWARE_CAST, HARDWARE_SCALES, BLOCK_SIZE, ROTARY, LATENT, 0, ROWS,
+        )  # fmt: skip

@@ -49,7 +49,7 @@ def reshape_and_cache_kernel_flash(
     BLOCK_SIZE: tl.constexpr,    # slots of a block
     SLOT_STRIDE: tl.constexpr,   # elements from one entry of slot_mapping to the next
     FORMAT: tl.constexpr,        # kvcore.formats.FloatFormat to convert to, or None to copy bits
-    HARDWARE_FP8: tl.constexpr,  # whether the compiler's cast to fp8 is exact on the target
+    HARDWARE_CAST: tl.constexpr,  # whether the compiler's cast to FORMAT is exact on the target
     LAYER_IS_POINTER: tl.constexpr,
     TOKENS: tl.constexpr,        # tokens of a program
 ):  # fmt: skip
@@ -79,8 +79,8 @@ def reshape_and_cache_kernel_flash(
 
     # ---- stored units: k and v become [TOKENS, columns]
     if FORMAT is not None:
-        k = pack(encode(k, k_scale, FORMAT, HARDWARE_FP8), TOKENS, K.columns * K.elements_per_unit, FORMAT)
-        v = pack(encode(v, v_scale, FORMAT, HARDWARE_FP8), TOKENS, V.columns * V.elements_per_unit, FORMAT)
+        k = pack(encode(k, k_scale, FORMAT, HARDWARE_CAST), TOKENS, K.columns * K.elements_per_unit, FORMAT)
+        v = pack(encode(v, v_scale, FORMAT, HARDWARE_CAST), TOKENS, V.columns * V.elements_per_unit, FORMAT)
     k_column, k_in_row = columns(K)
     v_column, v_in_row = columns(V)
     _store(key_cache_ptr, k, index, block, place, k_column, written[:, None] & k_in_row[None, :], K)
@@ -104,7 +104,7 @@ def reshape_and_cache_kernel_flash_diffkv(
     BLOCK_SIZE: tl.constexpr,
     SLOT_STRIDE: tl.constexpr,
     FORMAT: tl.constexpr,
-    HARDWARE_FP8: tl.constexpr,
+    HARDWARE_CAST: tl.constexpr,
     LAYER_IS_POINTER: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
@@ -112,5 +112,5 @@ def reshape_and_cache_kernel_flash_diffkv(
     reshape_and_cache_kernel_flash(
         key_ptr, value_ptr, kv_cache_ptr, kv_cache_ptr, slot_mapping_ptr, k_scale_ptr, v_scale_ptr, layer,
         num_tokens, num_slots, num_layers,
-        K, V, BLOCK_SIZE, SLOT_STRIDE, FORMAT, HARDWARE_FP8, LAYER_IS_POINTER, TOKENS,
+        K, V, BLOCK_SIZE, SLOT_STRIDE, FORMAT, HARDWARE_CAST, LAYER_IS_POINTER, TOKENS,
     )  # fmt: skip

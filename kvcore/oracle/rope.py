@@ -65,13 +65,14 @@ def rope_and_cache(
 
 
 def normed(x: np.ndarray, weights: np.ndarray | None, eps: float) -> np.ndarray:
-    """`x / sqrt(mean(x * x) + eps) * weights` of rows `[…, n]`, in float32; without weights x itself, in float32."""
+    """`x * (1 / sqrt(mean(x * x) + eps)) * weights` of rows `[…, n]`, in float32; without weights x, in float32."""
     x = x.astype(np.float32)
     if weights is None:
         return x
     with np.errstate(all="ignore"):  # NaN and infinity are input like any other
         root = np.sqrt(sum_in_pairs(x * x) / np.float32(x.shape[-1]) + np.float32(eps))
-        return x / root[..., None] * weights.astype(np.float32)
+        inverse = np.float32(1) / root
+        return x * inverse[..., None] * weights.astype(np.float32)
 
 
 def sum_in_pairs(x: np.ndarray) -> np.ndarray:

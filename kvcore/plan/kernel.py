@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from kvcore.formats import E4M3, E5M2, FloatFormat
+from kvcore.formats import BFLOAT16, E4M3, E5M2, FLOAT16, FloatFormat
 
 
 class Target(NamedTuple):
@@ -52,10 +52,12 @@ def has_e4m3(target: Target) -> bool:
 
 
 def converts_exactly(stored: FloatFormat, target: Target) -> bool:
-    """Whether the compiler's cast from float32 saturates and rounds once, to nearest even.
+    """Whether the compiler's cast from float32 rounds once, to nearest even, and saturates where the format does.
 
-    True from sm_90 on (checked over all 2³² patterns on an H100). sm_89 rounds twice before Triton 3.9, sm_80 has no
-    instruction, and the interpreter truncates: there the kernels encode with integer arithmetic.
+    True from sm_90 on (checked over all 2³² patterns on an H100), of the 16-bit formats except for the bits of NaN. To
+    fp8, sm_89 rounds twice before Triton 3.9, sm_80 has no instruction, and the interpreter truncates, all formats:
+    there the kernels encode with integer arithmetic.
     """
-    converts = stored._replace(name="") in (E4M3._replace(name=""), E5M2._replace(name=""))
+    formats = (E4M3, E5M2, BFLOAT16, FLOAT16)
+    converts = stored._replace(name="") in [f._replace(name="") for f in formats]
     return converts and target.backend == "cuda" and isinstance(target.arch, int) and target.arch >= 90
