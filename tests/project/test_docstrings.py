@@ -94,7 +94,10 @@ JAX_WORDS = [
     (r"; by \"xla\" on CPUs only, where numbers below 2\^-126 may become zeros on the way", ""),
     (r"; then the new caches, unless they are Refs", ""),
     (r"The rotated query, and the new cache: .*", "The rotated query."),
-    (r", a Ref is passed twice, or a list or NumPy array of positions .*", ", or a Ref is passed twice."),
+    (
+        r", a Ref is passed twice, or a list or NumPy array of positions has one past the table",
+        ", or a Ref is passed twice",
+    ),
 ]
 
 # Sentences that have no counterpart, as they begin.
