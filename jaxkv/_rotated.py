@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 from jaxkv._call import CacheOperands, CacheOptions, WriteOperands, specs_of
-from kvcore.contract.rope import Rope, RopeOptions, describe_rope
+from kvcore.contract.rope import Rope, RopeOptions, check_rope
 
 
 class RotatedWriteOperands(NamedTuple):
@@ -74,7 +74,7 @@ class RotatedWriteOptions(NamedTuple):
     def describe(self, operands: RotatedWriteOperands) -> Rope:
         """The contract's description of the call."""
         specs = specs_of(operands)
-        return describe_rope(
+        return check_rope(
             specs.query, specs.key, specs.value, specs.positions, specs.cos_sin, specs.slot_mapping, specs.q_norm,
             specs.k_norm, self.rope, self.cache.arguments(specs.cache), self.latent,
         )  # fmt: skip

@@ -11,7 +11,7 @@ from jaxkv._views import as_head, split_columns
 from jaxkv._write import as_memory, write_caches
 from kvcore.choices import JaxBackend, KVCacheDtype
 from kvcore.contract.checks import check_options, check_scale, check_scale_type
-from kvcore.contract.write import check_mla, split_of_latent
+from kvcore.contract.write import check_mla, in_latent_order, split_of_latent, with_latent_head
 from kvcore.formats import DS_MLA_ROPE
 from kvcore.layout import CacheLayout
 
@@ -128,26 +128,18 @@ def write_latent(
     check_options(kv_cache_dtype, None, None, layer, backend, BACKENDS)
     check_scale_type("scale", scale)
     kv_c, k_pe, kv_cache = as_rows(kv_c), as_rows(k_pe), as_memory(kv_cache)
-    spec, axes = spec_of(kv_cache), layout.arrays[0]
-    order = [axes.index((name,)) for name in ("layer", "block", "slot", "latent") if (name,) in axes]
-    rows = spec
-    if len(spec.shape) == len(axes):  # a cache of another rank is refused as it is
-        rows = spec._replace(shape=tuple(spec.shape[i] for i in order))
-    check_mla(spec_of(kv_c), spec_of(k_pe), rows, kv_cache_dtype, layer)
+    spec = spec_of(kv_cache)
+    check_mla(spec_of(kv_c), spec_of(k_pe), in_latent_order(layout, spec), kv_cache_dtype, layer)
     if scale is not None:
         check_scale("scale", spec_of(scale), 1)
-    shape = spec.shape
     if not k_pe.shape[1]:
         if kv_cache_dtype == "fp8_ds_mla":
             k_pe = jnp.zeros((k_pe.shape[0], DS_MLA_ROPE), k_pe.dtype)
         else:  # a write has two parts: the latent vector is cut in two
             kv_c, k_pe = split_columns(kv_c, split_of_latent(kv_c.shape[1]))
-    if kv_cache_dtype != "fp8_ds_mla":  # the same memory with kv_c as keys and k_pe as values of its one head
-        layout = CacheLayout(layout.pattern.replace("latent", "head k+v"))
-        latent_axis = order[-1]
-        shape = (*shape[:latent_axis], 1, *shape[latent_axis:])
+    layout, spec = with_latent_head(layout, spec, kv_cache_dtype)
     key, value = as_head(kv_c), as_head(k_pe)
     new = write_caches(
-        key, value, (kv_cache,), slot_mapping, kv_cache_dtype, scale, scale, layout, layer, backend, shape=shape
+        key, value, (kv_cache,), slot_mapping, kv_cache_dtype, scale, scale, layout, layer, backend, shape=spec.shape
     )
     return None if new is None else new[0]

@@ -52,6 +52,14 @@ def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
+def with_unit_axis(spec: ArraySpec, axis: int) -> ArraySpec:
+    """The spec of an array with an axis of size 1 in front of one of its axes."""
+    size, strides = spec.shape[axis], spec.strides
+    if strides is not None:
+        strides = (*strides[:axis], size * strides[axis], *strides[axis:])
+    return spec._replace(shape=(*spec.shape[:axis], 1, *spec.shape[axis:]), strides=strides)
+
+
 def shape_of(spec: ArraySpec) -> str:
     """The shape, as errors print it."""
     return str(tuple(spec.shape))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvcore.arrays import ArraySpec, array_names
+from kvcore.arrays import ArraySpec, array_names, with_unit_axis
 from kvcore.contract.cache import CacheArguments, check_cache_address
 from kvcore.contract.checks import check_devices, check_result, check_scale
 from kvcore.contract.read import Attention, AttentionOptions, Gather, check_attention, check_gather
@@ -100,9 +100,9 @@ class WriteCall(NamedTuple):
             if scale is not None:
                 check_scale("scale", scale, num_heads=1)
             check_devices([("kv_c", key), ("k_pe", value), ("scale", scale)], "kv_cache", kv_cache)
-            key, value = _with_head(key), _with_head(value)
+            key, value = with_unit_axis(key, 1), with_unit_axis(value, 1)
             if self.kv_cache_dtype != "fp8_ds_mla":  # whose layout has no axis head either
-                cache = cache._replace(caches=[_with_head(kv_cache)])
+                cache = cache._replace(caches=[with_unit_axis(kv_cache, len(kv_cache.shape) - 1)])
         return check_write(key, value, slot_mapping, cache)
 
     def check_memory(self, write: Write) -> None:
@@ -290,9 +290,3 @@ def _check_results(
 
 def _named(caches: Sequence[Tensor]) -> Mapping[str, Tensor]:
     return dict(zip(array_names(len(caches)), caches, strict=True))
-
-
-def _with_head(rows: ArraySpec) -> ArraySpec:
-    """The spec of `rows.unsqueeze(-2)`: with an axis for a single head."""
-    shape, steps = rows.shape, rows.steps
-    return rows._replace(shape=(*shape[:-1], 1, shape[-1]), strides=(*steps[:-1], shape[-1] * steps[-1], steps[-1]))

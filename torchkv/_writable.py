@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kvcore.cache_spec import CacheSpec
 from kvcore.choices import RopeName, TorchBackend
+from kvcore.contract.write import latent_order
 from torchkv._arguments import check_tensors
 from torchkv.mla import concat_and_cache_mla
 from torchkv.quantize import (
@@ -130,6 +131,5 @@ class Writable:
     @property
     def _rows(self) -> Tensor:
         """The cache of a latent layout as `concat_and_cache_mla` wants it, whatever the order of its axes."""
-        (axes,), (cache,) = self.spec.layout.arrays, self.caches
-        order = [axes.index((axis,)) for axis in ("layer", "block", "slot", "latent") if (axis,) in axes]
+        order, (cache,) = latent_order(self.spec.layout), self.caches
         return cache if order == sorted(order) else cache.permute(order)

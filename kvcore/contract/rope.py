@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kvcore.arrays import ArraySpec, shape_of
+from kvcore.arrays import ArraySpec, shape_of, with_unit_axis
 from kvcore.contract.cache import CacheArguments, check_cache_devices
 from kvcore.contract.checks import check_indices, check_rank, either, is_integer, is_number, layout_of
-from kvcore.contract.write import Write, check_mla, check_write
+from kvcore.contract.write import Write, check_mla, check_write, in_latent_order, with_latent_head
 from kvcore.formats import FLOATS, FP8_DS_MLA
 from kvcore.layout import CacheLayout
 
@@ -137,6 +137,7 @@ def check_rope(
     k_norm: ArraySpec | None,
     options: RopeOptions,
     arguments: CacheArguments,
+    latent: bool | None = None,
 ) -> Rope:
     """Checks the arguments of `rope_and_cache`.
 
@@ -151,33 +152,17 @@ def check_rope(
         k_norm: `(head_size,)`, or None.
         options: What `check_rope_options` lets pass.
         arguments: The cache that is written.
+        latent: Whether these are rows of MLA that have an axis for their one head already; None where it is to be found
+            out, and they have none.
 
     Raises:
         ValueError: a shape, an extent, a choice or a device does not fit.
         TypeError: a dtype or a type does not fit.
     """
-    latent = is_latent(arguments)
-    if latent:
-        key, value, arguments = _with_heads(key, value, arguments)
-    return describe_rope(
-        query, key, value, positions, cos_sin, slot_mapping, q_norm, k_norm, options, arguments, latent
-    )
-
-
-def describe_rope(
-    query: ArraySpec,
-    key: ArraySpec,
-    value: ArraySpec,
-    positions: ArraySpec,
-    cos_sin: ArraySpec,
-    slot_mapping: ArraySpec,
-    q_norm: ArraySpec | None,
-    k_norm: ArraySpec | None,
-    options: RopeOptions,
-    arguments: CacheArguments,
-    latent: bool,
-) -> Rope:
-    """`check_rope` of arrays that have an axis for heads; `latent` says whether they are rows of MLA."""
+    if latent is None:
+        latent = is_latent(arguments)
+        if latent:
+            key, value, arguments = _with_heads(key, value, arguments)
     write = check_write(key, value, slot_mapping, arguments)
     tokens = key.shape[0]
     rotated = (value if latent else key).shape[2]
@@ -220,20 +205,6 @@ def check_positions(positions: np.ndarray, max_position: int) -> None:
         raise ValueError(f"cos_sin must have a row for position {positions.max()}, got {max_position} rows")
 
 
-def latent_layout(layout: CacheLayout, cache: ArraySpec, kv_cache_dtype: str) -> tuple[CacheLayout, ArraySpec]:
-    """Rows of MLA as a write sees them: one head, whose key is kv_c and whose value is k_pe; fp8_ds_mla stays.
-
-    Returns:
-        The layout, and the cache's spec with an axis for that head.
-    """
-    if kv_cache_dtype == FP8_DS_MLA.name:
-        return layout, cache
-    at = layout.arrays[0].index(("latent",))
-    strides = cache.strides and (*cache.strides[:at], cache.shape[at] * cache.strides[at], *cache.strides[at:])
-    spec = cache._replace(shape=(*cache.shape[:at], 1, *cache.shape[at:]), strides=strides)
-    return CacheLayout(layout.pattern.replace("latent", "head k+v")), spec
-
-
 def _with_heads(
     key: ArraySpec, value: ArraySpec, arguments: CacheArguments
 ) -> tuple[ArraySpec, ArraySpec, CacheArguments]:
@@ -249,23 +220,13 @@ def _with_heads(
     layout = CacheLayout.MLA if arguments.layer is None else CacheLayout.MLA.with_layer()
     if arguments.layout is not None:
         layout = CacheLayout.of(arguments.layout)
-    rows, (axes,) = kv_cache, layout.arrays
-    if len(kv_cache.shape) == len(axes):  # a cache of another rank is refused as it is
-        order = [axes.index((name,)) for name in ("layer", "block", "slot", "latent") if (name,) in axes]
-        rows = kv_cache._replace(shape=tuple(kv_cache.shape[i] for i in order))
+    rows = in_latent_order(layout, kv_cache)
     check_mla(key, value, rows, arguments.kv_cache_dtype, arguments.layer, ("key", "value"))
     if value.shape[1] < 2:
         raise ValueError(f"value must have at least 2 columns to be rotated, got shape {shape_of(value)}")
-    layout, kv_cache = latent_layout(layout, kv_cache, arguments.kv_cache_dtype)
+    layout, kv_cache = with_latent_head(layout, kv_cache, arguments.kv_cache_dtype)
     arguments = arguments._replace(caches=[kv_cache], layout=layout, v_scale=arguments.k_scale)
-    return _with_head(key), _with_head(value), arguments
-
-
-def _with_head(rows: ArraySpec) -> ArraySpec:
-    """The spec of `[num_tokens, columns]` as `[num_tokens, 1, columns]`."""
-    tokens, columns = rows.shape
-    strides = rows.strides and (rows.strides[0], columns * rows.strides[1], rows.strides[1])
-    return rows._replace(shape=(tokens, 1, columns), strides=strides)
+    return with_unit_axis(key, 1), with_unit_axis(value, 1), arguments
 
 
 def _rotary_dim(rotary_dim: int | None, head_size: int) -> int:

@@ -6,7 +6,7 @@ and choices raise ValueError, dtypes and types TypeError, before anything is lau
 
 from typing import NamedTuple
 
-from kvcore.arrays import ArraySpec, shape_of
+from kvcore.arrays import ArraySpec, shape_of, with_unit_axis
 from kvcore.contract.cache import (
     Cache,
     CacheArguments,
@@ -181,6 +181,30 @@ def check_mla(
     axes = "(num_blocks, block_size, " if layer is None else "(num_layers, num_blocks, block_size, "
     if len(kv_cache.shape) != (3 if layer is None else 4) or kv_cache.shape[-1] != units:
         raise ValueError(f"kv_cache must have shape {axes}{units}), got {shape_of(kv_cache)}")
+
+
+def latent_order(layout: CacheLayout) -> list[int]:
+    """Where the axes layer, block, slot and latent are in caches of a latent layout; layer only where they have it."""
+    (axes,) = layout.arrays
+    return [axes.index((name,)) for name in ("layer", "block", "slot", "latent") if (name,) in axes]
+
+
+def in_latent_order(layout: CacheLayout, cache: ArraySpec) -> ArraySpec:
+    """The spec of a cache with its axes in the order that `check_mla` asks for; of another rank, as it is."""
+    order = latent_order(layout)
+    return cache._replace(shape=tuple(cache.shape[i] for i in order)) if len(cache.shape) == len(order) else cache
+
+
+def with_latent_head(layout: CacheLayout, cache: ArraySpec, kv_cache_dtype: str) -> tuple[CacheLayout, ArraySpec]:
+    """Rows of MLA as a write sees them: one head, whose key is kv_c and whose value is k_pe; fp8_ds_mla stays.
+
+    Returns:
+        The layout, and the cache's spec with an axis for that head.
+    """
+    if kv_cache_dtype == FP8_DS_MLA.name:
+        return layout, cache
+    layout_with_head = CacheLayout(layout.pattern.replace("latent", "head k+v"))
+    return layout_with_head, with_unit_axis(cache, latent_order(layout)[-1])
 
 
 def split_of_latent(rank: int) -> int:

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from tests.cases.arrays import bits, from_torch, random_normal, to_torch
+from tests.cases.arrays import from_torch, random_normal, to_torch
 from tests.cases.gpu import DEVICE, HAS_GPU, captured, needs_gpu
+from tests.cases.jax_ropes import assert_same, call_jax
 from tests.cases.rope import CASES, MAX_POSITION, RopeCase, run_oracle, table
 
 pytestmark = pytest.mark.gpu
@@ -22,22 +23,6 @@ def run_torch(call, **options):
     return [from_torch(tensor) for tensor in (query, *caches)]
 
 
-def run_jax(call, **options):
-    import jax.numpy as jnp
-
-    import jaxkv
-
-    return list(
-        map(np.asarray, call(jaxkv.rope_and_cache, jnp.asarray, list(map(jnp.asarray, call.caches)), **options))
-    )
-
-
-def assert_same(got, want):
-    for i, (g, w) in enumerate(zip(got, want, strict=True)):
-        assert (g.shape, g.dtype) == (w.shape, w.dtype)
-        np.testing.assert_array_equal(bits(g), bits(w), err_msg=f"result {i}")
-
-
 @pytest.mark.parametrize("case", ALL)
 def test_torch(case):
     call = case.make()
@@ -52,7 +37,7 @@ def test_jax(case):
     want = run_oracle(call)
     needs_gpu()  # XLA's bits on a CPU have tests of their own
     with jax.enable_x64(case.integers == "int64"):
-        assert_same(run_jax(call), want)
+        assert_same(call_jax(call), want)
 
 
 @pytest.mark.parametrize("rope", ["neox", "gptj"])
@@ -72,7 +57,7 @@ def test_many_tokens(rope, kv_cache_dtype):
         want = run_oracle(call)
         assert_same(run_torch(call), want)
         if HAS_GPU:
-            assert_same(run_jax(call), want)
+            assert_same(call_jax(call), want)
 
 
 def test_in_place():
@@ -132,4 +117,4 @@ def test_views_in_jax():
         jax.jit(lambda *rows: jaxkv.rope_and_cache(*rows, caches, *rest, backend=backend))(*rows)
         for rows in (views, slices)
     )
-    assert_same(list(map(np.asarray, got)), list(map(np.asarray, want)))
+    assert_same(got, want)
