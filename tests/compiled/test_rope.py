@@ -121,12 +121,11 @@ def test_refs():
 def test_vmap_folds_into_one_launch():
     program = Program("NHD")
     mesh, shared = h100s(1), (5, 7)  # the table and the norm's weights
+    batch, sizes = NamedSharding(mesh, P()), [() if i in shared else (2,) for i in range(8)]
     program.arguments = tuple(
-        argument if i in shared else jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct((2, *a.shape), a.dtype, sharding=NamedSharding(mesh, P())), argument
-        )
+        jax.tree.map(lambda a, i=i: jax.ShapeDtypeStruct((*sizes[i], *a.shape), a.dtype, sharding=batch), argument)
         for i, argument in enumerate(program.arguments)
-    )  # fmt: skip
+    )
     axes = tuple(None if i in shared else 0 for i in range(8))
     compiled = program.compile(jax.vmap(program.step, in_axes=axes))
     program.cache_bytes *= 2
