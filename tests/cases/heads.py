@@ -64,3 +64,11 @@ def attend_view(case, kind, **more):
     """A read's result and log-sum-exp, with a view for query."""
     query = view_of(case.query, kind, 3)
     return case.call(jaxkv, lambda a: query if a is case.query else jnp.asarray(a), return_lse=True, **more)
+
+
+def rope_views(call, views, **more):
+    """The results of a `RopeCall`, with views in place of the arrays of these names."""
+    made = {id(getattr(call, name)): view for name, view in views.items()}
+    return call(
+        jaxkv.rope_and_cache, lambda a: made.get(id(a), jnp.asarray(a)), list(map(jnp.asarray, call.caches)), **more
+    )

@@ -9,6 +9,8 @@ from tests.cases import gpu
 from tests.cases.arrays import bits, make_case, random_bits, random_normal, run_oracle
 from tests.cases.gpu import HAS_GPU, params, shorter
 from tests.cases.reads import attend_jax, make_read
+from tests.cases.rope import NORMS, RopeCase
+from tests.cases.rope import run_oracle as run_oracle_of_rope
 
 pytestmark = pytest.mark.gpu
 
@@ -94,6 +96,16 @@ def test_attention(options, kind):
     more["seq_lens"], more["query_lens"] = shorter(more["seq_lens"]), shorter(more.get("query_lens"))
     case = make_read(np.random.default_rng(2), **more)
     assert_same(lambda: attend_view(case, kind), attend_jax(case))
+
+
+@pytest.mark.parametrize("kind", ["flat", "one of a group", "two of a group"])
+@pytest.mark.parametrize("options", [{"head_size": 40}, {"head_size": 128, **NORMS}], ids=["40", "128, norms"])
+def test_rope(options, kind):
+    from tests.cases.heads import rope_views, view_of
+
+    call = RopeCase("views", num_heads=4, num_tokens=30, integers="int32", **options).make()
+    views = {name: view_of(getattr(call, name), kind, i) for i, name in enumerate(("query", "key", "value"))}
+    assert_same(lambda: rope_views(call, views), run_oracle_of_rope(call))
 
 
 def test_a_projection_of_a_decode_step():

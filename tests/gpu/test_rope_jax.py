@@ -5,6 +5,7 @@ import pytest
 
 from tests.cases.arrays import bits
 from tests.cases.gpu import HAS_GPU, lowered, needs_gpu
+from tests.cases.jax_ropes import assert_same, call_jax
 from tests.cases.rope import CASES, MLA, NORMS, RopeCase, run_oracle
 
 pytestmark = pytest.mark.gpu
@@ -40,23 +41,14 @@ def function(call, **more):
     return step
 
 
-def assert_same(got, want):
-    for i, (g, w) in enumerate(zip(got, want, strict=True)):
-        assert (g.shape, g.dtype) == (w.shape, w.dtype)
-        np.testing.assert_array_equal(bits(np.asarray(g)), bits(w), err_msg=f"result {i}")
-
-
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_programs_for_an_h100(case):
     """Without a GPU, all but the kernels; with one, `test_rope.py` has them."""
     import jax
-    import jax.numpy as jnp
-
-    import jaxkv
 
     call = case.make()
     with jax.enable_x64(case.integers == "int64"):
-        lowered(lambda: call(jaxkv.rope_and_cache, jnp.asarray, list(map(jnp.asarray, call.caches))), run_oracle(call))
+        lowered(lambda: call_jax(call), run_oracle(call))
 
 
 @KINDS

@@ -133,19 +133,23 @@ def test_groups_of_more_than_one_kv_head(taken, kind):
 
 @pytest.mark.parametrize("groups", [8, 16])
 def test_shardings_spread_from_a_projection_to_caches_and_results(groups):
-    """The rule of the partitioning: caches that are made inside have no sharding of their own."""
+    """The rules of the partitionings: caches that are made inside have no sharding of their own."""
     mesh = mesh_of(AxisType.Auto)
-    projection = normal(TOKENS, groups, GROUP + 2, SIZE)
+    projection, caches = normal(TOKENS, groups, GROUP + 2, SIZE), caches_of("NHD", groups)
     (array,) = put([projection], mesh, P(None, "tp"))
-    caches = caches_of("NHD", groups)
 
-    def call(projection, bias):
-        return step("NHD")(projection, *(bias + cache for cache in caches))
+    def write(view, projection, bias):
+        key, value = (view(projection, *part) for part in (KEYS, VALUES))
+        return jaxkv.reshape_and_cache_flash(key, value, *(bias + cache for cache in caches), SLOTS)
 
-    new, out = jax.jit(call)(array, 0.0)
-    for result, spec in ((new[0], P(None, None, "tp")), (new[1], P(None, None, "tp")), (out, P(None, "tp"))):
-        assert result.sharding.is_equivalent_to(NamedSharding(mesh, spec), result.ndim)
-    assert_same((new, out), step("NHD", sliced)(projection, *caches))
+    def attend(view, projection, bias):
+        return jaxkv.paged_attention(view(projection, *QUERIES), [bias + cache for cache in caches], TABLES, LENS)
+
+    for op, spec in ((write, P(None, None, "tp")), (attend, P(None, "tp"))):
+        results = jax.jit(op, static_argnums=0)(jaxkv.heads, array, 0.0)
+        for result in jax.tree.leaves(results):
+            assert result.sharding.is_equivalent_to(NamedSharding(mesh, spec), result.ndim)
+        assert_same(results, op(sliced, projection, 0.0))
 
 
 @BOTH

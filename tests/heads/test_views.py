@@ -104,8 +104,13 @@ def test_a_call_checks_the_array_that_took_the_place_of_the_first():
         ValueError, "start and stop must be at least 0, in order, and at most 6, the heads of array, got 40 and 48"
     ):
         jaxkv.reshape_and_cache_flash(jax.tree.map(lambda a: a[:, :6], view), view, *caches, slots)
+    with pytest.raises(ValueError, match=r"at most 6, the heads of array, got 40 and 48$"):
+        spec_of(jax.tree.map(lambda a: a[:, :6], view))  # of arrays that JAX has split or batched since
     with says(ValueError, "the array of a view must have shape (num_tokens, heads, head_size), got (48, 16)"):
         jaxkv.reshape_and_cache_flash(view, jax.tree.map(lambda a: a[0], view), *caches, slots)
+    cache = jaxkv.PagedKVCache.create(num_blocks=3, block_size=4, num_heads=8, head_size=16, layout="PACKED_NHD")
+    with says(ValueError, "the array of a view must have shape (num_tokens, heads, head_size), got (48, 16)"):
+        cache.write(jax.tree.map(lambda a: a[0], view), view, slots)
     with says(
         ValueError, "start and stop must be at least 0, in order, and at most 6, the heads of array, got 40 and 48"
     ):
