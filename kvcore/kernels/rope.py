@@ -16,7 +16,7 @@ import triton.language as tl
 from .address import in_layer, layer_index
 from .decode import widen
 from .encode import encode
-from .quantize import find_rows, load_rows, row_offsets, store_rows, store_units, write_rows
+from .quantize import find_rows, load_rows, row_offsets, store_rows, store_units
 from .reduce import total
 
 
@@ -125,9 +125,11 @@ def _rotate_halves(
     mask = exists[:, None, None] & turns
     cosine = tl.load(angle_ptr, mask=mask, other=0)
     sine = tl.load(angle_ptr + HALF * ROTARY.column_stride, mask=mask, other=0)
-    sine = widen(sine)
-    sine = tl.where(first[None, :, :], -sine, sine)
-    return x * tl.reshape(widen(cosine), [ROWS, WIDTH]) + y * tl.reshape(sine, [ROWS, WIDTH]), exists
+    kept = x * tl.reshape(widen(cosine), [ROWS, WIDTH])
+    mixed = y * tl.reshape(widen(sine), [ROWS, WIDTH])
+    element = tl.arange(0, WIDTH)[None, :]
+    # Not the sine is negated: to the compiler that is 0 - sine, and 0 - 0 has the wrong sign.
+    return tl.where(element < HALF, kept - mixed, kept + mixed), exists
 
 
 @triton.jit
@@ -161,6 +163,46 @@ def _load_rotated(
         x = tl.where(element < ROTARY.dim, turned, x)
         x = tl.where(exists[:, None], x, 0.0)
     return x, in_head
+
+
+@triton.jit
+def _rotate_query(
+    query_ptr, positions_ptr, cos_sin_ptr, norm_ptr, num_tokens, max_position, out_ptr, program,
+    Q: tl.constexpr, FORMAT: tl.constexpr, HARDWARE_CAST: tl.constexpr, ROTARY: tl.constexpr,
+    NORM_STRIDE: tl.constexpr, IN_PLACE: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Rotates a program's rows of query."""
+    token, head = find_rows(program, Q, ROWS)
+    in_batch = token < num_tokens
+    x, _ = _load_rotated(
+        query_ptr, norm_ptr, positions_ptr, cos_sin_ptr, token, head, in_batch, max_position,
+        Q, True, NORM_STRIDE, ROTARY, ROWS,
+    )  # fmt: skip
+    if IN_PLACE:
+        tl.debug_barrier()  # other threads of the program may still be loading these elements
+    store_units(out_ptr, encode(x, None, FORMAT, HARDWARE_CAST), head, 0, token, 0, in_batch, Q)
+
+
+@triton.jit
+def _write_side(
+    array_ptr, cache_ptr, scale_cache_ptr, positions_ptr, cos_sin_ptr, norm_ptr, scale_ptr,
+    max_position, token, head, slot, layer, in_batch, written,
+    R: tl.constexpr, S: tl.constexpr, FORMAT: tl.constexpr, HARDWARE_CAST: tl.constexpr,
+    HARDWARE_SCALES: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROTARY: tl.constexpr, ROTATES: tl.constexpr,
+    NORM_STRIDE: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Writes a program's rows of K, or of V: normed unless norm_ptr is None, rotated if ROTATES, else as they are."""
+    if norm_ptr is None and not ROTATES:
+        x, in_head = load_rows(array_ptr, token, head, in_batch, R)
+    else:
+        x, in_head = _load_rotated(
+            array_ptr, norm_ptr, positions_ptr, cos_sin_ptr, token, head, in_batch, max_position,
+            R, ROTATES, NORM_STRIDE, ROTARY, ROWS,
+        )  # fmt: skip
+    store_rows(
+        x, in_head, cache_ptr, scale_cache_ptr, scale_ptr, head, slot, layer, written,
+        R, S, FORMAT, HARDWARE_CAST, HARDWARE_SCALES, BLOCK_SIZE, ROWS,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -212,48 +254,26 @@ def rope_and_cache_kernel(
     program = tl.program_id(0).to(tl.int64)
     q_programs = (tl.cast(num_tokens, tl.int64) * Q.num_heads + (Q_ROWS - 1)) // Q_ROWS
     if program < q_programs:
-        token, head = find_rows(program, Q, Q_ROWS)
-        in_batch = token < num_tokens
-        x, in_head = _load_rotated(
-            query_ptr, q_norm_ptr, positions_ptr, cos_sin_ptr, token, head, in_batch, max_position,
-            Q, True, Q_NORM_STRIDE, ROTARY, Q_ROWS,
+        _rotate_query(
+            query_ptr, positions_ptr, cos_sin_ptr, q_norm_ptr, num_tokens, max_position, out_ptr, program,
+            Q, FORMAT_Q, HARDWARE_Q, ROTARY, Q_NORM_STRIDE, IN_PLACE, Q_ROWS,
         )  # fmt: skip
-        if IN_PLACE:
-            tl.debug_barrier()  # other threads of the program may still be loading these elements
-        store_units(out_ptr, encode(x, None, FORMAT_Q, HARDWARE_Q), head, 0, token, 0, in_batch, Q)
     else:
-        token, head = find_rows(program - q_programs, K, ROWS)
+        program -= q_programs
+        token, head = find_rows(program, K, ROWS)
         in_batch = token < num_written
         slot = tl.load(slot_mapping_ptr + token * SLOT_STRIDE, mask=in_batch, other=-1).to(tl.int64)
         written = (slot >= 0) & (slot < num_slots)
         index = layer_index(layer, LAYER_IS_POINTER)
         written = in_layer(written, layer, index, num_layers)
-        if LATENT and k_norm_ptr is None:
-            write_rows(
-                key_ptr, key_cache_ptr, k_scale_cache_ptr, k_scale_ptr, token, head, slot, index, in_batch, written,
-                K, KS, FORMAT, HARDWARE_CAST, HARDWARE_SCALES, BLOCK_SIZE, ROWS,
-            )  # fmt: skip
-        else:
-            x, in_head = _load_rotated(
-                key_ptr, k_norm_ptr, positions_ptr, cos_sin_ptr, token, head, in_batch, max_position,
-                K, not LATENT, K_NORM_STRIDE, ROTARY, ROWS,
-            )  # fmt: skip
-            store_rows(
-                x, in_head, key_cache_ptr, k_scale_cache_ptr, k_scale_ptr, head, slot, index, written,
-                K, KS, FORMAT, HARDWARE_CAST, HARDWARE_SCALES, BLOCK_SIZE, ROWS,
-            )  # fmt: skip
-        values_ptr = key_cache_ptr if value_cache_ptr is None else value_cache_ptr
-        if LATENT:
-            x, in_head = _load_rotated(
-                value_ptr, None, positions_ptr, cos_sin_ptr, token, head, in_batch, max_position,
-                V, True, 0, ROTARY, ROWS,
-            )  # fmt: skip
-            store_rows(
-                x, in_head, values_ptr, v_scale_cache_ptr, v_scale_ptr, head, slot, index, written,
-                V, VS, FORMAT_V, HARDWARE_CAST, HARDWARE_SCALES, BLOCK_SIZE, ROWS,
-            )  # fmt: skip
-        else:
-            write_rows(
-                value_ptr, values_ptr, v_scale_cache_ptr, v_scale_ptr, token, head, slot, index, in_batch, written,
-                V, VS, FORMAT_V, HARDWARE_CAST, HARDWARE_SCALES, BLOCK_SIZE, ROWS,
-            )  # fmt: skip
+        _write_side(
+            key_ptr, key_cache_ptr, k_scale_cache_ptr, positions_ptr, cos_sin_ptr, k_norm_ptr, k_scale_ptr,
+            max_position, token, head, slot, index, in_batch, written,
+            K, KS, FORMAT, HARDWARE_CAST, HARDWARE_SCALES, BLOCK_SIZE, ROTARY, not LATENT, K_NORM_STRIDE, ROWS,
+        )  # fmt: skip
+        _write_side(
+            value_ptr, key_cache_ptr if value_cache_ptr is None else value_cache_ptr, v_scale_cache_ptr,
+            positions_ptr, cos_sin_ptr, None, v_scale_ptr,
+            max_position, token, head, slot, index, in_batch, written,
+            V, VS, FORMAT_V, HARDWARE_CAST, HARDWARE_SCALES, BLOCK_SIZE, ROTARY, LATENT, 0, ROWS,
+        )  # fmt: skip

@@ -76,7 +76,10 @@ def _fake(rope: Rope, call: RopeCall) -> Tensor:
     return call.result()
 
 
-_BACKENDS = Backends(triton_rope.rope_and_cache, triton_rope.interpret_rope, torch_rope.rope_and_cache, _fake)
+def _backends(gives: bool) -> Backends:
+    return Backends(
+        lambda: triton_rope.Ropes(gives), triton_rope.interpret_rope, torch_rope.rope_and_cache, _fake
+    )  # fmt: skip
 
 
 # ---- vmap
@@ -120,7 +123,7 @@ def _written(given: dict[str, Any]) -> list[str]:
     return [name for name in names if given[name] is not None]
 
 
-rope_and_cache = define(f"rope_and_cache(Tensor query, {_ARGUMENTS}) -> Tensor", _call, _BACKENDS, _vmap)
+rope_and_cache = define(f"rope_and_cache(Tensor query, {_ARGUMENTS}) -> Tensor", _call, _backends(gives=True), _vmap)
 rope_and_cache_out = define(
-    f"rope_and_cache_out(Tensor(e!) out, Tensor? query, {_ARGUMENTS}) -> ()", _out_call, _BACKENDS, _vmap
+    f"rope_and_cache_out(Tensor(e!) out, Tensor? query, {_ARGUMENTS}) -> ()", _out_call, _backends(gives=False), _vmap
 )
