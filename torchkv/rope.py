@@ -101,8 +101,8 @@ def rope_and_cache(
         The rotated query, of query's shape and dtype.
 
     Raises:
-        ValueError: a shape, layout, choice or device does not fit, caches or scale caches overlap, or out overlaps
-            itself or an argument.
+        ValueError: a shape, layout, choice or device does not fit, or caches or scale caches overlap, or out overlaps
+            itself or another argument.
         TypeError: a dtype does not fit.
         NotImplementedError: grad mode is on, and an argument requires gradients.
 

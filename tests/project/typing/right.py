@@ -49,6 +49,22 @@ def jax_readers(query: jax.Array, cache: jax.Array, tables: jax.Array, lens: np.
     assert_type(pair, tuple[jax.Array, jax.Array])
 
 
+def jax_views(projection: jax.Array, cache: jaxkv.PagedKVCache, slots: np.ndarray, scales: jax.Array) -> None:
+    query, key, value = jaxkv.heads(projection, 0, 4), jaxkv.heads(projection, 4, 5), jaxkv.heads(projection, 5, 6)
+    latent = jaxkv.heads(np.ones((3, 576), np.float32), 0, 512)
+    flat = jaxkv.heads(jax.new_ref(projection), 0, 8, head_size=128)
+    pair = jaxkv.reshape_and_cache_flash(key, flat, projection, projection, slots, "fp8", layout="HND")
+    assert_type(pair, tuple[jax.Array, jax.Array])
+    ref = jax.new_ref(projection)
+    jaxkv.reshape_and_cache_flash_per_token_head_quant(key, value, ref, ref, ref, ref, slots, "int8")
+    assert_type(jaxkv.concat_and_cache_mla(latent, latent, projection, slots), jax.Array)
+    assert_type(jaxkv.paged_attention(query, pair, slots, slots), jax.Array)
+    assert_type(jaxkv.kv_scales(key, value, "int8"), tuple[jax.Array, jax.Array])
+    cache = cache.write(key, value, slots, layer=0)
+    assert_type(cache.attend(query, slots, slots, return_lse=True), tuple[jax.Array, jax.Array])
+    print(query.shape, query.dtype, query.ndim, jnp.asarray(query))
+
+
 def jax_cache(key: jax.Array, tables: jax.Array, kv_cache_dtype: KVCacheDtype) -> None:
     if kv_cache_dtype != "auto" and kv_cache_dtype != "fp8_ds_mla":
         k_scale, v_scale = jaxkv.kv_scales(key, key, kv_cache_dtype, "head")

@@ -25,6 +25,9 @@ def with_jax(x: jax.Array, ref: jax.Ref, cache: jaxkv.PagedKVCache) -> None:
     jaxkv.gather_kv(x, x, x, 9, kv_cache_dtype="fp9")  # wrong
     jaxkv.PagedKVCache.create(num_blocks=1, block_size=1, num_heads=1, head_size=8, kv_cache_dtype="fp9")  # wrong
     jaxkv.PagedKVCache.create(num_blocks=1, block_size=1, num_heads=1, head_sise=8)  # wrong
+    jaxkv.heads(x, 0, 4, 128)  # wrong
+    jaxkv.heads(x, 0)  # wrong
+    jaxkv.reshape_and_cache_flash(x, x, x, x, jaxkv.heads(x, 0, 4))  # wrong
     cache.write(x, x, x, layr=1)  # wrong
     cache.attend(x, x, x, slding_window=9)  # wrong
     cache.attend(x, x, x, kv_cache_dtype="fp8")  # wrong
