@@ -148,10 +148,13 @@ def plan_attention(
 
 
 def _merge(call: Attention, target: Target, splits: int) -> KernelPlan:
-    """The kernel that merges partial results. A thread loads up to 64 elements at a time."""
+    """The kernel that merges partial results."""
     columns = power_of_two(call.cache.head_size_v)
-    lanes = 4 if splits > 16 and columns <= 128 else 1  # four rows of 128 columns keep four warps busy
-    parts = min(power_of_two(-(-splits // lanes)), 16, max(1, 64 * 128 // (lanes * columns)))
+    if columns > 128:
+        lanes, parts = 16, 1
+    else:  # all of up to 64 are loaded at once; sums of warps are added only where there are many
+        lanes = 1 if splits <= 16 else 4
+        parts = min(16, power_of_two(-(-splits // lanes)))
     return KernelPlan(
         module="merge",
         name="merge_attention_kernel",

@@ -49,20 +49,25 @@ def choose_tile(call: Attention, target: Target, compute: FloatFormat) -> TileCh
 
 def _choose_decode_tile(call: Attention, target: Target, compute: FloatFormat, positions: int) -> TileChoice:
     """What `choose_tile` chooses where rows are few: as much of the cache is loaded at a time as there is room for."""
-    tile = Tile(16, 128, 2 if call.cache.format.bits == 4 else 3)
-    if _fit(tile, call, target, compute) != tile:  # a small GPU
-        narrow, warps = (Tile(16, 64, 4), 2) if call.cache.format.bits == 16 else (tile, 4)
-        return TileChoice(_fit(narrow, call, target, compute), warps, 2, positions)
-    if _position_bytes(call) <= 256:
-        return TileChoice(tile, 4, 2, positions)
-    # Three stages fill a multiprocessor's shared memory. With two, three programs fit, which is better where that lets
-    # all programs run at once, or where sequences are too short for a pipeline.
+    bits, multiprocessors = call.cache.format.bits, _multiprocessors(target)
+    if bits == 4:
+        return TileChoice(_fit(Tile(16, 128, 2), call, target, compute), 4, 3, positions)
+    # A pipeline of two stages leaves room for three programs on a multiprocessor; one of three, for two, or for one
+    # where elements have 16 bits. Many programs with much to do each are better served by the deeper one: fewer at a
+    # time leave less over for the last. Few programs are, too: positions are split until each has a multiprocessor.
+    narrow = _position_bytes(call) <= 256
     programs = call.block_tables.shape[0] * call.cache.extents.num_heads
-    multiprocessors = _multiprocessors(target)
     long = call.block_tables.shape[1] * call.cache.extents.block_size >= 2048
-    if programs <= multiprocessors or (long and programs > 3 * multiprocessors):
-        return TileChoice(tile, 4, 1, positions)
-    return TileChoice(tile._replace(stages=2), 4, 1, positions)
+    deep = long and programs > 3 * multiprocessors
+    if narrow:
+        tile, share = Tile(16, 128, 4 if deep else 3), 2
+    else:
+        tile, share = Tile(16, 128, 3 if deep or programs <= multiprocessors else 2), 1
+    if _fit(tile._replace(stages=3), call, target, compute).stages < 3:  # a small GPU, and none that was measured
+        tile, share = (Tile(16, 64, 4) if bits == 16 else Tile(16, 128, 4)), 2
+    tile = _fit(tile, call, target, compute)
+    # With more threads than positions, Triton does not load block tables ahead.
+    return TileChoice(tile, min(4, tile.positions // 32), share, positions)
 
 
 def _tokens(call: Attention) -> int:
