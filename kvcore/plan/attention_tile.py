@@ -66,8 +66,8 @@ def _choose_decode_tile(call: Attention, target: Target, compute: FloatFormat, p
     if _fit(tile._replace(stages=3), call, target, compute).stages < 3:  # a small GPU, and none that was measured
         tile, share = (Tile(16, 64, 4) if bits == 16 else Tile(16, 128, 4)), 2
     tile = _fit(tile, call, target, compute)
-    # With more threads than positions, Triton does not load block tables ahead.
-    return TileChoice(tile, min(4, tile.positions // 32), share, positions)
+    # With more threads than positions, Triton would not load block tables ahead.
+    return TileChoice(tile, 2 if bits == 16 and tile.positions < 128 else 4, share, positions)
 
 
 def _tokens(call: Attention) -> int:
