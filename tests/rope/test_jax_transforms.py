@@ -267,7 +267,8 @@ def test_numpy_integers_of_64_bits_do_not_wrap():
     {}, {"layout": "HND", "num_layers": 2, "layer": 1}, {"layout": "PACKED_NHD", "head_size_v": 24},
     {"kv_cache_dtype": "fp8", "scales": (0.5, 0.25)}, {"kv_cache_dtype": "int4", "per_token_head": True},
     {"layout": "KV_NHD", "kv_cache_dtype": "int8", "per_token_head": True, "scale_layout": "head block slot"},
-    {"sections": (1, 3, 4)}, {"rotary_dim": 8, "rope": "gptj"}, MLA, MLA | {"kv_cache_dtype": "fp8", "num_layers": 2, "layer": 0},
+    {"sections": (1, 3, 4)}, {"rotary_dim": 8, "rope": "gptj"},
+    MLA, MLA | {"kv_cache_dtype": "fp8", "num_layers": 2, "layer": 0},
     MLA | {"kv_cache_dtype": "fp8_ds_mla", "head_size": 64, "rank": 512},
 ], ids=str)  # fmt: skip
 def test_a_cache(options):

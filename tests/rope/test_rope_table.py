@@ -178,7 +178,8 @@ SIZES = {
     "GPT-NeoX": (dict(hidden_size=512, num_attention_heads=8, rotary_pct=0.25), 16),
     "MiniMax": (dict(head_dim=128, rotary_dim=64), 64),
     "MLA": (dict(hidden_size=2048, num_attention_heads=16, qk_rope_head_dim=64, kv_lora_rank=512), 64),
-    "MLA, whose head_dim is all of it": (dict(head_dim=128, qk_rope_head_dim=64, partial_rotary_factor=0.5), 64),
+    "MLA, whose head_dim is all of it": (dict(head_dim=192, qk_rope_head_dim=64), 64),
+    "MLA, of which that is a part": (dict(head_dim=128, qk_rope_head_dim=64, partial_rotary_factor=0.5), 64),
 }  # fmt: skip
 
 

@@ -45,6 +45,7 @@ def jax_readers(query: jax.Array, cache: jax.Array, tables: jax.Array, lens: np.
     assert_type(either, jax.Array | tuple[jax.Array, jax.Array])
     merged = jaxkv.merge_attention(jnp.stack([out, out]), jnp.stack([sums, sums]))
     assert_type(merged, tuple[jax.Array, jax.Array])
+    assert_type(jaxkv.rope_table({"head_dim": 64}, 9, dtype=jnp.bfloat16), jax.Array)
     pair = jaxkv.gather_kv([cache, cache], tables, lens, 32, dtype=jnp.float32, kv_cache_dtype="int8")
     assert_type(pair, tuple[jax.Array, jax.Array])
 
@@ -101,6 +102,9 @@ def torch_readers(query: Tensor, cache: Tensor, tables: Tensor, lens: Tensor, ls
     assert_type(out, Tensor)
     assert_type(torchkv.paged_attention(query, cache, tables, lens, return_lse=lse), Tensor | tuple[Tensor, Tensor])
     assert_type(torchkv.merge_attention(torch.stack([out, out]), torch.stack([sums, sums])), tuple[Tensor, Tensor])
+    assert_type(
+        torchkv.rope_table({"head_dim": 64}, layer_type="full_attention", dtype="float16", device="cpu"), Tensor
+    )
     assert_type(torchkv.gather_kv([cache, cache], tables, lens, 32, dtype=torch.float32), tuple[Tensor, Tensor])
 
 
