@@ -23,7 +23,8 @@ def merge_attention_kernel(
     HEAD_SIZE: tl.constexpr,    # elements of a value head
     SINK_STRIDE: tl.constexpr,  # elements from one entry of sinks to the next
     OUT: tl.constexpr,          # kvcore.formats.FloatFormat to round to with integers; None: the target's cast is good
-    PARTS: tl.constexpr,        # partial results that are loaded at a time
+    PARTS: tl.constexpr,        # tiles of partial results that are loaded before the first is used
+    LANES: tl.constexpr,        # partial results of a tile
     COLUMNS: tl.constexpr,      # a power of two that covers a head
 ):  # fmt: skip
     """The average of a row's partial results, weighted by their normalizers."""
@@ -33,21 +34,34 @@ def merge_attention_kernel(
     m = tl.full([1], float("-inf"), tl.float32)
     l = tl.full([1], 0.0, tl.float32)
     acc = tl.full([COLUMNS], 0.0, tl.float32)
-    for first in range(0, splits, PARTS):
-        # ---- partial results: log is [PARTS], x is [PARTS, COLUMNS]
-        split = first + tl.arange(0, PARTS)
-        log = tl.load(part_lse_ptr + row * splits + split, mask=split < splits, other=float("-inf"))
-        saw = log != float("-inf")
-        part = part_ptr + (row * splits + split)[:, None] * HEAD_SIZE + dim[None, :]
-        x = tl.load(part, mask=saw[:, None] & in_head[None, :], other=0.0)
+    for first in range(0, splits, PARTS * LANES):
+        # ---- partial results: PARTS times log [LANES] and x [LANES, COLUMNS]; no load waits for what another brings
+        logs = ()
+        parts = ()
+        for i in tl.static_range(PARTS):
+            split = first + i * LANES + tl.arange(0, LANES)
+            part = row * splits + split
+            exists = split < splits
+            x = part_ptr + part[:, None] * HEAD_SIZE + dim[None, :]
+            logs = logs + (tl.load(part_lse_ptr + part, mask=exists, other=float("-inf")),)
+            parts = parts + (tl.load(x, mask=exists[:, None] & in_head[None, :], other=0.0),)
 
-        # ---- sums: m and l are [1], acc is [COLUMNS]
-        m_new = tl.maximum(m, maximum(log, 0))
+        # ---- sums of lanes, then of all: m and l are [1], acc is [COLUMNS]
+        highest = logs[0]
+        for i in tl.static_range(1, PARTS):
+            highest = tl.maximum(highest, logs[i])
+        m_new = tl.maximum(m, maximum(highest, 0))
         origin = origin_of(m_new)
-        weight = tl.exp2(log - total(origin, 0))
+        l_lanes = tl.full([LANES], 0.0, tl.float32)
+        acc_lanes = tl.full([LANES, COLUMNS], 0.0, tl.float32)
+        for i in tl.static_range(PARTS):
+            weight = tl.exp2(logs[i] - total(origin, 0))
+            saw = logs[i] != float("-inf")  # what a split that saw nothing has left may be NaN
+            l_lanes += weight
+            acc_lanes += tl.where(saw[:, None], parts[i], 0.0) * weight[:, None]
         shrink = tl.exp2(m - origin)
-        l = l * shrink + total(weight, 0)
-        acc = acc * shrink + total(x * weight[:, None], 0)
+        l = l * shrink + total(l_lanes, 0)
+        acc = acc * shrink + total(acc_lanes, 0)
         m = m_new
 
     # ---- result

@@ -34,9 +34,6 @@ class AttentionPlan(NamedTuple):
 _FUSED: dict[str, Any] = {"enable_fp_fusion": True}
 """Options for arithmetic whose last bits nothing depends on: a multiplication and an addition may become one."""
 
-_FEWEST_POSITIONS = 256
-"""A split takes at least so many positions: with fewer, it costs more to merge than it gains."""
-
 _FLOAT16_WEIGHT_BITS = 14.0
 """In float16, weights are at most 2^14, not 1: then all that are at least 2^-28 of the largest keep float16's
 precision. Smaller ones lose bits, but a sum would need millions of those for that to show."""
@@ -123,9 +120,10 @@ def plan_attention(
     """
     extents = call.cache.extents
     tokens, q_heads, _ = call.query.shape
-    num_seqs, max_blocks = call.block_tables.shape
+    num_seqs = call.block_tables.shape[0]
     compute = _compute(call, target)
-    tile, warps = choose_tile(call, target, compute)
+    choice = choose_tile(call, target, compute)
+    tile, warps = choice.tile, choice.warps
     # Tiles of query rows: the full ones, and one more for each sequence, and for the tokens before and after all.
     q_per_kv = q_heads // extents.num_heads
     if call.query_start_loc is not None:
@@ -133,9 +131,8 @@ def plan_attention(
     else:
         row_tiles = num_seqs * -(-q_per_kv // tile.rows)
     programs = row_tiles * extents.num_heads
-    min_tiles = max(1, _FEWEST_POSITIONS // tile.positions)
-    tiles = -(-max_blocks * extents.block_size // tile.positions)
-    splits = choose_splits(programs, tiles, min_tiles, target)
+    min_tiles = max(1, choice.positions // tile.positions)
+    splits = choose_splits(call, choice, target)
     options = dict(_FUSED)
     if tile.rows == 128 and warps == 8 and compute.bits == 16 and target.backend == "cuda":
         options["maxnreg"] = 128  # so that two programs fit on a multiprocessor
@@ -147,22 +144,33 @@ def plan_attention(
         constexprs={"P": _constants(call, target, layer_is_pointer, even_addresses, tile, splits > 1, min_tiles)},
         options=options,
     )
-    merge = KernelPlan(
+    return AttentionPlan(attend, (programs, splits, 1), splits, _merge(call, target, splits), (tokens * q_heads, 1, 1))
+
+
+def _merge(call: Attention, target: Target, splits: int) -> KernelPlan:
+    """The kernel that merges partial results."""
+    columns = power_of_two(call.cache.head_size_v)
+    if columns > 128:
+        lanes, parts = 16, 1
+    else:  # all of up to 64 are loaded at once; sums of warps are added only where there are many
+        lanes = 1 if splits <= 16 else 4
+        parts = min(16, power_of_two(-(-splits // lanes)))
+    return KernelPlan(
         module="merge",
         name="merge_attention_kernel",
         num_warps=4,
         scalars=MERGE_SCALARS,
         constexprs={
-            "NUM_HEADS": q_heads,
+            "NUM_HEADS": call.query.shape[1],
             "HEAD_SIZE": call.cache.head_size_v,
             "SINK_STRIDE": _stride(call.sinks),
             "OUT": _out(call, target),
-            "PARTS": 16,
-            "COLUMNS": power_of_two(call.cache.head_size_v),
+            "PARTS": parts,
+            "LANES": lanes,
+            "COLUMNS": columns,
         },
         options=_FUSED,
     )
-    return AttentionPlan(attend, (programs, splits, 1), splits, merge, (tokens * q_heads, 1, 1))
 
 
 def _constants(

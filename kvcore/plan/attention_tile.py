@@ -1,5 +1,7 @@
 """How much of attention a program computes at once. Measured on an H100: see docs/benchmarks.md."""
 
+from typing import NamedTuple
+
 from kvcore.contract.read import Attention
 from kvcore.formats import FloatFormat
 from kvcore.plan.attention_constants import Tile
@@ -13,16 +15,25 @@ _MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 """Of the usual GPU of a compute capability. They set how finely positions are split, never what is computed."""
 
 
-def choose_tile(call: Attention, target: Target, compute: FloatFormat) -> tuple[Tile, int]:
-    """The tile, and the warps of a program."""
-    tokens, q_heads, head_size = call.query.shape
+class TileChoice(NamedTuple):
+    """A tile, and how programs share the work in such tiles."""
+
+    tile: Tile
+    warps: int  # of a program
+    programs: int  # that a multiprocessor is given before positions are no longer split
+    positions: int  # that a split takes at least: with fewer, it costs more to merge than it gains
+
+
+def choose_tile(call: Attention, target: Target, compute: FloatFormat) -> TileChoice:
+    """The tile, and how programs share the work."""
+    _, q_heads, head_size = call.query.shape
     widest = max(head_size, call.cache.head_size_v)
     # Query rows of a sequence on average. Where they are few, memory is the limit; where many, the tensor cores.
-    average = q_heads // call.cache.extents.num_heads * -(-tokens // max(call.block_tables.shape[0], 1))
+    average = q_heads // call.cache.extents.num_heads * _tokens(call)
     most = 128 if widest <= 256 else 64
     rows = min(most, max(16, power_of_two(average)))
     if target.backend == "interpret":
-        return Tile(rows, 64, 1), 1  # a tile costs milliseconds, an element next to nothing
+        return TileChoice(Tile(rows, 64, 1), 1, 2, 256)  # a tile costs milliseconds, an element next to nothing
     if compute.bits == 32:  # no tensor cores, so that nothing is lost
         tile, warps = Tile(min(rows, 32), 32, 4), 4
     elif widest > 256:
@@ -30,11 +41,44 @@ def choose_tile(call: Attention, target: Target, compute: FloatFormat) -> tuple[
     elif rows >= 64:
         tile, warps = (Tile(128, 64, 3), 8) if widest <= 128 else (Tile(64, 32, 3), 4)
     elif widest <= 128 and rows == 16:
-        positions, stages, warps = {16: (64, 4, 2), 8: (128, 4, 4), 4: (128, 2, 4)}[call.cache.format.bits]
-        tile = Tile(rows, positions, stages)
+        return _choose_decode_tile(call, target, compute, 128 if average <= 8 else 256)
     else:
         tile, warps = Tile(rows, 64 if widest <= 128 else 32, 4), 4
-    return _fit(tile, call, target, compute), warps
+    return TileChoice(_fit(tile, call, target, compute), warps, 2, 256)
+
+
+def _choose_decode_tile(call: Attention, target: Target, compute: FloatFormat, positions: int) -> TileChoice:
+    """What `choose_tile` chooses where rows are few: as much of the cache is loaded at a time as there is room for."""
+    bits, multiprocessors = call.cache.format.bits, _multiprocessors(target)
+    if bits == 4:
+        return TileChoice(_fit(Tile(16, 128, 2), call, target, compute), 4, 3, positions)
+    # A pipeline of two stages leaves room for three programs on a multiprocessor; one of three, for two, or for one
+    # where elements have 16 bits. Many programs with much to do each are better served by the deeper one: fewer at a
+    # time leave less over for the last. Few programs are, too: positions are split until each has a multiprocessor.
+    narrow = _position_bytes(call) <= 256
+    programs = call.block_tables.shape[0] * call.cache.extents.num_heads
+    long = call.block_tables.shape[1] * call.cache.extents.block_size >= 2048
+    deep = long and programs > 3 * multiprocessors
+    if narrow:
+        tile, share = Tile(16, 128, 4 if deep else 3), 2
+    else:
+        tile, share = Tile(16, 128, 3 if deep or programs <= multiprocessors else 2), 1
+    if _fit(tile._replace(stages=3), call, target, compute).stages < 3:  # a small GPU, and none that was measured
+        tile, share = (Tile(16, 64, 4) if bits == 16 else Tile(16, 128, 4)), 2
+    tile = _fit(tile, call, target, compute)
+    # With more threads than positions, Triton would not load block tables ahead.
+    return TileChoice(tile, 2 if bits == 16 and tile.positions < 128 else 4, share, positions)
+
+
+def _tokens(call: Attention) -> int:
+    """Tokens of a sequence in query, on average."""
+    return -(-call.query.shape[0] // max(call.block_tables.shape[0], 1))
+
+
+def count_programs(call: Attention, rows: int) -> int:
+    """Programs that have something to do, without splits, if sequences have the same number of tokens in query."""
+    num_seqs, heads = call.block_tables.shape[0], call.cache.extents.num_heads
+    return num_seqs * -(-_tokens(call) * call.query.shape[1] // heads // rows) * heads
 
 
 def _fit(tile: Tile, call: Attention, target: Target, compute: FloatFormat) -> Tile:
@@ -44,9 +88,8 @@ def _fit(tile: Tile, call: Attention, target: Target, compute: FloatFormat) -> T
     budget = 1024 * (_SHARED_MEMORY.get(int(target.arch), 99) if cuda else 64)
     if not cuda or int(target.arch) < 90:
         budget -= budget // 8  # weights, too, go through it to the tensor cores
-    columns = sum(cover(head_size)) + (0 if cache.layout.latent else power_of_two(cache.head_size_v))
     row_bytes = sum(cover(head_size)) * compute.bits // 8
-    position_bytes = columns * cache.format.bits // 8
+    position_bytes = _position_bytes(call)
     # Elements that are multiplied by their scales go back there, in the format of the products, for K and for V.
     scaled_bytes = 2 * row_bytes if cache.rope is not None else 0
     rows, positions, stages = tile
@@ -62,20 +105,25 @@ def _fit(tile: Tile, call: Attention, target: Target, compute: FloatFormat) -> T
     return Tile(rows, positions, stages)
 
 
-def choose_splits(programs: int, tiles: int, min_tiles: int, target: Target) -> int:
-    """Splits of the positions: enough to keep all multiprocessors busy.
+def _position_bytes(call: Attention) -> int:
+    """Shared memory of a position of K and V."""
+    cache = call.cache
+    columns = sum(cover(call.query.shape[2])) + (0 if cache.layout.latent else power_of_two(cache.head_size_v))
+    return columns * cache.format.bits // 8
 
-    Args:
-        programs: Programs without splits.
-        tiles: Tiles of positions of the longest sequence that there may be.
-        min_tiles: Fewest tiles of a split.
-        target: What runs them.
-    """
-    most = -(-tiles // min_tiles)
+
+def _multiprocessors(target: Target) -> int:
+    return _MULTIPROCESSORS.get(target.arch if isinstance(target.arch, int) else 0, 108)
+
+
+def choose_splits(call: Attention, choice: TileChoice, target: Target) -> int:
+    """Splits of the positions: enough to keep all multiprocessors busy."""
+    longest = call.block_tables.shape[1] * call.cache.extents.block_size
+    most = -(-longest // max(choice.positions, choice.tile.positions))
     if target.backend == "interpret":
         return min(2, most)
-    wanted = 2 * _MULTIPROCESSORS.get(target.arch if isinstance(target.arch, int) else 0, 108)
-    return max(1, min(wanted // max(programs, 1), most))
+    wanted = choice.programs * _multiprocessors(target)
+    return max(1, min(wanted // max(count_programs(call, choice.tile.rows), 1), most))
 
 
 def cover(words: int) -> tuple[int, int]:

@@ -68,7 +68,8 @@ def compile_kernel(
         signature={name: signature[name] for name in function.arg_names},
         constexprs={(place[n],): v for n, v in kernel.constexprs.items()}
         | {(place[n],): None for n, dtype in pointers.items() if dtype is None},
-        attrs={(place[n],): [["tt.divisibility", 16]] for n in aligned if pointers[n] is not None},
+        # In an order of their own: Triton names what it keeps on disk after this dict as it prints.
+        attrs={(place[n],): [["tt.divisibility", 16]] for n in function.arg_names if n in aligned and pointers[n]},
     )
     options = {"num_warps": kernel.num_warps, **kernel.options}
     with LOCK, readable_errors():
