@@ -135,6 +135,8 @@ def as_scale_pattern(scale_layout: str | CacheLayout | None) -> str | None:
 
 def as_layer(layer: int | Tensor | None) -> tuple[int | None, Tensor | None]:
     """A layer as a static index and one in memory, of which at most one is given."""
+    if layer is None:
+        return None, None
     if isinstance(layer, Tensor):
         return None, layer
     return int(layer) if isinstance(layer, np.integer) else layer, None
@@ -169,19 +171,6 @@ def refuse_gradients(name: str, *tensors: Any) -> None:
         raise NotImplementedError(
             f"torchkv.{name} is not differentiable: detach its arguments, or call it under torch.no_grad()"
         )
-
-
-def call(op: Any, arguments: Sequence[Any]) -> Any:
-    """Calls an op. Where it is an argument that torch's dispatcher refuses, the error is one line that names it.
-
-    Raises:
-        TypeError: an argument is of a wrong type.
-    """
-    try:
-        return op(*arguments)
-    except (RuntimeError, AttributeError):
-        explain(op, arguments)
-        raise
 
 
 def explain(op: Any, arguments: Sequence[Any]) -> None:

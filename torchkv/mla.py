@@ -4,8 +4,9 @@ from torch import Tensor
 
 from kvcore.choices import KVCacheDtype, TorchBackend
 from kvcore.contract.checks import check_options, check_scale_type
-from torchkv._arguments import BACKENDS, as_format, as_layer, as_scale, call
+from torchkv._arguments import BACKENDS, as_format, as_layer, as_scale
 from torchkv._library import write as _library
+from torchkv._library.base import call
 
 
 def concat_and_cache_mla(

@@ -5,8 +5,9 @@ from torch import Tensor
 from kvcore.choices import Layout, PerTokenHeadDtype, TorchBackend
 from kvcore.contract.checks import check_options
 from kvcore.layout import CacheLayout
-from torchkv._arguments import BACKENDS, as_format, as_layer, as_pattern, as_scale_pattern, call
+from torchkv._arguments import BACKENDS, as_format, as_layer, as_pattern, as_scale_pattern
 from torchkv._library import write as _library
+from torchkv._library.base import call
 
 
 def reshape_and_cache_flash_per_token_head_quant(

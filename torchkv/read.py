@@ -17,11 +17,11 @@ from torchkv._arguments import (
     as_pattern,
     as_scale,
     as_scale_pattern,
-    call,
     check_tensors,
     refuse_gradients,
 )
 from torchkv._library import read as _library
+from torchkv._library.base import call
 
 
 class AttendOptions(TypedDict, total=False):

@@ -4,8 +4,9 @@ from torch import Tensor
 
 from kvcore.choices import KVCacheDtype, Layout, TorchBackend
 from kvcore.contract.checks import check_options
-from torchkv._arguments import BACKENDS, as_format, as_layer, as_pattern, as_scale, call
+from torchkv._arguments import BACKENDS, as_format, as_layer, as_pattern, as_scale
 from torchkv._library import write as _library
+from torchkv._library.base import call
 
 
 def reshape_and_cache_flash(

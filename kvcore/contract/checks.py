@@ -21,11 +21,14 @@ def check_options(
         TypeError: a scale or layer is neither a number nor an array.
     """
     check_kv_cache_dtype(kv_cache_dtype)
-    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
-        check_scale_type(name, scale)
-    number = isinstance(layer, int) or hasattr(layer, "__index__")  # in this order for torch.compile's integers
-    if is_bool(layer) or not (layer is None or number or hasattr(layer, "shape")):
-        raise TypeError(f"layer must be an int or an integer scalar, got {layer!r}")
+    if k_scale is not None:
+        check_scale_type("k_scale", k_scale)
+    if v_scale is not None:
+        check_scale_type("v_scale", v_scale)
+    if layer is not None:
+        number = isinstance(layer, int) or hasattr(layer, "__index__")  # in this order for torch.compile's integers
+        if is_bool(layer) or not (number or hasattr(layer, "shape")):
+            raise TypeError(f"layer must be an int or an integer scalar, got {layer!r}")
     if backend is not None and backend not in backends:
         raise ValueError(f"backend must be None, {either(map(repr, backends))}, got {backend!r}")
 

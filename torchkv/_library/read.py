@@ -29,6 +29,20 @@ _GATHER = (
 )
 
 
+class _Launches:
+    """Launches that describe the tensors of every call."""
+
+    def __init__(self, launch: Any) -> None:
+        self._launch = launch
+
+    def first(self, call: Any, arguments: Sequence[Any]) -> Any:
+        """Launches a call."""
+        return self._launch(call)
+
+    def again(self, arguments: Sequence[Any]) -> Any:
+        """None: no call is known again."""
+
+
 # ---- attention
 
 
@@ -115,9 +129,11 @@ def _refuse_gradients_of(op: Any, args: Sequence[Any]) -> None:
 
 
 _ATTENTION_BACKENDS = Backends(
-    triton_read.attention, triton_read.interpret_attention, _attention_in_torch, _attention_fake
+    lambda: _Launches(triton_read.attention), triton_read.interpret_attention, _attention_in_torch, _attention_fake
 )
-_GATHER_BACKENDS = Backends(triton_read.gather, triton_read.interpret_gather, _gather_in_torch, _gather_fake)
+_GATHER_BACKENDS = Backends(
+    lambda: _Launches(triton_read.gather), triton_read.interpret_gather, _gather_in_torch, _gather_fake
+)
 
 attention = define(
     f"paged_attention({_ATTENTION}) -> (Tensor, Tensor)", _attention_call, _ATTENTION_BACKENDS, _one_by_one

@@ -17,7 +17,7 @@ def _fake(write: Write, call: WriteCall) -> None:
     """The op has no results: that the call was checked is all."""
 
 
-_BACKENDS = Backends(triton_write.write, triton_write.interpret_write, torch_write.write, _fake)
+_BACKENDS = Backends(triton_write.Writes, triton_write.interpret_write, torch_write.write, _fake)
 
 
 def _vmap(num_written: int) -> Rule:

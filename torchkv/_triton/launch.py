@@ -1,4 +1,4 @@
-"""Compiled kernels on torch's current device, started by integer pointers, past Triton's own launcher."""
+"""Compiled kernels on torch's current device, started by integer pointers, past Triton's own launchers."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,12 +14,25 @@ MOST_LAUNCHES = 4096
 
 
 class Kernel(NamedTuple):
-    """A compiled kernel and what its launches have in common."""
+    """A compiled kernel and what its launches have in common.
 
-    compiled: Any  # triton's CompiledKernel; holds the loaded binary
+    Attributes:
+        compiled: Triton's CompiledKernel, which holds the loaded binary.
+        run: Triton's launcher.
+        hooks: triton.knobs.runtime.
+        constexprs: What stands for the compile-time arguments, which come last.
+        launch: What the launcher calls, or itself: given a grid, a stream, `settings`, and the arguments.
+        settings: What is between the stream and the arguments where no hook is set.
+        packed: Whether the arguments are one, a tuple.
+    """
+
+    compiled: Any
     run: Callable[..., None]
-    hooks: Any  # triton.knobs.runtime
+    hooks: Any
     constexprs: tuple[None, ...]
+    launch: Callable[..., None]
+    settings: tuple[Any, ...]
+    packed: bool
 
 
 _kernels: dict[tuple[Any, ...], Kernel] = {}
@@ -38,21 +51,40 @@ def load(kernel: KernelPlan, pointers: Mapping[str, str | None], aligned: frozen
             compiled = compile_kernel(kernel, target(), pointers, aligned)
             with readable_errors():
                 run = with_cache(lambda: compiled.run)  # loads it, and with older Tritons compiles a launcher
-            _kernels[key] = Kernel(compiled, run, knobs.runtime, (None,) * len(kernel.constexprs))
+            constexprs = (None,) * len(kernel.constexprs)
+            _kernels[key] = Kernel(compiled, run, knobs.runtime, constexprs, *_launcher(compiled, run))
         return _kernels[key]
+
+
+def _launcher(compiled: Any, run: Any) -> tuple[Callable[..., None], tuple[Any, ...], bool]:
+    """The last three attributes of a `Kernel`.
+
+    Triton's launcher for CUDA takes more than a microsecond, each time, to see that a kernel needs no scratch memory,
+    then calls a function in C. Here that is seen once. Triton 3.7 changed the function's parameters.
+    """
+    function, metadata = compiled.function, compiled.packed_metadata
+    cuda = type(run).__module__ == "triton.backends.nvidia.driver" and type(run).__name__ == "CudaLauncher"
+    if not cuda or run.global_scratch_size or run.profile_scratch_size or getattr(run, "gsan_enabled", False):
+        return run, (function, metadata, None, None, None), False
+    settings = function, run.launch_cooperative_grid, run.launch_pdl
+    if hasattr(run, "kernel_signature"):
+        return run.launch, (*settings, metadata, *[None] * 5, run.arg_annotations, run.kernel_signature), True
+    return run.launch, (*settings, None, None, metadata, None, None, None), False
 
 
 def start(kernel: Kernel, grid: tuple[int, int, int], device: int, arguments: Sequence[Any]) -> None:
     """Starts a kernel on the current stream. `device` is the current device's index, pointers are addresses."""
     arguments = (*arguments, *kernel.constexprs)
     stream = torch._C._cuda_getCurrentRawStream(device)
-    enter, leave, metadata = kernel.hooks.launch_enter_hook, kernel.hooks.launch_exit_hook, None
+    enter, leave = kernel.hooks.launch_enter_hook, kernel.hooks.launch_exit_hook
     if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a profiler listens
-        metadata = kernel.compiled.launch_metadata(grid, stream, *arguments)
+        compiled = kernel.compiled
+        metadata = compiled.launch_metadata(grid, stream, *arguments)
+        kernel.run(*grid, stream, compiled.function, compiled.packed_metadata, metadata, enter, leave, *arguments)
+    elif kernel.packed:
+        kernel.launch(*grid, stream, *kernel.settings, arguments)
     else:
-        enter = leave = None
-    compiled = kernel.compiled
-    kernel.run(*grid, stream, compiled.function, compiled.packed_metadata, metadata, enter, leave, *arguments)
+        kernel.launch(*grid, stream, *kernel.settings, *arguments)
 
 
 def target() -> Target:

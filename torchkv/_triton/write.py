@@ -1,16 +1,16 @@
 """Compile and launch the kernels that write on CUDA and ROCm tensors, and interpret them on CPU tensors.
 
-A launch is a dictionary look-up and a call of the compiled kernel with integer pointers. The dictionary's key has all
-that contract and plan depend on, except the numbers of tokens and a static layer, so both run once for each key.
+What is launched depends on all of a call but its addresses, the numbers of tokens and a static layer. Contract and plan
+run once for calls that agree in the rest, and `Writes` knows most of these again without asking tensors for it.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from kvcore.contract.cache import check_cache_address
 from kvcore.contract.write import Write
@@ -18,6 +18,7 @@ from kvcore.plan import write as plan_write
 from kvcore.plan.kernel import INTERPRETER
 from torchkv._call import WriteCall, layer_of
 from torchkv._memory import check_apart, span
+from torchkv._triton.known import KnownCalls, picker
 from torchkv._triton.launch import MOST_LAUNCHES, Kernel, aligned_pointers, interpret, load, pointees, start, target
 
 
@@ -35,9 +36,10 @@ class _Launch:
     """A compiled kernel and what its launches have in common.
 
     Attributes:
+        described: What the contract says of them.
         kernel: What is launched.
         plan: How.
-        pointers: Picks the kernel's pointer arguments, in its order, among the inputs that `write` has.
+        device: Where.
         num_slots: The kernel's scalar of this name.
         num_layers: The kernel's scalar of this name.
         pairs: All pairs of tensors that are written to.
@@ -45,19 +47,90 @@ class _Launch:
             one address to the other.
     """
 
+    described: Write
     kernel: Kernel
     plan: plan_write.WritePlan
-    pointers: Callable[[Sequence[int | None]], tuple[int | None, ...]]
+    device: torch.device
     num_slots: int
     num_layers: int
     pairs: list[_Pair]
     apart: set[tuple[int, int, int]] = field(default_factory=set)
 
+    def unseen(self, addresses: Sequence[int]) -> tuple[int, int, int] | None:
+        """A pair that may share memory, as `apart` has it, or None.
+
+        Args:
+            addresses: Those of key, value, the tensors that are written to, and others.
+        """
+        for first, second, first_span, second_span in self.pairs:
+            distance = addresses[second] - addresses[first]
+            if -second_span < distance < first_span and (first, second, distance) not in self.apart:
+                return first, second, distance
+        return None
+
+    def start(self, pointers: Sequence[int | None], num_tokens: int) -> None:
+        """Starts the kernel, given its pointer arguments."""
+        if num_tokens == 0:
+            return
+        arguments = (*pointers, num_tokens, self.num_slots, self.num_layers)
+        grid, index = self.plan.grid(num_tokens), self.device.index
+        if index == torch.cuda.current_device():  # a guard costs more than the question whether it is needed
+            start(self.kernel, grid, index, arguments)
+        else:
+            with torch.cuda.device(self.device):
+                start(self.kernel, grid, index, arguments)
+
 
 _launches: dict[tuple[Any, ...], _Launch] = {}
 
 
-def write(call: WriteCall) -> None:
+class _Known(NamedTuple):
+    """What is done again for calls that are alike.
+
+    Attributes:
+        launch: What is launched.
+        pointers: Makes the kernel's pointer arguments of the addresses of a call's tensors.
+        slots: Which of the tensors is slot_mapping.
+    """
+
+    launch: _Launch
+    pointers: Callable[[Sequence[int]], tuple[int | None, ...]]
+    slots: int
+
+
+class Writes:
+    """Launches of an op whose tensors begin with key, value, those that are written to, and slot_mapping."""
+
+    def __init__(self) -> None:
+        self._known: KnownCalls[_Known] = KnownCalls()
+
+    def first(self, call: WriteCall, arguments: Sequence[Any]) -> tuple[()]:
+        """Launches a call, and remembers it by the op's arguments."""
+        launch = write(call)
+        slots = 2 + len(call.written)
+        if call.key is arguments[0] and call.value is arguments[1]:  # else they were made of the op's arguments
+
+            def known(tensors: Sequence[Tensor]) -> _Known:
+                return _Known(launch, picker(_pointers(launch.described, call), tensors), slots)
+
+            # The kernel does not depend on the addresses of scales and layer, nor on the numbers of tokens.
+            self._known.add(arguments, known, aligned=slots + 1, any_length=(0, 1, slots))
+        return ()
+
+    def again(self, arguments: Sequence[Any]) -> tuple[()] | None:
+        """Launches a call like an earlier one; None where there was none, or where this one must be checked itself."""
+        found = self._known.find(arguments)
+        if found is None:
+            return None
+        (launch, pointers, slots), tensors, addresses = found
+        num_tokens = tensors[slots].shape[0]
+        if not num_tokens <= tensors[0].shape[0] == tensors[1].shape[0] or launch.unseen(addresses):
+            return None
+        launch.start(pointers(addresses), num_tokens)
+        return ()
+
+
+def write(call: WriteCall) -> _Launch:
     """Launches the write on the current stream of the caches' device."""
     key, value, slot_mapping = call.key, call.value, call.slot_mapping
     key_cache, value_cache, scale_caches = call.caches[0], call.caches[-1], call.scale_caches
@@ -89,35 +162,20 @@ def write(call: WriteCall) -> None:
         if len(_launches) >= MOST_LAUNCHES:
             _launches.clear()
         _launches[signature] = launch
-    for first, second, first_span, second_span in launch.pairs:
-        distance = addresses[second] - addresses[first]
-        if -second_span < distance < first_span and (first, second, distance) not in launch.apart:
-            check_apart(call.written_names, call.written)
-            launch.apart.add((first, second, distance))
-    if num_tokens == 0:
-        return
-
-    inputs = (
-        *addresses,
-        None if k_scale is None else k_scale.data_ptr(),
-        None if v_scale is None else v_scale.data_ptr(),
-        layer if layer_index is None else layer_index.data_ptr(),
-        None,
-    )
-    arguments = (*launch.pointers(inputs), num_tokens, launch.num_slots, launch.num_layers)
-    grid, index = launch.plan.grid(num_tokens), device.index
-    if index == torch.cuda.current_device():  # a guard costs more than the question whether it is needed
-        start(launch.kernel, grid, index, arguments)
-    else:
-        with torch.cuda.device(device):
-            start(launch.kernel, grid, index, arguments)
+    unseen = launch.unseen(addresses)
+    if unseen:
+        check_apart(call.written_names, call.written)
+        launch.apart |= {unseen}
+    pointers = _pointers(launch.described, call)
+    launch.start([p.data_ptr() if isinstance(p, Tensor) else p for p in pointers], num_tokens)
+    return launch
 
 
 def _prepare(call: WriteCall) -> _Launch:
     described = call.check()
     check_cache_address(described.cache.format, call.caches[0].data_ptr())
-    names, values = plan_write.pointers(described), _arguments(described, call)
-    # Scales and layer count as unaligned: the signature does not say how they are aligned.
+    names, values = plan_write.pointers(described), _pointers(described, call)
+    # Scales and layer count as unaligned: neither the signature nor what is known of a call says how they are aligned.
     aligned = aligned_pointers(names, values) - {"k_scale_ptr", "v_scale_ptr", "layer"}
     with torch.cuda.device(call.device):
         plan = plan_write.plan_write(described, target(), layer_is_pointer=call.layer_index is not None)
@@ -125,23 +183,14 @@ def _prepare(call: WriteCall) -> _Launch:
     _, num_slots, num_layers = plan_write.scalars(described, 0)
     spans = [span(tensor) * tensor.element_size() for tensor in call.written]
     return _Launch(
+        described=described,
         kernel=kernel,
         plan=plan,
-        pointers=itemgetter(*_places(described, call)[: len(names)]),
+        device=call.device,
         num_slots=num_slots,
         num_layers=num_layers,
         pairs=[_Pair(2 + i, 2 + j, spans[i], spans[j]) for i, j in combinations(range(len(spans)), 2)],
     )
-
-
-def _places(described: Write, call: WriteCall) -> list[int]:
-    """The index of each of the kernel's arguments among the `inputs` of `write`; -1 for None, which is their last."""
-    num_caches, num_written = len(call.caches), len(call.written)
-    key, value, *written, slot_mapping, k_scale, v_scale, layer = range(6 + num_written)
-    places = plan_write.arguments(
-        described, key, value, written[:num_caches], written[num_caches:], slot_mapping, k_scale, v_scale, layer, 0
-    )
-    return [-1 if place is None else place for place in places]
 
 
 def _arguments(described: Write, call: WriteCall) -> list[Any]:
@@ -150,6 +199,11 @@ def _arguments(described: Write, call: WriteCall) -> list[Any]:
         described, call.key, call.value, call.caches, call.scale_caches, call.slot_mapping, call.k_scale, call.v_scale,
         layer_of(call), call.slot_mapping.shape[0],
     )  # fmt: skip
+
+
+def _pointers(described: Write, call: WriteCall) -> list[Any]:
+    """The kernel's arguments before its scalars."""
+    return _arguments(described, call)[: -len(plan_write.SCALARS)]
 
 
 def interpret_write(described: Write, call: WriteCall) -> None:

@@ -1,0 +1,141 @@
+"""Calls that were launched before, recognised by asking their tensors as little as can be.
+
+torch makes an object of each dtype, shape, strides and device that it is asked for, and a launch with five tensors
+depends on twenty of these. The guards of torch.compile compare them all in one call, without objects.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from functools import reduce
+from operator import itemgetter, or_
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchkv._triton.launch import MOST_LAUNCHES
+
+_MOST_ALIKE = 8
+"""Calls that are remembered of those that differ in their tensors only: they are asked for one after the other."""
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+"""Types of tensors that leave torch's functions as they are."""
+
+_USUAL_KEYS = (torch._C.DispatchKey.BackendSelect, torch._C.DispatchKey.ADInplaceOrView)
+"""What torch's dispatcher always looks at, beside the tensors' own keys."""
+
+
+class _Entry(NamedTuple):
+    """A call that was launched, and what was found for it."""
+
+    alike: Callable[..., bool]
+    aligned: int
+    found: Any
+
+
+class _Kind(NamedTuple):
+    """Calls whose arguments have the same types: where the tensors are, and the calls by what else they have."""
+
+    tensors: Callable[[Sequence[Any]], tuple[Tensor, ...]]
+    options: Callable[[Sequence[Any]], Any]
+    entries: dict[Any, tuple[_Entry, ...]]
+
+
+class KnownCalls[Found]:
+    """Calls of one op that were launched, and what is to be done again for those like them.
+
+    Calls are alike if they agree in all arguments but the tensors, and if torch's dispatcher sees the same in the
+    tensors: dtype, shape, strides, device, and what modes and transforms make of them. None requires gradients.
+    """
+
+    def __init__(self) -> None:
+        self._kinds: dict[tuple[type, ...], _Kind] = {}
+        self._count = 0
+
+    def find(self, arguments: Sequence[Any]) -> tuple[Found, tuple[Tensor, ...], list[int]] | None:
+        """What was found for a call like this one, the call's tensors, and their addresses; None for a new one.
+
+        Args:
+            arguments: Tensors, and numbers, strings and None.
+        """
+        kind = self._kinds.get(tuple(map(type, arguments)))
+        if kind is None:
+            return None
+        tensors = kind.tensors(arguments)
+        for alike, aligned, found in kind.entries.get(kind.options(arguments), ()):
+            if alike(*tensors):
+                addresses = [tensor.data_ptr() for tensor in tensors]
+                return None if reduce(or_, addresses[:aligned]) % 16 else (found, tensors, addresses)
+        return None
+
+    def add(
+        self,
+        arguments: Sequence[Any],
+        find: Callable[[Sequence[Tensor]], Found],
+        aligned: int | None = None,
+        any_length: Collection[int] = (),
+    ) -> None:
+        """Remembers a call, unless it is one whose like has to be looked at by torch's dispatcher, or by us.
+
+        Args:
+            arguments: As for `find`. Without a tensor they are none.
+            find: Makes what is to be done again, given the tensors among the arguments.
+            aligned: How many of the tensors, from the first on, begin at multiples of 16; None for all.
+            any_length: Tensors, by their place among the tensors, whose first axis may have another length.
+        """
+        places = [isinstance(argument, Tensor) for argument in arguments]
+        kind = _Kind(
+            itemgetter(*[i for i, is_tensor in enumerate(places) if is_tensor]),
+            itemgetter(*[i for i, is_tensor in enumerate(places) if not is_tensor]),
+            {},
+        )
+        tensors = kind.tensors(arguments)
+        aligned = len(tensors) if aligned is None else aligned
+        if (
+            any(type(t) not in _PLAIN or t.requires_grad for t in tensors)
+            or any(t.data_ptr() % 16 for t in tensors[:aligned])
+            or len({*map(id, tensors)}) < len(tensors)  # the guards recognise no call that has a tensor twice
+            or not _nothing_listens()
+            or self.find(arguments) is not None
+        ):
+            return
+        sizes = [list(t.shape) for t in tensors]
+        for i in any_length:
+            sizes[i][0] = None
+        guards = torch._C._dynamo.guards.TensorGuards(
+            *tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=[list(t.stride()) for t in tensors]
+        )
+        if self._count >= MOST_LAUNCHES:
+            self._kinds, self._count = {}, 0
+        entries = self._kinds.setdefault(tuple(map(type, arguments)), kind).entries
+        options = kind.options(arguments)
+        entries[options] = (_Entry(guards.check, aligned, find(tensors)), *entries.get(options, ()))[:_MOST_ALIKE]
+        self._count += 1
+
+
+def picker(arguments: Sequence[Any], tensors: Sequence[Tensor]) -> Callable[[Sequence[int]], tuple[Any, ...]]:
+    """What makes a kernel's arguments of addresses.
+
+    Args:
+        arguments: A kernel's: tensors, numbers and None.
+        tensors: Those of a call, among them all of the arguments that are tensors.
+
+    Returns:
+        A function of the addresses of other tensors in the place of `tensors`: the arguments, tensors as addresses.
+    """
+    constants, places = [], []
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            places.append(next(i for i, tensor in enumerate(tensors) if tensor is argument))
+        else:
+            places.append(len(tensors) + len(constants))
+            constants.append(argument)
+    pick = itemgetter(*places)
+    return lambda addresses: pick((*addresses, *constants))
+
+
+def _nothing_listens() -> bool:
+    """Whether no mode, transform or tracer is between a call and the kernel for its device."""
+    keys = torch._C._dispatch_tls_local_include_set()
+    for key in _USUAL_KEYS:
+        keys = keys.remove(key)
+    return keys.raw_repr() == 0
