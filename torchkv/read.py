@@ -1,7 +1,7 @@
 """The public functions that read a cache: attention over it, and a gather out of it."""
 
 from collections.abc import Sequence
-from typing import Literal, TypedDict, Unpack, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from torchkv._arguments import (
     refuse_gradients,
 )
 from torchkv._library import read as _library
-from torchkv._library.base import call
+from torchkv._library.base import call, call_again
 
 
 class AttendOptions(TypedDict, total=False):
@@ -173,19 +173,28 @@ def paged_attention(
     options = check_attention_options(scale, causal, sliding_window, soft_cap)
     caches = as_caches(caches)
     k_scale, v_scale = as_scale(k_scale, caches[0]), as_scale(v_scale, caches[0])
-    refuse_gradients("paged_attention", query, *caches, sinks, k_scale, v_scale, out, lse)
+    tensors = (query, *caches, sinks, k_scale, v_scale, out, lse)
     arguments = (
         query, caches, block_tables, seq_lens, query_start_loc, *options, sinks, kv_cache_dtype, k_scale, v_scale,
         as_pattern(layout), *as_layer(layer), head_size_v, backend, as_scale_pattern(scale_layout),
     )  # fmt: skip
     if out is not None:
         results = out, _new_lse(query, out) if lse is None else lse
-        call(_library.attention_out, (*results, *arguments))
+        _call(_library.attention_out, (*results, *arguments), "paged_attention", tensors)
     elif lse is None:
-        results = call(_library.attention, arguments)
+        results = _call(_library.attention, arguments, "paged_attention", tensors)
     else:
         raise ValueError("out must be given where lse is, got None")
     return results if return_lse else results[0]
+
+
+def _call(op: Any, arguments: Sequence[Any], name: str, tensors: Sequence[Tensor | None]) -> Any:
+    """Calls an op that has no gradients; `name` is the function's, `tensors` are those that could require them."""
+    results = call_again(op, arguments)
+    if results is not None:
+        return results
+    refuse_gradients(name, *tensors)
+    return call(op, arguments)
 
 
 def _new_lse(query: Tensor, out: Tensor) -> Tensor:
@@ -264,15 +273,15 @@ def gather_kv(
     k_scale, v_scale = as_scale(k_scale, caches[0]), as_scale(v_scale, caches[0])
     if out is not None and not (isinstance(out, (tuple, list)) and len(out) == 2):
         raise TypeError(f"out must be two tensors, for key and value, got {type(out).__name__}")
-    refuse_gradients("gather_kv", *caches, k_scale, v_scale, *(out or ()))
+    tensors = (*caches, k_scale, v_scale, *(out or ()))
     dtype_name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
     arguments = (
         caches, block_tables, seq_lens, max_len, dtype_name, kv_cache_dtype, k_scale, v_scale, as_pattern(layout),
         *as_layer(layer), head_size, head_size_v, backend, as_scale_pattern(scale_layout),
     )  # fmt: skip
     if out is None:
-        return call(_library.gather, arguments)
+        return _call(_library.gather, arguments, "gather_kv", tensors)
     key, value = out
     check_tensors(**{"out[0]": key, "out[1]": value})  # which the op's schema calls otherwise
-    call(_library.gather_out, (key, value, *arguments))
+    _call(_library.gather_out, (key, value, *arguments), "gather_kv", tensors)
     return key, value

@@ -30,19 +30,17 @@ class Launches(Protocol):
 
 @dataclass(slots=True)
 class Backends:
-    """What carries out an op, for each backend.
+    """What carries out an op where no kernel is launched.
 
-    All but `triton` get a call and what the contract has said of it. They return the op's results: tensors that the
-    call brings for them, new ones, or None where the op has none.
+    All get a call and what the contract has said of it. They return the op's results: tensors that the call brings for
+    them, new ones, or None where the op has none.
 
     Attributes:
-        triton: Makes what launches an op's kernels.
         interpret: Runs the kernels in Triton's interpreter, on CPU tensors.
         torch: Computes with torch's own operations.
         fake: Makes tensors like the results, without values.
     """
 
-    triton: Callable[[], Launches]
     interpret: Callable[[Any, Any], Any]
     torch: Callable[[Any, Any], Any]
     fake: Callable[[Any, Any], Any]
@@ -53,13 +51,14 @@ Rule = Callable[[Any, int, Sequence[Any], Sequence[Any]], Any]
 arguments."""
 
 
-def define(schema: str, call_of: Callable[..., Any], backends: Backends, vmap: Rule) -> Any:
+def define(schema: str, call_of: Callable[..., Any], launches: Launches, backends: Backends, vmap: Rule) -> Any:
     """Defines an op.
 
     Args:
         schema: Its name, parameters and results.
         call_of: Makes one of the calls of `torchkv._call` of the op's arguments.
-        backends: What carries it out.
+        launches: What launches its kernels, for this op alone.
+        backends: What carries it out where none is launched.
         vmap: Its rule for vmap, which returns what `torch.library.register_vmap` asks for.
 
     Returns:
@@ -68,7 +67,8 @@ def define(schema: str, call_of: Callable[..., Any], backends: Backends, vmap: R
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     op = getattr(torch.ops.torchkv, name).default
-    written, returns, launches = _written(op), bool(op._schema.returns), backends.triton()
+    written, returns = _written(op), bool(op._schema.returns)
+    defaults = [parameter.default_value for parameter in op._schema.arguments]
 
     def mark(args: Sequence[Any]) -> None:
         _mark_changed([args[i] for i in written if args[i] is not None])
@@ -80,6 +80,7 @@ def define(schema: str, call_of: Callable[..., Any], backends: Backends, vmap: R
         return results
 
     def on_gpu(*args: Any) -> Any:
+        args = (*args, *defaults[len(args) :])  # the dispatcher leaves out what equals its default, at the end
         results = again(args)
         if results is not None:
             return results if returns else None

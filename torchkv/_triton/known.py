@@ -51,17 +51,18 @@ class KnownCalls[Found]:
         self._kinds: dict[tuple[type, ...], _Kind] = {}
         self._count = 0
 
-    def find(self, arguments: Sequence[Any]) -> tuple[Found, tuple[Tensor, ...], list[int]] | None:
+    def find(self, arguments: Sequence[Any], *by_shape: int) -> tuple[Found, tuple[Tensor, ...], list[int]] | None:
         """What was found for a call like this one, the call's tensors, and their addresses; None for a new one.
 
         Args:
             arguments: Tensors, and numbers, strings and None.
+            by_shape: Tensors, by their place among the tensors, whose shapes differ from call to call.
         """
         kind = self._kinds.get(tuple(map(type, arguments)))
         if kind is None:
             return None
         tensors = kind.tensors(arguments)
-        for alike, aligned, found in kind.entries.get(kind.options(arguments), ()):
+        for alike, aligned, found in kind.entries.get(_key(kind, arguments, tensors, by_shape), ()):
             if alike(*tensors):
                 addresses = [tensor.data_ptr() for tensor in tensors]
                 return None if reduce(or_, addresses[:aligned]) % 16 else (found, tensors, addresses)
@@ -71,6 +72,7 @@ class KnownCalls[Found]:
         self,
         arguments: Sequence[Any],
         find: Callable[[Sequence[Tensor]], Found],
+        by_shape: Sequence[int] = (),
         aligned: int | None = None,
         any_length: Collection[int] = (),
     ) -> None:
@@ -79,6 +81,7 @@ class KnownCalls[Found]:
         Args:
             arguments: As for `find`. Without a tensor they are none.
             find: Makes what is to be done again, given the tensors among the arguments.
+            by_shape: As for `find`.
             aligned: How many of the tensors, from the first on, begin at multiples of 16; None for all.
             any_length: Tensors, by their place among the tensors, whose first axis may have another length.
         """
@@ -95,7 +98,7 @@ class KnownCalls[Found]:
             or any(t.data_ptr() % 16 for t in tensors[:aligned])
             or len({*map(id, tensors)}) < len(tensors)  # the guards recognise no call that has a tensor twice
             or not _nothing_listens()
-            or self.find(arguments) is not None
+            or self.find(arguments, *by_shape) is not None
         ):
             return
         sizes = [list(t.shape) for t in tensors]
@@ -107,9 +110,15 @@ class KnownCalls[Found]:
         if self._count >= MOST_LAUNCHES:
             self._kinds, self._count = {}, 0
         entries = self._kinds.setdefault(tuple(map(type, arguments)), kind).entries
-        options = kind.options(arguments)
-        entries[options] = (_Entry(guards.check, aligned, find(tensors)), *entries.get(options, ()))[:_MOST_ALIKE]
+        key = _key(kind, arguments, tensors, by_shape)
+        entries[key] = (_Entry(guards.check, aligned, find(tensors)), *entries.get(key, ()))[:_MOST_ALIKE]
         self._count += 1
+
+
+def _key(kind: _Kind, arguments: Sequence[Any], tensors: Sequence[Tensor], by_shape: Sequence[int]) -> Any:
+    """What is looked up: arguments that are no tensors, and shapes."""
+    options = kind.options(arguments)
+    return (options, *[tensors[i].shape for i in by_shape]) if by_shape else options
 
 
 def picker(arguments: Sequence[Any], tensors: Sequence[Tensor]) -> Callable[[Sequence[int]], tuple[Any, ...]]:

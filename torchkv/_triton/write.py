@@ -73,12 +73,12 @@ class _Launch:
         if num_tokens == 0:
             return
         arguments = (*pointers, num_tokens, self.num_slots, self.num_layers)
-        grid, index = self.plan.grid(num_tokens), self.device.index
-        if index == torch.cuda.current_device():  # a guard costs more than the question whether it is needed
-            start(self.kernel, grid, index, arguments)
+        grid = self.plan.grid(num_tokens)
+        if self.device.index == torch.cuda.current_device():  # a guard costs more than to ask whether it is needed
+            start(self.kernel, grid, arguments)
         else:
             with torch.cuda.device(self.device):
-                start(self.kernel, grid, index, arguments)
+                start(self.kernel, grid, arguments)
 
 
 _launches: dict[tuple[Any, ...], _Launch] = {}
