@@ -1,7 +1,7 @@
 """The public functions that read a cache: attention over it, and a gather out of it."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -18,10 +18,9 @@ from torchkv._arguments import (
     as_scale,
     as_scale_pattern,
     check_tensors,
-    refuse_gradients,
 )
 from torchkv._library import read as _library
-from torchkv._library.base import call, call_again
+from torchkv._library.base import call_without_gradients
 
 
 class AttendOptions(TypedDict, total=False):
@@ -180,21 +179,12 @@ def paged_attention(
     )  # fmt: skip
     if out is not None:
         results = out, _new_lse(query, out) if lse is None else lse
-        _call(_library.attention_out, (*results, *arguments), "paged_attention", tensors)
+        call_without_gradients(_library.attention_out, (*results, *arguments), "paged_attention", tensors)
     elif lse is None:
-        results = _call(_library.attention, arguments, "paged_attention", tensors)
+        results = call_without_gradients(_library.attention, arguments, "paged_attention", tensors)
     else:
         raise ValueError("out must be given where lse is, got None")
     return results if return_lse else results[0]
-
-
-def _call(op: Any, arguments: Sequence[Any], name: str, tensors: Sequence[Tensor | None]) -> Any:
-    """Calls an op that has no gradients; `name` is the function's, `tensors` are those that could require them."""
-    results = call_again(op, arguments)
-    if results is not None:
-        return results
-    refuse_gradients(name, *tensors)
-    return call(op, arguments)
 
 
 def _new_lse(query: Tensor, out: Tensor) -> Tensor:
@@ -280,8 +270,8 @@ def gather_kv(
         *as_layer(layer), head_size, head_size_v, backend, as_scale_pattern(scale_layout),
     )  # fmt: skip
     if out is None:
-        return _call(_library.gather, arguments, "gather_kv", tensors)
+        return call_without_gradients(_library.gather, arguments, "gather_kv", tensors)
     key, value = out
     check_tensors(**{"out[0]": key, "out[1]": value})  # which the op's schema calls otherwise
-    _call(_library.gather_out, (key, value, *arguments), "gather_kv", tensors)
+    call_without_gradients(_library.gather_out, (key, value, *arguments), "gather_kv", tensors)
     return key, value

@@ -17,11 +17,10 @@ from torchkv._arguments import (
     as_pattern,
     as_scale,
     as_scale_pattern,
-    call,
     check_tensors,
-    refuse_gradients,
 )
 from torchkv._library import rope as _library
+from torchkv._library.base import call_without_gradients
 
 
 def rope_and_cache(
@@ -132,9 +131,10 @@ def rope_and_cache(
 
 def _call(query: Tensor, arguments: Sequence[Any], out: Tensor | None) -> Tensor:
     """Calls the op for a new tensor, or the one for a given tensor."""
-    refuse_gradients("rope_and_cache", query, out, *arguments)
+    tensors = (query, out, *arguments)
     if out is None:
-        return call(_library.rope_and_cache, (query, *arguments))
+        return call_without_gradients(_library.rope_and_cache, (query, *arguments), "rope_and_cache", tensors)
     check_tensors(out=out, query=query)  # the op takes None for query, and means out
-    call(_library.rope_and_cache_out, (out, None if out is query else query, *arguments))
+    arguments = (out, None if out is query else query, *arguments)
+    call_without_gradients(_library.rope_and_cache_out, arguments, "rope_and_cache", tensors)
     return out

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.library import Library
 
 from kvcore.contract.checks import no_interpreter_error, no_triton_error
-from torchkv._arguments import explain
+from torchkv._arguments import explain, refuse_gradients
 
 LIBRARY = Library("torchkv", "DEF")
 
@@ -145,6 +145,26 @@ def call(op: Any, arguments: Sequence[Any]) -> Any:
     except (RuntimeError, AttributeError):
         explain(op, arguments)
         raise
+
+
+def call_without_gradients(op: Any, arguments: Sequence[Any], name: str, tensors: Sequence[Any]) -> Any:
+    """As `call`, of an op that is not differentiable.
+
+    Args:
+        op: The op.
+        arguments: Its arguments.
+        name: The public function's.
+        tensors: Those whose gradients would be lost.
+
+    Raises:
+        NotImplementedError: grad mode is on, and a tensor requires gradients.
+        TypeError: an argument is of a wrong type.
+    """
+    results = call_again(op, arguments)
+    if results is not None:
+        return results
+    refuse_gradients(name, *tensors)
+    return call(op, arguments)
 
 
 def call_again(op: Any, arguments: Sequence[Any]) -> Any:

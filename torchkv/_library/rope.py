@@ -76,7 +76,7 @@ def _fake(rope: Rope, call: RopeCall) -> Tensor:
     return call.result()
 
 
-_BACKENDS = Backends(triton_rope.rope_and_cache, triton_rope.interpret_rope, torch_rope.rope_and_cache, _fake)
+_BACKENDS = Backends(triton_rope.interpret_rope, torch_rope.rope_and_cache, _fake)
 
 
 # ---- vmap
@@ -120,7 +120,17 @@ def _written(given: dict[str, Any]) -> list[str]:
     return [name for name in names if given[name] is not None]
 
 
-rope_and_cache = define(f"rope_and_cache(Tensor query, {_ARGUMENTS}) -> Tensor", _call, _BACKENDS, _vmap)
+rope_and_cache = define(
+    f"rope_and_cache(Tensor query, {_ARGUMENTS}) -> Tensor",
+    _call,
+    triton_rope.Rotations(out=False),
+    _BACKENDS,
+    _vmap,
+)
 rope_and_cache_out = define(
-    f"rope_and_cache_out(Tensor(e!) out, Tensor? query, {_ARGUMENTS}) -> ()", _out_call, _BACKENDS, _vmap
+    f"rope_and_cache_out(Tensor(e!) out, Tensor? query, {_ARGUMENTS}) -> ()",
+    _out_call,
+    triton_rope.Rotations(out=True),
+    _BACKENDS,
+    _vmap,
 )

@@ -121,6 +121,13 @@ def _key(kind: _Kind, arguments: Sequence[Any], tensors: Sequence[Tensor], by_sh
     return (options, *[tensors[i].shape for i in by_shape]) if by_shape else options
 
 
+def distinct(arguments: Sequence[Any], k_scale: int) -> Sequence[Any]:
+    """Arguments, with a string for v_scale, which follows k_scale, where both are one tensor."""
+    if arguments[k_scale] is None or arguments[k_scale] is not arguments[k_scale + 1]:
+        return arguments
+    return (*arguments[: k_scale + 1], "k_scale", *arguments[k_scale + 2 :])
+
+
 def picker(arguments: Sequence[Any], tensors: Sequence[Tensor]) -> Callable[[Sequence[int]], tuple[Any, ...]]:
     """What makes a kernel's arguments of addresses.
 

@@ -1,6 +1,7 @@
 """Compiled kernels on torch's current device, started by integer pointers, past Triton's own launchers."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -80,6 +81,14 @@ def _launcher(compiled: Any, run: Any) -> tuple[Callable[..., None], tuple[Any, 
     if hasattr(run, "kernel_signature"):
         return run.launch, (*settings, metadata, *[None] * 5, run.arg_annotations, run.kernel_signature), True
     return run.launch, (*settings, None, None, metadata, None, None, None), False
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a device current. A guard costs more than to ask whether it is needed."""
+    return _NO_GUARD if device.index == torch.cuda.current_device() else torch.cuda.device(device)
+
+
+_NO_GUARD = nullcontext()
 
 
 def start(kernel: Kernel, grid: Grid, arguments: Sequence[Any]) -> None:

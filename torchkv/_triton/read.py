@@ -19,7 +19,7 @@ from kvcore.plan.kernel import INTERPRETER
 from torchkv._arguments import dtype_name
 from torchkv._call import ATTENTION_RESULTS, GATHER_RESULTS, AttentionCall, GatherCall, Results, layer_of
 from torchkv._memory import check_results_apart
-from torchkv._triton.known import KnownCalls, picker
+from torchkv._triton.known import KnownCalls, distinct, picker
 from torchkv._triton.launch import (
     INTERPRETED,
     MOST_LAUNCHES,
@@ -29,6 +29,7 @@ from torchkv._triton.launch import (
     aligned_pointers,
     empty,
     load,
+    on,
     pointees,
     signature,
     target,
@@ -107,10 +108,8 @@ def _check_apart(
 
 
 def _run(op: _Op[Any], launch: _Launch[Any], arguments: Sequence[Any], results: Results | None) -> Results:
-    """Runs kernels on their device. A guard costs more than the question whether it is needed."""
-    if launch.device.index == torch.cuda.current_device():
-        return op.run(ON_GPU, launch.kernels, arguments, results)
-    with torch.cuda.device(launch.device):
+    """Runs kernels on their device."""
+    with on(launch.device):
         return op.run(ON_GPU, launch.kernels, arguments, results)
 
 
@@ -165,12 +164,10 @@ class _Reads:
 
     def _flat(self, arguments: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[int, ...]]:
         """Arguments as `KnownCalls` wants them, and which of the tensors have other shapes from call to call."""
-        i, scale = self._caches, self._scale
-        caches, after = arguments[i], arguments[i + 1 :]
-        if arguments[scale] is not None and arguments[scale] is arguments[scale + 1]:  # no tensor may be there twice
-            after = (*arguments[i + 1 : scale + 1], "k_scale", *arguments[scale + 2 :])
-        tables = i + len(caches)
-        return (*arguments[:i], *caches, *after), ((i - 1, tables) if self._has_query else (tables,))
+        i, caches = self._caches, arguments[self._caches]
+        arguments, tables = distinct(arguments, self._scale), i + len(caches)
+        by_shape = (i - 1, tables) if self._has_query else (tables,)
+        return (*arguments[:i], *caches, *arguments[i + 1 :]), by_shape
 
 
 # ---- attention

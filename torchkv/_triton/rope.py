@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from kvcore.contract.cache import check_cache_address
 from kvcore.contract.rope import Rope
@@ -21,7 +22,21 @@ from torchkv._arguments import dtype_name, spec_of
 from torchkv._call import layer_of
 from torchkv._memory import span
 from torchkv._rotated import RopeCall
-from torchkv._triton.launch import MOST_LAUNCHES, Kernel, aligned_pointers, interpret, load, pointees, start, target
+from torchkv._triton.known import KnownCalls, distinct, picker
+from torchkv._triton.launch import (
+    MOST_LAUNCHES,
+    ON_GPU,
+    Empty,
+    Kernel,
+    aligned_pointers,
+    empty,
+    interpret,
+    load,
+    on,
+    pointees,
+    start,
+    target,
+)
 
 
 class _Reach(NamedTuple):
@@ -49,6 +64,7 @@ class _Launch:
     Attributes:
         kernel: What is launched.
         plan: How.
+        device: Where.
         pointers: Picks the kernel's pointer arguments, in its order, among the inputs that `rope_and_cache` has.
         scalars: The kernel's scalars after the numbers of tokens: slots, layers, positions.
         reaches: Of the tensors whose addresses the inputs begin with.
@@ -59,11 +75,33 @@ class _Launch:
 
     kernel: Kernel
     plan: plan_rope.RopePlan
+    device: torch.device
     pointers: Callable[[Sequence[int | None]], tuple[int | None, ...]]
     scalars: tuple[int, ...]
     reaches: list[_Reach]
     pairs: list[tuple[int, int]]
     apart: set[tuple[int, ...]] = field(default_factory=set)
+
+    def unseen(self, addresses: Sequence[Any], counts: tuple[int, int, int]) -> set[tuple[int, ...]]:
+        """Pairs that may share memory, as `apart` has them."""
+        unseen = set()
+        for first, second in self.pairs:
+            distance = addresses[second] - addresses[first]
+            if -self.reaches[second].span(counts) < distance < self.reaches[first].span(counts):
+                unseen.add((first, second, distance, *counts))
+        return unseen - self.apart
+
+    def remember(self, pairs: set[tuple[int, ...]]) -> None:
+        """Adds pairs that share no memory to `apart`."""
+        if len(self.apart) >= MOST_LAUNCHES:
+            self.apart.clear()
+        self.apart |= pairs
+
+    def start(self, inputs: Sequence[int | None], num_tokens: int, num_written: int, result: Tensor) -> None:
+        """Starts the kernel on the current device, given the addresses of tensors, a static layer, and None."""
+        if num_tokens:
+            arguments = (*self.pointers(inputs), num_tokens, num_written, *self.scalars, result.data_ptr())
+            start(self.kernel, self.plan.grid(num_tokens, num_written), arguments)
 
 
 _launches: dict[tuple[Any, ...], _Launch] = {}
@@ -75,6 +113,11 @@ def rope_and_cache(call: RopeCall) -> Tensor:
     Returns:
         The rotated query: a new tensor, or the one that the call brings for it.
     """
+    return _launch(call)[1]
+
+
+def _launch(call: RopeCall) -> tuple[_Launch, Tensor]:
+    """What was launched for a call, and the rotated query."""
     write, query, out, in_place = call.write, call.query, call.out, call.in_place
     key, value, positions, slot_mapping = write.key, write.value, call.positions, write.slot_mapping
     num_tokens, num_written = query.shape[0], slot_mapping.shape[0]
@@ -104,20 +147,96 @@ def rope_and_cache(call: RopeCall) -> Tensor:
         if len(_launches) >= MOST_LAUNCHES:
             _launches.clear()
         _launches[signature] = launch
-    _check_apart(launch, call, addresses, (1, num_tokens, num_written))
+    unseen = launch.unseen(addresses, (1, num_tokens, num_written))
+    if unseen:
+        call.check_apart()
+        launch.remember(unseen)
     result = call.result()
-    if num_tokens == 0:
+    with on(launch.device):
+        launch.start((*addresses, write.layer, None), num_tokens, num_written, result)
+    return launch, result
+
+
+class _Known(NamedTuple):
+    """What is done again for calls that are alike.
+
+    Attributes:
+        launch: What is launched.
+        inputs: Makes what `_Launch.start` takes of the addresses of a call's tensors.
+        new: The result where it is made, for any number of tokens; None where it is given.
+    """
+
+    launch: _Launch
+    inputs: Callable[[Sequence[int]], tuple[Any, ...]]
+    new: Empty | None
+
+
+class Rotations:
+    """Launches of one of the ops.
+
+    Args:
+        out: Whether its arguments begin with a tensor for the result; if query is None then, it is that.
+    """
+
+    def __init__(self, out: bool) -> None:
+        self._out = int(out)
+        self._known: tuple[KnownCalls[_Known], ...] = (KnownCalls(), KnownCalls())  # of few, and of many tokens
+
+    def first(self, call: RopeCall, arguments: Sequence[Any]) -> Tensor:
+        """Launches a call, and remembers it by the op's arguments."""
+        launch, result = _launch(call)
+        write, in_place = call.write, call.in_place
+        if in_place and call.out is not call.query:
+            return result  # other tensors of this kind have memory of their own
+        new = empty(call.query.shape, dtype_name(call.query)) if call.out is None else None
+
+        def known(tensors: Sequence[Tensor]) -> _Known:
+            return _Known(launch, picker((*_tensors(call, in_place), write.layer, None), tensors), new)
+
+        key = 1 + (self._out and not in_place)  # among the tensors; those before are out and query, or one of the two
+        positions, slots = key + 2 + len(write.written), key + 4 + len(write.written)
+        any_length = (*range(key + 2), slots) if call.positions.dim() > 1 else (*range(key + 2), positions, slots)
+        # The kernel does not depend on the addresses of scales and layer, which come last.
+        last = {id(x) for x in (write.k_scale, write.v_scale, write.layer_index) if x is not None}
+        flat, many = self._flat(arguments)
+        aligned = sum(isinstance(argument, Tensor) for argument in flat) - len(last)
+        self._known[many].add(flat, known, aligned=aligned, any_length=any_length)
         return result
 
-    pointers = launch.pointers((*addresses, write.layer, None))
-    arguments = (*pointers, num_tokens, num_written, *launch.scalars, result.data_ptr())
-    grid, index = launch.plan.grid(num_tokens, num_written), query.device.index
-    if index == torch.cuda.current_device():  # a guard costs more than the question whether it is needed
-        start(launch.kernel, grid, index, arguments)
-    else:
-        with torch.cuda.device(query.device):
-            start(launch.kernel, grid, index, arguments)
-    return result
+    def again(self, arguments: Sequence[Any]) -> Tensor | None:
+        """Launches a call like an earlier one; None where there was none, or where this one must be checked itself."""
+        if forward_ad._current_level >= 0:  # tangents are asked for
+            return None
+        flat, many = self._flat(arguments)
+        found = self._known[many].find(flat)
+        if found is None:
+            return None
+        (launch, make, new), _, addresses = found
+        i, out = self._out, arguments[0]  # query, where there is no out
+        query = out if arguments[i] is None else arguments[i]
+        key, value, positions, slot_mapping = arguments[i + 1], arguments[i + 2], arguments[i + 7], arguments[i + 9]
+        num_tokens, num_written = query.shape[0], slot_mapping.shape[0]
+        inputs = make(addresses)
+        if (
+            not num_written <= num_tokens == key.shape[0] == value.shape[0] == positions.shape[-1] == out.shape[0]
+            or (query is not out and query.data_ptr() == out.data_ptr())
+            or launch.unseen(inputs, (1, num_tokens, num_written))
+        ):
+            return None
+        with on(launch.device):
+            result = out if new is None else ON_GPU.empty((num_tokens, *new[0][1:]), *new[1:])
+            launch.start(inputs, num_tokens, num_written, result)
+        return result
+
+    def _flat(self, arguments: Sequence[Any]) -> tuple[Sequence[Any], bool]:
+        """Arguments as `KnownCalls` wants them, and whether there are many tokens."""
+        i = self._out
+        query = arguments[0] if arguments[i] is None else arguments[i]
+        many = isinstance(query, Tensor) and query.dim() > 0 and query.shape[0] >= plan_rope.MANY_TOKENS
+        section = arguments[i + 12]
+        if section is not None:
+            arguments = (*arguments[: i + 12], tuple(section), *arguments[i + 13 :])
+        return distinct(arguments, i + 17), many
 
 
 def _tensors(call: RopeCall, in_place: bool) -> tuple[Tensor | None, ...]:
@@ -127,21 +246,6 @@ def _tensors(call: RopeCall, in_place: bool) -> tuple[Tensor | None, ...]:
         call.query, write.key, write.value, *write.written, call.positions, call.cos_sin, write.slot_mapping,
         call.q_norm, call.k_norm, write.k_scale, write.v_scale, write.layer_index, None if in_place else call.out,
     )  # fmt: skip
-
-
-def _check_apart(launch: _Launch, call: RopeCall, addresses: Sequence[Any], counts: tuple[int, int, int]) -> None:
-    """Raises a ValueError where tensors share memory that must not."""
-    unseen = set()
-    for first, second in launch.pairs:
-        distance = addresses[second] - addresses[first]
-        if -launch.reaches[second].span(counts) < distance < launch.reaches[first].span(counts):
-            unseen.add((first, second, distance, *counts))
-    unseen -= launch.apart
-    if unseen:
-        call.check_apart()
-        if len(launch.apart) >= MOST_LAUNCHES:
-            launch.apart.clear()
-        launch.apart |= unseen
 
 
 def _prepare(call: RopeCall, tensors: Sequence[Tensor | None]) -> _Launch:
@@ -165,6 +269,7 @@ def _prepare(call: RopeCall, tensors: Sequence[Tensor | None]) -> _Launch:
     return _Launch(
         kernel=kernel,
         plan=plan,
+        device=call.device,
         pointers=itemgetter(*_places(described, call, len(tensors))),
         scalars=plan_rope.scalars(described, 0, 0)[2:],
         reaches=reaches,
