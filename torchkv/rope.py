@@ -18,9 +18,10 @@ from torchkv._arguments import (
     as_scale,
     as_scale_pattern,
     check_tensors,
+    refuse_gradients,
 )
 from torchkv._library import rope as _library
-from torchkv._library.base import call_without_gradients
+from torchkv._library.base import call, call_again
 
 
 def rope_and_cache(
@@ -131,10 +132,12 @@ def rope_and_cache(
 
 def _call(query: Tensor, arguments: Sequence[Any], out: Tensor | None) -> Tensor:
     """Calls the op for a new tensor, or the one for a given tensor."""
-    tensors = (query, out, *arguments)
-    if out is None:
-        return call_without_gradients(_library.rope_and_cache, (query, *arguments), "rope_and_cache", tensors)
-    check_tensors(out=out, query=query)  # the op takes None for query, and means out
-    arguments = (out, None if out is query else query, *arguments)
-    call_without_gradients(_library.rope_and_cache_out, arguments, "rope_and_cache", tensors)
-    return out
+    op, arguments = _library.rope_and_cache, (query, *arguments)
+    if out is not None:
+        check_tensors(out=out, query=query)  # the op takes None for query, and means out
+        op, arguments = _library.rope_and_cache_out, (out, None if out is query else query, *arguments[1:])
+    result = call_again(op, arguments)
+    if result is None:
+        refuse_gradients("rope_and_cache", *arguments)
+        result = call(op, arguments)
+    return result if out is None else out

@@ -1,7 +1,7 @@
 """What the registrations of all ops have in common: dispatch by device and backend, FakeTensor, autograd, vmap.
 
-`torch.library.Library` costs 2 µs a call, `custom_op` and `triton_op` ten times that, and the latter clones caches
-that are views of one tensor under torch.compile.
+`torch.library.Library` costs 3 to 5 µs a call, `custom_op` and `triton_op` ten times that, and the latter clones
+caches that are views of one tensor under torch.compile. `call_again` saves even these, where nothing has to see the op.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 from torch.library import Library
 
 from kvcore.contract.checks import no_interpreter_error, no_triton_error
-from torchkv._arguments import explain, refuse_gradients
+from torchkv._arguments import explain
 
 LIBRARY = Library("torchkv", "DEF")
 
@@ -71,11 +70,14 @@ def define(schema: str, call_of: Callable[..., Any], launches: Launches, backend
     defaults = [parameter.default_value for parameter in op._schema.arguments]
 
     def mark(args: Sequence[Any]) -> None:
-        _mark_changed([args[i] for i in written if args[i] is not None])
+        """Tells autograd that kernels changed tensors, as torch's own in-place operations do."""
+        followed = [args[i] for i in written if args[i] is not None and not args[i].is_inference()]
+        if followed:
+            torch.autograd.graph.increment_version(followed)
 
     def again(args: Sequence[Any]) -> Any:
         results = launches.again(args)
-        if results is not None:
+        if results is not None and written:
             mark(args)
         return results
 
@@ -147,26 +149,6 @@ def call(op: Any, arguments: Sequence[Any]) -> Any:
         raise
 
 
-def call_without_gradients(op: Any, arguments: Sequence[Any], name: str, tensors: Sequence[Any]) -> Any:
-    """As `call`, of an op that is not differentiable.
-
-    Args:
-        op: The op.
-        arguments: Its arguments.
-        name: The public function's.
-        tensors: Those whose gradients would be lost.
-
-    Raises:
-        NotImplementedError: grad mode is on, and a tensor requires gradients.
-        TypeError: an argument is of a wrong type.
-    """
-    results = call_again(op, arguments)
-    if results is not None:
-        return results
-    refuse_gradients(name, *tensors)
-    return call(op, arguments)
-
-
 def call_again(op: Any, arguments: Sequence[Any]) -> Any:
     """Launches the kernels of a call like an earlier one without torch's dispatcher, which takes 3 to 5 µs.
 
@@ -200,10 +182,3 @@ def _written(op: Any) -> list[int]:
     """The places of the arguments that an op writes to."""
     arguments = enumerate(op._schema.arguments)
     return [i for i, a in arguments if a.alias_info is not None and a.alias_info.is_write]
-
-
-def _mark_changed(tensors: Sequence[Tensor]) -> None:
-    """Tells autograd that kernels changed tensors, as torch's own in-place operations do."""
-    followed = [tensor for tensor in tensors if not tensor.is_inference()]
-    if followed:
-        torch.autograd.graph.increment_version(followed)

@@ -64,14 +64,14 @@ class KnownCalls[Found]:
         tensors = kind.tensors(arguments)
         for alike, aligned, found in kind.entries.get(_key(kind, arguments, tensors, by_shape), ()):
             if alike(*tensors):
-                addresses = [tensor.data_ptr() for tensor in tensors]
+                addresses = list(map(Tensor.data_ptr, tensors))
                 return None if reduce(or_, addresses[:aligned]) % 16 else (found, tensors, addresses)
         return None
 
     def add(
         self,
         arguments: Sequence[Any],
-        find: Callable[[Sequence[Tensor]], Found],
+        make: Callable[[Sequence[Tensor]], Found],
         by_shape: Sequence[int] = (),
         aligned: int | None = None,
         any_length: Collection[int] = (),
@@ -80,7 +80,7 @@ class KnownCalls[Found]:
 
         Args:
             arguments: As for `find`. Without a tensor they are none.
-            find: Makes what is to be done again, given the tensors among the arguments.
+            make: Makes what is to be done again, given the tensors among the arguments.
             by_shape: As for `find`.
             aligned: How many of the tensors, from the first on, begin at multiples of 16; None for all.
             any_length: Tensors, by their place among the tensors, whose first axis may have another length.
@@ -111,7 +111,7 @@ class KnownCalls[Found]:
             self._kinds, self._count = {}, 0
         entries = self._kinds.setdefault(tuple(map(type, arguments)), kind).entries
         key = _key(kind, arguments, tensors, by_shape)
-        entries[key] = (_Entry(guards.check, aligned, find(tensors)), *entries.get(key, ()))[:_MOST_ALIKE]
+        entries[key] = (_Entry(guards.check, aligned, make(tensors)), *entries.get(key, ()))[:_MOST_ALIKE]
         self._count += 1
 
 

@@ -1,7 +1,6 @@
 """Compiled kernels on torch's current device, started by integer pointers, past Triton's own launchers."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -83,12 +82,9 @@ def _launcher(compiled: Any, run: Any) -> tuple[Callable[..., None], tuple[Any, 
     return run.launch, (*settings, None, None, metadata, None, None, None), False
 
 
-def on(device: torch.device) -> AbstractContextManager[Any]:
-    """Makes a device current. A guard costs more than to ask whether it is needed."""
-    return _NO_GUARD if device.index == torch.cuda.current_device() else torch.cuda.device(device)
-
-
-_NO_GUARD = nullcontext()
+def is_current(device: torch.device) -> bool:
+    """Whether kernels can be started on a device as it is. A guard costs more than this question."""
+    return device.index == torch.cuda.current_device()
 
 
 def start(kernel: Kernel, grid: Grid, arguments: Sequence[Any]) -> None:

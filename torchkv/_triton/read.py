@@ -28,8 +28,8 @@ from torchkv._triton.launch import (
     Runner,
     aligned_pointers,
     empty,
+    is_current,
     load,
-    on,
     pointees,
     signature,
     target,
@@ -99,7 +99,7 @@ def _check_apart(
     apart: set[tuple[int, ...]], names: Sequence[str], results: Results, inputs: dict[str, Tensor | None]
 ) -> None:
     """Checks that results share no memory with one another or with inputs, unless `apart` has their addresses."""
-    addresses = tuple(t.data_ptr() for t in (*results, *inputs.values()) if t is not None)
+    addresses = tuple(dict.fromkeys(t.data_ptr() for t in (*results, *inputs.values()) if t is not None))
     if addresses not in apart:
         check_results_apart(names, results, inputs)
         if len(apart) >= MOST_LAUNCHES:
@@ -109,7 +109,9 @@ def _check_apart(
 
 def _run(op: _Op[Any], launch: _Launch[Any], arguments: Sequence[Any], results: Results | None) -> Results:
     """Runs kernels on their device."""
-    with on(launch.device):
+    if is_current(launch.device):
+        return op.run(ON_GPU, launch.kernels, arguments, results)
+    with torch.cuda.device(launch.device):
         return op.run(ON_GPU, launch.kernels, arguments, results)
 
 
@@ -158,7 +160,7 @@ class _Reads:
         (launch, make), _, addresses = found
         if not self._results:
             return _run(self._op, launch, make(addresses), None)
-        if tuple(addresses) not in launch.apart:
+        if tuple(dict.fromkeys(addresses)) not in launch.apart:
             return None
         return _run(self._op, launch, make(addresses), (arguments[0], arguments[1]))
 

@@ -31,8 +31,8 @@ from torchkv._triton.launch import (
     aligned_pointers,
     empty,
     interpret,
+    is_current,
     load,
-    on,
     pointees,
     start,
     target,
@@ -97,11 +97,25 @@ class _Launch:
             self.apart.clear()
         self.apart |= pairs
 
-    def start(self, inputs: Sequence[int | None], num_tokens: int, num_written: int, result: Tensor) -> None:
-        """Starts the kernel on the current device, given the addresses of tensors, a static layer, and None."""
+    def run(self, inputs: Sequence[int | None], num_tokens: int, num_written: int, result: Tensor | Empty) -> Tensor:
+        """Runs the kernel on its device.
+
+        Args:
+            inputs: Addresses of tensors, a static layer, and None.
+            num_tokens: Rows of query.
+            num_written: Entries of slot_mapping.
+            result: The tensor for the rotated query, or how to make it.
+        """
+        if not is_current(self.device):
+            with torch.cuda.device(self.device):
+                return self.run(inputs, num_tokens, num_written, result)
+        if not isinstance(result, Tensor):
+            shape, strides, dtype = result
+            result = ON_GPU.empty((num_tokens, *shape[1:]), strides, dtype)
         if num_tokens:
             arguments = (*self.pointers(inputs), num_tokens, num_written, *self.scalars, result.data_ptr())
             start(self.kernel, self.plan.grid(num_tokens, num_written), arguments)
+        return result
 
 
 _launches: dict[tuple[Any, ...], _Launch] = {}
@@ -151,10 +165,8 @@ def _launch(call: RopeCall) -> tuple[_Launch, Tensor]:
     if unseen:
         call.check_apart()
         launch.remember(unseen)
-    result = call.result()
-    with on(launch.device):
-        launch.start((*addresses, write.layer, None), num_tokens, num_written, result)
-    return launch, result
+    inputs = (*addresses, write.layer, None)
+    return launch, launch.run(inputs, num_tokens, num_written, call.result())
 
 
 class _Known(NamedTuple):
@@ -162,7 +174,7 @@ class _Known(NamedTuple):
 
     Attributes:
         launch: What is launched.
-        inputs: Makes what `_Launch.start` takes of the addresses of a call's tensors.
+        inputs: Makes what `_Launch.run` takes of the addresses of a call's tensors.
         new: The result where it is made, for any number of tokens; None where it is given.
     """
 
@@ -223,10 +235,7 @@ class Rotations:
             or launch.unseen(inputs, (1, num_tokens, num_written))
         ):
             return None
-        with on(launch.device):
-            result = out if new is None else ON_GPU.empty((num_tokens, *new[0][1:]), *new[1:])
-            launch.start(inputs, num_tokens, num_written, result)
-        return result
+        return launch.run(inputs, num_tokens, num_written, out if new is None else new)
 
     def _flat(self, arguments: Sequence[Any]) -> tuple[Sequence[Any], bool]:
         """Arguments as `KnownCalls` wants them, and whether there are many tokens."""

@@ -19,7 +19,17 @@ from kvcore.plan.kernel import INTERPRETER
 from torchkv._call import WriteCall, layer_of
 from torchkv._memory import check_apart, span
 from torchkv._triton.known import KnownCalls, picker
-from torchkv._triton.launch import MOST_LAUNCHES, Kernel, aligned_pointers, interpret, load, on, pointees, start, target
+from torchkv._triton.launch import (
+    MOST_LAUNCHES,
+    Kernel,
+    aligned_pointers,
+    interpret,
+    is_current,
+    load,
+    pointees,
+    start,
+    target,
+)
 
 
 class _Pair(NamedTuple):
@@ -73,8 +83,11 @@ class _Launch:
         if num_tokens == 0:
             return
         arguments = (*pointers, num_tokens, self.num_slots, self.num_layers)
-        with on(self.device):
+        if is_current(self.device):
             start(self.kernel, self.plan.grid(num_tokens), arguments)
+        else:
+            with torch.cuda.device(self.device):
+                start(self.kernel, self.plan.grid(num_tokens), arguments)
 
 
 _launches: dict[tuple[Any, ...], _Launch] = {}
