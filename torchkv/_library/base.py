@@ -24,7 +24,7 @@ class Launches(Protocol):
         """Checks a call and launches its kernels. `arguments` are the op's."""
 
     def again(self, arguments: Sequence[Any]) -> Any:
-        """Launches the kernels of a call that was launched before, or of one like it; None where it is like none."""
+        """Launches the kernels of a call like an earlier one, and tells autograd; None where there was none like it."""
 
 
 @dataclass(slots=True)
@@ -75,15 +75,9 @@ def define(schema: str, call_of: Callable[..., Any], launches: Launches, backend
         if followed:
             torch.autograd.graph.increment_version(followed)
 
-    def again(args: Sequence[Any]) -> Any:
-        results = launches.again(args)
-        if results is not None and written:
-            mark(args)
-        return results
-
     def on_gpu(*args: Any) -> Any:
         args = (*args, *defaults[len(args) :])  # the dispatcher leaves out what equals its default, at the end
-        results = again(args)
+        results = launches.again(args)
         if results is not None:
             return results if returns else None
         call = call_of(*args)
@@ -125,7 +119,7 @@ def define(schema: str, call_of: Callable[..., Any], launches: Launches, backend
     LIBRARY.impl(name, on_gpu, "CUDA")  # ROCm builds of torch use the same key
     torch.library.register_fake(f"torchkv::{name}", fake, lib=LIBRARY)
     torch.library.register_vmap(f"torchkv::{name}", mapped, lib=LIBRARY)
-    _again[op] = again
+    _again[op] = launches.again
     return op
 
 

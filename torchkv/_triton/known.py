@@ -4,7 +4,7 @@ torch makes an object of each dtype, shape, strides and device that it is asked 
 depends on twenty of these. The guards of torch.compile compare them all in one call, without objects.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import reduce
 from operator import itemgetter, or_
 from typing import Any, NamedTuple
@@ -62,7 +62,10 @@ class KnownCalls[Found]:
         if kind is None:
             return None
         tensors = kind.tensors(arguments)
-        for alike, aligned, found in kind.entries.get(_key(kind, arguments, tensors, by_shape), ()):
+        key = kind.options(arguments)
+        if by_shape:
+            key = (key, *[tensors[i].shape for i in by_shape])
+        for alike, aligned, found in kind.entries.get(key, ()):
             if alike(*tensors):
                 addresses = list(map(Tensor.data_ptr, tensors))
                 return None if reduce(or_, addresses[:aligned]) % 16 else (found, tensors, addresses)
@@ -110,15 +113,11 @@ class KnownCalls[Found]:
         if self._count >= MOST_LAUNCHES:
             self._kinds, self._count = {}, 0
         entries = self._kinds.setdefault(tuple(map(type, arguments)), kind).entries
-        key = _key(kind, arguments, tensors, by_shape)
+        key = kind.options(arguments)
+        if by_shape:
+            key = (key, *[tensors[i].shape for i in by_shape])
         entries[key] = (_Entry(guards.check, aligned, make(tensors)), *entries.get(key, ()))[:_MOST_ALIKE]
         self._count += 1
-
-
-def _key(kind: _Kind, arguments: Sequence[Any], tensors: Sequence[Tensor], by_shape: Sequence[int]) -> Any:
-    """What is looked up: arguments that are no tensors, and shapes."""
-    options = kind.options(arguments)
-    return (options, *[tensors[i].shape for i in by_shape]) if by_shape else options
 
 
 def distinct(arguments: Sequence[Any], k_scale: int) -> Sequence[Any]:
@@ -147,6 +146,20 @@ def picker(arguments: Sequence[Any], tensors: Sequence[Tensor]) -> Callable[[Seq
             constants.append(argument)
     pick = itemgetter(*places)
     return lambda addresses: pick((*addresses, *constants))
+
+
+def marker(tensors: Sequence[Tensor], written: Iterable[int]) -> Callable[[Sequence[Tensor]], None]:
+    """What tells autograd which tensors of a call were changed, as torch's own in-place operations do.
+
+    Args:
+        tensors: Those of a call. Ones made in inference mode have no versions to be raised.
+        written: The places of those that are written to.
+    """
+    places = [i for i in written if not tensors[i].is_inference()]
+    if not places:
+        return lambda tensors: None
+    changed = itemgetter(*places)
+    return lambda tensors: torch.autograd.graph.increment_version(changed(tensors))
 
 
 def _nothing_listens() -> bool:

@@ -19,7 +19,7 @@ from kvcore.plan.kernel import INTERPRETER
 from torchkv._arguments import dtype_name
 from torchkv._call import ATTENTION_RESULTS, GATHER_RESULTS, AttentionCall, GatherCall, Results, layer_of
 from torchkv._memory import check_results_apart
-from torchkv._triton.known import KnownCalls, distinct, picker
+from torchkv._triton.known import KnownCalls, distinct, marker, picker
 from torchkv._triton.launch import (
     INTERPRETED,
     MOST_LAUNCHES,
@@ -116,10 +116,17 @@ def _run(op: _Op[Any], launch: _Launch[Any], arguments: Sequence[Any], results: 
 
 
 class _Known(NamedTuple):
-    """What is done again for calls that are alike: what is launched, and what makes its arguments of addresses."""
+    """What is done again for calls that are alike.
+
+    Attributes:
+        launch: What is launched.
+        arguments: Makes the first kernel's arguments, except the results, of the addresses of a call's tensors.
+        mark: Tells autograd what was changed.
+    """
 
     launch: _Launch[Any]
     arguments: Callable[[Sequence[int]], tuple[Any, ...]]
+    mark: Callable[[Sequence[Tensor]], None]
 
 
 class _Reads:
@@ -143,7 +150,8 @@ class _Reads:
         launch, results = _launch(self._op, call)
 
         def known(tensors: Sequence[Tensor]) -> _Known:
-            return _Known(launch, picker(self._op.arguments(launch.kernels.described, call), tensors))
+            make = picker(self._op.arguments(launch.kernels.described, call), tensors)
+            return _Known(launch, make, marker(tensors, range(2)))
 
         flat, by_shape = self._flat(arguments)
         self._known.add(flat, known, by_shape)
@@ -157,12 +165,14 @@ class _Reads:
         found = self._known.find(flat, *by_shape)
         if found is None:
             return None
-        (launch, make), _, addresses = found
+        (launch, make, mark), tensors, addresses = found
         if not self._results:
             return _run(self._op, launch, make(addresses), None)
         if tuple(dict.fromkeys(addresses)) not in launch.apart:
             return None
-        return _run(self._op, launch, make(addresses), (arguments[0], arguments[1]))
+        results = _run(self._op, launch, make(addresses), (arguments[0], arguments[1]))
+        mark(tensors)
+        return results
 
     def _flat(self, arguments: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[int, ...]]:
         """Arguments as `KnownCalls` wants them, and which of the tensors have other shapes from call to call."""

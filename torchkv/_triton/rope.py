@@ -22,7 +22,7 @@ from torchkv._arguments import dtype_name, spec_of
 from torchkv._call import layer_of
 from torchkv._memory import span
 from torchkv._rotated import RopeCall
-from torchkv._triton.known import KnownCalls, distinct, picker
+from torchkv._triton.known import KnownCalls, distinct, marker, picker
 from torchkv._triton.launch import (
     MOST_LAUNCHES,
     ON_GPU,
@@ -176,11 +176,13 @@ class _Known(NamedTuple):
         launch: What is launched.
         inputs: Makes what `_Launch.run` takes of the addresses of a call's tensors.
         new: The result where it is made, for any number of tokens; None where it is given.
+        mark: Tells autograd what was changed.
     """
 
     launch: _Launch
     inputs: Callable[[Sequence[int]], tuple[Any, ...]]
     new: Empty | None
+    mark: Callable[[Sequence[Tensor]], None]
 
 
 class Rotations:
@@ -203,7 +205,9 @@ class Rotations:
         new = empty(call.query.shape, dtype_name(call.query)) if call.out is None else None
 
         def known(tensors: Sequence[Tensor]) -> _Known:
-            return _Known(launch, picker((*_tensors(call, in_place), write.layer, None), tensors), new)
+            inputs = picker((*_tensors(call, in_place), write.layer, None), tensors)
+            written = [*range(key + 2, positions), *[0] * (call.out is not None)]
+            return _Known(launch, inputs, new, marker(tensors, written))
 
         key = 1 + (self._out and not in_place)  # among the tensors; those before are out and query, or one of the two
         positions, slots = key + 2 + len(write.written), key + 4 + len(write.written)
@@ -223,7 +227,7 @@ class Rotations:
         found = self._known[many].find(flat)
         if found is None:
             return None
-        (launch, make, new), _, addresses = found
+        (launch, make, new, mark), tensors, addresses = found
         i, out = self._out, arguments[0]  # query, where there is no out
         query = out if arguments[i] is None else arguments[i]
         key, value, positions, slot_mapping = arguments[i + 1], arguments[i + 2], arguments[i + 7], arguments[i + 9]
@@ -235,7 +239,9 @@ class Rotations:
             or launch.unseen(inputs, (1, num_tokens, num_written))
         ):
             return None
-        return launch.run(inputs, num_tokens, num_written, out if new is None else new)
+        result = launch.run(inputs, num_tokens, num_written, out if new is None else new)
+        mark(tensors)
+        return result
 
     def _flat(self, arguments: Sequence[Any]) -> tuple[Sequence[Any], bool]:
         """Arguments as `KnownCalls` wants them, and whether there are many tokens."""
