@@ -141,18 +141,18 @@ def judge(
     config, device, batch = llama.model.config, llama.torch_device, batch_of(llama, [ids])
     cache = PagedKVCache.create(**cache_arguments(config, batch, dtype, "NHD", kv_cache_dtype, scales), device=device)
     tokens, tables = (torch.from_numpy(x).to(device) for x in (batch.tokens, batch.block_tables))
-    cosine, sine = (torch.from_numpy(x).to(device) for x in llama.model.rotations(batch.context))
+    cos_sin = torch.from_numpy(llama.model.rope_table(batch.context)).to(device)
     nll, best = [], []
     for start in range(0, len(ids), CHUNK):
         positions = torch.arange(start, min(start + CHUNK, len(ids)), device=device)[None]
         written = torch.ones_like(positions, dtype=torch.bool)
         x = torch_model.forward(
-            config, llama.weights, (cosine, sine), cache, scales, tokens[0, positions], positions, written, tables
+            config, llama.weights, cos_sin, cache, scales, tokens[0, positions], positions, written, tables
         )
         predicted = torch_model.logits(config, llama.weights, x[0]).log_softmax(-1)
         nll.append(-predicted.gather(1, tokens[0, positions[0] + 1, None].long())[:, 0])
         best.append(predicted.argmax(-1))
-    elements = (config.head_size + config.head_size_v) * config.num_kv_heads * config.num_layers
+    elements = 2 * config.head_size * config.num_kv_heads * config.num_layers
     bits = 8 * cache.nbytes / (batch.num_blocks * cache.spec.block_size * elements)
     return torch.cat(nll)[:-1].cpu(), torch.cat(best)[:-1].cpu(), bits  # the last token has none after it
 

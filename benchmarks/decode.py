@@ -24,7 +24,7 @@ import jaxkv
 from benchmarks import report
 from benchmarks.common import BLOCK_SIZE, COPY_BYTES, bandwidth
 
-PARTS = ("attention", "write", "head")
+PARTS = ("attention", "rope_and_cache", "head")
 SECONDS = 0.35  # of a run: the start of a program, about half a millisecond, does not show
 
 Weights = dict[str, Any]
@@ -77,7 +77,7 @@ class Shape:
         return 2 * 2 * self.layers * batch * context * self.kv_heads * self.head_size
 
 
-def make_weights(shape: Shape) -> Weights:
+def make_weights(shape: Shape, max_position: int) -> Weights:
     """On the device: a matrix of random numbers of variance 1 / in keeps activations near 1."""
 
     @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -94,7 +94,8 @@ def make_weights(shape: Shape) -> Weights:
     ]
     embedding = jax.jit(lambda key: jax.random.normal(key, (shape.vocabulary, shape.hidden), jnp.bfloat16))(next(keys))
     head = matrix(next(keys), shape.hidden, shape.vocabulary)
-    return {"embedding": embedding, "layers": layers, "final_norm": ones, "head": head}
+    cos_sin = jaxkv.rope_table({"head_dim": shape.head_size, "rope_theta": 500000.0}, max_position)
+    return {"embedding": embedding, "layers": layers, "final_norm": ones, "head": head, "cos_sin": cos_sin}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -116,16 +117,6 @@ def rms_norm(x: Array, weight: Array) -> Array:
     return (wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + 1e-5)).astype(x.dtype) * weight[None]
 
 
-def rotate(x: Array, positions: Array) -> Array:
-    """RoPE of x [batch, heads, dim]."""
-    half = x.shape[-1] // 2
-    frequencies = 500000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions[:, None, None].astype(jnp.float32) * frequencies[None, None]
-    left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cosine, sine = jnp.cos(angles), jnp.sin(angles)
-    return jnp.concatenate([left * cosine - right * sine, right * cosine + left * sine], axis=-1).astype(x.dtype)
-
-
 def decode_step(shape: Shape, without: str | None, weights: Weights, tables: Array, state: State) -> State:
     """One token of each sequence. Layers are unrolled: a scan would copy each layer's weights out of a stack."""
     cache, tokens, lengths, _ = state
@@ -139,15 +130,19 @@ def decode_step(shape: Shape, without: str | None, weights: Weights, tables: Arr
     x = weights["embedding"][tokens]
     for index, layer in enumerate(weights["layers"]):
         qkv = times(rms_norm(x, layer["attention_norm"]), layer["qkv"]).reshape(batch, -1, shape.head_size)
-        turned, value = jnp.split(qkv, [shape.heads + shape.kv_heads], axis=1)
-        query, key = jnp.split(rotate(turned, lengths), [shape.heads], axis=1)
         # Without a part the program must still compute what that part is given.
-        query, key, value = lax.optimization_barrier((query, key, value))
-        if without != "write":
-            cache = cache.write(key, value, slots, layer=index)
+        qkv = lax.optimization_barrier(qkv)
+        query: Any = jaxkv.heads(qkv, 0, shape.heads)
+        if without != "rope_and_cache":
+            key_end = shape.heads + shape.kv_heads
+            key = jaxkv.heads(qkv, shape.heads, key_end)
+            value = jaxkv.heads(qkv, key_end, key_end + shape.kv_heads)
+            query, cache = cache.rope_and_cache(
+                query, key, value, lengths, weights["cos_sin"], slots, rope="neox", layer=index
+            )
         if without != "attention":
             query = cache.attend(query, tables, lengths + 1, layer=index)
-        x = x + times(query.reshape(batch, shape.hidden), layer["attention_out"])
+        x = x + times(jnp.asarray(query).reshape(batch, shape.hidden), layer["attention_out"])
         gate, up = jnp.split(times(rms_norm(x, layer["mlp_norm"]), layer["gate_up"]), 2, axis=-1)
         x = x + times(jax.nn.silu(gate) * up, layer["down"])
     if without == "head":
@@ -248,7 +243,7 @@ def main(argv: list[str]) -> None:
     started = time.perf_counter()
     copied = bandwidth(COPY_BYTES // args.divide)
     shape = Shape(args.layers, args.divide, transposed=args.weights == "out-in")
-    weights = jax.block_until_ready(make_weights(shape))
+    weights = jax.block_until_ready(make_weights(shape, 2 * args.context))
     print(f"{time.perf_counter() - started:4.0f} s  copy: {copied / 1e12:.3f} TB/s; weights made", flush=True)
     rows: list[dict[str, Any]] = []
     for batch in args.batches:

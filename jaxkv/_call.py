@@ -119,6 +119,11 @@ class WriteOperands(NamedTuple):
     slot_mapping: Any
 
     @property
+    def results_of(self) -> tuple[tuple[str, ...], ...]:
+        """Names of operands that results depend on: of all, on all."""
+        return (self._fields,)
+
+    @property
     def updated(self) -> tuple[Any, ...]:
         """The operands whose new states are the results, with their shapes and dtypes."""
         return self.cache.memory
@@ -165,6 +170,11 @@ class ReadOperands(NamedTuple):
     seq_lens: Any
     query_start_loc: Any | None
     sinks: Any | None
+
+    @property
+    def results_of(self) -> tuple[tuple[str, ...], ...]:
+        """Names of operands that results depend on: of all, on all."""
+        return (self._fields,)
 
     def named(self) -> dict[str, Any]:
         """The arrays that there are, each with what errors call it."""

@@ -38,15 +38,19 @@ def explicit_axes(array: Any) -> tuple[Any, set[str]]:
     return mesh, {name for name, kind in kinds if kind == AxisType.Explicit}
 
 
-def varying_axes(array: Any) -> frozenset[str]:
-    """The mesh axes of a shard_map along which an array differs."""
-    return jax.typeof(array).manual_axis_type.varying
+def varying_axes(arrays: Any) -> frozenset[str]:
+    """The mesh axes of a shard_map along which any array of a pytree differs."""
+    return frozenset().union(*(jax.typeof(array).manual_axis_type.varying for array in jax.tree.leaves(arrays)))
 
 
-def vary(array: Any, mesh_axes: frozenset[str]) -> Any:
-    """The array, as one that may differ along these mesh axes."""
-    missing = tuple(sorted(mesh_axes - varying_axes(array)))
-    return lax.pcast(array, missing, to="varying") if missing else array
+def vary(arrays: Any, mesh_axes: frozenset[str]) -> Any:
+    """The arrays of a pytree, as ones that may differ along these mesh axes."""
+
+    def cast(array: Any) -> Any:
+        missing = tuple(sorted(mesh_axes - varying_axes(array)))
+        return lax.pcast(array, missing, to="varying") if missing else array
+
+    return jax.tree.map(cast, arrays)
 
 
 # ---- how a cache is split

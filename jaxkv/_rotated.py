@@ -37,6 +37,12 @@ class RotatedWriteOperands(NamedTuple):
         return WriteOperands(self.key, self.value, self.cache, self.slot_mapping)
 
     @property
+    def results_of(self) -> tuple[tuple[str, ...], ...]:
+        """Names of operands that query's result depends on, and of those that caches and scale caches do."""
+        query = "query", "positions", "cos_sin", "q_norm"
+        return query, ("key", "value", "cache", "slot_mapping", "positions", "cos_sin", "k_norm")
+
+    @property
     def updated(self) -> tuple[Any, ...]:
         """The operands whose new states are the results, with their shapes and dtypes: query, caches, scale caches."""
         return self.query, *self.cache.memory

@@ -21,11 +21,11 @@ def rope_table(
     are multiplied by its attention factor. What a model multiplies its scores by (DeepSeek's mscale) is not in them.
 
     Args:
-        config: A dict such as `config.json` holds, or an object such as a `PretrainedConfig`; of a model of
-            several parts, its text_config. Read are rope_theta (10000 where there is none) and rope_parameters, or
-            rope_scaling as before transformers 5; rope_type may be "default", "linear", "llama3", "yarn", and "mrope",
-            which is "default". Then head_dim, or hidden_size and num_attention_heads, and partial_rotary_factor; or, of
-            models with MLA, qk_rope_head_dim.
+        config: A dict such as `config.json` holds, or an object such as a `PretrainedConfig`; of a model of several
+            parts, its text_config. Read are rope_theta (10000 where there is none) and rope_parameters, or rope_scaling
+            as before transformers 5; rope_type may be "default", "linear", "llama3", "yarn", and "mrope", which is
+            "default". Then head_dim, or hidden_size and num_attention_heads, and partial_rotary_factor; or, of models
+            with MLA, qk_rope_head_dim.
         max_position: Rows: positions from 0 on. None means config's max_position_embeddings.
         layer_type: Which of config's rope_parameters, where there are several: "full_attention", "sliding_attention".
         dtype: float32, or float16 or bfloat16, which the query is then to have, too.

@@ -1,6 +1,5 @@
 """PagedKVCache: a paged cache and how it is laid out, in one object, changed in place."""
 
-from collections.abc import Callable
 from typing import Any, Literal, Unpack, overload
 
 import torch
@@ -10,16 +9,11 @@ from kvcore.cache_spec import CacheSpec, Described
 from kvcore.choices import FloatDtype, KVCacheDtype, Layout, TorchBackend
 from torchkv._arguments import check_tensors
 from torchkv._state import Stateful
-from torchkv.mla import concat_and_cache_mla
-from torchkv.quantize import (
-    reshape_and_cache_flash_diffkv_per_token_head_quant,
-    reshape_and_cache_flash_per_token_head_quant,
-)
+from torchkv._writable import Writable
 from torchkv.read import AttendOptions, gather_kv, paged_attention
-from torchkv.write import reshape_and_cache_flash, reshape_and_cache_flash_diffkv
 
 
-class PagedKVCache(Described, Stateful):
+class PagedKVCache(Described, Writable, Stateful):
     """A paged KV cache: tensors, layout and scales. A plain object, whose tensors `write` changes in place.
 
     Attributes:
@@ -109,50 +103,6 @@ class PagedKVCache(Described, Stateful):
             for scale in (k_scale, v_scale)
         )
         return cls(caches, spec, k_scale, v_scale)
-
-    def write(
-        self,
-        key: Tensor,
-        value: Tensor,
-        slot_mapping: Tensor,
-        *,
-        layer: int | Tensor | None = None,
-        backend: TorchBackend | None = None,
-    ) -> None:
-        """Writes keys and values of new tokens, in place.
-
-        Args:
-            key: `[num_tokens, num_heads, head_size]` of float16, bfloat16 or float32. With the layout
-                `block slot latent`, kv_c: `[num_tokens, head_size_v]`.
-            value: `[num_tokens, num_heads, head_size_v]` of key's dtype. With the layout `block slot latent`, k_pe:
-                `[num_tokens, head_size - head_size_v]`.
-            slot_mapping: `[n]` of int32 or int64, n ≤ num_tokens: slots of the first n tokens. Outside the cache is
-                skipped.
-            layer: Index into the cache's layers, or a Tensor of one integer; None for a cache of one layer.
-            backend: None, "triton", "torch" or "interpret".
-        """
-        spec, layout = self.spec, self.spec.layout
-        kv_cache_dtype: Any = spec.kv_cache_dtype
-        try:
-            spec.check_rows(key.shape, value.shape)
-        except AttributeError:
-            check_tensors(key=key, value=value)
-            raise
-        options: dict[str, Any] = {"layer": layer, "backend": backend}
-        op: Callable[..., None]
-        if layout.latent:
-            concat_and_cache_mla(key, value, self._rows, slot_mapping, kv_cache_dtype, self.k_scale, **options)
-        elif spec.scale_layout is None:
-            op = reshape_and_cache_flash_diffkv if layout.single_array else reshape_and_cache_flash
-            scales = self.k_scale, self.v_scale
-            op(key, value, *self.caches, slot_mapping, kv_cache_dtype, *scales, layout=layout, **options)
-        else:
-            op = reshape_and_cache_flash_per_token_head_quant
-            if layout.single_array:
-                op = reshape_and_cache_flash_diffkv_per_token_head_quant
-            memory = *self.caches, self.k_scale, self.v_scale
-            options |= {"layout": layout, "scale_layout": spec.scale_layout}
-            op(key, value, *memory, slot_mapping, kv_cache_dtype, **options)
 
     @overload
     def attend(
@@ -279,13 +229,6 @@ class PagedKVCache(Described, Stateful):
             return self
         *caches, k_scale, v_scale = moved
         return PagedKVCache(tuple(c for c in caches if c is not None), self.spec, k_scale, v_scale)
-
-    @property
-    def _rows(self) -> Tensor:
-        """The cache of a latent layout as `concat_and_cache_mla` wants it, whatever the order of its axes."""
-        (axes,), (cache,) = self.spec.layout.arrays, self.caches
-        order = [axes.index((axis,)) for axis in ("layer", "block", "slot", "latent") if (axis,) in axes]
-        return cache if order == sorted(order) else cache.permute(order)
 
     @property
     def _reading(self) -> dict[str, Any]:

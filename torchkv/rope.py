@@ -50,7 +50,7 @@ def rope_and_cache(
 ) -> Tensor:
     """Rotates queries and keys by their positions, writes keys and values into a paged KV cache, and returns the query.
 
-    With a norm, a head x becomes `x / sqrt(mean(x²) + eps) * weights` before. Then a pair (a, b) of its first
+    With a norm, a head x becomes `x * (1 / sqrt(mean(x²) + eps)) * weights` before. Then a pair (a, b) of its first
     rotary_dim elements becomes `(a cos - b sin, b cos + a sin)`. All of it is float32 arithmetic, each operation
     rounded once. Key is then written as the writers write float32: rounded to the cache's dtype, or quantised; value as
     it came.
@@ -101,8 +101,8 @@ def rope_and_cache(
         The rotated query, of query's shape and dtype.
 
     Raises:
-        ValueError: a shape, layout, choice or device does not fit, caches or scale caches overlap, or out overlaps
-            itself or an argument.
+        ValueError: a shape, layout, choice or device does not fit, or caches or scale caches overlap, or out overlaps
+            itself or another argument.
         TypeError: a dtype does not fit.
         NotImplementedError: grad mode is on, and an argument requires gradients.
 

@@ -29,7 +29,6 @@ class LlamaConfig:
     num_heads: int
     num_kv_heads: int
     head_size: int
-    head_size_v: int
     norm_epsilon: float
     context_length: int
     stop_ids: tuple[int, ...]
@@ -40,8 +39,8 @@ class Layer:
     """Weights of one layer, float32, each matrix [out, in] as in the file; q, k, v and gate, up are fused."""
 
     attention_norm: np.ndarray  # [hidden]
-    qkv: np.ndarray  # [(num_heads + num_kv_heads) * head_size + num_kv_heads * head_size_v, hidden]
-    attention_out: np.ndarray  # [hidden, num_heads * head_size_v]
+    qkv: np.ndarray  # [(num_heads + 2 * num_kv_heads) * head_size, hidden]
+    attention_out: np.ndarray  # [hidden, num_heads * head_size]
     mlp_norm: np.ndarray  # [hidden]
     gate_up: np.ndarray  # [2 * mlp, hidden]
     down: np.ndarray  # [hidden, mlp]
@@ -60,10 +59,10 @@ class LlamaModel:
     head: np.ndarray | None  # [vocabulary, hidden]; None: the embedding is the head
     inverse_frequencies: np.ndarray  # [head_size / 2], radians per position
 
-    def rotations(self, num_positions: int) -> tuple[np.ndarray, np.ndarray]:
-        """Cosines and sines of the rotary embedding, each float32 [num_positions, head_size / 2]."""
+    def rope_table(self, num_positions: int) -> np.ndarray:
+        """Cosines, then sines, of the rotary embedding: float32 [num_positions, head_size]."""
         angles = np.arange(num_positions, dtype=np.float32)[:, None] * self.inverse_frequencies
-        return np.cos(angles), np.sin(angles)
+        return np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
 
 
 @dataclass(frozen=True)
@@ -192,6 +191,9 @@ def _config(meta: dict[str, Any]) -> LlamaConfig:
     rotated = meta.get("llama.rope.dimension_count", head_size)
     if rotated != head_size:
         raise InputError(f"model must rotate all {head_size} elements of a head, got {rotated}")
+    value_size = meta.get("llama.attention.value_length", head_size)
+    if value_size != head_size:
+        raise InputError(f"model must have values of {head_size} elements, as keys, got {value_size}")
     if meta.get("llama.expert_count", 0):
         raise InputError(f"model must have no experts, got llama.expert_count = {meta['llama.expert_count']}")
     stops = (meta.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot"))
@@ -201,7 +203,6 @@ def _config(meta: dict[str, Any]) -> LlamaConfig:
         num_heads=heads,
         num_kv_heads=meta.get("llama.attention.head_count_kv", heads),
         head_size=head_size,
-        head_size_v=meta.get("llama.attention.value_length", head_size),
         norm_epsilon=meta["llama.attention.layer_norm_rms_epsilon"],
         context_length=meta["llama.context_length"],
         stop_ids=tuple(sorted({stop for stop in stops if stop is not None})),

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jaxkv import PagedKVCache
+from jaxkv import PagedKVCache, heads
 
 from .gguf_model import LlamaConfig, LlamaModel
 
@@ -69,14 +69,6 @@ def rms_norm(x: Array, weight: Array, epsilon: float) -> Array:
     return (wide * scale).astype(x.dtype) * jnp.broadcast_to(weight, x.shape)
 
 
-def rotate(x: Array, cosine: Array, sine: Array) -> Array:
-    """Turns x [B, T, heads, dim] by angles whose cosines and sines are [B, T, dim / 2]."""
-    cosine, sine = cosine[:, :, None], sine[:, :, None]
-    left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([left * cosine - right * sine, right * cosine + left * sine], axis=-1)
-    return turned.astype(x.dtype)
-
-
 def forward(
     config: LlamaConfig,
     weights: Weights,
@@ -86,7 +78,7 @@ def forward(
     written: Array,  # bool [B, T]: the tokens to be written to the cache
     tables: Array,  # int32 [B, blocks]
 ) -> tuple[Array, PagedKVCache]:
-    """All layers: each writes its keys and values to the cache, then attends over the cache.
+    """All layers: each rotates queries and keys, writes keys and values to the cache, then attends over the cache.
 
     On a CPU they are one loop, which compiles in a quarter of the time that unrolled layers take, and is as fast. On a
     GPU they are unrolled: there, the host chooses the branches of `multiply`.
@@ -95,15 +87,15 @@ def forward(
         Hidden states [B, T, hidden], not yet normalised, and the cache.
     """
     batch, count = tokens.shape
-    heads, kv_heads = config.num_heads, config.num_kv_heads
-    cut = (heads + kv_heads) * config.head_size
+    query_end, key_end = config.num_heads, config.num_heads + config.num_kv_heads
+    value_end = key_end + config.num_kv_heads
     block_size = cache.spec.block_size
     blocks = jnp.take_along_axis(tables, positions // block_size, axis=1)
     slots = jnp.where(written, blocks * block_size + positions % block_size, -1).reshape(-1)
     # Tokens that are not written count, too: they come after all that are, and nothing is made of what they see.
     seq_lens = positions[:, -1] + 1
     starts = None if count == 1 else jnp.arange(batch + 1) * count
-    cosine, sine = (jnp.asarray(table)[positions] for table in weights["rotations"])
+    places, cos_sin = positions.reshape(-1), weights["cos_sin"]
     layers, scales = weights["layers"], weights["scales"]
 
     def one_layer(carry: tuple[Array, PagedKVCache], index: int | Array) -> tuple[tuple[Array, PagedKVCache], None]:
@@ -111,10 +103,10 @@ def forward(
         if scales is not None:
             cache = replace(cache, k_scale=scales[0][index], v_scale=scales[1][index])
         normed = rms_norm(x, layers["attention_norm"][index], config.norm_epsilon)
-        turning, value = jnp.split(multiply(normed, layers["qkv"], index), [cut], axis=-1)
-        turned = rotate(turning.reshape(batch, count, heads + kv_heads, -1), cosine, sine)
-        query, key = jnp.split(turned.reshape(batch * count, heads + kv_heads, -1), [heads], axis=1)
-        cache = cache.write(key, value.reshape(batch * count, kv_heads, -1), slots, layer=index)
+        qkv = multiply(normed, layers["qkv"], index).reshape(batch * count, value_end, config.head_size)
+        # Views: kernels read queries, keys and values where the projection has them.
+        query, key, value = heads(qkv, 0, query_end), heads(qkv, query_end, key_end), heads(qkv, key_end, value_end)
+        query, cache = cache.rope_and_cache(query, key, value, places, cos_sin, slots, rope="neox", layer=index)
         mixed = cache.attend(query, tables, seq_lens, query_start_loc=starts, layer=index)
         x = x + multiply(mixed.reshape(batch, count, -1), layers["attention_out"], index)
         normed = rms_norm(x, layers["mlp_norm"][index], config.norm_epsilon)

@@ -105,9 +105,8 @@ class JaxSession:
         arguments = cache_arguments(llama.model.config, batch, llama.dtype, layout, kv_cache_dtype, scales)
         cache = PagedKVCache.create(**arguments)
         self.batch, self.spec = batch, cache.spec
-        rotations = jax.device_put(llama.model.rotations(batch.context))
         self.weights = llama.weights | {
-            "rotations": rotations,
+            "cos_sin": jnp.asarray(llama.model.rope_table(batch.context)),
             "scales": None
             if scales is None
             else tuple(map(jnp.stack, zip(*scales, strict=True))),  # each [layers, ...]

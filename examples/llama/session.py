@@ -95,7 +95,7 @@ def cache_arguments(
         "num_heads": config.num_kv_heads,
         "head_size": config.head_size,
         "num_layers": config.num_layers,
-        "head_size_v": config.head_size_v,
+        "head_size_v": config.head_size,
         "dtype": dtype,
         "layout": layout,
         "kv_cache_dtype": kv_cache_dtype,

@@ -65,17 +65,10 @@ def project(x: Tensor, weight: Tensor) -> Tensor:
     return (weight @ flat.T)[:, :rows].T.contiguous().view(*x.shape[:-1], -1)
 
 
-def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Turns x [B, T, heads, dim] by angles whose cosines and sines are [B, T, dim / 2]."""
-    cosine, sine = cosine[:, :, None], sine[:, :, None]
-    left, right = x.float().chunk(2, dim=-1)
-    return torch.cat([left * cosine - right * sine, right * cosine + left * sine], dim=-1).to(x.dtype)
-
-
 def forward(
     config: LlamaConfig,
     weights: Weights,
-    rotations: tuple[Tensor, Tensor],
+    cos_sin: Tensor,  # float32 [context, dim]
     cache: PagedKVCache,
     scales: Scales | None,
     tokens: Tensor,  # int32 [B, T]
@@ -83,32 +76,30 @@ def forward(
     written: Tensor,  # bool [B, T]: the tokens to be written to the cache
     tables: Tensor,  # int32 [B, blocks]
 ) -> Tensor:
-    """All layers: each writes its keys and values to the cache, then attends over the cache.
+    """All layers: each rotates queries and keys, writes keys and values to the cache, then attends over the cache.
 
     Returns:
         Hidden states [B, T, hidden], not yet normalised. The cache is changed in place.
     """
     batch, count = tokens.shape
-    heads, kv_heads = config.num_heads, config.num_kv_heads
-    sizes = [(heads + kv_heads) * config.head_size, kv_heads * config.head_size_v]
+    heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
     block_size = cache.spec.block_size
     blocks = tables.gather(1, positions // block_size)
     slots = torch.where(written, blocks * block_size + positions % block_size, -1).view(-1)
     # Tokens that are not written count, too: they come after all that are, and nothing is made of what they see.
     seq_lens = positions[:, -1] + 1
     starts = None if count == 1 else torch.arange(batch + 1, device=tokens.device) * count
-    cosine, sine = (table[positions] for table in rotations)
+    places = positions.reshape(-1)
     x = F.embedding(tokens, weights.embedding)
     shape = (config.hidden_size,)
     for index, layer in enumerate(weights.layers):
         if scales is not None:
             cache.k_scale, cache.v_scale = scales[index]
         normed = F.rms_norm(x, shape, layer.attention_norm, config.norm_epsilon)
-        turning, value = project(normed, layer.qkv).split(sizes, dim=-1)
-        turned = rotate(turning.view(batch, count, heads + kv_heads, -1), cosine, sine)
-        # Slices of `turned`, as `value` is one of the fused projection: nothing is copied.
-        query, key = turned.flatten(0, 1).split([heads, kv_heads], dim=1)
-        cache.write(key, value.unflatten(-1, (kv_heads, -1)).flatten(0, 1), slots, layer=index)
+        # Slices of the fused projection: nothing is copied.
+        qkv = project(normed, layer.qkv).view(batch * count, sum(heads), config.head_size)
+        query, key, value = qkv.split(heads, dim=1)
+        query = cache.rope_and_cache(query, key, value, places, cos_sin, slots, rope="neox", layer=index)
         mixed = cache.attend(query, tables, seq_lens, query_start_loc=starts, layer=index)
         x = x + project(mixed.view(batch, count, -1), layer.attention_out)
         normed = F.rms_norm(x, shape, layer.mlp_norm, config.norm_epsilon)

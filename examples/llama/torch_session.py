@@ -100,8 +100,7 @@ class TorchSession:
         def put(array: np.ndarray) -> Tensor:
             return torch.from_numpy(array).to(llama.torch_device)
 
-        cosine, sine = llama.model.rotations(batch.context)
-        self.rotations = put(cosine), put(sine)
+        self.cos_sin = put(llama.model.rope_table(batch.context))
         self.tables, self.prompts = put(batch.block_tables), put(batch.lengths).long()
         self.tokens, self.lengths = put(batch.tokens.copy()), self.prompts.clone()
         self.finished = torch.zeros_like(self.prompts, dtype=torch.bool)
@@ -154,7 +153,7 @@ class TorchSession:
 
     def _forward(self, tokens: Tensor, positions: Tensor, written: Tensor) -> Tensor:
         return torch_model.forward(
-            self.config, self.weights, self.rotations, self.cache, self.scales, tokens, positions, written, self.tables
+            self.config, self.weights, self.cos_sin, self.cache, self.scales, tokens, positions, written, self.tables
         )
 
     def _append(self, x: Tensor, active: Tensor) -> None:

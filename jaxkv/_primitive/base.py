@@ -17,6 +17,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
 
 from jaxkv._call import ReadOperands, ReadOptions, WriteOperands, WriteOptions
+from jaxkv._mesh import vary, varying_axes
 from jaxkv._rotated import RotatedWriteOperands, RotatedWriteOptions
 from jaxkv._views import array_of
 from kvcore.contract.checks import no_triton_error
@@ -68,7 +69,7 @@ def lower_by_platform(local_p: Primitive, compute: Callable[[Any, Any, Any, str,
     for platform in PLATFORMS:
 
         def implementation(*leaves: Any, tree: Any, options: Any, platform: str = platform) -> list[Any]:
-            operands = jax.tree.unflatten(tree, leaves)
+            operands = vary(jax.tree.unflatten(tree, leaves), varying_axes(leaves))
             call = options.describe(operands)
             backend = _backend_on(platform, options.backend)
             if backend != "xla":

@@ -60,14 +60,24 @@ specs that operands have, and operands, of which only shapes count."""
 def bind_sharded(primitive: Primitive, specs: Specs, options: Options, operands: Operands) -> list[Any]:
     """Binds a primitive to a call, whatever the sharding of its operands.
 
-    Inside shard_map, operands become varying where any of them is.
+    Inside shard_map, operands become varying where any of them is that the same results depend on.
     """
     memory = operands.cache.memory
     if explicit_axes(memory[0])[1]:
         return _bind_explicit(primitive, specs, options, operands)
     _check_concrete(options, memory)
-    varying = frozenset().union(*map(varying_axes, jax.tree.leaves(operands)))
-    return bind(primitive, options, jax.tree.map(lambda array: vary(array, varying), operands))
+    return bind(primitive, options, _varying_alike(operands))
+
+
+def _varying_alike(operands: Operands) -> Operands:
+    """Makes operands of the same results vary over the same mesh axes; what several results share stays as it is."""
+    results = operands.results_of
+    changed = {}
+    for names in results:
+        own = set(names).difference(*(others for others in results if others is not names))
+        varying = varying_axes([getattr(operands, name) for name in names])
+        changed |= {name: vary(getattr(operands, name), varying) for name in own}
+    return operands._replace(**changed)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)

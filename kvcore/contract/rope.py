@@ -229,10 +229,8 @@ def latent_layout(layout: CacheLayout, cache: ArraySpec, kv_cache_dtype: str) ->
     if kv_cache_dtype == FP8_DS_MLA.name:
         return layout, cache
     at = layout.arrays[0].index(("latent",))
-    steps = cache.steps
-    spec = cache._replace(
-        shape=(*cache.shape[:at], 1, *cache.shape[at:]), strides=(*steps[:at], cache.shape[at] * steps[at], *steps[at:])
-    )
+    strides = cache.strides and (*cache.strides[:at], cache.shape[at] * cache.strides[at], *cache.strides[at:])
+    spec = cache._replace(shape=(*cache.shape[:at], 1, *cache.shape[at:]), strides=strides)
     return CacheLayout(layout.pattern.replace("latent", "head k+v")), spec
 
 
@@ -265,8 +263,9 @@ def _with_heads(
 
 def _with_head(rows: ArraySpec) -> ArraySpec:
     """The spec of `[num_tokens, columns]` as `[num_tokens, 1, columns]`."""
-    (tokens, columns), (token_step, step) = rows.shape, rows.steps
-    return rows._replace(shape=(tokens, 1, columns), strides=(token_step, columns * step, step))
+    tokens, columns = rows.shape
+    strides = rows.strides and (rows.strides[0], columns * rows.strides[1], rows.strides[1])
+    return rows._replace(shape=(tokens, 1, columns), strides=strides)
 
 
 def _rotary_dim(rotary_dim: int | None, head_size: int) -> int:

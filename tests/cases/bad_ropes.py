@@ -220,7 +220,7 @@ BAD = {
     ),
     "scale caches of another shape": (
         "scales", {"caches": [*valid("scales")["caches"][:3], array((6, 4, 2), "float32")]}, ValueError,
-        "v_scale_cache axis head must have size 3, as in the caches, got 2",
+        "v_scale_cache must have shape (6, 4, 3), got (6, 4, 2)",
     ),
     "scale caches for auto": (
         "scales", {"kv_cache_dtype": "auto"}, ValueError,

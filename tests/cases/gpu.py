@@ -51,7 +51,7 @@ def captured(step):
 
 
 def write(case):
-    return _lowered(lambda: write_jax(case), run_torch(case, "torch"))
+    return lowered(lambda: write_jax(case), run_torch(case, "torch"))
 
 
 def attend(case):
@@ -59,7 +59,7 @@ def attend(case):
 
     import jaxkv
 
-    return _lowered(lambda: case.call(jaxkv, jnp.asarray, return_lse=True), attend_torch(case, "torch"))
+    return lowered(lambda: case.call(jaxkv, jnp.asarray, return_lse=True), attend_torch(case, "torch"))
 
 
 def gather_kv(case, max_len, dtype):
@@ -70,10 +70,10 @@ def gather_kv(case, max_len, dtype):
     def call():
         return gather(case, jaxkv, jnp.asarray, lambda x: x, max_len, dtype, None)
 
-    return _lowered(call, gather_torch(case, max_len, dtype, "torch"))
+    return lowered(call, gather_torch(case, max_len, dtype, "torch"))
 
 
-def _lowered(call, want):
+def lowered(call, want):
     """Lowers a call of jaxkv for an H100, but for the kernels, whose answers torch gave."""
     import jax
     import jax.numpy as jnp

@@ -294,7 +294,7 @@ CASES = [
     RopeCase("MLA, fp8_e4m3", **MLA, kv_cache_dtype="fp8_e4m3", k_weights="bfloat16", inputs="special"),
     RopeCase("MLA, nvfp4, part of k_pe", **MLA, kv_cache_dtype="nvfp4", rotary_dim=8),
     RopeCase("MLA, fp8_ds_mla", **DS_MLA, num_tokens=3, inputs="special"),
-    RopeCase("MLA, fp8_ds_mla of all layers, normed", **DS_MLA, num_tokens=3, num_layers=3, layer=2, k_weights="bfloat16",
-             positions=(11, 3, 0)),
+    RopeCase("MLA, fp8_ds_mla of all layers, normed", **DS_MLA, num_tokens=3, num_layers=3, layer=2,
+             k_weights="bfloat16", positions=(11, 3, 0)),
 ]  # fmt: skip
 """Everything that a call may be, in as few tokens as show it. With the seed, a case's name decides its numbers."""

@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("jax")
 
-from benchmarks import attention, decode, gather, write
+from benchmarks import attention, decode, gather, loop, loop_forms, write
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_decode(tmp_path):
     (row,) = found["rows"]
     assert row["failed"] == {}
     assert row["finite"]
-    for key in ("step_ms", "limit_ms", "ratio", "tokens_s", "no_attention_ms", "no_write_ms", "no_head_ms"):
+    for key in ("step_ms", "limit_ms", "ratio", "tokens_s", "no_attention_ms", "no_rope_and_cache_ms", "no_head_ms"):
         assert row[key] > 0
 
 
@@ -145,3 +145,47 @@ def test_llama_3_8b_has_its_size():
     shape = decode.Shape(32)
     assert shape.weight_bytes(0) // 2 + shape.vocabulary * shape.hidden == 8_030_261_248  # with the embedding
     assert shape.kv_bytes(1, 1) == 131072
+
+
+def test_loop(tmp_path, capsys):
+    path = tmp_path / "loop.json"
+    loop.main(["--small", "--tokens", "1", "--caches", "fp8", "--layers", "loop", "--json", str(path)])
+    found = json.loads(path.read_text())
+    assert found["benchmark"] == "loop"
+    tables = {name: [row for row in found["rows"] if row["table"] == name] for name in loop.TABLES}
+    for name, forms in (("write", loop_forms.WRITES), ("front", loop_forms.FRONTS)):
+        (row,) = tables[name]
+        assert row["failed"] == {}
+        assert row["best_xla"].startswith("xla_")
+        assert {"none_us", "xla_us", "xla_over_none_us", "vs_xla"} <= row.keys()
+        for form in forms:
+            assert row[f"{form.name}_us"] > 0
+            assert row["kernels"][form.name]
+    assert {row["kv_cache_dtype"] for row in tables["torch"]} == {"auto", "fp8"}
+    for row in tables["torch"]:
+        assert row["failed"].keys() == {
+            "flashinfer_fused",
+            "flashinfer_separate",
+        }  # they need a GPU; the others went on
+        assert all(row[key] > 0 for key in ("bytes", "copy_us", "fused_ratio", "separate_ratio"))
+    assert capsys.readouterr().out.count("vs_xla") == 2
+
+
+def test_writing_something_else_is_no_result(monkeypatch):
+    def other(shape, inputs, step, qkv, caches, layer):
+        query, (key_cache, value_cache) = loop_forms.front_steps(shape, inputs, step, qkv, caches, layer)
+        return query, (key_cache, value_cache.at[0].add(1))
+
+    forms = [form for form in loop_forms.FRONTS if form.name in ("none", "jaxkv_steps")]
+    shape = loop_forms.Shape(2, 2, "auto", True, layers=1, heads=1, head_size=16)
+    row = loop.measure([*forms, forms[1]._replace(name="other", front=other)], shape, unrolled=True)
+    assert list(row["failed"]) == ["other"]
+    assert "gives another cache" in row["failed"]["other"]
+    assert row.keys() >= {"none_us", "jaxkv_steps_us"}
+    assert "other_us" not in row
+
+
+def test_fronts_are_compared_over_none():
+    row = {"none_us": 10.0, "jaxkv_fused_us": 13.0, "xla_flat_us": 15.0, "xla_packed_us": 14.0}
+    loop.compare(row)
+    assert (row["best_xla"], row["xla_over_none_us"], row["vs_xla"]) == ("xla_packed", 4, 0.75)

@@ -197,7 +197,7 @@ def test_squares_are_added_in_pairs():
     assert oracle.sum_in_pairs(x[:1]) == 2.0**24
 
 
-def test_a_norm_is_two_divisions_and_a_root_each_rounded():
+def test_a_norm_multiplies_by_the_reciprocal_of_a_root_each_step_rounded():
     x = random_normal(np.random.default_rng(8), (3, 2, 24), "float32")
     weights = random_normal(np.random.default_rng(9), (24,), "float32")
     got = oracle.normed(x, weights, 0.01)
@@ -207,7 +207,8 @@ def test_a_norm_is_two_divisions_and_a_root_each_rounded():
         while len(total) > 1:
             total = [a + b for a, b in zip(total[::2], total[1::2], strict=True)]
         root = np.sqrt(total[0] / np.float32(24) + np.float32(0.01))
-        same(got[token, head], np.array([e / root * w for e, w in zip(row, weights, strict=True)]))
+        inverse = np.float32(1) / root
+        same(got[token, head], np.array([e * inverse * w for e, w in zip(row, weights, strict=True)]))
 
 
 def test_query_and_key_have_norms_of_their_own():

@@ -121,16 +121,12 @@ def _written(given: dict[str, Any]) -> list[str]:
 
 
 rope_and_cache = define(
-    f"rope_and_cache(Tensor query, {_ARGUMENTS}) -> Tensor",
-    _call,
-    triton_rope.Rotations(out=False),
-    _BACKENDS,
-    _vmap,
+    f"rope_and_cache(Tensor query, {_ARGUMENTS}) -> Tensor", _call, triton_rope.Ropes(gives=True), _BACKENDS, _vmap
 )
 rope_and_cache_out = define(
     f"rope_and_cache_out(Tensor(e!) out, Tensor? query, {_ARGUMENTS}) -> ()",
     _out_call,
-    triton_rope.Rotations(out=True),
+    triton_rope.Ropes(gives=False),
     _BACKENDS,
     _vmap,
 )

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from torchkv._triton.launch import MOST_LAUNCHES
 
@@ -25,10 +26,18 @@ _USUAL_KEYS = (torch._C.DispatchKey.BackendSelect, torch._C.DispatchKey.ADInplac
 
 
 class _Entry(NamedTuple):
-    """A call that was launched, and what was found for it."""
+    """A call that was launched.
+
+    Attributes:
+        alike: Whether other tensors are like its own.
+        aligned: How many of them, from the first on, begin at multiples of 16.
+        followed: Whether one requires gradients, which were not recorded.
+        found: What was found for it.
+    """
 
     alike: Callable[..., bool]
     aligned: int
+    followed: bool
     found: Any
 
 
@@ -44,7 +53,7 @@ class KnownCalls[Found]:
     """Calls of one op that were launched, and what is to be done again for those like them.
 
     Calls are alike if they agree in all arguments but the tensors, and if torch's dispatcher sees the same in the
-    tensors: dtype, shape, strides, device, and what modes and transforms make of them. None requires gradients.
+    tensors: dtype, shape, strides, device, and what modes and transforms make of them. No gradients are recorded.
     """
 
     def __init__(self) -> None:
@@ -59,16 +68,18 @@ class KnownCalls[Found]:
             by_shape: Tensors, by their place among the tensors, whose shapes differ from call to call.
         """
         kind = self._kinds.get(tuple(map(type, arguments)))
-        if kind is None:
+        if kind is None or forward_ad._current_level >= 0:  # tangents are recorded
             return None
         tensors = kind.tensors(arguments)
         key = kind.options(arguments)
         if by_shape:
             key = (key, *[tensors[i].shape for i in by_shape])
-        for alike, aligned, found in kind.entries.get(key, ()):
+        for alike, aligned, followed, found in kind.entries.get(key, ()):
             if alike(*tensors):
                 addresses = list(map(Tensor.data_ptr, tensors))
-                return None if reduce(or_, addresses[:aligned]) % 16 else (found, tensors, addresses)
+                if reduce(or_, addresses[:aligned]) % 16 or (followed and torch.is_grad_enabled()):
+                    return None
+                return found, tensors, addresses
         return None
 
     def add(
@@ -96,18 +107,21 @@ class KnownCalls[Found]:
         )
         tensors = kind.tensors(arguments)
         aligned = len(tensors) if aligned is None else aligned
+        followed = any(t.requires_grad for t in tensors)
         if (
-            any(type(t) not in _PLAIN or t.requires_grad for t in tensors)
+            any(type(t) not in _PLAIN for t in tensors)
+            or (followed and torch.is_grad_enabled())
+            or forward_ad._current_level >= 0
             or any(t.data_ptr() % 16 for t in tensors[:aligned])
             or len({*map(id, tensors)}) < len(tensors)  # the guards recognise no call that has a tensor twice
             or not _nothing_listens()
             or self.find(arguments, *by_shape) is not None
         ):
             return
-        sizes = [list(t.shape) for t in tensors]
+        sizes: list[list[int | None]] = [list(t.shape) for t in tensors]
         for i in any_length:
             sizes[i][0] = None
-        guards = torch._C._dynamo.guards.TensorGuards(
+        guards = torch._C._dynamo.guards.TensorGuards(  # type: ignore
             *tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=[list(t.stride()) for t in tensors]
         )
         if self._count >= MOST_LAUNCHES:
@@ -116,7 +130,7 @@ class KnownCalls[Found]:
         key = kind.options(arguments)
         if by_shape:
             key = (key, *[tensors[i].shape for i in by_shape])
-        entries[key] = (_Entry(guards.check, aligned, make(tensors)), *entries.get(key, ()))[:_MOST_ALIKE]
+        entries[key] = (_Entry(guards.check, aligned, followed, make(tensors)), *entries.get(key, ()))[:_MOST_ALIKE]
         self._count += 1
 
 

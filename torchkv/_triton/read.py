@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from kvcore.contract.cache import check_cache_address
 from kvcore.contract.read import Attention, Gather
@@ -159,8 +158,6 @@ class _Reads:
 
     def again(self, arguments: Sequence[Any]) -> Results | None:
         """Launches a call like an earlier one; None where there was none, or where this one must be checked itself."""
-        if forward_ad._current_level >= 0:  # tangents are asked for
-            return None
         flat, by_shape = self._flat(arguments)
         found = self._known.find(flat, *by_shape)
         if found is None:

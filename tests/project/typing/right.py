@@ -45,8 +45,25 @@ def jax_readers(query: jax.Array, cache: jax.Array, tables: jax.Array, lens: np.
     assert_type(either, jax.Array | tuple[jax.Array, jax.Array])
     merged = jaxkv.merge_attention(jnp.stack([out, out]), jnp.stack([sums, sums]))
     assert_type(merged, tuple[jax.Array, jax.Array])
+    assert_type(jaxkv.rope_table({"head_dim": 64}, 9, dtype=jnp.bfloat16), jax.Array)
     pair = jaxkv.gather_kv([cache, cache], tables, lens, 32, dtype=jnp.float32, kv_cache_dtype="int8")
     assert_type(pair, tuple[jax.Array, jax.Array])
+
+
+def jax_views(projection: jax.Array, cache: jaxkv.PagedKVCache, slots: np.ndarray, scales: jax.Array) -> None:
+    query, key, value = jaxkv.heads(projection, 0, 4), jaxkv.heads(projection, 4, 5), jaxkv.heads(projection, 5, 6)
+    latent = jaxkv.heads(np.ones((3, 576), np.float32), 0, 512)
+    flat = jaxkv.heads(jax.new_ref(projection), 0, 8, head_size=128)
+    pair = jaxkv.reshape_and_cache_flash(key, flat, projection, projection, slots, "fp8", layout="HND")
+    assert_type(pair, tuple[jax.Array, jax.Array])
+    ref = jax.new_ref(projection)
+    jaxkv.reshape_and_cache_flash_per_token_head_quant(key, value, ref, ref, ref, ref, slots, "int8")
+    assert_type(jaxkv.concat_and_cache_mla(latent, latent, projection, slots), jax.Array)
+    assert_type(jaxkv.paged_attention(query, pair, slots, slots), jax.Array)
+    assert_type(jaxkv.kv_scales(key, value, "int8"), tuple[jax.Array, jax.Array])
+    cache = cache.write(key, value, slots, layer=0)
+    assert_type(cache.attend(query, slots, slots, return_lse=True), tuple[jax.Array, jax.Array])
+    print(query.shape, query.dtype, query.ndim, jnp.asarray(query))
 
 
 def jax_cache(key: jax.Array, tables: jax.Array, kv_cache_dtype: KVCacheDtype) -> None:
@@ -85,6 +102,9 @@ def torch_readers(query: Tensor, cache: Tensor, tables: Tensor, lens: Tensor, ls
     assert_type(out, Tensor)
     assert_type(torchkv.paged_attention(query, cache, tables, lens, return_lse=lse), Tensor | tuple[Tensor, Tensor])
     assert_type(torchkv.merge_attention(torch.stack([out, out]), torch.stack([sums, sums])), tuple[Tensor, Tensor])
+    assert_type(
+        torchkv.rope_table({"head_dim": 64}, layer_type="full_attention", dtype="float16", device="cpu"), Tensor
+    )
     assert_type(torchkv.gather_kv([cache, cache], tables, lens, 32, dtype=torch.float32), tuple[Tensor, Tensor])
 
 
