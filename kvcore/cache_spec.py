@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 from kvcore.arrays import ArraySpec, array_names, check_integers, python_integers
@@ -205,7 +206,7 @@ class CacheSpec:
         """Bytes of all arrays."""
         return sum(map(math.prod, self.shapes)) * self._itemsize + 4 * sum(map(math.prod, self.scale_shapes))
 
-    @property
+    @cached_property
     def reading(self) -> dict[str, Any]:
         """The arguments that say how to read the arrays."""
         head_size_v = self.head_size_v if self.layout.latent else None

@@ -6,7 +6,7 @@ from kvcore.choices import KVCacheDtype, TorchBackend
 from kvcore.contract.checks import check_options, check_scale_type
 from torchkv._arguments import BACKENDS, as_format, as_layer, as_scale
 from torchkv._library import write as _library
-from torchkv._library.base import call
+from torchkv._library.base import call, call_again
 
 
 def concat_and_cache_mla(
@@ -75,17 +75,9 @@ def concat_and_cache_mla(
     """
     if skip_scale:
         scale = None
-    kv_cache_dtype = as_format(kv_cache_dtype, "kv_cache", kv_cache)
-    check_scale_type("scale", scale)
-    check_options(kv_cache_dtype, None, None, layer, backend, BACKENDS)
-    arguments = (
-        kv_c,
-        k_pe,
-        kv_cache,
-        slot_mapping,
-        kv_cache_dtype,
-        as_scale(scale, kv_cache),
-        *as_layer(layer),
-        backend,
-    )
-    call(_library.mla, arguments)
+    tensors, rest = (kv_c, k_pe, kv_cache, slot_mapping), (*as_layer(layer), backend)
+    if call_again(_library.mla, (*tensors, kv_cache_dtype, scale, *rest)) is None:
+        stored = as_format(kv_cache_dtype, "kv_cache", kv_cache)
+        check_scale_type("scale", scale)
+        check_options(stored, None, None, layer, backend, BACKENDS)
+        call(_library.mla, (*tensors, stored, as_scale(scale, kv_cache), *rest))

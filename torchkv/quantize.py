@@ -7,7 +7,7 @@ from kvcore.contract.checks import check_options
 from kvcore.layout import CacheLayout
 from torchkv._arguments import BACKENDS, as_format, as_layer, as_pattern, as_scale_pattern
 from torchkv._library import write as _library
-from torchkv._library.base import call
+from torchkv._library.base import call, call_again
 
 
 def reshape_and_cache_flash_per_token_head_quant(
@@ -77,23 +77,12 @@ def reshape_and_cache_flash_per_token_head_quant(
 
     After `triton_reshape_and_cache_flash_per_token_head_quant` of vLLM.
     """
-    kv_cache_dtype = as_format(kv_cache_dtype, "key_cache", key_cache)
-    check_options(kv_cache_dtype, None, None, layer, backend, BACKENDS)
-    arguments = (
-        key,
-        value,
-        key_cache,
-        value_cache,
-        k_scale_cache,
-        v_scale_cache,
-        slot_mapping,
-        kv_cache_dtype,
-        as_pattern(layout),
-        as_scale_pattern(scale_layout),
-        *as_layer(layer),
-        backend,
-    )
-    call(_library.flash_quant, arguments)
+    tensors = (key, value, key_cache, value_cache, k_scale_cache, v_scale_cache, slot_mapping)
+    rest = (as_pattern(layout), as_scale_pattern(scale_layout), *as_layer(layer), backend)
+    if call_again(_library.flash_quant, (*tensors, kv_cache_dtype, *rest)) is None:
+        stored = as_format(kv_cache_dtype, "key_cache", key_cache)
+        check_options(stored, None, None, layer, backend, BACKENDS)
+        call(_library.flash_quant, (*tensors, stored, *rest))
 
 
 def reshape_and_cache_flash_diffkv_per_token_head_quant(
@@ -163,19 +152,9 @@ def reshape_and_cache_flash_diffkv_per_token_head_quant(
 
     After `triton_reshape_and_cache_flash_per_token_head_quant` and `triton_reshape_and_cache_flash_diffkv` of vLLM.
     """
-    kv_cache_dtype = as_format(kv_cache_dtype, "kv_cache", kv_cache)
-    check_options(kv_cache_dtype, None, None, layer, backend, BACKENDS)
-    arguments = (
-        key,
-        value,
-        kv_cache,
-        k_scale_cache,
-        v_scale_cache,
-        slot_mapping,
-        kv_cache_dtype,
-        as_pattern(layout),
-        as_scale_pattern(scale_layout),
-        *as_layer(layer),
-        backend,
-    )
-    call(_library.diffkv_quant, arguments)
+    tensors = (key, value, kv_cache, k_scale_cache, v_scale_cache, slot_mapping)
+    rest = (as_pattern(layout), as_scale_pattern(scale_layout), *as_layer(layer), backend)
+    if call_again(_library.diffkv_quant, (*tensors, kv_cache_dtype, *rest)) is None:
+        stored = as_format(kv_cache_dtype, "kv_cache", kv_cache)
+        check_options(stored, None, None, layer, backend, BACKENDS)
+        call(_library.diffkv_quant, (*tensors, stored, *rest))

@@ -21,7 +21,7 @@ from torchkv._arguments import (
     refuse_gradients,
 )
 from torchkv._library import read as _library
-from torchkv._library.base import call
+from torchkv._library.base import call, call_again
 
 
 class AttendOptions(TypedDict, total=False):
@@ -169,22 +169,21 @@ def paged_attention(
 
     The result is the mean of the values at positions 0 to 2: those of block 2, and the first of block 0.
     """
-    check_options(kv_cache_dtype, k_scale, v_scale, layer, backend, BACKENDS)
-    options = check_attention_options(scale, causal, sliding_window, soft_cap)
-    caches = as_caches(caches)
-    k_scale, v_scale = as_scale(k_scale, caches[0]), as_scale(v_scale, caches[0])
-    refuse_gradients("paged_attention", query, *caches, sinks, k_scale, v_scale, out, lse)
-    arguments = (
-        query, caches, block_tables, seq_lens, query_start_loc, *options, sinks, kv_cache_dtype, k_scale, v_scale,
-        as_pattern(layout), *as_layer(layer), head_size_v, backend, as_scale_pattern(scale_layout),
-    )  # fmt: skip
+    op, given, caches = _library.attention, (), as_caches(caches)
     if out is not None:
-        results = out, _new_lse(query, out) if lse is None else lse
-        call(_library.attention_out, (*results, *arguments))
-    elif lse is None:
-        results = call(_library.attention, arguments)
-    else:
+        op, given = _library.attention_out, (out, _new_lse(query, out) if lse is None else lse)
+    elif lse is not None:
         raise ValueError("out must be given where lse is, got None")
+    operands = (*given, query, caches, block_tables, seq_lens, query_start_loc)
+    rest = (as_pattern(layout), *as_layer(layer), head_size_v, backend, as_scale_pattern(scale_layout))
+    options = (scale, causal, sliding_window, soft_cap, sinks, kv_cache_dtype, k_scale, v_scale)
+    results = call_again(op, (*operands, *options, *rest))
+    if results is None:
+        numbers = check_attention_options(scale, causal, sliding_window, soft_cap)
+        check_options(kv_cache_dtype, k_scale, v_scale, layer, backend, BACKENDS)
+        scales = as_scale(k_scale, caches[0]), as_scale(v_scale, caches[0])
+        refuse_gradients("paged_attention", query, *caches, sinks, *scales, *given)
+        results = call(op, (*operands, *numbers, sinks, kv_cache_dtype, *scales, *rest)) or given
     return results if return_lse else results[0]
 
 
@@ -259,20 +258,21 @@ def gather_kv(
         >>> key[0, :, 0].tolist()  # block 2, then the first slot of block 0; position 3 is past the length
         [[8.0, 9.0], [10.0, 11.0], [0.0, 1.0], [0.0, 0.0]]
     """
-    check_options(kv_cache_dtype, k_scale, v_scale, layer, backend, BACKENDS)
-    caches = as_caches(caches)
-    k_scale, v_scale = as_scale(k_scale, caches[0]), as_scale(v_scale, caches[0])
-    if out is not None and not (isinstance(out, (tuple, list)) and len(out) == 2):
-        raise TypeError(f"out must be two tensors, for key and value, got {type(out).__name__}")
-    refuse_gradients("gather_kv", *caches, k_scale, v_scale, *(out or ()))
-    dtype_name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
-    arguments = (
-        caches, block_tables, seq_lens, max_len, dtype_name, kv_cache_dtype, k_scale, v_scale, as_pattern(layout),
-        *as_layer(layer), head_size, head_size_v, backend, as_scale_pattern(scale_layout),
+    op, given, caches = _library.gather, (), as_caches(caches)
+    if out is not None:
+        if not (isinstance(out, (tuple, list)) and len(out) == 2):
+            raise TypeError(f"out must be two tensors, for key and value, got {type(out).__name__}")
+        op, given = _library.gather_out, tuple(out)
+    name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
+    operands = (*given, caches, block_tables, seq_lens, max_len, name, kv_cache_dtype)
+    rest = (
+        as_pattern(layout), *as_layer(layer), head_size, head_size_v, backend, as_scale_pattern(scale_layout),
     )  # fmt: skip
-    if out is None:
-        return call(_library.gather, arguments)
-    key, value = out
-    check_tensors(**{"out[0]": key, "out[1]": value})  # which the op's schema calls otherwise
-    call(_library.gather_out, (key, value, *arguments))
-    return key, value
+    results = call_again(op, (*operands, k_scale, v_scale, *rest))
+    if results is None:
+        check_options(kv_cache_dtype, k_scale, v_scale, layer, backend, BACKENDS)
+        scales = as_scale(k_scale, caches[0]), as_scale(v_scale, caches[0])
+        check_tensors(**{f"out[{i}]": tensor for i, tensor in enumerate(given)})  # the op's schema calls them otherwise
+        refuse_gradients("gather_kv", *caches, *scales, *given)
+        results = call(op, (*operands, *scales, *rest)) or given
+    return results

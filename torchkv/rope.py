@@ -21,7 +21,7 @@ from torchkv._arguments import (
     refuse_gradients,
 )
 from torchkv._library import rope as _library
-from torchkv._library.base import call
+from torchkv._library.base import call, call_again
 
 
 def rope_and_cache(
@@ -132,9 +132,12 @@ def rope_and_cache(
 
 def _call(query: Tensor, arguments: Sequence[Any], out: Tensor | None) -> Tensor:
     """Calls the op for a new tensor, or the one for a given tensor."""
-    refuse_gradients("rope_and_cache", query, out, *arguments)
-    if out is None:
-        return call(_library.rope_and_cache, (query, *arguments))
-    check_tensors(out=out, query=query)  # the op takes None for query, and means out
-    call(_library.rope_and_cache_out, (out, None if out is query else query, *arguments))
-    return out
+    op, arguments = _library.rope_and_cache, (query, *arguments)
+    if out is not None:
+        check_tensors(out=out, query=query)  # the op takes None for query, and means out
+        op, arguments = _library.rope_and_cache_out, (out, None if out is query else query, *arguments[1:])
+    result = call_again(op, arguments)
+    if result is None:
+        refuse_gradients("rope_and_cache", *arguments)
+        result = call(op, arguments)
+    return result if out is None else out

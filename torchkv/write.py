@@ -1,12 +1,14 @@
 """Writers that store elements as they are, cast, or quantised with static scales."""
 
+from typing import Any
+
 from torch import Tensor
 
 from kvcore.choices import KVCacheDtype, Layout, TorchBackend
 from kvcore.contract.checks import check_options
 from torchkv._arguments import BACKENDS, as_format, as_layer, as_pattern, as_scale
 from torchkv._library import write as _library
-from torchkv._library.base import call
+from torchkv._library.base import call, call_again
 
 
 def reshape_and_cache_flash(
@@ -76,22 +78,10 @@ def reshape_and_cache_flash(
 
     After `triton_reshape_and_cache_flash` of vLLM.
     """
-    kv_cache_dtype = as_format(kv_cache_dtype, "key_cache", key_cache)
-    check_options(kv_cache_dtype, k_scale, v_scale, layer, backend, BACKENDS)
-    arguments = (
-        key,
-        value,
-        key_cache,
-        value_cache,
-        slot_mapping,
-        kv_cache_dtype,
-        as_scale(k_scale, key_cache),
-        as_scale(v_scale, key_cache),
-        as_pattern(layout),
-        *as_layer(layer),
-        backend,
-    )
-    call(_library.flash, arguments)
+    tensors, rest = (key, value, key_cache, value_cache, slot_mapping), (as_pattern(layout), *as_layer(layer), backend)
+    if call_again(_library.flash, (*tensors, kv_cache_dtype, k_scale, v_scale, *rest)) is None:
+        options = _checked("key_cache", key_cache, kv_cache_dtype, k_scale, v_scale, layer, backend)
+        call(_library.flash, (*tensors, *options, *rest))
 
 
 def reshape_and_cache_flash_diffkv(
@@ -154,18 +144,21 @@ def reshape_and_cache_flash_diffkv(
 
     After `triton_reshape_and_cache_flash_diffkv` of vLLM.
     """
-    kv_cache_dtype = as_format(kv_cache_dtype, "kv_cache", kv_cache)
-    check_options(kv_cache_dtype, k_scale, v_scale, layer, backend, BACKENDS)
-    arguments = (
-        key,
-        value,
-        kv_cache,
-        slot_mapping,
-        kv_cache_dtype,
-        as_scale(k_scale, kv_cache),
-        as_scale(v_scale, kv_cache),
-        as_pattern(layout),
-        *as_layer(layer),
-        backend,
-    )
-    call(_library.diffkv, arguments)
+    tensors, rest = (key, value, kv_cache, slot_mapping), (as_pattern(layout), *as_layer(layer), backend)
+    if call_again(_library.diffkv, (*tensors, kv_cache_dtype, k_scale, v_scale, *rest)) is None:
+        options = _checked("kv_cache", kv_cache, kv_cache_dtype, k_scale, v_scale, layer, backend)
+        call(_library.diffkv, (*tensors, *options, *rest))
+
+
+def _checked(
+    name: str, cache: Tensor, kv_cache_dtype: Any, k_scale: Any, v_scale: Any, layer: Any, backend: Any
+) -> tuple[Any, Tensor | None, Tensor | None]:
+    """kv_cache_dtype, k_scale and v_scale as the op takes them.
+
+    Raises:
+        ValueError: kv_cache_dtype or backend is none of the choices.
+        TypeError: a scale or layer is neither a number nor an array, or the cache has not the dtype that it must have.
+    """
+    stored = as_format(kv_cache_dtype, name, cache)
+    check_options(stored, k_scale, v_scale, layer, backend, BACKENDS)
+    return stored, as_scale(k_scale, cache), as_scale(v_scale, cache)

@@ -1,7 +1,7 @@
 """What the registrations of all ops have in common: dispatch by device and backend, FakeTensor, autograd, vmap.
 
-`torch.library.Library` costs 2 µs a call, `custom_op` and `triton_op` ten times that, and the latter clones caches
-that are views of one tensor under torch.compile.
+`torch.library.Library` costs 3 to 5 µs a call, `custom_op` and `triton_op` ten times that, and the latter clones
+caches that are views of one tensor under torch.compile. `call_again` saves even these, where nothing has to see the op.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 from torch.library import Library
 
 from kvcore.contract.checks import no_interpreter_error, no_triton_error
@@ -25,24 +24,22 @@ class Launches(Protocol):
         """Checks a call and launches its kernels. `arguments` are the op's."""
 
     def again(self, arguments: Sequence[Any]) -> Any:
-        """Launches the kernels of a call that was launched before, or of one like it; None where it is like none."""
+        """Launches the kernels of a call like an earlier one, and tells autograd; None where there was none like it."""
 
 
 @dataclass(slots=True)
 class Backends:
-    """What carries out an op, for each backend.
+    """What carries out an op where no kernel is launched.
 
-    All but `triton` get a call and what the contract has said of it. They return the op's results: tensors that the
-    call brings for them, new ones, or None where the op has none.
+    All get a call and what the contract has said of it. They return the op's results: tensors that the call brings for
+    them, new ones, or None where the op has none.
 
     Attributes:
-        triton: Makes what launches an op's kernels.
         interpret: Runs the kernels in Triton's interpreter, on CPU tensors.
         torch: Computes with torch's own operations.
         fake: Makes tensors like the results, without values.
     """
 
-    triton: Callable[[], Launches]
     interpret: Callable[[Any, Any], Any]
     torch: Callable[[Any, Any], Any]
     fake: Callable[[Any, Any], Any]
@@ -53,13 +50,14 @@ Rule = Callable[[Any, int, Sequence[Any], Sequence[Any]], Any]
 arguments."""
 
 
-def define(schema: str, call_of: Callable[..., Any], backends: Backends, vmap: Rule) -> Any:
+def define(schema: str, call_of: Callable[..., Any], launches: Launches, backends: Backends, vmap: Rule) -> Any:
     """Defines an op.
 
     Args:
         schema: Its name, parameters and results.
         call_of: Makes one of the calls of `torchkv._call` of the op's arguments.
-        backends: What carries it out.
+        launches: What launches its kernels, for this op alone.
+        backends: What carries it out where none is launched.
         vmap: Its rule for vmap, which returns what `torch.library.register_vmap` asks for.
 
     Returns:
@@ -68,20 +66,18 @@ def define(schema: str, call_of: Callable[..., Any], backends: Backends, vmap: R
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     op = getattr(torch.ops.torchkv, name).default
-    written, returns, launches = _written(op), bool(op._schema.returns), backends.triton()
+    written, returns = _written(op), bool(op._schema.returns)
+    defaults = [parameter.default_value for parameter in op._schema.arguments]
 
     def mark(args: Sequence[Any]) -> None:
-        if written:
-            _mark_changed([args[i] for i in written if args[i] is not None])
-
-    def again(args: Sequence[Any]) -> Any:
-        results = launches.again(args)
-        if results is not None:
-            mark(args)
-        return results
+        """Tells autograd that kernels changed tensors, as torch's own in-place operations do."""
+        followed = [args[i] for i in written if args[i] is not None and not args[i].is_inference()]
+        if followed:
+            torch.autograd.graph.increment_version(followed)
 
     def on_gpu(*args: Any) -> Any:
-        results = again(args)
+        args = (*args, *defaults[len(args) :])  # the dispatcher leaves out what equals its default, at the end
+        results = launches.again(args)
         if results is not None:
             return results if returns else None
         call = call_of(*args)
@@ -123,7 +119,7 @@ def define(schema: str, call_of: Callable[..., Any], backends: Backends, vmap: R
     LIBRARY.impl(name, on_gpu, "CUDA")  # ROCm builds of torch use the same key
     torch.library.register_fake(f"torchkv::{name}", fake, lib=LIBRARY)
     torch.library.register_vmap(f"torchkv::{name}", mapped, lib=LIBRARY)
-    _again[op] = again
+    _again[op] = launches.again
     return op
 
 
@@ -180,10 +176,3 @@ def _written(op: Any) -> list[int]:
     """The places of the arguments that an op writes to."""
     arguments = enumerate(op._schema.arguments)
     return [i for i, a in arguments if a.alias_info is not None and a.alias_info.is_write]
-
-
-def _mark_changed(tensors: Sequence[Tensor]) -> None:
-    """Tells autograd that kernels changed tensors, as torch's own in-place operations do."""
-    followed = [tensor for tensor in tensors if not tensor.is_inference()]
-    if followed:
-        torch.autograd.graph.increment_version(followed)

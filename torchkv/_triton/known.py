@@ -4,13 +4,14 @@ torch makes an object of each dtype, shape, strides and device that it is asked 
 depends on twenty of these. The guards of torch.compile compare them all in one call, without objects.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import reduce
 from operator import itemgetter, or_
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from torchkv._triton.launch import MOST_LAUNCHES
 
@@ -25,10 +26,18 @@ _USUAL_KEYS = (torch._C.DispatchKey.BackendSelect, torch._C.DispatchKey.ADInplac
 
 
 class _Entry(NamedTuple):
-    """A call that was launched, and what was found for it."""
+    """A call that was launched.
+
+    Attributes:
+        alike: Whether other tensors are like its own.
+        aligned: How many of them, from the first on, begin at multiples of 16.
+        followed: Whether one requires gradients, which were not recorded.
+        found: What was found for it.
+    """
 
     alike: Callable[..., bool]
     aligned: int
+    followed: bool
     found: Any
 
 
@@ -44,45 +53,51 @@ class KnownCalls[Found]:
     """Calls of one op that were launched, and what is to be done again for those like them.
 
     Calls are alike if they agree in all arguments but the tensors, and if torch's dispatcher sees the same in the
-    tensors: dtype, shape, strides, device, and what modes and transforms make of them.
+    tensors: dtype, shape, strides, device, and what modes and transforms make of them. No gradients are recorded.
     """
 
     def __init__(self) -> None:
         self._kinds: dict[tuple[type, ...], _Kind] = {}
         self._count = 0
 
-    def find(self, arguments: Sequence[Any]) -> tuple[Found, tuple[Tensor, ...], list[int]] | None:
+    def find(self, arguments: Sequence[Any], *by_shape: int) -> tuple[Found, tuple[Tensor, ...], list[int]] | None:
         """What was found for a call like this one, the call's tensors, and their addresses; None for a new one.
 
         Args:
             arguments: Tensors, and numbers, strings and None.
+            by_shape: Tensors, by their place among the tensors, whose shapes differ from call to call.
         """
         kind = self._kinds.get(tuple(map(type, arguments)))
-        if kind is None:
+        if kind is None or forward_ad._current_level >= 0:  # tangents are recorded
             return None
         tensors = kind.tensors(arguments)
-        for alike, aligned, found in kind.entries.get(kind.options(arguments), ()):
+        key = kind.options(arguments)
+        if by_shape:
+            key = (key, *[tensors[i].shape for i in by_shape])
+        for alike, aligned, followed, found in kind.entries.get(key, ()):
             if alike(*tensors):
-                addresses = [tensor.data_ptr() for tensor in tensors]
-                return None if reduce(or_, addresses[:aligned]) % 16 else (found, tensors, addresses)
+                addresses = list(map(Tensor.data_ptr, tensors))
+                if reduce(or_, addresses[:aligned]) % 16 or (followed and torch.is_grad_enabled()):
+                    return None
+                return found, tensors, addresses
         return None
 
     def add(
         self,
         arguments: Sequence[Any],
-        find: Callable[[Sequence[Tensor]], Found],
+        make: Callable[[Sequence[Tensor]], Found],
+        by_shape: Sequence[int] = (),
         aligned: int | None = None,
         any_length: Collection[int] = (),
-        gradients: bool = False,
     ) -> None:
         """Remembers a call, unless it is one whose like has to be looked at by torch's dispatcher, or by us.
 
         Args:
             arguments: As for `find`. Without a tensor they are none.
-            find: Makes what is to be done again, given the tensors among the arguments.
+            make: Makes what is to be done again, given the tensors among the arguments.
+            by_shape: As for `find`.
             aligned: How many of the tensors, from the first on, begin at multiples of 16; None for all.
             any_length: Tensors, by their place among the tensors, whose first axis may have another length.
-            gradients: Whether tensors may require gradients.
         """
         places = [isinstance(argument, Tensor) for argument in arguments]
         kind = _Kind(
@@ -92,12 +107,15 @@ class KnownCalls[Found]:
         )
         tensors = kind.tensors(arguments)
         aligned = len(tensors) if aligned is None else aligned
+        followed = any(t.requires_grad for t in tensors)
         if (
-            any(type(t) not in _PLAIN or (t.requires_grad and not gradients) for t in tensors)
+            any(type(t) not in _PLAIN for t in tensors)
+            or (followed and torch.is_grad_enabled())
+            or forward_ad._current_level >= 0
             or any(t.data_ptr() % 16 for t in tensors[:aligned])
             or len({*map(id, tensors)}) < len(tensors)  # the guards recognise no call that has a tensor twice
             or not _nothing_listens()
-            or self.find(arguments) is not None
+            or self.find(arguments, *by_shape) is not None
         ):
             return
         sizes: list[list[int | None]] = [list(t.shape) for t in tensors]
@@ -109,9 +127,18 @@ class KnownCalls[Found]:
         if self._count >= MOST_LAUNCHES:
             self._kinds, self._count = {}, 0
         entries = self._kinds.setdefault(tuple(map(type, arguments)), kind).entries
-        options = kind.options(arguments)
-        entries[options] = (_Entry(guards.check, aligned, find(tensors)), *entries.get(options, ()))[:_MOST_ALIKE]
+        key = kind.options(arguments)
+        if by_shape:
+            key = (key, *[tensors[i].shape for i in by_shape])
+        entries[key] = (_Entry(guards.check, aligned, followed, make(tensors)), *entries.get(key, ()))[:_MOST_ALIKE]
         self._count += 1
+
+
+def distinct(arguments: Sequence[Any], k_scale: int) -> Sequence[Any]:
+    """Arguments, with a string for v_scale, which follows k_scale, where both are one tensor."""
+    if arguments[k_scale] is None or arguments[k_scale] is not arguments[k_scale + 1]:
+        return arguments
+    return (*arguments[: k_scale + 1], "k_scale", *arguments[k_scale + 2 :])
 
 
 def picker(arguments: Sequence[Any], tensors: Sequence[Tensor]) -> Callable[[Sequence[int]], tuple[Any, ...]]:
@@ -133,6 +160,20 @@ def picker(arguments: Sequence[Any], tensors: Sequence[Tensor]) -> Callable[[Seq
             constants.append(argument)
     pick = itemgetter(*places)
     return lambda addresses: pick((*addresses, *constants))
+
+
+def marker(tensors: Sequence[Tensor], written: Iterable[int]) -> Callable[[Sequence[Tensor]], None]:
+    """What tells autograd which tensors of a call were changed, as torch's own in-place operations do.
+
+    Args:
+        tensors: Those of a call. Ones made in inference mode have no versions to be raised.
+        written: The places of those that are written to.
+    """
+    places = [i for i in written if not tensors[i].is_inference()]
+    if not places:
+        return lambda tensors: None
+    changed = itemgetter(*places)
+    return lambda tensors: torch.autograd.graph.increment_version(changed(tensors))
 
 
 def _nothing_listens() -> bool:

@@ -20,8 +20,21 @@ from torchkv._arguments import dtype_name, spec_of
 from torchkv._call import layer_of
 from torchkv._memory import span
 from torchkv._rotated import RopeCall
-from torchkv._triton.known import KnownCalls, picker
-from torchkv._triton.launch import MOST_LAUNCHES, Kernel, aligned_pointers, interpret, load, pointees, start, target
+from torchkv._triton.known import KnownCalls, marker, picker
+from torchkv._triton.launch import (
+    MOST_LAUNCHES,
+    ON_GPU,
+    Empty,
+    Kernel,
+    aligned_pointers,
+    empty,
+    interpret,
+    is_current,
+    load,
+    pointees,
+    start,
+    target,
+)
 
 
 class _Reach(NamedTuple):
@@ -76,17 +89,25 @@ class _Launch:
                 found.add((first, second, distance, *counts))
         return found - self.apart
 
-    def start(self, pointers: Sequence[int | None], num_tokens: int, num_written: int, result: Tensor) -> None:
-        """Starts the kernel, given its pointer arguments except the last, which is the result's."""
-        if num_tokens == 0:
-            return
-        arguments = (*pointers, num_tokens, num_written, *self.scalars, result.data_ptr())
-        grid, index = self.plan.grid(num_tokens, num_written), self.device.index
-        if index == torch.cuda.current_device():  # a guard costs more than the question whether it is needed
-            start(self.kernel, grid, index, arguments)
-        else:
+    def run(self, pointers: Sequence[int | None], num_tokens: int, num_written: int, result: Tensor | Empty) -> Tensor:
+        """Runs the kernel on its device, and returns the rotated query.
+
+        Args:
+            pointers: Its pointer arguments except the last, which is the result's.
+            num_tokens: Rows of query.
+            num_written: Entries of slot_mapping.
+            result: The tensor for the result, or what it is for any number of tokens.
+        """
+        if not is_current(self.device):
             with torch.cuda.device(self.device):
-                start(self.kernel, grid, index, arguments)
+                return self.run(pointers, num_tokens, num_written, result)
+        if not isinstance(result, Tensor):
+            shape, strides, dtype = result
+            result = ON_GPU.empty((num_tokens, *shape[1:]), strides, dtype)
+        if num_tokens:
+            arguments = (*pointers, num_tokens, num_written, *self.scalars, result.data_ptr())
+            start(self.kernel, self.plan.grid(num_tokens, num_written), arguments)
+        return result
 
 
 _launches: dict[tuple[Any, ...], _Launch] = {}
@@ -101,7 +122,8 @@ class _Known(NamedTuple):
         rows: Where query, key, value and out are among the tensors.
         positions: Where positions are.
         slots: Where slot_mapping is.
-        followed: Whether a tensor requires gradients, which is an error where they are recorded.
+        new: The result where it is made, for any number of tokens; None where it is given.
+        mark: Tells autograd what was changed.
     """
 
     launches: dict[bool, _Launch]
@@ -109,7 +131,8 @@ class _Known(NamedTuple):
     rows: list[int]
     positions: int
     slots: int
-    followed: bool
+    new: Empty | None
+    mark: Callable[[Sequence[Tensor]], None]
 
 
 class Ropes:
@@ -129,20 +152,22 @@ class Ropes:
         if found is not None:
             found[0].launches[many] = launch
         elif not (call.in_place and arguments[1] is not None):  # else out is query by its address only
-            tensors, weights = _tensors(call), (call.q_norm, call.k_norm)
+            tensors, weights, written = _tensors(call), (call.q_norm, call.k_norm), call.write.written
+            new = empty(call.query.shape, dtype_name(call.query)) if self._gives else None
             places = {id(tensor): i for i, tensor in enumerate(tensors)}
             rows = [places[id(t)] for t in (call.query, call.write.key, call.write.value, call.out) if t is not None]
             positions, slots = places[id(call.positions)], places[id(call.write.slot_mapping)]
 
             def known(tensors: Sequence[Tensor]) -> _Known:
                 pointers = picker(_pointers(launch.described, call), tensors)
-                followed = any(tensor.requires_grad for tensor in tensors)
-                return _Known({many: launch}, pointers, rows, positions, slots, followed)
+                changed = [places[id(cache)] for cache in written] + [0] * (not self._gives)
+                mark = marker(tensors, changed)
+                return _Known({many: launch}, pointers, rows, positions, slots, new, mark)
 
             # The kernel does not depend on the addresses of scales and layer, nor on the numbers of tokens.
             aligned = slots + 1 + sum(tensor is not None for tensor in weights)
             any_length = [*rows, slots] + ([positions] if call.positions.dim() == 1 else [])
-            self._known.add(arguments, known, aligned, any_length, gradients=True)
+            self._known.add(arguments, known, aligned=aligned, any_length=any_length)
         return result
 
     def again(self, arguments: Sequence[Any]) -> Tensor | None:
@@ -150,7 +175,7 @@ class Ropes:
         found = self._known.find(self._hashable(arguments))
         if found is None:
             return None
-        (launches, pointers, rows, positions, slots, followed), tensors, addresses = found
+        (launches, pointers, rows, positions, slots, new, mark), tensors, addresses = found
         first = tensors[0]
         num_tokens, num_written = first.shape[0], tensors[slots].shape[0]
         launch = launches.get(num_tokens >= plan_rope.MANY_TOKENS)
@@ -158,12 +183,11 @@ class Ropes:
             launch is None
             or not num_written <= num_tokens == tensors[positions].shape[-1]
             or any(tensors[row].shape[0] != num_tokens for row in rows)
-            or (followed and torch.is_grad_enabled())
             or launch.unseen(addresses, num_tokens, num_written)
         ):
             return None
-        result = first.new_empty(first.shape) if self._gives else first
-        launch.start(pointers(addresses), num_tokens, num_written, result)
+        result = launch.run(pointers(addresses), num_tokens, num_written, first if new is None else new)
+        mark(tensors)
         return result
 
     def _hashable(self, arguments: Sequence[Any]) -> Sequence[Any]:
@@ -214,10 +238,8 @@ def rope_and_cache(call: RopeCall) -> tuple[_Launch, Tensor]:
         if len(launch.apart) >= MOST_LAUNCHES:
             launch.apart.clear()
         launch.apart |= unseen
-    pointers, result = _pointers(launch.described, call), call.result()
-    pointers = [p.data_ptr() if isinstance(p, Tensor) else p for p in pointers]
-    launch.start(pointers, num_tokens, num_written, result)
-    return launch, result
+    pointers = [p.data_ptr() if isinstance(p, Tensor) else p for p in _pointers(launch.described, call)]
+    return launch, launch.run(pointers, num_tokens, num_written, call.result())
 
 
 def _tensors(call: RopeCall) -> list[Tensor]:

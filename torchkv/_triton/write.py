@@ -18,8 +18,18 @@ from kvcore.plan import write as plan_write
 from kvcore.plan.kernel import INTERPRETER
 from torchkv._call import WriteCall, layer_of
 from torchkv._memory import check_apart, span
-from torchkv._triton.known import KnownCalls, picker
-from torchkv._triton.launch import MOST_LAUNCHES, Kernel, aligned_pointers, interpret, load, pointees, start, target
+from torchkv._triton.known import KnownCalls, marker, picker
+from torchkv._triton.launch import (
+    MOST_LAUNCHES,
+    Kernel,
+    aligned_pointers,
+    interpret,
+    is_current,
+    load,
+    pointees,
+    start,
+    target,
+)
 
 
 class _Pair(NamedTuple):
@@ -73,12 +83,11 @@ class _Launch:
         if num_tokens == 0:
             return
         arguments = (*pointers, num_tokens, self.num_slots, self.num_layers)
-        grid, index = self.plan.grid(num_tokens), self.device.index
-        if index == torch.cuda.current_device():  # a guard costs more than the question whether it is needed
-            start(self.kernel, grid, index, arguments)
+        if is_current(self.device):
+            start(self.kernel, self.plan.grid(num_tokens), arguments)
         else:
             with torch.cuda.device(self.device):
-                start(self.kernel, grid, index, arguments)
+                start(self.kernel, self.plan.grid(num_tokens), arguments)
 
 
 _launches: dict[tuple[Any, ...], _Launch] = {}
@@ -91,11 +100,13 @@ class _Known(NamedTuple):
         launch: What is launched.
         pointers: Makes the kernel's pointer arguments of the addresses of a call's tensors.
         slots: Which of the tensors is slot_mapping.
+        mark: Tells autograd what was changed.
     """
 
     launch: _Launch
     pointers: Callable[[Sequence[int]], tuple[int | None, ...]]
     slots: int
+    mark: Callable[[Sequence[Tensor]], None]
 
 
 class Writes:
@@ -111,7 +122,8 @@ class Writes:
         if call.key is arguments[0] and call.value is arguments[1]:  # else they were made of the op's arguments
 
             def known(tensors: Sequence[Tensor]) -> _Known:
-                return _Known(launch, picker(_pointers(launch.described, call), tensors), slots)
+                pointers = picker(_pointers(launch.described, call), tensors)
+                return _Known(launch, pointers, slots, marker(tensors, range(2, slots)))
 
             # The kernel does not depend on the addresses of scales and layer, nor on the numbers of tokens.
             self._known.add(arguments, known, aligned=slots + 1, any_length=(0, 1, slots))
@@ -122,11 +134,12 @@ class Writes:
         found = self._known.find(arguments)
         if found is None:
             return None
-        (launch, pointers, slots), tensors, addresses = found
+        (launch, pointers, slots, mark), tensors, addresses = found
         num_tokens = tensors[slots].shape[0]
         if not num_tokens <= tensors[0].shape[0] == tensors[1].shape[0] or launch.unseen(addresses):
             return None
         launch.start(pointers(addresses), num_tokens)
+        mark(tensors)
         return ()
 
 

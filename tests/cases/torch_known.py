@@ -1,0 +1,67 @@
+"""Launches of torch on the host, and what goes through torch's dispatcher."""
+
+from tests.cases.launches import OnHost
+from torchkv._library import base
+from torchkv._library import read as _read_ops
+from torchkv._library import rope as _rope_ops
+from torchkv._library import write as _write_ops
+from torchkv._triton import read as _read
+from torchkv._triton import rope as _rope
+from torchkv._triton import write as _write
+
+
+def ops():
+    """Each op with what makes a call of its arguments, new launches, and its other backends."""
+    write, read, rope = _write_ops, _read_ops, _rope_ops
+    for op, call_of in (
+        (write.flash, write._flash_call),
+        (write.diffkv, write._diffkv_call),
+        (write.flash_quant, write._flash_quant_call),
+        (write.mla, write._mla_call),
+    ):
+        yield op, call_of, _write.Writes(), write._BACKENDS
+    yield read.attention, read._attention_call, _read.attention_launches(), read._ATTENTION_BACKENDS
+    yield read.attention_out, read._attention_out_call, _read.attention_out_launches(), read._ATTENTION_BACKENDS
+    yield read.gather, read._gather_call, _read.gather_launches(), read._GATHER_BACKENDS
+    yield read.gather_out, read._gather_out_call, _read.gather_out_launches(), read._GATHER_BACKENDS
+    yield rope.rope_and_cache, rope._call, _rope.Ropes(gives=True), rope._BACKENDS
+    yield rope.rope_and_cache_out, rope._out_call, _rope.Ropes(gives=False), rope._BACKENDS
+
+
+class Seen(OnHost):
+    """Launches on the host, and the ops that torch's dispatcher called."""
+
+    def __init__(self, monkeypatch, library):
+        super().__init__(monkeypatch)
+        self.dispatched = []
+        for each in ops():
+            self.register(monkeypatch, library, *each)
+
+    def register(self, monkeypatch, library, op, call_of, launches, backends):
+        """Makes the op's kernel for CPUs do what the one for GPUs does."""
+        name, returns = op._schema.name.removeprefix("torchkv::"), bool(op._schema.returns)
+        defaults = [parameter.default_value for parameter in op._schema.arguments]
+
+        def on_host(*arguments):
+            arguments = (*arguments, *defaults[len(arguments) :])
+            self.dispatched.append(name)
+            results = launches.again(arguments)
+            if results is None:
+                call = call_of(*arguments)
+                other = call.backend == "torch"
+                results = backends.torch(call.check(), call) if other else launches.first(call, arguments)
+            return results if returns else None
+
+        library.impl(name, on_host, "CPU", allow_override=True)
+        monkeypatch.setitem(base._again, op, launches.again)
+
+    def ways(self):
+        """How often the dispatcher was asked since the last time, and how many kernels were started."""
+        counts = len(self.dispatched), len(self.started)
+        self.dispatched.clear()
+        self.started.clear()
+        return counts
+
+
+def versions(tensors):
+    return [tensor._version for tensor in tensors]
