@@ -18,7 +18,7 @@ OPS = {
     for name in (
         "paged_attention", "gather_kv", "reshape_and_cache_flash", "reshape_and_cache_flash_diffkv",
         "reshape_and_cache_flash_per_token_head_quant", "reshape_and_cache_flash_diffkv_per_token_head_quant",
-        "concat_and_cache_mla",
+        "concat_and_cache_mla", "rope_and_cache",
     )
 }  # fmt: skip
 BLOCKS, BLOCK_SIZE, HEADS, SIZE, LAYERS = 5, 4, 2, 16, 2
@@ -49,6 +49,7 @@ ROWS = dict(key=normal(5, HEADS, SIZE), value=normal(5, HEADS, SIZE), slot_mappi
 READING = dict(block_tables=TABLES, seq_lens=LENS)
 LAYER = dict(layer_index=tensor(np.array([1], np.int32)), layout="layer block slot head dim")
 FP8_SCALES = dict(k_scale=scales(HEADS), v_scale=scales(HEADS))
+ROTATED = dict(query=normal(5, 4, SIZE), cos_sin=normal(10, SIZE), q_norm=normal(SIZE), k_norm=normal(SIZE), eps=1e-6)
 SCALE_CACHES = [scales(BLOCKS, BLOCK_SIZE, HEADS) for _ in range(2)]
 CALLS = {
     "attention": ("paged_attention", dict(
@@ -92,6 +93,16 @@ CALLS = {
     "write of MLA": ("concat_and_cache_mla", dict(
         kv_c=normal(5, SIZE), k_pe=normal(5, 8), kv_cache=poison(LAYERS, BLOCKS, BLOCK_SIZE, SIZE + 8),
         kv_cache_dtype="int8", scale=scales(1), slot_mapping=SLOTS, layer_index=LAYER["layer_index"],
+    )),
+    "rotated write of fp8": ("rope_and_cache", dict(
+        key_cache=poison(LAYERS, BLOCKS, BLOCK_SIZE, HEADS, SIZE),
+        value_cache=poison(LAYERS, BLOCKS, BLOCK_SIZE, HEADS, SIZE), kv_cache_dtype="fp8", rope="neox",
+        positions=tensor(np.array([3, 0, 9, -1, 2], np.int64)), **ROTATED, **ROWS, **FP8_SCALES, **LAYER,
+    )),
+    "rotated write with scales": ("rope_and_cache", dict(
+        key_cache=poison(BLOCKS, BLOCK_SIZE, HEADS, 2 * SIZE), k_scale_cache=scales(BLOCKS, BLOCK_SIZE, HEADS),
+        v_scale_cache=scales(BLOCKS, BLOCK_SIZE, HEADS), kv_cache_dtype="int8", rope="gptj", mrope_section=(1, 3, 4),
+        positions=tensor(np.arange(15, dtype=np.int32).reshape(3, 5) % 10), **ROTATED, **ROWS,
     )),
 }  # fmt: skip
 DEFAULTS = dict(
@@ -162,8 +173,9 @@ def run(op, given, backend):
     names = [argument.name for argument in op._schema.arguments]
     written = {a.name for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
     given = {k: strided_copy(v) if k in written else v for k, v in given.items()}
-    out = op(*(given.get(name) for name in names))
-    return [bits(from_torch(t)) for t in (out or [given[name] for name in names if name in written])]
+    results = op(*(given.get(name) for name in names))
+    results = [results] if isinstance(results, torch.Tensor) else [*(results or ())]
+    return [bits(from_torch(t)) for t in (*results, *(given[n] for n in names if n in written and n in given))]
 
 
 def strided_copy(t):
@@ -213,7 +225,9 @@ def test_every_stride_is_read(name, backend):
     check(name, backend)
 
 
-ON_A_GPU = ("attention", "attention over int8", "gather of fp8", "write of fp8", "write with scales")
+ON_A_GPU = (
+    "attention", "attention over int8", "gather of fp8", "write of fp8", "write with scales", "rotated write of fp8",
+)  # fmt: skip
 OPERANDS = [(name, argument) for name in ON_A_GPU for argument in dict(t[0] for t in tensors_of(*op_and_call(name)))]
 
 
@@ -242,8 +256,8 @@ def test_the_ops_are_all_there_are():
     defined = {
         n.split("::")[1].split(".")[0] for n in torch._C._dispatch_get_all_op_names() if n.startswith("torchkv::")
     }
-    results = {"paged_attention": ["out", "lse"], "gather_kv": ["key", "value"]}
-    for name, given in results.items():  # twins with contiguous results of the caller's, and the same operands
+    results = {"paged_attention": ["out", "lse"], "gather_kv": ["key", "value"], "rope_and_cache": ["out"]}
+    for name, given in results.items():  # twins with results of the caller's, and the same operands
         twin = getattr(torch.ops.torchkv, f"{name}_out").default
         assert [x.name for x in twin._schema.arguments] == given + [x.name for x in OPS[name]._schema.arguments]
     assert defined == set(OPS) | {f"{name}_out" for name in results}
