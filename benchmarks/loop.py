@@ -53,7 +53,7 @@ class Program:
     @property
     def kernels(self) -> str:
         """What a layer launches; of layers that are not a loop, what all of them launch."""
-        return hlo.counted(hlo.kernels(self.compiled.as_text(), self.loops))
+        return hlo.counted(hlo.kernels(self.compiled.as_text() or "", self.loops))
 
     def start(self) -> None:
         """Makes the state, and runs once."""
@@ -146,7 +146,7 @@ def main(argv: list[str]) -> None:
             args.json, rows, benchmark="loop", block_size=BLOCK_SIZE, flashinfer=loop_torch.flashinfer_version()
         )
 
-    small = {"layers": 2, "heads": 2, "head_size": 16} if args.small else {}
+    small: dict[str, Any] = {"layers": 2, "heads": 2, "head_size": 16} if args.small else {}
     for table, forms in (("write", WRITES), ("front", FRONTS)):
         if table not in args.tables:
             continue

@@ -235,7 +235,8 @@ def jaxkv_write(rows: Callable[[Shape, Array], tuple[Any, Any]], indexed: bool) 
 
     def front(shape: Shape, inputs: Inputs, step: Step, qkv: Array, caches: Caches, layer: Any) -> Any:
         slots = inputs.slots if indexed else step.slots + layer * shape.slots
-        new = jaxkv.reshape_and_cache_flash(*rows(shape, qkv), *caches, slots, layer=layer if indexed else None)
+        write: Any = jaxkv.reshape_and_cache_flash
+        new = write(*rows(shape, qkv), *caches, slots, layer=layer if indexed else None)
         return None, new
 
     return front
@@ -273,9 +274,8 @@ def front_steps(shape: Shape, inputs: Inputs, step: Step, qkv: Array, caches: Ca
     query, key, value = together(shape, inputs, step, qkv)
     scales = () if shape.kv_cache_dtype == "auto" else (inputs.k_scale, inputs.v_scale)
     rows = key.astype(value.dtype), value
-    return query, jaxkv.reshape_and_cache_flash(
-        *rows, *caches, inputs.slots, shape.kv_cache_dtype, *scales, layer=layer
-    )
+    write: Any = jaxkv.reshape_and_cache_flash
+    return query, write(*rows, *caches, inputs.slots, shape.kv_cache_dtype, *scales, layer=layer)
 
 
 def front_fused(shape: Shape, inputs: Inputs, step: Step, qkv: Array, caches: Caches, layer: Any) -> Any:

@@ -57,7 +57,8 @@ def loop(form: Form, shape: Shape, steps: int, unrolled: bool, x: Array, caches:
         step = prepare(shape, inputs)
 
         def layer(index: Any, carry: Any) -> Any:
-            return one_layer(form, shape, inputs, step, *carry, index)
+            x, caches = carry
+            return one_layer(form, shape, inputs, step, x, caches, index)
 
         if not unrolled:
             return lax.fori_loop(0, shape.layers, layer, carry)

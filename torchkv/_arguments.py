@@ -76,10 +76,9 @@ def as_memory(caches: Any) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor
     for i, cache in enumerate(caches):
         if not isinstance(cache, Tensor):
             raise TypeError(f"caches[{i}] must be a torch.Tensor, got {type(cache).__name__}")
-    (key_cache, value_cache), (k_scale_cache, v_scale_cache) = (
-        (*given, *[None] * (2 - len(given))) for given in (arrays, scale_caches)
-    )
-    return key_cache, value_cache, k_scale_cache, v_scale_cache
+    value_cache = arrays[1] if len(arrays) == 2 else None
+    k_scale_cache, v_scale_cache = scale_caches or (None, None)
+    return arrays[0], value_cache, k_scale_cache, v_scale_cache
 
 
 def as_scale(scale: Any, cache: Tensor) -> Tensor | None:

@@ -19,6 +19,7 @@ from tests.cases.arrays import to_torch
 from tests.cases.gathers import gather
 from tests.cases.reads import make_read
 from torchkv._call import AttentionCall, GatherCall
+from torchkv._library import base
 from torchkv._library import read as _read_library
 from torchkv._triton import read as _read_triton
 
@@ -58,8 +59,8 @@ def launched(monkeypatch):
     monkeypatch.setattr(_read_triton, "_current", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(_read_triton.torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(_read_triton.torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(_read_library, "attention", lambda *a: _read_triton.attention(AttentionCall(*a)))
-    monkeypatch.setattr(_read_library, "gather", lambda *a: _read_triton.gather(GatherCall(*a)))
+    monkeypatch.setitem(base._again, _read_library.attention, lambda a: _read_triton.attention(AttentionCall(*a)))
+    monkeypatch.setitem(base._again, _read_library.gather, lambda a: _read_triton.gather(GatherCall(*a)))
     monkeypatch.setattr(jax_launch, "launch", launch)
 
     def read(options, operands):

@@ -53,6 +53,13 @@ OPS = {
         jaxkv.concat_and_cache_mla,
         {"kv_c": draw(3, 12), "k_pe": draw(3, 4), "kv_cache": draw(4, 4, DIM), "slot_mapping": ROWS["slot_mapping"]},
     ),
+    "rope": (
+        jaxkv.rope_and_cache,
+        ROWS | PAIR | FP8 | {
+            "query": draw(3, 4, DIM), "positions": jnp.array([0, 8, -1]), "cos_sin": draw(9, DIM), "q_norm": draw(DIM),
+            "rope": "neox",
+        },
+    ),
     "attention": (
         jaxkv.paged_attention,
         TABLES | {"query": draw(2, 4, DIM), "key_cache": draw(*CACHE), "value_cache": draw(*CACHE)},
@@ -70,7 +77,7 @@ CACHES = ("key_cache", "value_cache", "kv_cache", "k_scale_cache", "v_scale_cach
 def call(name, arrays, **more):
     op, arguments = OPS[name]
     arguments = arguments | arrays | more
-    if name in ("attention", "gather"):
+    if name in ("attention", "gather", "rope"):
         arguments["caches"] = (arguments.pop("key_cache"), arguments.pop("value_cache"))
     return op(**arguments)
 
@@ -134,7 +141,7 @@ def test_backends(name, backend):
     assert_compiled_once(functools.partial(call, name, arrays_of(name), backend=backend))
 
 
-INDICES = ("slot_mapping", "block_tables", "seq_lens")
+INDICES = ("slot_mapping", "block_tables", "seq_lens", "positions")
 
 
 @pytest.mark.parametrize(
@@ -185,7 +192,7 @@ def test_vmap_of_vmap():
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("name", ["flash", "token and head", "diffkv", "attention", "gather"])
+@pytest.mark.parametrize("name", ["flash", "token and head", "diffkv", "rope", "attention", "gather"])
 def test_heads_over_devices(name, kind):
     mesh = jax.make_mesh((2,), ("tp",), axis_types=(kind,))
     with jax.set_mesh(mesh):

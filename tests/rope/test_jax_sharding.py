@@ -130,6 +130,16 @@ def test_shard_map(check_vma):
     assert_same(jax.jit(local)(*place(call, mesh)), run_oracle(call))
 
 
+def test_shard_map_of_query_heads_over_one_cache():
+    """Of MLA, every device writes the same rows, and rotates queries of its own: caches do not become varying."""
+    call = RopeCase("rows", **MLA | {"num_q_heads": 8, "integers": "int32"}).make()
+    mesh = mesh_of(AxisType.Auto)
+    heads = P(None, "tp")
+    local = jax.shard_map(function(call), mesh=mesh, in_specs=(heads, P(), P(), P(), P()), out_specs=(heads, P()))
+    inputs = place(call, mesh, rows=None, caches=[P()])
+    assert_same(jax.jit(local)(*inputs), run_oracle(call))
+
+
 def test_heads_left_to_the_compiler_inside_a_shard_map():
     """The mesh's other axis is the user's: its devices have the same."""
     call = replace(CASE, num_heads=4, num_q_heads=8).make()

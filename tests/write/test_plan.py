@@ -10,7 +10,7 @@ import pytest
 import jaxkv
 from kvcore.plan.kernel import Target
 from kvcore.plan.write import SCALARS, plan_write, pointers, scalars
-from tests.cases.arrays import LAYOUTS, make_case, run_jax, run_torch
+from tests.cases.arrays import LAYOUTS, make_case, run_jax, run_torch, to_torch
 from tests.cases.writes import describe
 
 H100 = Target("cuda", 90)
@@ -188,15 +188,18 @@ def test_every_kernel_says_whether_multiply_and_add_may_fuse(monkeypatch, target
     from kvcore.run import interpreter
     from tests.cases.gathers import gather_torch
     from tests.cases.reads import attend_torch, make_read
+    from tests.cases.rope import RopeCase
 
     launched = []
     monkeypatch.setattr(interpreter, "run", lambda kernel, grid, arguments: launched.append(kernel))
-    for module in (torchkv._triton.write, torchkv._triton.read):  # its plan, on a CPU
+    for module in (torchkv._triton.write, torchkv._triton.read, torchkv._triton.rope):  # its plan, on a CPU
         monkeypatch.setattr(module, "INTERPRETER", target)
     rng = np.random.default_rng(0)
     by_head = dict(kv_cache_dtype="int8", per_token_head=True)
     for options in (dict(), dict(layout="PACKED_NHD"), dict(kv_cache_dtype="fp8"), by_head):
         run_torch(make_case(rng, **options), "interpret")
+    call = RopeCase("any").make()
+    call(torchkv.rope_and_cache, to_torch, [to_torch(cache) for cache in call.caches], backend="interpret")
     for options in (dict(), dict(seq_lens=(3000,)), dict(query_lens=(0, 1, 5, 19)), dict(kv_cache_dtype="int4")):
         case = make_read(rng, dtype="bfloat16", head_size=64, **options)
         attend_torch(case, "interpret")

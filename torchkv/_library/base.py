@@ -158,7 +158,7 @@ def call_again(op: Any, arguments: Sequence[Any]) -> Any:
         torch.compiler.is_dynamo_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._is_torch_function_mode_enabled()
-        or torch._C._autograd._profiler_enabled()
+        or torch._C._autograd._profiler_enabled()  # type: ignore
     ):
         return None
     return _again[op](arguments)

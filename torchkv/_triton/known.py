@@ -100,10 +100,10 @@ class KnownCalls[Found]:
             or self.find(arguments) is not None
         ):
             return
-        sizes = [list(t.shape) for t in tensors]
+        sizes: list[list[int | None]] = [list(t.shape) for t in tensors]
         for i in any_length:
             sizes[i][0] = None
-        guards = torch._C._dynamo.guards.TensorGuards(
+        guards = torch._C._dynamo.guards.TensorGuards(  # type: ignore
             *tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=[list(t.stride()) for t in tensors]
         )
         if self._count >= MOST_LAUNCHES:
