@@ -76,22 +76,22 @@ class CacheLayout:
         names = [name for axis in parsed[0] for name in axis]
         return parsed if len(parsed) > 1 or not {"kv", "k+v", "latent"}.isdisjoint(names) else parsed * 2
 
-    @property
+    @cached_property
     def single_array(self) -> bool:
         """Whether K and V share one array."""
         return len(self.arrays) == 1
 
-    @property
+    @cached_property
     def has_layer(self) -> bool:
         """Whether the arrays hold all layers."""
         return any("layer" in axis for axis in self.arrays[0])
 
-    @property
+    @cached_property
     def packed(self) -> bool:
         """Whether K and V lie side by side along one axis (`k+v`), so that their head sizes may differ."""
         return any("k+v" in axis for axis in self.arrays[0])
 
-    @property
+    @cached_property
     def latent(self) -> bool:
         """Whether V is the first elements of K (`latent`), of a single head."""
         return any("latent" in axis for axis in self.arrays[0])

@@ -18,10 +18,9 @@ from torchkv._arguments import (
     as_scale,
     as_scale_pattern,
     check_tensors,
-    refuse_gradients,
 )
 from torchkv._library import read as _library
-from torchkv._library.base import call
+from torchkv._library.base import call_without_gradients
 
 
 class AttendOptions(TypedDict, total=False):
@@ -173,16 +172,16 @@ def paged_attention(
     options = check_attention_options(scale, causal, sliding_window, soft_cap)
     caches = as_caches(caches)
     k_scale, v_scale = as_scale(k_scale, caches[0]), as_scale(v_scale, caches[0])
-    refuse_gradients("paged_attention", query, *caches, sinks, k_scale, v_scale, out, lse)
+    tensors = (query, *caches, sinks, k_scale, v_scale, out, lse)
     arguments = (
         query, caches, block_tables, seq_lens, query_start_loc, *options, sinks, kv_cache_dtype, k_scale, v_scale,
         as_pattern(layout), *as_layer(layer), head_size_v, backend, as_scale_pattern(scale_layout),
     )  # fmt: skip
     if out is not None:
         results = out, _new_lse(query, out) if lse is None else lse
-        call(_library.attention_out, (*results, *arguments))
+        call_without_gradients(_library.attention_out, (*results, *arguments), "paged_attention", tensors)
     elif lse is None:
-        results = call(_library.attention, arguments)
+        results = call_without_gradients(_library.attention, arguments, "paged_attention", tensors)
     else:
         raise ValueError("out must be given where lse is, got None")
     return results if return_lse else results[0]
@@ -264,15 +263,15 @@ def gather_kv(
     k_scale, v_scale = as_scale(k_scale, caches[0]), as_scale(v_scale, caches[0])
     if out is not None and not (isinstance(out, (tuple, list)) and len(out) == 2):
         raise TypeError(f"out must be two tensors, for key and value, got {type(out).__name__}")
-    refuse_gradients("gather_kv", *caches, k_scale, v_scale, *(out or ()))
+    tensors = (*caches, k_scale, v_scale, *(out or ()))
     dtype_name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
     arguments = (
         caches, block_tables, seq_lens, max_len, dtype_name, kv_cache_dtype, k_scale, v_scale, as_pattern(layout),
         *as_layer(layer), head_size, head_size_v, backend, as_scale_pattern(scale_layout),
     )  # fmt: skip
     if out is None:
-        return call(_library.gather, arguments)
+        return call_without_gradients(_library.gather, arguments, "gather_kv", tensors)
     key, value = out
     check_tensors(**{"out[0]": key, "out[1]": value})  # which the op's schema calls otherwise
-    call(_library.gather_out, (key, value, *arguments))
+    call_without_gradients(_library.gather_out, (key, value, *arguments), "gather_kv", tensors)
     return key, value

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kvcore.choices import KVCacheDtype, Layout, RopeName, TorchBackend
@@ -18,10 +19,9 @@ from torchkv._arguments import (
     as_scale,
     as_scale_pattern,
     check_tensors,
-    refuse_gradients,
 )
 from torchkv._library import rope as _library
-from torchkv._library.base import call
+from torchkv._library.base import call_without_gradients
 
 
 def rope_and_cache(
@@ -123,18 +123,26 @@ def rope_and_cache(
     check_options(kv_cache_dtype, k_scale, v_scale, layer, backend, BACKENDS)
     k_scale, v_scale = as_scale(k_scale, memory[0]), as_scale(v_scale, memory[0])
     arguments = (
-        key, value, *memory, positions, cos_sin, slot_mapping, rope, numbers.rotary_dim, numbers.sections, q_norm,
-        k_norm, numbers.eps, kv_cache_dtype, k_scale, v_scale, as_pattern(layout), as_scale_pattern(scale_layout),
-        *as_layer(layer), backend,
+        key, value, *memory, positions, cos_sin, slot_mapping, rope, numbers.rotary_dim, numbers.sections,
+        _detached(q_norm), _detached(k_norm), numbers.eps, kv_cache_dtype, k_scale, v_scale, as_pattern(layout),
+        as_scale_pattern(scale_layout), *as_layer(layer), backend,
     )  # fmt: skip
     return _call(query, arguments, out)
 
 
 def _call(query: Tensor, arguments: Sequence[Any], out: Tensor | None) -> Tensor:
     """Calls the op for a new tensor, or the one for a given tensor."""
-    refuse_gradients("rope_and_cache", query, out, *arguments)
+    tensors = (query, out, *arguments)
     if out is None:
-        return call(_library.rope_and_cache, (query, *arguments))
+        return call_without_gradients(_library.rope_and_cache, (query, *arguments), "rope_and_cache", tensors)
     check_tensors(out=out, query=query)  # the op takes None for query, and means out
-    call(_library.rope_and_cache_out, (out, None if out is query else query, *arguments))
+    arguments = (out, None if out is query else query, *arguments)
+    call_without_gradients(_library.rope_and_cache_out, arguments, "rope_and_cache", tensors)
     return out
+
+
+def _detached(weights: Tensor | None) -> Tensor | None:
+    """Weights, without gradients where none are recorded: only calls without them are known again."""
+    if not isinstance(weights, Tensor) or not weights.requires_grad or torch.is_grad_enabled():
+        return weights
+    return weights.detach()

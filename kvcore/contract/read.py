@@ -41,11 +41,11 @@ class AttentionOptions(NamedTuple):
         A cap of 2^64 or more leaves float32 logits up to 2^52 as they are; among larger ones, the highest takes all
         weight with the cap and without it.
         """
-        window, cap = self.sliding_window, self.soft_cap
-        return self._replace(
-            sliding_window=None if window is None or window >= _LONGEST else window,
-            soft_cap=None if not cap or cap >= 2.0**64 else cap,
-        )
+        scale, causal, window, cap = self
+        if window is None and cap is None:
+            return self
+        window = None if window is None or window >= _LONGEST else window
+        return AttentionOptions(scale, causal, window, None if not cap or cap >= 2.0**64 else cap)
 
 
 class Attention(NamedTuple):

@@ -21,6 +21,7 @@ from tests.cases.reads import make_read
 from torchkv._call import AttentionCall, GatherCall
 from torchkv._library import base
 from torchkv._library import read as _read_library
+from torchkv._triton import launch as _launch
 from torchkv._triton import read as _read_triton
 
 H100 = Target("cuda", 90)
@@ -43,7 +44,7 @@ def launched(monkeypatch):
         compile_kernel(kernel, H100, pointers, aligned)  # raises where an argument lacks a type
         return kernel
 
-    def start(kernel, grid, device, arguments):
+    def start(kernel, grid, arguments):
         seen["torch"].append((kernel, grid, arguments))
 
     def launch(kernel, grid, arguments, target, out_type):
@@ -53,10 +54,10 @@ def launched(monkeypatch):
         return [jnp.zeros(o.shape, o.dtype) for o in out]
 
     monkeypatch.setattr(_read_triton, "load", load)
-    monkeypatch.setattr(_read_triton, "start", start)
+    empty = _launch.INTERPRETED.empty
+    monkeypatch.setattr(_read_triton, "ON_GPU", _launch.ON_GPU._replace(start=start, empty=empty))
     monkeypatch.setattr(_read_triton, "target", lambda: H100)
     monkeypatch.setattr(_read_triton, "_launches", {})
-    monkeypatch.setattr(_read_triton, "_current", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(_read_triton.torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(_read_triton.torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setitem(base._again, _read_library.attention, lambda a: _read_triton.attention(AttentionCall(*a)))

@@ -1,10 +1,19 @@
-"""Kernels and threads for tests of launches."""
+"""Kernels, launches on the host and threads for tests of launches."""
 
 import threading
+from contextlib import nullcontext
 
-from kvcore.plan.kernel import Target
+import torch
+
+from kvcore.plan.kernel import INTERPRETER, Target
 from kvcore.plan.write import plan_write, pointers
+from kvcore.run import interpreter
+from kvcore.run.compiler import kernel_function
 from tests.cases.writes import describe
+from torchkv._triton import launch as _launch
+from torchkv._triton import read as _read
+from torchkv._triton import rope as _rope
+from torchkv._triton import write as _write
 
 H100 = Target("cuda", 90)
 
@@ -15,6 +24,41 @@ def write_kernel(head_size=128):
     pointees = dict.fromkeys(pointers(write), "bfloat16") | {"slot_mapping_ptr": "int32"}
     pointees |= dict.fromkeys(("k_scale_ptr", "v_scale_ptr", "layer"))
     return plan_write(write, H100).kernel, pointees, frozenset()
+
+
+class OnHost:
+    """Launches as on a GPU, but of CPU tensors: what would be compiled is interpreted.
+
+    Attributes:
+        compiled: What was, in order: the plan's kernel, and which of its pointers are aligned.
+        started: What was: the kernel, the grid and the arguments.
+    """
+
+    def __init__(self, monkeypatch):
+        self.compiled, self.started = [], []
+        runner = _launch.INTERPRETED._replace(start=self.start, address=torch.Tensor.data_ptr)
+        for module in (_write, _read, _rope):
+            monkeypatch.setattr(module, "load", self.load)
+            monkeypatch.setattr(module, "start", self.start, raising=False)
+            monkeypatch.setattr(module, "ON_GPU", runner, raising=False)
+            monkeypatch.setattr(module, "target", lambda: INTERPRETER)
+            monkeypatch.setattr(module, "_launches", {})
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+        monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+
+    def load(self, kernel, pointees, aligned):
+        self.compiled.append((kernel, aligned))
+        return kernel, pointees
+
+    def start(self, loaded, grid, arguments):
+        kernel, pointees = loaded
+        self.started.append((kernel, grid, arguments))
+        names = kernel_function(kernel).arg_names
+        pointers = []
+        for name, argument in zip(names, arguments, strict=False):
+            dtype = pointees.get(name)
+            pointers.append(argument if dtype in (None, "scalar") else interpreter.Pointer(argument, dtype))
+        interpreter.run(kernel, grid, pointers)
 
 
 def in_threads(count, function):

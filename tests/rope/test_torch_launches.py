@@ -1,15 +1,12 @@
 """Launches of torchkv.rope_and_cache, interpreted in the place of a GPU: what is compiled, and what is known again."""
 
-from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 
 from kvcore.plan import rope as plan_rope
-from kvcore.plan.kernel import INTERPRETER
-from kvcore.run import interpreter
-from kvcore.run.compiler import kernel_function
+from tests.cases.launches import OnHost
 from tests.cases.rope import run_oracle
 from tests.cases.torch_ropes import BY_NAME, assert_same, caches_of, fresh, op_arguments
 from torchkv._library import rope as _library
@@ -18,29 +15,8 @@ from torchkv._triton import rope as _triton
 
 @pytest.fixture
 def launched(monkeypatch):
-    """Launches on CPU tensors: what would be compiled is interpreted. Gives what was compiled, and how it is aligned."""
-    compiled = []
-
-    def load(kernel, pointees, aligned):
-        compiled.append((kernel, aligned))
-        return kernel, pointees
-
-    def start(loaded, grid, *rest):
-        (kernel, pointees), arguments = loaded, rest[-1]
-        names = kernel_function(kernel).arg_names[: len(arguments)]
-        pointers = [
-            interpreter.Pointer(a, pointees[name]) if pointees.get(name) not in (None, "scalar") else a
-            for name, a in zip(names, arguments, strict=True)
-        ]
-        interpreter.run(kernel, grid, pointers)
-
-    monkeypatch.setattr(_triton, "load", load)
-    monkeypatch.setattr(_triton, "start", start)
-    monkeypatch.setattr(_triton, "target", lambda: INTERPRETER)
-    monkeypatch.setattr(_triton, "_launches", {})
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
-    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
-    return compiled
+    """Launches on CPU tensors. Gives what was compiled, and which of its pointers are aligned."""
+    return OnHost(monkeypatch).compiled
 
 
 class Op:
@@ -49,7 +25,7 @@ class Op:
     def __init__(self, way):
         self.way, self.news = way, 0
         self.op = _library.rope_and_cache if way == "new" else _library.rope_and_cache_out
-        self.launches = _triton.Ropes(gives=way == "new")
+        self.launches = _triton.Rotations(out=way != "new")
 
     def __call__(self, call, **more):
         caches = [cache.clone() for cache in caches_of(call)]
@@ -58,8 +34,7 @@ class Op:
         elif self.way == "in place":
             more = {"query": None, "out": fresh(call.query).clone()} | more
         arguments = op_arguments(call, self.op, caches, **more)
-        arguments = tuple(x.clone() if isinstance(x, torch.Tensor) and x.is_contiguous() and not self.written(x, caches, more)
-                          else x for x in arguments)  # fmt: skip
+        arguments = tuple(self.aligned(x, (*caches, *more.values())) for x in arguments)
         result = self.launches.again(arguments)
         if result is None:
             self.news += 1
@@ -68,18 +43,21 @@ class Op:
         return [result, *caches]
 
     @staticmethod
-    def written(x, caches, more):
-        return any(x is y for y in (*caches, *more.values()))
+    def aligned(x, kept):
+        """A copy that begins at a multiple of 16, which NumPy's memory may not; what is kept stays as it is."""
+        if not isinstance(x, torch.Tensor) or any(x is y for y in kept):
+            return x
+        return x.clone()
 
 
-@pytest.mark.parametrize("way", ["new", "out", "in place"])
-@pytest.mark.parametrize("name", [
-    "norms", "mrope", "one array without a layout", "fewer slots than tokens", "int8 by token and head of all layers",
-    "fp8_e4m3, scales of heads", "MLA, fp8_e4m3",
+@pytest.mark.parametrize(("name", "way"), [
+    ("norms", "new"), ("norms", "out"), ("norms", "in place"), ("mrope", "new"), ("one array without a layout", "new"),
+    ("fewer slots than tokens", "out"), ("int8 by token and head of all layers", "new"),
+    ("fp8_e4m3, scales of heads", "new"), ("MLA, fp8_e4m3", "out"), ("MLA, fp8_e4m3", "in place"),
 ])  # fmt: skip
 def test_launches(name, way, launched):
     op = Op(way)
-    for seed in range(3):
+    for seed in range(2):
         call = BY_NAME[name].make(seed)
         assert_same(op(call), run_oracle(call))
     assert (len(launched), op.news) == (1, 1)
@@ -140,7 +118,7 @@ def test_errors_come_after_a_hit_too(launched):
     op(call)
     query = fresh(call.query).clone()
     for more, text in (
-        ({"key": fresh(call.key)[:6].clone()}, r"key must have shape|query must have shape"),
+        ({"key": fresh(call.key)[:6].clone()}, r"value must have shape \(6, 2, 16\), got \(7, 2, 16\)"),
         ({"positions": fresh(call.positions)[:6].clone()}, r"positions must have shape \(7,\), got \(6,\)"),
         ({"out": torch.zeros(6, 8, 16, dtype=torch.bfloat16)}, r"out must have shape \(7, 8, 16\), got \(6, 8, 16\)"),
         ({"slot_mapping": torch.zeros(8, dtype=torch.int64)}, r"slot_mapping must have at most num_tokens = 7 entries"),
@@ -153,17 +131,3 @@ def test_errors_come_after_a_hit_too(launched):
         op(call, query=room[:896].view(7, 8, 16), out=room[128:1024].view(7, 8, 16))
     same = room[:896].view(7, 8, 16).copy_(fresh(call.query))
     assert_same(op(call, query=same, out=same.view(7, 8, 16)), run_oracle(call))  # which is in place
-
-
-def test_weights_that_require_gradients_are_known_again_without_them(launched):
-    call, op = BY_NAME["norms"].make(), Op("new")
-    weight = torch.nn.Parameter(fresh(call.options["q_norm"]).clone())
-    with torch.no_grad():
-        for _ in range(2):
-            caches = caches_of(call)
-            arguments = op_arguments(call, op.op, [cache.clone() for cache in caches], q_norm=weight)
-            if op.launches.again(arguments) is None:
-                op.news += 1
-                op.launches.first(_library._call(*arguments), arguments)
-    assert op.news == 1
-    assert op.launches.again(arguments) is None  # with gradients, the op is to refuse them

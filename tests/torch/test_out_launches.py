@@ -14,7 +14,7 @@ from tests.cases.torch_results import attend, gather_arguments, op_arguments, pa
 from torchkv._call import AttentionCall, GatherCall
 from torchkv._library import read as _read_library
 from torchkv._triton import read as _read_triton
-from torchkv._triton.launch import interpret
+from torchkv._triton.launch import INTERPRETED
 
 
 @pytest.fixture
@@ -27,9 +27,9 @@ def launched(monkeypatch):
         return kernel
 
     monkeypatch.setattr(_read_triton, "load", load)
-    monkeypatch.setattr(_read_triton, "_start", interpret)
+    monkeypatch.setattr(_read_triton, "ON_GPU", INTERPRETED)
     monkeypatch.setattr(_read_triton, "target", lambda: INTERPRETER)
-    monkeypatch.setattr(_read_triton, "_current", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
     monkeypatch.setattr(_read_triton, "_launches", {})
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     return compiled

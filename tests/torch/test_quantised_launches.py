@@ -1,16 +1,12 @@
 """Launches of quantised writes and reads, interpreted in the place of a GPU."""
 
-from contextlib import nullcontext
-
 import numpy as np
 import pytest
 import torch
 
 from kvcore.oracle import read as reference_attention
-from kvcore.plan.kernel import INTERPRETER
-from kvcore.run import interpreter
-from kvcore.run.compiler import kernel_function
 from tests.cases.arrays import DTYPES, from_torch, random_bits, random_normal, run_oracle, to_torch, with_case
+from tests.cases.launches import OnHost
 from tests.cases.reads import make_read, oracle
 from tests.cases.torch_compile import assert_bits, assert_no_copies, compiled_code, compiler  # noqa: F401
 from tests.cases.torch_ops import attention_arguments, gather_arguments
@@ -22,30 +18,8 @@ from torchkv._triton import write as _triton
 
 @pytest.fixture
 def launched(monkeypatch):
-    """Launches on CPU tensors: what would be compiled is interpreted. Gives what was compiled."""
-    compiled = []
-
-    def load(kernel, pointees, aligned):
-        compiled.append(kernel)
-        return kernel, pointees
-
-    def start(loaded, grid, device, arguments):
-        kernel, pointees = loaded
-        names = kernel_function(kernel).arg_names[: len(arguments)]
-        pointers = [
-            interpreter.Pointer(a, pointees[name]) if pointees.get(name) not in (None, "scalar") else a
-            for name, a in zip(names, arguments, strict=True)
-        ]
-        interpreter.run(kernel, grid, pointers)
-
-    for module in (_triton, _read_triton):
-        monkeypatch.setattr(module, "load", load)
-        monkeypatch.setattr(module, "start", start)
-        monkeypatch.setattr(module, "target", lambda: INTERPRETER)
-        monkeypatch.setattr(module, "_launches", {})
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
-    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
-    return compiled
+    """What was compiled."""
+    return OnHost(monkeypatch).compiled
 
 
 def call_of(case, memory, k_scale=None, v_scale=None):

@@ -140,7 +140,7 @@ def test_both_launchers_pass_the_same_arguments(monkeypatch, name):
         compile_kernel(kernel, H100, pointees, aligned)  # raises where an argument lacks a type
         return kernel
 
-    def start(kernel, grid, device, arguments):
+    def start(kernel, grid, arguments):
         launched["torch"] = kernel, grid, list(arguments)
 
     def launch(kernel, grid, arguments, target):

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.library import Library
 
 from kvcore.contract.checks import no_interpreter_error, no_triton_error
-from torchkv._arguments import explain
+from torchkv._arguments import explain, refuse_gradients
 
 LIBRARY = Library("torchkv", "DEF")
 
@@ -30,19 +30,17 @@ class Launches(Protocol):
 
 @dataclass(slots=True)
 class Backends:
-    """What carries out an op, for each backend.
+    """What carries out an op where no kernel is launched.
 
-    All but `triton` get a call and what the contract has said of it. They return the op's results: tensors that the
-    call brings for them, new ones, or None where the op has none.
+    All get a call and what the contract has said of it. They return the op's results: tensors that the call brings for
+    them, new ones, or None where the op has none.
 
     Attributes:
-        triton: Makes what launches an op's kernels.
         interpret: Runs the kernels in Triton's interpreter, on CPU tensors.
         torch: Computes with torch's own operations.
         fake: Makes tensors like the results, without values.
     """
 
-    triton: Callable[[], Launches]
     interpret: Callable[[Any, Any], Any]
     torch: Callable[[Any, Any], Any]
     fake: Callable[[Any, Any], Any]
@@ -53,13 +51,14 @@ Rule = Callable[[Any, int, Sequence[Any], Sequence[Any]], Any]
 arguments."""
 
 
-def define(schema: str, call_of: Callable[..., Any], backends: Backends, vmap: Rule) -> Any:
+def define(schema: str, call_of: Callable[..., Any], launches: Launches, backends: Backends, vmap: Rule) -> Any:
     """Defines an op.
 
     Args:
         schema: Its name, parameters and results.
         call_of: Makes one of the calls of `torchkv._call` of the op's arguments.
-        backends: What carries it out.
+        launches: What launches its kernels, for this op alone.
+        backends: What carries it out where none is launched.
         vmap: Its rule for vmap, which returns what `torch.library.register_vmap` asks for.
 
     Returns:
@@ -68,11 +67,11 @@ def define(schema: str, call_of: Callable[..., Any], backends: Backends, vmap: R
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     op = getattr(torch.ops.torchkv, name).default
-    written, returns, launches = _written(op), bool(op._schema.returns), backends.triton()
+    written, returns = _written(op), bool(op._schema.returns)
+    defaults = [parameter.default_value for parameter in op._schema.arguments]
 
     def mark(args: Sequence[Any]) -> None:
-        if written:
-            _mark_changed([args[i] for i in written if args[i] is not None])
+        _mark_changed([args[i] for i in written if args[i] is not None])
 
     def again(args: Sequence[Any]) -> Any:
         results = launches.again(args)
@@ -81,6 +80,7 @@ def define(schema: str, call_of: Callable[..., Any], backends: Backends, vmap: R
         return results
 
     def on_gpu(*args: Any) -> Any:
+        args = (*args, *defaults[len(args) :])  # the dispatcher leaves out what equals its default, at the end
         results = again(args)
         if results is not None:
             return results if returns else None
@@ -145,6 +145,26 @@ def call(op: Any, arguments: Sequence[Any]) -> Any:
     except (RuntimeError, AttributeError):
         explain(op, arguments)
         raise
+
+
+def call_without_gradients(op: Any, arguments: Sequence[Any], name: str, tensors: Sequence[Any]) -> Any:
+    """As `call`, of an op that is not differentiable.
+
+    Args:
+        op: The op.
+        arguments: Its arguments.
+        name: The public function's.
+        tensors: Those whose gradients would be lost.
+
+    Raises:
+        NotImplementedError: grad mode is on, and a tensor requires gradients.
+        TypeError: an argument is of a wrong type.
+    """
+    results = call_again(op, arguments)
+    if results is not None:
+        return results
+    refuse_gradients(name, *tensors)
+    return call(op, arguments)
 
 
 def call_again(op: Any, arguments: Sequence[Any]) -> Any:

@@ -29,20 +29,6 @@ _GATHER = (
 )
 
 
-class _Launches:
-    """Launches that describe the tensors of every call."""
-
-    def __init__(self, launch: Any) -> None:
-        self._launch = launch
-
-    def first(self, call: Any, arguments: Sequence[Any]) -> Any:
-        """Launches a call."""
-        return self._launch(call)
-
-    def again(self, arguments: Sequence[Any]) -> Any:
-        """None: no call is known again."""
-
-
 # ---- attention
 
 
@@ -128,26 +114,34 @@ def _refuse_gradients_of(op: Any, args: Sequence[Any]) -> None:
     refuse_gradients(op._schema.name.removeprefix("torchkv::"), *tensors)
 
 
-_ATTENTION_BACKENDS = Backends(
-    lambda: _Launches(triton_read.attention), triton_read.interpret_attention, _attention_in_torch, _attention_fake
-)
-_GATHER_BACKENDS = Backends(
-    lambda: _Launches(triton_read.gather), triton_read.interpret_gather, _gather_in_torch, _gather_fake
-)
+_ATTENTION_BACKENDS = Backends(triton_read.interpret_attention, _attention_in_torch, _attention_fake)
+_GATHER_BACKENDS = Backends(triton_read.interpret_gather, _gather_in_torch, _gather_fake)
 
 attention = define(
-    f"paged_attention({_ATTENTION}) -> (Tensor, Tensor)", _attention_call, _ATTENTION_BACKENDS, _one_by_one
+    f"paged_attention({_ATTENTION}) -> (Tensor, Tensor)",
+    _attention_call,
+    triton_read.attention_launches(),
+    _ATTENTION_BACKENDS,
+    _one_by_one,
 )
 attention_out = define(
     f"paged_attention_out(Tensor(a!) out, Tensor(b!) lse, {_ATTENTION}) -> ()",
     _attention_out_call,
+    triton_read.attention_out_launches(),
     _ATTENTION_BACKENDS,
     _one_by_one_out,
 )
-gather = define(f"gather_kv({_GATHER}) -> (Tensor, Tensor)", _gather_call, _GATHER_BACKENDS, _one_by_one)
+gather = define(
+    f"gather_kv({_GATHER}) -> (Tensor, Tensor)",
+    _gather_call,
+    triton_read.gather_launches(),
+    _GATHER_BACKENDS,
+    _one_by_one,
+)
 gather_out = define(
     f"gather_kv_out(Tensor(a!) key, Tensor(b!) value, {_GATHER}) -> ()",
     _gather_out_call,
+    triton_read.gather_out_launches(),
     _GATHER_BACKENDS,
     _one_by_one_out,
 )

@@ -77,10 +77,7 @@ def _fake(rope: Rope, call: RopeCall) -> Tensor:
     return call.result()
 
 
-def _backends(gives: bool) -> Backends:
-    return Backends(
-        lambda: triton_rope.Ropes(gives), triton_rope.interpret_rope, torch_rope.rope_and_cache, _fake
-    )  # fmt: skip
+_BACKENDS = Backends(triton_rope.interpret_rope, torch_rope.rope_and_cache, _fake)
 
 
 # ---- vmap
@@ -125,7 +122,17 @@ def _written(given: dict[str, Any]) -> list[str]:
     return [name for name in names if given[name] is not None]
 
 
-rope_and_cache = define(f"rope_and_cache(Tensor query, {_ARGUMENTS}) -> Tensor", _call, _backends(gives=True), _vmap)
+rope_and_cache = define(
+    f"rope_and_cache(Tensor query, {_ARGUMENTS}) -> Tensor",
+    _call,
+    triton_rope.Rotations(out=False),
+    _BACKENDS,
+    _vmap,
+)
 rope_and_cache_out = define(
-    f"rope_and_cache_out(Tensor(e!) out, Tensor? query, {_ARGUMENTS}) -> ()", _out_call, _backends(gives=False), _vmap
+    f"rope_and_cache_out(Tensor(e!) out, Tensor? query, {_ARGUMENTS}) -> ()",
+    _out_call,
+    triton_rope.Rotations(out=True),
+    _BACKENDS,
+    _vmap,
 )

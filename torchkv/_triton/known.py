@@ -44,24 +44,25 @@ class KnownCalls[Found]:
     """Calls of one op that were launched, and what is to be done again for those like them.
 
     Calls are alike if they agree in all arguments but the tensors, and if torch's dispatcher sees the same in the
-    tensors: dtype, shape, strides, device, and what modes and transforms make of them.
+    tensors: dtype, shape, strides, device, and what modes and transforms make of them. None requires gradients.
     """
 
     def __init__(self) -> None:
         self._kinds: dict[tuple[type, ...], _Kind] = {}
         self._count = 0
 
-    def find(self, arguments: Sequence[Any]) -> tuple[Found, tuple[Tensor, ...], list[int]] | None:
+    def find(self, arguments: Sequence[Any], *by_shape: int) -> tuple[Found, tuple[Tensor, ...], list[int]] | None:
         """What was found for a call like this one, the call's tensors, and their addresses; None for a new one.
 
         Args:
             arguments: Tensors, and numbers, strings and None.
+            by_shape: Tensors, by their place among the tensors, whose shapes differ from call to call.
         """
         kind = self._kinds.get(tuple(map(type, arguments)))
         if kind is None:
             return None
         tensors = kind.tensors(arguments)
-        for alike, aligned, found in kind.entries.get(kind.options(arguments), ()):
+        for alike, aligned, found in kind.entries.get(_key(kind, arguments, tensors, by_shape), ()):
             if alike(*tensors):
                 addresses = [tensor.data_ptr() for tensor in tensors]
                 return None if reduce(or_, addresses[:aligned]) % 16 else (found, tensors, addresses)
@@ -71,18 +72,18 @@ class KnownCalls[Found]:
         self,
         arguments: Sequence[Any],
         find: Callable[[Sequence[Tensor]], Found],
+        by_shape: Sequence[int] = (),
         aligned: int | None = None,
         any_length: Collection[int] = (),
-        gradients: bool = False,
     ) -> None:
         """Remembers a call, unless it is one whose like has to be looked at by torch's dispatcher, or by us.
 
         Args:
             arguments: As for `find`. Without a tensor they are none.
             find: Makes what is to be done again, given the tensors among the arguments.
+            by_shape: As for `find`.
             aligned: How many of the tensors, from the first on, begin at multiples of 16; None for all.
             any_length: Tensors, by their place among the tensors, whose first axis may have another length.
-            gradients: Whether tensors may require gradients.
         """
         places = [isinstance(argument, Tensor) for argument in arguments]
         kind = _Kind(
@@ -93,11 +94,11 @@ class KnownCalls[Found]:
         tensors = kind.tensors(arguments)
         aligned = len(tensors) if aligned is None else aligned
         if (
-            any(type(t) not in _PLAIN or (t.requires_grad and not gradients) for t in tensors)
+            any(type(t) not in _PLAIN or t.requires_grad for t in tensors)
             or any(t.data_ptr() % 16 for t in tensors[:aligned])
             or len({*map(id, tensors)}) < len(tensors)  # the guards recognise no call that has a tensor twice
             or not _nothing_listens()
-            or self.find(arguments) is not None
+            or self.find(arguments, *by_shape) is not None
         ):
             return
         sizes: list[list[int | None]] = [list(t.shape) for t in tensors]
@@ -109,9 +110,22 @@ class KnownCalls[Found]:
         if self._count >= MOST_LAUNCHES:
             self._kinds, self._count = {}, 0
         entries = self._kinds.setdefault(tuple(map(type, arguments)), kind).entries
-        options = kind.options(arguments)
-        entries[options] = (_Entry(guards.check, aligned, find(tensors)), *entries.get(options, ()))[:_MOST_ALIKE]
+        key = _key(kind, arguments, tensors, by_shape)
+        entries[key] = (_Entry(guards.check, aligned, find(tensors)), *entries.get(key, ()))[:_MOST_ALIKE]
         self._count += 1
+
+
+def _key(kind: _Kind, arguments: Sequence[Any], tensors: Sequence[Tensor], by_shape: Sequence[int]) -> Any:
+    """What is looked up: arguments that are no tensors, and shapes."""
+    options = kind.options(arguments)
+    return (options, *[tensors[i].shape for i in by_shape]) if by_shape else options
+
+
+def distinct(arguments: Sequence[Any], k_scale: int) -> Sequence[Any]:
+    """Arguments, with a string for v_scale, which follows k_scale, where both are one tensor."""
+    if arguments[k_scale] is None or arguments[k_scale] is not arguments[k_scale + 1]:
+        return arguments
+    return (*arguments[: k_scale + 1], "k_scale", *arguments[k_scale + 2 :])
 
 
 def picker(arguments: Sequence[Any], tensors: Sequence[Tensor]) -> Callable[[Sequence[int]], tuple[Any, ...]]:

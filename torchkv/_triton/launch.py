@@ -1,13 +1,21 @@
 """Compiled kernels on torch's current device, started by integer pointers, past Triton's own launchers."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from kvcore.arrays import contiguous_strides
 from kvcore.plan.kernel import KernelPlan, Target
 from torchkv._arguments import dtype_name
+
+Grid = tuple[int, int, int]
+"""Programs along each axis."""
+
+Empty = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
+"""A tensor that is to be made: its shape, its strides, its dtype."""
 
 MOST_LAUNCHES = 4096
 """Launches that are remembered of each kind: shapes that never come back would fill the memory."""
@@ -20,6 +28,7 @@ class Kernel(NamedTuple):
         compiled: Triton's CompiledKernel, which holds the loaded binary.
         run: Triton's launcher.
         hooks: triton.knobs.runtime.
+        device: Index of the device that it is loaded on.
         constexprs: What stands for the compile-time arguments, which come last.
         launch: What the launcher calls, or itself: given a grid, a stream, `settings`, and the arguments.
         settings: What is between the stream and the arguments where no hook is set.
@@ -29,6 +38,7 @@ class Kernel(NamedTuple):
     compiled: Any
     run: Callable[..., None]
     hooks: Any
+    device: int
     constexprs: tuple[None, ...]
     launch: Callable[..., None]
     settings: tuple[Any, ...]
@@ -42,9 +52,10 @@ def load(kernel: KernelPlan, pointers: Mapping[str, str | None], aligned: frozen
     """Compiles for the current device, once. Arguments are those of `kvcore.run.compiler.compile_kernel`."""
     from kvcore.run.compiler import LOCK, compile_kernel, knobs, readable_errors, with_cache
 
+    device = torch.cuda.current_device()
     key = (
         kernel.module, kernel.name, kernel.num_warps, *kernel.constexprs.items(), *kernel.options.items(),
-        *pointers.items(), aligned, torch.cuda.current_device(),
+        *pointers.items(), aligned, device,
     )  # fmt: skip
     with LOCK:  # of threads that want the same, one compiles
         if key not in _kernels:
@@ -52,7 +63,7 @@ def load(kernel: KernelPlan, pointers: Mapping[str, str | None], aligned: frozen
             with readable_errors():
                 run = with_cache(lambda: compiled.run)  # loads it, and with older Tritons compiles a launcher
             constexprs = (None,) * len(kernel.constexprs)
-            _kernels[key] = Kernel(compiled, run, knobs.runtime, constexprs, *_launcher(compiled, run))
+            _kernels[key] = Kernel(compiled, run, knobs.runtime, device, constexprs, *_launcher(compiled, run))
         return _kernels[key]
 
 
@@ -72,10 +83,18 @@ def _launcher(compiled: Any, run: Any) -> tuple[Callable[..., None], tuple[Any, 
     return run.launch, (*settings, None, None, metadata, None, None, None), False
 
 
-def start(kernel: Kernel, grid: tuple[int, int, int], device: int, arguments: Sequence[Any]) -> None:
-    """Starts a kernel on the current stream. `device` is the current device's index, pointers are addresses."""
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a device current. A guard costs more than to ask whether it is needed."""
+    return _NO_GUARD if device.index == torch.cuda.current_device() else torch.cuda.device(device)
+
+
+_NO_GUARD = nullcontext()
+
+
+def start(kernel: Kernel, grid: Grid, arguments: Sequence[Any]) -> None:
+    """Starts a kernel on the current stream of its device, which is the current one. Pointers are addresses."""
     arguments = (*arguments, *kernel.constexprs)
-    stream = torch._C._cuda_getCurrentRawStream(device)
+    stream = torch._C._cuda_getCurrentRawStream(kernel.device)
     enter, leave = kernel.hooks.launch_enter_hook, kernel.hooks.launch_exit_hook
     if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a profiler listens
         compiled = kernel.compiled
@@ -98,7 +117,7 @@ def target() -> Target:
     return Target(gpu.backend, gpu.arch, gpu.warp_size)
 
 
-def interpret(kernel: KernelPlan, grid: tuple[int, int, int], arguments: Sequence[Any]) -> None:
+def interpret(kernel: KernelPlan, grid: Grid, arguments: Sequence[Any]) -> None:
     """Runs a kernel in Triton's interpreter, on the memory of CPU tensors."""
     from kvcore.run import interpreter
 
@@ -108,6 +127,34 @@ def interpret(kernel: KernelPlan, grid: tuple[int, int, int], arguments: Sequenc
         return interpreter.Pointer(argument.data_ptr(), dtype_name(argument))
 
     interpreter.run(kernel, grid, list(map(pointer, arguments)))
+
+
+class Runner(NamedTuple):
+    """How kernels are run that have results.
+
+    Attributes:
+        start: Starts a kernel: given what was loaded, a grid, and arguments.
+        empty: Makes a tensor, given its `Empty`.
+        address: What a kernel gets for a tensor.
+    """
+
+    start: Callable[[Any, Grid, Sequence[Any]], None]
+    empty: Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor]
+    address: Callable[[Tensor], Any]
+
+
+def _empty_on_host(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty_strided(shape, strides, dtype=dtype, device="cpu")
+
+
+# What inductor makes tensors with, on the current device: torch's own functions take twice the time.
+ON_GPU = Runner(start, torch._C._dynamo.guards._empty_strided_cuda, Tensor.data_ptr)
+INTERPRETED = Runner(interpret, _empty_on_host, lambda tensor: tensor)
+
+
+def empty(shape: Sequence[int], dtype: str) -> Empty:
+    """A contiguous tensor that is to be made."""
+    return tuple(shape), contiguous_strides(shape), getattr(torch, dtype)
 
 
 def signature(tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:

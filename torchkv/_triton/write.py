@@ -19,7 +19,7 @@ from kvcore.plan.kernel import INTERPRETER
 from torchkv._call import WriteCall, layer_of
 from torchkv._memory import check_apart, span
 from torchkv._triton.known import KnownCalls, picker
-from torchkv._triton.launch import MOST_LAUNCHES, Kernel, aligned_pointers, interpret, load, pointees, start, target
+from torchkv._triton.launch import MOST_LAUNCHES, Kernel, aligned_pointers, interpret, load, on, pointees, start, target
 
 
 class _Pair(NamedTuple):
@@ -73,12 +73,8 @@ class _Launch:
         if num_tokens == 0:
             return
         arguments = (*pointers, num_tokens, self.num_slots, self.num_layers)
-        grid, index = self.plan.grid(num_tokens), self.device.index
-        if index == torch.cuda.current_device():  # a guard costs more than the question whether it is needed
-            start(self.kernel, grid, index, arguments)
-        else:
-            with torch.cuda.device(self.device):
-                start(self.kernel, grid, index, arguments)
+        with on(self.device):
+            start(self.kernel, self.plan.grid(num_tokens), arguments)
 
 
 _launches: dict[tuple[Any, ...], _Launch] = {}
