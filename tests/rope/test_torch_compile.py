@@ -22,9 +22,13 @@ WAYS = ["new", "out", "in place"]
 
 
 def plain(call):
-    """The call, with caches of zeros: opcheck compares values, and finds NaN unequal to itself."""
+    """The call without NaN: opcheck compares values, and finds NaN unequal to itself."""
     for cache in call.caches:
         cache[...] = 0
+    call.query, call.key, call.value = (
+        np.nan_to_num(x.astype(np.float32), nan=1).clip(-9, 9).astype(x.dtype)
+        for x in (call.query, call.key, call.value)
+    )
     return call
 
 
@@ -33,11 +37,6 @@ def plain(call):
 def test_opcheck(name, way):
     call = plain(BY_NAME[name].make())
     caches, more = caches_of(call), {}
-    if name == "mrope":  # whose case has NaN
-        call.query, call.key = (x.astype("float32").clip(-9, 9).astype(x.dtype) for x in (call.query, call.key))
-        call.query, call.key = ((x == x) * x for x in (call.query, call.key))
-        call.query[call.query != call.query] = call.key[call.key != call.key] = 0
-        call.value[...] = 1
     op = _library.rope_and_cache
     if way != "new":
         op, more = _library.rope_and_cache_out, {"out": torch.zeros_like(to_torch(call.query))}
@@ -121,10 +120,10 @@ def test_compiled_with_slices_of_a_projection_and_views_of_a_cache(way):
     assert kv.data_ptr() == address
     if way == "in place":
         assert_same([qkv[:, :128].unflatten(1, (8, 16))], want[:1])
-        assert torch.equal(qkv[:, 128:], before[:, 128:])
+        assert torch.equal(qkv[:, 128:].view(torch.int16), before[:, 128:].view(torch.int16))
     else:
         assert_same([torch.compile(step, fullgraph=True)(qkv, kv, *rest)], want[:1])
-        assert torch.equal(qkv, before)
+        assert torch.equal(qkv.view(torch.int16), before.view(torch.int16))
 
 
 @pytest.mark.usefixtures("compiler")
