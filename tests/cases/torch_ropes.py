@@ -1,6 +1,7 @@
 """Calls of torchkv.rope_and_cache that tests share."""
 
 import numpy as np
+import torch
 
 import torchkv
 from tests.cases.arrays import bits, from_torch, to_torch
@@ -44,7 +45,7 @@ def op_arguments(call, op, caches, **more):
     layout, layer = options.pop("layout"), options.pop("layer")
     for name in ("k_scale", "v_scale"):
         if isinstance(options[name], float):
-            options[name] = to_torch(np.float32(options[name]))
+            options[name] = torch.tensor(options[name])
     names = ["key_cache", *(["value_cache"] if len(caches) % 2 == 0 else [])]
     names += ["k_scale_cache", "v_scale_cache"][: len(caches) - len(names)]
     given = {name: fresh(getattr(call, name)) for name in ("query", "key", "value", "positions", "cos_sin")}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.utils import _pytree as pytree
 
 from kvcore.contract.rope import Rope
 from torchkv._arguments import refuse_gradients
@@ -100,7 +101,8 @@ def _vmap(op: Any, batch_size: int, in_dims: Sequence[Any], args: Sequence[Any])
             raise ValueError("vmap must map the tensors that are given for results")
         call_each(op, batch_size, in_dims, args)
         return None, None
-    if any(caches_mapped) or any(dims[name] is not None for name in names if name not in _TOKENS):
+    shared = [dim for name, dim in dims.items() if name not in _TOKENS]
+    if any(caches_mapped) or any(dim is not None for dim in pytree.tree_leaves(shared)):
         return torch.stack(call_each(op, batch_size, in_dims, args)), 0
     rows = [
         given[name].expand(batch_size, *given[name].shape) if dims[name] is None else given[name].movedim(dims[name], 0)

@@ -144,7 +144,7 @@ def _empty_on_host(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torc
 
 
 # What inductor makes tensors with, on the current device: torch's own functions take twice the time.
-ON_GPU = Runner(start, torch._C._dynamo.guards._empty_strided_cuda, Tensor.data_ptr)
+ON_GPU = Runner(start, torch._C._dynamo.guards._empty_strided_cuda, Tensor.data_ptr)  # type: ignore
 INTERPRETED = Runner(interpret, _empty_on_host, lambda tensor: tensor)
 
 
