@@ -37,6 +37,17 @@ def pytest_xdist_auto_num_workers(config):
 
 
 @pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item):
+    """torch keeps the memory that large tests took, and the suite's other processes have none of it."""
+    result = yield
+    if item.get_closest_marker("xdist_group"):
+        import torch
+
+        torch.cuda.empty_cache()
+    return result
+
+
+@pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem):
     """Without a GPU, a test of kernels that got to its end has run all but them: it counts as skipped."""
     result = yield

@@ -53,7 +53,7 @@ def test_heads_beyond_32_bits(pattern, kv_cache_dtype):
     stored, layout = KV_CACHE_DTYPES[kv_cache_dtype], CacheLayout.of(pattern)
     units = stored_size(stored, 128)
     dtype = torch.bfloat16 if stored is None else torch.uint8
-    apart = 2**32 if pattern == "PALLAS" else 2**27  # times its 127 elements
+    apart = 2**32 if pattern == "PALLAS" else 2**25 + 2**19  # which 127 elements make more than 2³² of
     far = apart // (16 * (units if pattern == "PALLAS" else 1) * dtype.itemsize) + 64 if HAS_GPU else 64
     key, value = torch.randn((2, 32, 2, 128), device=DEVICE, dtype=torch.bfloat16)
     query = torch.randn((1, 4, 128), device=DEVICE, dtype=torch.bfloat16)
