@@ -117,7 +117,7 @@ class _Known(NamedTuple):
     """What is done again for calls that are alike.
 
     Attributes:
-        launches: What is launched: for few tokens, and for many.
+        launches: What is launched, by the class of the number of tokens.
         pointers: Makes the kernel's pointer arguments of the addresses of a call's tensors.
         rows: Where query, key, value and out are among the tensors.
         positions: Where positions are.
@@ -126,7 +126,7 @@ class _Known(NamedTuple):
         mark: Tells autograd what was changed.
     """
 
-    launches: dict[bool, _Launch]
+    launches: dict[int, _Launch]
     pointers: Callable[[Sequence[int]], tuple[int | None, ...]]
     rows: list[int]
     positions: int
@@ -146,11 +146,11 @@ class Ropes:
     def first(self, call: RopeCall, arguments: Sequence[Any]) -> Tensor:
         """Launches a call, and remembers it by the op's arguments."""
         launch, result = rope_and_cache(call)
-        many = call.query.shape[0] >= plan_rope.MANY_TOKENS
+        batch = plan_rope.batch_class(call.query.shape[0])
         arguments = self._hashable(arguments)
         found = self._known.find(arguments)
         if found is not None:
-            found[0].launches[many] = launch
+            found[0].launches[batch] = launch
         elif not (call.in_place and arguments[1] is not None):  # else out is query by its address only
             tensors, weights, written = _tensors(call), (call.q_norm, call.k_norm), call.write.written
             new = empty(call.query.shape, dtype_name(call.query)) if self._gives else None
@@ -162,7 +162,7 @@ class Ropes:
                 pointers = picker(_pointers(launch.described, call), tensors)
                 changed = [places[id(cache)] for cache in written] + [0] * (not self._gives)
                 mark = marker(tensors, changed)
-                return _Known({many: launch}, pointers, rows, positions, slots, new, mark)
+                return _Known({batch: launch}, pointers, rows, positions, slots, new, mark)
 
             # The kernel does not depend on the addresses of scales and layer, nor on the numbers of tokens.
             aligned = slots + 1 + sum(tensor is not None for tensor in weights)
@@ -178,7 +178,7 @@ class Ropes:
         (launches, pointers, rows, positions, slots, new, mark), tensors, addresses = found
         first = tensors[0]
         num_tokens, num_written = first.shape[0], tensors[slots].shape[0]
-        launch = launches.get(num_tokens >= plan_rope.MANY_TOKENS)
+        launch = launches.get(plan_rope.batch_class(num_tokens))
         if (
             launch is None
             or not num_written <= num_tokens == tensors[positions].shape[-1]
@@ -216,7 +216,7 @@ def rope_and_cache(call: RopeCall) -> tuple[_Launch, Tensor]:
         positions.dtype, positions.shape[:-1], positions.stride(), positions.device,
         slot_mapping.dtype, slot_mapping.dim(), slot_mapping.stride(), slot_mapping.device,
         call.rope, call.rotary_dim, call.mrope_section and tuple(call.mrope_section), call.eps, in_place,
-        num_tokens >= plan_rope.MANY_TOKENS,
+        plan_rope.batch_class(num_tokens),
         len(write.caches), write.kv_cache_dtype, write.layout, write.scale_layout, write.layer is None,
         *[address % 16 == 0 for address in addresses], write.caches[0].data_ptr() % 4,
     )  # fmt: skip
