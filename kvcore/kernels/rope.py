@@ -259,7 +259,7 @@ def rope_and_cache_kernel(
     if K.num_heads % ROWS == 0:
         programs = num_written * (K.num_heads // ROWS)
     else:
-        programs = ((num_written.to(tl.int64) * K.num_heads + (ROWS - 1)) // ROWS).to(tl.int32)
+        programs = ((tl.cast(num_written, tl.int64) * K.num_heads + (ROWS - 1)) // ROWS).to(tl.int32)
     if program < programs:
         _write_side(
             key_ptr, key_cache_ptr, k_scale_cache_ptr, positions_ptr, cos_sin_ptr, slot_mapping_ptr, k_norm_ptr,
