@@ -216,8 +216,14 @@ def _tile(call: Rope, target: Target, width: int) -> tuple[int, int, dict[str, A
     if batch < 2:
         # Given 64 registers, ptxas loads all that a thread needs before it uses the first; by itself it keeps to 32.
         return 512, 2, {"maxnreg": 64} if target.backend == "cuda" and width <= 512 else {}
-    busy = call.q_norm is not None or call.k_norm is not None or call.write.cache.format.name not in FLOATS
-    return 1024, 2 if busy else 1, {}  # many elements a thread, which shares among them what is known of their rows
+    cache = call.write.cache
+    if call.q_norm is not None or call.k_norm is not None:
+        warps = 4
+    elif cache.scales is not None:
+        warps = 1  # so that a warp has many elements of a row, whose largest is wanted
+    else:
+        warps = 2 if cache.format.name in FLOATS else 4
+    return 1024, warps, {}
 
 
 def _stride(spec: ArraySpec | None) -> int:
