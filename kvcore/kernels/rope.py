@@ -55,8 +55,25 @@ def _find_positions(positions_ptr, token, in_batch, pair, max_position, ROTARY: 
 
 
 @triton.jit
+def _repeat(x, ROWS: tl.constexpr):
+    """Rows, `[loaded, runs, RUN]`, over and over, as `[ROWS, runs, RUN]`."""
+    LOADED: tl.constexpr = x.shape[0]
+    RUNS: tl.constexpr = x.shape[1]
+    RUN: tl.constexpr = x.shape[2]
+    return tl.reshape(tl.broadcast_to(x[None, :, :, :], [ROWS // LOADED, LOADED, RUNS, RUN]), [ROWS, RUNS, RUN])
+
+
+@triton.jit
 def _load_angles(
-    positions_ptr, cos_sin_ptr, token, in_batch, pair, max_position, ROTARY: tl.constexpr, ROWS: tl.constexpr
+    positions_ptr,
+    cos_sin_ptr,
+    token,
+    in_batch,
+    pair,
+    max_position,
+    ROTARY: tl.constexpr,
+    ROWS: tl.constexpr,
+    SHARED: tl.constexpr,
 ):
     """Cosines and sines of tokens for pairs, `[ROWS, runs, RUN]`, and whether the table has those of a token, `[ROWS]`.
 
@@ -72,22 +89,23 @@ def _load_angles(
     else:
         position = tl.reshape(position, [position.shape[0], RUNS, RUN])
     offset = position * ROTARY.row_stride + (pair * ROTARY.column_stride)[None, :, :]
-    angle_ptr = cos_sin_ptr + tl.broadcast_to(offset, [ROWS, RUNS, RUN])  # of one token, too, for all rows
+    LOADED: tl.constexpr = SHARED if position.shape[0] == 1 else ROWS
+    angle_ptr = cos_sin_ptr + tl.broadcast_to(offset, [LOADED, RUNS, RUN])
     mask = exists[:, None, None] & ((pair >= 0) & (pair < ROTARY.dim // 2))[None, :, :]
     cosine = tl.load(angle_ptr, mask=mask, other=0)
     sine = tl.load(angle_ptr + (ROTARY.dim // 2) * ROTARY.column_stride, mask=mask, other=0)
-    return widen(cosine), widen(sine), exists
+    return _repeat(widen(cosine), ROWS), _repeat(widen(sine), ROWS), exists
 
 
 @triton.jit
-def _load_weights(norm_ptr, element, in_head, NORM_STRIDE: tl.constexpr, ROWS: tl.constexpr):
+def _load_weights(norm_ptr, element, in_head, NORM_STRIDE: tl.constexpr, ROWS: tl.constexpr, SHARED: tl.constexpr):
     """The norm's weights of elements, `[runs, RUN]`, as `[ROWS, runs, RUN]`.
 
     For all rows, although they are the same: so they need not go from the threads of one row to all others.
     """
-    SHAPE: tl.constexpr = [ROWS, element.shape[0], element.shape[1]]
+    SHAPE: tl.constexpr = [SHARED, element.shape[0], element.shape[1]]
     weight_ptr = norm_ptr + tl.broadcast_to((element * NORM_STRIDE)[None, :, :], SHAPE)
-    return widen(tl.load(weight_ptr, mask=in_head[None, :, :], other=0))
+    return _repeat(widen(tl.load(weight_ptr, mask=in_head[None, :, :], other=0)), ROWS)
 
 
 @triton.jit
@@ -110,6 +128,7 @@ def _load_rotated(
     HALF: tl.constexpr = ROTARY.dim // 2
     HALVES: tl.constexpr = ROTATES and not ROTARY.interleaved
     RUN: tl.constexpr = ROTARY.run if HALVES else WIDTH
+    SHARED: tl.constexpr = min(ROWS, max(1, ROTARY.at_once // WIDTH))  # rows that threads load at a time
     x, in_head = load_rows(array_ptr, token, head, in_batch, R)
     x = widen(x)
     run = tl.arange(0, WIDTH // RUN)[:, None]
@@ -120,7 +139,7 @@ def _load_rotated(
     if norm_ptr is not None:
         element = run * RUN + within
         in_run = element < R.head_units * R.elements_per_unit
-        weight = tl.reshape(_load_weights(norm_ptr, element, in_run, NORM_STRIDE, ROWS), [ROWS, WIDTH])
+        weight = tl.reshape(_load_weights(norm_ptr, element, in_run, NORM_STRIDE, ROWS, SHARED), [ROWS, WIDTH])
     if HALVES:
         offset = other.to(tl.int64) if R.wide else other
         y = tl.load(
@@ -130,16 +149,16 @@ def _load_rotated(
         )
         y = tl.reshape(widen(y), [ROWS, WIDTH])
         if norm_ptr is not None:
-            other_weight = tl.reshape(_load_weights(norm_ptr, other, turns, NORM_STRIDE, ROWS), [ROWS, WIDTH])
+            other_weight = tl.reshape(_load_weights(norm_ptr, other, turns, NORM_STRIDE, ROWS, SHARED), [ROWS, WIDTH])
         pair = (run + (first - 1) * (HALF // RUN)) * RUN + within
         cosine, sine, exists = _load_angles(
-            positions_ptr, cos_sin_ptr, token, in_batch, pair, max_position, ROTARY, ROWS
+            positions_ptr, cos_sin_ptr, token, in_batch, pair, max_position, ROTARY, ROWS, SHARED
         )
         cosine, sine = tl.reshape(cosine, [ROWS, WIDTH]), tl.reshape(sine, [ROWS, WIDTH])
     elif ROTATES:
         pair = tl.arange(0, WIDTH // 2)[None, :]
         cosine, sine, exists = _load_angles(
-            positions_ptr, cos_sin_ptr, token, in_batch, pair, max_position, ROTARY, ROWS
+            positions_ptr, cos_sin_ptr, token, in_batch, pair, max_position, ROTARY, ROWS, SHARED
         )
         cosine, sine = tl.reshape(cosine, [ROWS, WIDTH // 2]), tl.reshape(sine, [ROWS, WIDTH // 2])
 

@@ -46,6 +46,7 @@ class Rotary(NamedTuple):
     row_stride: int  # cos_sin: [max_position, dim]
     column_stride: int
     eps: float  # of the norm
+    at_once: int  # elements that a program's threads load at a time, in a power of two
 
 
 POINTERS = (
@@ -190,6 +191,7 @@ def plan_rope(
                 row_stride=call.cos_sin.steps[0],
                 column_stride=call.cos_sin.steps[1],
                 eps=call.options.eps,
+                at_once=warps * target.warp_size * 128 // FLOATS[call.query.dtype].bits,
             ),
             "LATENT": call.latent,
             "Q_NORM_STRIDE": _stride(call.q_norm),
@@ -216,14 +218,7 @@ def _tile(call: Rope, target: Target, width: int) -> tuple[int, int, dict[str, A
     if batch < 2:
         # Given 64 registers, ptxas loads all that a thread needs before it uses the first; by itself it keeps to 32.
         return 512, 2, {"maxnreg": 64} if target.backend == "cuda" and width <= 512 else {}
-    cache = call.write.cache
-    if call.q_norm is not None or call.k_norm is not None:
-        warps = 4
-    elif cache.scales is not None:
-        warps = 1  # so that a warp has many elements of a row, whose largest is wanted
-    else:
-        warps = 2 if cache.format.name in FLOATS else 4
-    return 1024, warps, {}
+    return 1024, 1, {}  # many rows a thread, which loads angles and weights once for all of them
 
 
 def _stride(spec: ArraySpec | None) -> int:
