@@ -56,7 +56,11 @@ def _find_positions(positions_ptr, token, in_batch, pair, max_position, ROTARY: 
 
 @triton.jit
 def _repeat(x, ROWS: tl.constexpr):
-    """Rows, `[loaded, runs, RUN]`, over and over, as `[ROWS, runs, RUN]`."""
+    """Rows, `[loaded, runs, RUN]`, over and over, as `[ROWS, runs, RUN]`.
+
+    What rows have in common is loaded for as many as a program's threads take at a time (SHARED): the others are in the
+    same threads, in registers beside those, and from one row's threads nothing need go to another's.
+    """
     LOADED: tl.constexpr = x.shape[0]
     RUNS: tl.constexpr = x.shape[1]
     RUN: tl.constexpr = x.shape[2]
@@ -65,16 +69,9 @@ def _repeat(x, ROWS: tl.constexpr):
 
 @triton.jit
 def _load_angles(
-    positions_ptr,
-    cos_sin_ptr,
-    token,
-    in_batch,
-    pair,
-    max_position,
-    ROTARY: tl.constexpr,
-    ROWS: tl.constexpr,
+    positions_ptr, cos_sin_ptr, token, in_batch, pair, max_position, ROTARY: tl.constexpr, ROWS: tl.constexpr,
     SHARED: tl.constexpr,
-):
+):  # fmt: skip
     """Cosines and sines of tokens for pairs, `[ROWS, runs, RUN]`, and whether the table has those of a token, `[ROWS]`.
 
     `pair` is `[runs, RUN]`. Pairs outside the rotation have none.
@@ -99,10 +96,7 @@ def _load_angles(
 
 @triton.jit
 def _load_weights(norm_ptr, element, in_head, NORM_STRIDE: tl.constexpr, ROWS: tl.constexpr, SHARED: tl.constexpr):
-    """The norm's weights of elements, `[runs, RUN]`, as `[ROWS, runs, RUN]`.
-
-    For all rows, although they are the same: so they need not go from the threads of one row to all others.
-    """
+    """The norm's weights of elements, `[runs, RUN]`, as `[ROWS, runs, RUN]`."""
     SHAPE: tl.constexpr = [SHARED, element.shape[0], element.shape[1]]
     weight_ptr = norm_ptr + tl.broadcast_to((element * NORM_STRIDE)[None, :, :], SHAPE)
     return _repeat(widen(tl.load(weight_ptr, mask=in_head[None, :, :], other=0)), ROWS)
