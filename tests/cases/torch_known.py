@@ -21,10 +21,10 @@ def ops():
         (write.mla, write._mla_call),
     ):
         yield op, call_of, _write.Writes(), write._BACKENDS
-    yield read.attention, read._attention_call, _attention.launches(results=False), read._ATTENTION_BACKENDS
-    yield read.attention_out, read._attention_out_call, _attention.launches(results=True), read._ATTENTION_BACKENDS
-    yield read.gather, read._gather_call, _gather.launches(results=False), read._GATHER_BACKENDS
-    yield read.gather_out, read._gather_out_call, _gather.launches(results=True), read._GATHER_BACKENDS
+    yield read.attention, read._attention_call, _attention.Attentions(results=False), read._ATTENTION_BACKENDS
+    yield read.attention_out, read._attention_out_call, _attention.Attentions(results=True), read._ATTENTION_BACKENDS
+    yield read.gather, read._gather_call, _gather.Gathers(results=False), read._GATHER_BACKENDS
+    yield read.gather_out, read._gather_out_call, _gather.Gathers(results=True), read._GATHER_BACKENDS
     yield rope.rope_and_cache, rope._call, _rope.Ropes(gives=True), rope._BACKENDS
     yield rope.rope_and_cache_out, rope._out_call, _rope.Ropes(gives=False), rope._BACKENDS
 

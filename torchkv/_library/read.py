@@ -121,28 +121,28 @@ _GATHER_BACKENDS = Backends(triton_gather.interpret_gather, _gather_in_torch, _g
 attention = define(
     f"paged_attention({_ATTENTION}) -> (Tensor, Tensor)",
     _attention_call,
-    triton_attention.launches(results=False),
+    triton_attention.Attentions(results=False),
     _ATTENTION_BACKENDS,
     _one_by_one,
 )
 attention_out = define(
     f"paged_attention_out(Tensor(a!) out, Tensor(b!) lse, {_ATTENTION}) -> ()",
     _attention_out_call,
-    triton_attention.launches(results=True),
+    triton_attention.Attentions(results=True),
     _ATTENTION_BACKENDS,
     _one_by_one_out,
 )
 gather = define(
     f"gather_kv({_GATHER}) -> (Tensor, Tensor)",
     _gather_call,
-    triton_gather.launches(results=False),
+    triton_gather.Gathers(results=False),
     _GATHER_BACKENDS,
     _one_by_one,
 )
 gather_out = define(
     f"gather_kv_out(Tensor(a!) key, Tensor(b!) value, {_GATHER}) -> ()",
     _gather_out_call,
-    triton_gather.launches(results=True),
+    triton_gather.Gathers(results=True),
     _GATHER_BACKENDS,
     _one_by_one_out,
 )
