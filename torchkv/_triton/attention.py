@@ -1,17 +1,16 @@
-"""Compile and launch the kernels of `paged_attention` on CUDA and ROCm tensors, and interpret them on CPU tensors."""
+"""The kernels of `paged_attention`: how they are prepared and run."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from kvcore.contract.read import Attention
 from kvcore.plan import attention as plan_attention
-from kvcore.plan.kernel import INTERPRETER
+from kvcore.plan.kernel import Target
 from torchkv._arguments import dtype_name
 from torchkv._call import AttentionCall, Results, layer_of
-from torchkv._triton.launch import INTERPRETED, Empty, Runner, aligned_pointers, empty, load, pointees, target
+from torchkv._triton.launch import Empty, Load, Runner, aligned_pointers, empty, pointees
 from torchkv._triton.launches import Launch
 from torchkv._triton.read import Reads
 
@@ -67,55 +66,39 @@ class Attentions(Reads[AttentionKernels]):
     fields = AttentionCall._fields[:-1]
 
     def pointers(self, described: Attention, call: AttentionCall) -> list[Any]:
-        return _pointers(described, call)
+        return plan_attention.arguments(
+            described, call.query, call.caches, call.block_tables, call.seq_lens, call.query_start_loc, call.sinks,
+            call.k_scale, call.v_scale, layer_of(call),
+        )  # fmt: skip
 
-    def prepare(self, call: AttentionCall, described: Attention) -> Launch[AttentionKernels]:
-        with torch.cuda.device(call.device):
-            even = all(c.data_ptr() % 2 == 0 for c in call.caches)
-            plan = plan_attention.plan_attention(described, target(), call.layer_index is not None, even)
-            arguments = _pointers(described, call)
-            inputs = pointees(plan_attention.POINTERS, arguments)
-            aligned = aligned_pointers(plan_attention.POINTERS, arguments) - {"layer"}  # one of many in an array
-            results: dict[str, str | None] = {"out_ptr": dtype_name(call.query), "lse_ptr": "float32"}
-            # New tensors are multiples of 16.
-            aligned_results = frozenset(results) if call.results is None else aligned_pointers([*results], call.results)
-            merge = None
-            if plan.splits > 1:
-                parts: dict[str, str | None] = {"part_ptr": "float32", "part_lse_ptr": "float32"}
-                merged = parts | {"sinks_ptr": inputs["sinks_ptr"]} | results
-                merge = load(plan.merge, merged, (aligned & {"sinks_ptr"}) | {*parts} | aligned_results)
-                results["out_ptr"], aligned_results = "float32", frozenset(results)  # partial results, in new tensors
-            attend = load(plan.attend, inputs | results, aligned | aligned_results)
-        return self.launch_of(_kernels(described, call, plan, attend, merge), call)
-
-
-def interpret_attention(described: Attention, call: AttentionCall) -> Results:
-    """Runs the kernels in Triton's interpreter, on the tensors' own memory."""
-    plan = plan_attention.plan_attention(described, INTERPRETER, call.layer_index is not None)
-    kernels = _kernels(described, call, plan, plan.attend, plan.merge)
-    return kernels.run(INTERPRETED, _pointers(described, call), call.results or ())
-
-
-def _kernels(
-    described: Attention, call: AttentionCall, plan: plan_attention.AttentionPlan, attend: Any, merge: Any
-) -> AttentionKernels:
-    rows, size = described.out_shape[:2], described.out_shape[2]
-    return AttentionKernels(
-        described,
-        plan,
-        attend,
-        merge,
-        given=call.results is not None,
-        out=empty((*rows, size), described.query.dtype),
-        lse=empty(rows, "float32"),
-        parts=empty((*rows, plan.splits, size), "float32"),
-        part_lse=empty((*rows, plan.splits), "float32"),
-    )
-
-
-def _pointers(described: Attention, call: AttentionCall) -> list[Any]:
-    """All arguments of the first kernel except its results."""
-    return plan_attention.arguments(
-        described, call.query, call.caches, call.block_tables, call.seq_lens, call.query_start_loc, call.sinks,
-        call.k_scale, call.v_scale, layer_of(call),
-    )  # fmt: skip
+    def prepare(
+        self, call: AttentionCall, described: Attention, target: Target, load: Load
+    ) -> Launch[AttentionKernels]:
+        even = all(c.data_ptr() % 2 == 0 for c in call.caches)
+        plan = plan_attention.plan_attention(described, target, call.layer_index is not None, even)
+        arguments = self.pointers(described, call)
+        inputs = pointees(plan_attention.POINTERS, arguments)
+        aligned = aligned_pointers(plan_attention.POINTERS, arguments) - {"layer"}  # one of many in an array
+        results: dict[str, str | None] = {"out_ptr": dtype_name(call.query), "lse_ptr": "float32"}
+        # New tensors are multiples of 16.
+        aligned_results = frozenset(results) if call.results is None else aligned_pointers([*results], call.results)
+        merge = None
+        if plan.splits > 1:
+            parts: dict[str, str | None] = {"part_ptr": "float32", "part_lse_ptr": "float32"}
+            merged = parts | {"sinks_ptr": inputs["sinks_ptr"]} | results
+            merge = load(plan.merge, merged, (aligned & {"sinks_ptr"}) | {*parts} | aligned_results)
+            results["out_ptr"], aligned_results = "float32", frozenset(results)  # partial results, in new tensors
+        attend = load(plan.attend, inputs | results, aligned | aligned_results)
+        rows, size = described.out_shape[:2], described.out_shape[2]
+        kernels = AttentionKernels(
+            described,
+            plan,
+            attend,
+            merge,
+            given=call.results is not None,
+            out=empty((*rows, size), described.query.dtype),
+            lse=empty(rows, "float32"),
+            parts=empty((*rows, plan.splits, size), "float32"),
+            part_lse=empty((*rows, plan.splits), "float32"),
+        )
+        return self.launch_of(kernels, call)

@@ -13,6 +13,9 @@ from torchkv._arguments import dtype_name
 Grid = tuple[int, int, int]
 """Programs along each axis."""
 
+Load = Callable[[KernelPlan, Mapping[str, str | None], frozenset[str]], Any]
+"""Makes what is started: given a plan, what its pointers point to, and which of them are multiples of 16."""
+
 Empty = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
 """A tensor that is to be made: its shape, its strides, its dtype."""
 
@@ -80,11 +83,6 @@ def _launcher(compiled: Any, run: Any) -> tuple[Callable[..., None], tuple[Any, 
     if hasattr(run, "kernel_signature"):
         return run.launch, (*settings, metadata, *[None] * 5, run.arg_annotations, run.kernel_signature), True
     return run.launch, (*settings, None, None, metadata, None, None, None), False
-
-
-def is_current(device: torch.device) -> bool:
-    """Whether kernels can be started on a device as it is. A guard costs more than this question."""
-    return device.index == torch._C._cuda_getDevice()  # torch.cuda.current_device also asks whether CUDA has begun
 
 
 def start(kernel: Kernel, grid: Grid, arguments: Sequence[Any]) -> None:

@@ -11,9 +11,19 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from kvcore.plan.kernel import INTERPRETER, Target
 from torchkv._memory import span
 from torchkv._triton.known import KnownCalls, marker, picker
-from torchkv._triton.launch import MOST_LAUNCHES, ON_GPU, Runner, is_current, signature
+from torchkv._triton.launch import (
+    INTERPRETED,
+    MOST_LAUNCHES,
+    ON_GPU,
+    Load,
+    Runner,
+    load,
+    signature,
+    target,
+)
 
 
 class Kernels(Protocol):
@@ -98,7 +108,7 @@ class Launch[K: Kernels]:
 
     def run(self, pointers: Sequence[Any], tensors: Sequence[Tensor]) -> Any:
         """Runs the kernels on their device. Arguments and results are those of `Kernels.run`."""
-        if is_current(self.device):
+        if self.device.index == torch._C._cuda_getDevice():  # a guard costs more, and so does torch.cuda.current_device
             return self.kernels.run(ON_GPU, pointers, tensors)
         with torch.cuda.device(self.device):
             return self.kernels.run(ON_GPU, pointers, tensors)
@@ -122,40 +132,60 @@ class Launches[K: Kernels](ABC):
     """Launches of one op. Calls are those of `torchkv._call` and `torchkv._rotated`.
 
     Args:
+        k_scale: The place of k_scale among the op's arguments; v_scale comes next. None where there are none.
         varies: What else kernels depend on, besides what `KnownCalls` compares, given the tensors of a call.
     """
 
     any_length: ClassVar[Mapping[str, int]] = {}
     """Axes of tokens, by the names of a call's fields. 0 is the first one, -1 the last."""
 
-    def __init__(self, varies: Callable[[Sequence[Tensor]], Any] | None = None) -> None:
+    def __init__(self, k_scale: int | None, varies: Callable[[Sequence[Tensor]], Any] | None = None) -> None:
+        self._k_scale = k_scale
         self._launches: dict[tuple[Any, ...], Launch[K]] = {}
         self._varies = varies
         self._known: KnownCalls[Known[K]] = KnownCalls(varies)
 
     @abstractmethod
-    def again(self, arguments: Sequence[Any]) -> Any:
-        """Launches a call like an earlier one; None where there was none, or where this one must be checked itself."""
-
-    @abstractmethod
-    def flat(self, arguments: Sequence[Any]) -> Sequence[Any]:
-        """The op's arguments, as `KnownCalls` wants them."""
-
-    @abstractmethod
     def tensors(self, call: Any) -> list[Tensor]:
-        """A call's tensors: those of its arguments, in their order, or what was made of these."""
+        """A call's tensors: those of the op's arguments, as `flat` has them, or what was made of these."""
 
     @abstractmethod
-    def prepare(self, call: Any, described: Any) -> Launch[K]:
-        """Compiles what a call launches, given what the contract says of it."""
+    def prepare(self, call: Any, described: Any, target: Target, load: Load) -> Launch[K]:
+        """What a call launches.
+
+        Args:
+            call: Its tensors' addresses are looked at.
+            described: What the contract says of it.
+            target: What to plan for.
+            load: Compiles a kernel.
+        """
 
     @abstractmethod
     def pointers(self, described: Any, call: Any) -> list[Any]:
         """The first kernel's pointer arguments, but for results: tensors, numbers and None."""
 
+    def flat(self, arguments: Sequence[Any]) -> Sequence[Any]:
+        """The op's arguments without lists, and without a tensor that is there twice."""
+        i = self._k_scale
+        if i is None or arguments[i] is None or arguments[i] is not arguments[i + 1]:
+            return arguments
+        return (*arguments[: i + 1], "k_scale", *arguments[i + 2 :])
+
     def fits(self, kernels: K, tensors: Sequence[Tensor]) -> bool:
         """Whether the lengths of a call's tensors are what the contract wants."""
         return True
+
+    def again(self, arguments: Sequence[Any]) -> Any:
+        """Launches a call like an earlier one; None where there was none, or where this one must be checked itself."""
+        found = self._known.find(self.flat(arguments))
+        if found is None:
+            return None
+        (launch, pointers, mark), tensors, addresses = found
+        if not self.fits(launch.kernels, tensors) or launch.apart.unseen(tensors, addresses):
+            return None
+        results = launch.run(pointers(addresses), tensors)
+        mark(tensors)
+        return results
 
     def launch(self, call: Any) -> tuple[Launch[K], Any]:
         """Launches a call on the current stream of its device.
@@ -175,7 +205,8 @@ class Launches[K: Kernels](ABC):
         ):
             described = call.check()  # raises where the contract does
             call.check_memory(described)
-            launch = self.prepare(call, described)
+            with torch.cuda.device(call.device):
+                launch = self.prepare(call, described, target(), load)
             if len(self._launches) >= MOST_LAUNCHES:
                 self._launches.clear()
             self._launches[key] = launch
@@ -186,6 +217,11 @@ class Launches[K: Kernels](ABC):
             launch.apart.see(unseen)
         pointers = [ON_GPU.address(p) if isinstance(p, Tensor) else p for p in self.pointers(described, call)]
         return launch, launch.run(pointers, tensors)
+
+    def interpret(self, described: Any, call: Any) -> Any:
+        """Runs the kernels in Triton's interpreter, on the tensors' own memory. Returns the op's results."""
+        kernels = self.prepare(call, described, INTERPRETER, lambda kernel, pointees, aligned: kernel).kernels
+        return kernels.run(INTERPRETED, self.pointers(described, call), self.tensors(call))
 
     def first(self, call: Any, arguments: Sequence[Any]) -> Any:
         """Launches a call, and remembers it by the op's arguments."""

@@ -24,33 +24,28 @@ class Reads[K: Kernels](Launches[K]):
     def __init__(self, results: bool) -> None:
         self._results, first = results, 2 * results
         places = [first + self.fields.index(name) for name in ("caches", "k_scale", "layer_index")]
-        self._caches, self._k_scale, self._layer_index = places  # v_scale comes after k_scale
+        self._caches, k_scale, self._layer_index = places
         last = first + self.fields.index("block_tables")  # without caches, it comes after query or first
-        super().__init__(lambda tensors: tuple([tensor.shape for tensor in tensors[first:last]]))
+        super().__init__(k_scale, lambda tensors: tuple([tensor.shape for tensor in tensors[first:last]]))
 
     def again(self, arguments: Sequence[Any]) -> Results | None:
+        """As for other ops, but all lengths are known, and new tensors for results are apart from others."""
         found = self._known.find(self.flat(arguments))
         if found is None:
             return None
         (launch, pointers, mark), tensors, addresses = found
-        if not self._results:
-            return launch.run(pointers(addresses), tensors)
-        if launch.apart.unseen(tensors, addresses):
+        if self._results and launch.apart.unseen(tensors, addresses):
             return None
         results = launch.run(pointers(addresses), tensors)
-        mark(tensors)
+        if self._results:
+            mark(tensors)
         return results
 
     def flat(self, arguments: Sequence[Any]) -> Sequence[Any]:
-        caches, k_scale, layer_index = self._caches, self._k_scale, self._layer_index
-        v_scale = arguments[k_scale + 1]
-        if v_scale is not None and v_scale is arguments[k_scale]:
-            v_scale = "k_scale"  # the guards recognise no call that has a tensor twice
-        # Before the list of caches comes what has the same places however many there are.
-        return (
-            *arguments[:caches], *arguments[caches + 1 : k_scale + 1], v_scale, *arguments[k_scale + 2 : layer_index],
-            *arguments[caches], *arguments[layer_index:],
-        )  # fmt: skip
+        i, j = self._caches, self._layer_index
+        arguments = super().flat(arguments)
+        # The caches come late: query and block_tables have the same places however many there are.
+        return (*arguments[:i], *arguments[i + 1 : j], *arguments[i], *arguments[j:])
 
     def tensors(self, call: Call) -> list[Tensor]:
         arguments = self.flat([*(call.results or ()), *call[: len(self.fields)]])
