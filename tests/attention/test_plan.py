@@ -15,6 +15,7 @@ from kvcore.plan.kernel import Target
 from kvcore.run.compiler import compile_kernel, kernel_function
 from tests.cases.arrays import to_torch
 from tests.cases.gathers import gather
+from tests.cases.launches import launch as launch_in_torch
 from tests.cases.launches import replace
 from tests.cases.reads import make_read
 from torchkv._call import AttentionCall, GatherCall
@@ -57,7 +58,7 @@ def launched(monkeypatch):
     replace(monkeypatch, load=load, ON_GPU=runner, target=lambda: H100)
     runs = ("attention", Attentions(results=False), AttentionCall), ("gather", Gathers(results=False), GatherCall)
     for name, launches, call in runs:
-        monkeypatch.setattr(_read_library, name, lambda *a, to=launches, call=call: to.launch(call(*a))[1])
+        monkeypatch.setattr(_read_library, name, lambda *a, to=launches, call=call: launch_in_torch(to, call(*a)))
         monkeypatch.setitem(base._again, getattr(_read_library, name), lambda arguments: None)
     monkeypatch.setattr(jax_launch, "launch", launch)
 

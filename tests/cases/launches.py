@@ -32,6 +32,11 @@ def replace(monkeypatch, **replaced):
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
 
 
+def launch(launches, call):
+    """Launches a call, which the op's launches do not remember by arguments. Gives the results."""
+    return launches.launch(call, launches.tensors(call))[1]
+
+
 class OnHost:
     """Launches as on a GPU, but of CPU tensors: what would be compiled is interpreted.
 

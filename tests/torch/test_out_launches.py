@@ -7,7 +7,7 @@ import torchkv
 from kvcore.plan.kernel import INTERPRETER
 from tests.cases.arrays import to_torch
 from tests.cases.gpu import DEVICE, captured
-from tests.cases.launches import replace
+from tests.cases.launches import launch, replace
 from tests.cases.torch_ops import gather_arguments as gather_op_arguments
 from tests.cases.torch_results import attend, gather_arguments, op_arguments, part, read_case, results_of, same
 from torchkv._call import AttentionCall, GatherCall
@@ -36,12 +36,12 @@ def test_launches_into_given_tensors(launched):
     call = AttentionCall(*arguments)
     want = _read_library.attention(*call._replace(backend="interpret")[: len(arguments)])
     new, into = Attentions(results=False), Attentions(results=True)
-    same(new.launch(call)[1], want)
+    same(launch(new, call), want)
     both = {"out_ptr", "lse_ptr"}
     assert launched == [both]
     for offsets in ((0, 0), (1, 4), (4, 2), (4, 4)):
         given = part(out.shape, offsets[0]), part(lse.shape, offsets[1])
-        got = into.launch(call._replace(results=given))[1]
+        got = launch(into, call._replace(results=given))
         assert got[0] is given[0]
         assert got[1] is given[1]
         same(given, want)
@@ -50,9 +50,9 @@ def test_launches_into_given_tensors(launched):
 
     query = call.query
     with pytest.raises(ValueError, match=r"^out and query must not overlap in memory$"):
-        into.launch(call._replace(results=(query, part(lse.shape, 0))))
+        launch(into, call._replace(results=(query, part(lse.shape, 0))))
     with pytest.raises(ValueError, match=r"^out must have shape \(4, 4, 32\), got \(4, 4, 16\)$"):
-        into.launch(call._replace(results=(part((4, 4, 16), 0), part(lse.shape, 0))))
+        launch(into, call._replace(results=(part((4, 4, 16), 0), part(lse.shape, 0))))
     assert len(into._launches) == 3
 
 
@@ -62,9 +62,9 @@ def test_split_launches_into_given_tensors(launched, monkeypatch):
     monkeypatch.setattr(plan_attention, "choose_splits", lambda *_: 2)
     monkeypatch.setattr(plan_attention, "plan_attention", plan_attention.plan_attention.__wrapped__)
     call = AttentionCall(*arguments)
-    _, want = Attentions(results=False).launch(call)
+    want = launch(Attentions(results=False), call)
     given = part(out.shape, 1), part(lse.shape, 0)
-    Attentions(results=True).launch(call._replace(results=given))
+    launch(Attentions(results=True), call._replace(results=given))
     same(given, want)
     assert launched == [{"out_ptr", "lse_ptr"}] * 2 + [{"lse_ptr"}, {"out_ptr", "lse_ptr"}]
 
@@ -74,14 +74,14 @@ def test_gathers_launched_into_given_tensors(launched):
     want = torchkv.gather_kv(*args, **options)
     caches, tables, lengths, _ = args
     call = GatherCall(*gather_op_arguments(caches, tables, lengths, 21, layout="block slot head dim"))
-    same(Gathers(results=False).launch(call)[1], want)
+    same(launch(Gathers(results=False), call), want)
     gathers = Gathers(results=True)
     given = part(want[0].shape, 4), part(want[1].shape, 1)
-    assert gathers.launch(call._replace(results=given))[1][0] is given[0]
+    assert launch(gathers, call._replace(results=given))[0] is given[0]
     same(given, want)
     assert launched == [{"key_ptr", "value_ptr"}, {"key_ptr"}]
     with pytest.raises(ValueError, match=r"^out\[0\] and out\[1\] must not overlap in memory$"):
-        gathers.launch(call._replace(results=(given[1], given[1])))
+        launch(gathers, call._replace(results=(given[1], given[1])))
 
 
 @pytest.mark.gpu

@@ -6,7 +6,7 @@ import torch
 
 from kvcore.oracle import read as reference_attention
 from tests.cases.arrays import DTYPES, from_torch, random_bits, random_normal, run_oracle, to_torch, with_case
-from tests.cases.launches import OnHost
+from tests.cases.launches import OnHost, launch
 from tests.cases.reads import make_read, oracle
 from tests.cases.torch_compile import assert_bits, assert_no_copies, compiled_code, compiler  # noqa: F401
 from tests.cases.torch_ops import attention_arguments, gather_arguments
@@ -59,7 +59,7 @@ def test_launches(options, launched, writes, rng):
         memory = memory_of(case)
         scales = [] if case.scale_caches else [torch.as_tensor(s) for s in (case.k_scale, case.v_scale)]
         scales = [s.to(torch.float32) for s in scales]
-        writes.launch(call_of(case, memory, *scales))
+        launch(writes, call_of(case, memory, *scales))
         assert_bits(memory, run_oracle(case))
     assert len(launched) == 1
 
@@ -72,12 +72,12 @@ def test_launches_of_rows(kv_cache_dtype, launched, writes, rng):
     for layer in (1, 0):
         got = to_torch(cache.copy())
         rows = (to_torch(kv_c), to_torch(k_pe), (got,), (), to_torch(slots), kv_cache_dtype, scale, scale, None, layer)
-        writes.launch(WriteCall(*rows, None, None, latent=True))
+        launch(writes, WriteCall(*rows, None, None, latent=True))
         want = mla_oracle(kv_c, k_pe, cache, slots, kv_cache_dtype, scale and scale.item(), layer=layer)
         assert_bits([got], [want])
     assert len(launched) == 1
     with pytest.raises(ValueError, match="key must have shape"):  # not mistaken for the rows of another op
-        writes.launch(WriteCall(*rows, None, None))
+        launch(writes, WriteCall(*rows, None, None))
 
 
 def test_launches_differ_by_the_strides_of_scales(launched, writes, rng):
@@ -85,7 +85,7 @@ def test_launches_differ_by_the_strides_of_scales(launched, writes, rng):
     k_scale, v_scale = to_torch(case.k_scale), to_torch(case.v_scale)
     for view in (lambda s: s, lambda s: s.repeat_interleave(2)[::2], lambda s: s[:1].expand(3), lambda s: s[1]):
         memory, scales = memory_of(case), [view(k_scale), view(v_scale)]
-        writes.launch(call_of(case, memory, *scales))
+        launch(writes, call_of(case, memory, *scales))
         k, v = (from_torch(s).copy() for s in scales)
         assert_bits(memory, run_oracle(with_case(case, k_scale=k, v_scale=v)))
     assert len(launched) == 4
@@ -94,12 +94,12 @@ def test_launches_differ_by_the_strides_of_scales(launched, writes, rng):
 def test_launches_see_overlaps_every_time(launched, writes, rng):
     case = quantising(rng)
     memory = memory_of(case)
-    writes.launch(call_of(case, memory))
+    launch(writes, call_of(case, memory))
     for i, j, names in ((2, 3, "k_scale_cache and v_scale_cache"), (0, 1, "key_cache and value_cache")):
         same = list(memory)
         same[j] = same[i]
         with pytest.raises(ValueError, match=f"{names} must not overlap in memory"):
-            writes.launch(call_of(case, same))
+            launch(writes, call_of(case, same))
     assert_bits(memory, run_oracle(case))
 
 
@@ -118,10 +118,10 @@ def test_launches_see_addresses_every_time(launched, writes, rng):
             backend=None, latent=True,
         )  # fmt: skip
         if offset == 4:
-            writes.launch(call)
+            launch(writes, call)
         else:
             with pytest.raises(ValueError, match="kv_cache must begin at a multiple of 4 bytes"):
-                writes.launch(call)
+                launch(writes, call)
     assert_bits([memory[base + 4 :][: cache.size].view(cache.shape)], [want])
 
 
@@ -151,11 +151,11 @@ def test_launches_that_read(options, launched, gathers, rng):
         "scale_layout": found.get("scale_layout"),
     }
     attend = attention_arguments(to_torch(case.query), caches, *arrays, **cache)
-    _, (out, _) = Attentions(results=False).launch(AttentionCall(*attend))
+    out, _ = launch(Attentions(results=False), AttentionCall(*attend))
     want, _ = oracle(case)
     np.testing.assert_allclose(out, want, atol=3e-6 * np.abs(want).max())
     gather = gather_arguments(caches, *arrays, 19, dtype="float32", head_size=case.query.shape[2], **cache)
-    _, got = gathers.launch(GatherCall(*gather))
+    got = launch(gathers, GatherCall(*gather))
     want = reference_attention.gather_kv(
         case.caches, case.block_tables, case.seq_lens, 19, dtype=DTYPES["float32"], head_size=case.query.shape[2],
         head_size_v=case.head_size_v, **case.options,
@@ -173,7 +173,7 @@ def test_launches_that_read_differ_by_the_layout_of_scales(launched, gathers, rn
             caches, tables, lens, 16, dtype="float32", kv_cache_dtype="int8", k_scale=scales[0], v_scale=scales[1],
             layout="NHD", scale_layout=scale_layout,
         )  # fmt: skip
-        _, got = gathers.launch(GatherCall(*gather))
+        got = launch(gathers, GatherCall(*gather))
         want = reference_attention.gather_kv(
             [from_torch(c) for c in caches], from_torch(tables), from_torch(lens), 16, dtype=DTYPES["float32"],
             head_size=16, kv_cache_dtype="int8", k_scale=from_torch(scales[0]), v_scale=from_torch(scales[1]),
@@ -187,6 +187,6 @@ def test_launches_that_write_differ_by_the_layout_of_scales(launched, writes, rn
     for scale_layout in ("block slot head", "slot block head", "block slot head"):
         case = quantising(rng, num_blocks=4, block_size=4, scale_layout=scale_layout)
         memory = memory_of(case)
-        writes.launch(call_of(case, memory))
+        launch(writes, call_of(case, memory))
         assert_bits(memory, run_oracle(case))
     assert len(launched) == 2

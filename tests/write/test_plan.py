@@ -10,6 +10,7 @@ import jaxkv
 from kvcore.plan.kernel import Target
 from kvcore.plan.write import SCALARS, plan_write, pointers, scalars
 from tests.cases.arrays import LAYOUTS, make_case, run_jax, run_torch, to_torch
+from tests.cases.launches import launch as launch_in_torch
 from tests.cases.launches import replace
 from tests.cases.writes import describe
 
@@ -150,7 +151,7 @@ def test_both_launchers_pass_the_same_arguments(monkeypatch, name):
 
     runner = _launch.ON_GPU._replace(start=start)
     replace(monkeypatch, load=load, ON_GPU=runner, target=lambda: H100)
-    monkeypatch.setattr(Writes, "interpret", lambda self, write, call: Writes(None).launch(call))
+    monkeypatch.setattr(Writes, "interpret", lambda self, write, call: launch_in_torch(Writes(None), call))
     monkeypatch.setattr(jax_launch, "launch", launch)
     monkeypatch.setattr(jaxkv._write, "write", write)
     case = make_case(np.random.default_rng(0), **WRITES[name])

@@ -88,7 +88,8 @@ class KnownCalls[Found]:
     def add(
         self,
         arguments: Sequence[Any],
-        make: Callable[[Sequence[Tensor]], Found],
+        tensors: Sequence[Tensor],
+        make: Callable[[], Found],
         aligned: int,
         any_length: Iterable[int] = (),
     ) -> None:
@@ -96,20 +97,17 @@ class KnownCalls[Found]:
 
         Args:
             arguments: As for `find`. Without a tensor they are none.
-            make: Makes what is to be done again, given the tensors among the arguments.
+            tensors: Those that were launched with. If they are not the arguments', nothing is remembered.
+            make: Makes what is to be done again.
             aligned: How many of the tensors, from the first on, begin at multiples of 16.
             any_length: Tensors, by their places, whose first axis may have another length.
         """
-        places = [isinstance(argument, Tensor) for argument in arguments]
-        kind = _Kind(
-            itemgetter(*[i for i, is_tensor in enumerate(places) if is_tensor]),
-            itemgetter(*[i for i, is_tensor in enumerate(places) if not is_tensor]),
-            {},
-        )
-        tensors = kind.tensors(arguments)
+        types = tuple(map(type, arguments))
+        kind = self._kinds.get(types) or _kind(arguments)
         followed = any(t.requires_grad for t in tensors)
         if (
-            any(type(t) not in _PLAIN for t in tensors)
+            list(map(id, kind.tensors(arguments))) != list(map(id, tensors))
+            or any(type(t) not in _PLAIN for t in tensors)
             or (followed and torch.is_grad_enabled())
             or forward_ad._current_level >= 0
             or any(t.data_ptr() % 16 for t in tensors[:aligned])
@@ -126,12 +124,21 @@ class KnownCalls[Found]:
         )
         if self._count >= MOST_LAUNCHES:
             self._kinds, self._count = {}, 0
-        entries = self._kinds.setdefault(tuple(map(type, arguments)), kind).entries
+        entries = self._kinds.setdefault(types, kind).entries
         key = kind.options(arguments)
         if self._varies:
             key = key, self._varies(tensors)
-        entries[key] = (_Entry(guards.check, aligned, followed, make(tensors)), *entries.get(key, ()))[:_MOST_ALIKE]
+        entries[key] = (_Entry(guards.check, aligned, followed, make()), *entries.get(key, ()))[:_MOST_ALIKE]
         self._count += 1
+
+
+def _kind(arguments: Sequence[Any]) -> _Kind:
+    places = [isinstance(argument, Tensor) for argument in arguments]
+    return _Kind(
+        itemgetter(*[i for i, is_tensor in enumerate(places) if is_tensor]),
+        itemgetter(*[i for i, is_tensor in enumerate(places) if not is_tensor]),
+        {},
+    )
 
 
 def picker(arguments: Sequence[Any], tensors: Sequence[Tensor]) -> Callable[[Sequence[int]], tuple[Any, ...]]:
@@ -155,8 +162,8 @@ def picker(arguments: Sequence[Any], tensors: Sequence[Tensor]) -> Callable[[Seq
     return lambda addresses: pick((*addresses, *constants))
 
 
-def marker(tensors: Sequence[Tensor], written: Iterable[int]) -> Callable[[Sequence[Tensor]], None]:
-    """What tells autograd which tensors of a call were changed, as torch's own in-place operations do.
+def marker(tensors: Sequence[Tensor], written: Iterable[int]) -> Callable[[Sequence[Tensor]], None] | None:
+    """What tells autograd which tensors of a call were changed, as torch's own in-place operations do, if any were.
 
     Args:
         tensors: Those of a call. Ones made in inference mode have no versions to be raised.
@@ -164,7 +171,7 @@ def marker(tensors: Sequence[Tensor], written: Iterable[int]) -> Callable[[Seque
     """
     places = [i for i in written if not tensors[i].is_inference()]
     if not places:
-        return lambda tensors: None
+        return None
     changed = itemgetter(*places)
     return lambda tensors: torch.autograd.graph.increment_version(changed(tensors))
 

@@ -161,17 +161,21 @@ def signature(call: Any, any_length: Mapping[str, int]) -> list[Any]:
     """
     parts: list[Any] = []
     for name, value in zip(call._fields, call, strict=True):
-        if isinstance(value, Tensor):
+        if type(value) in _SCALARS:  # isinstance takes its time where a class is Tensor
+            parts.append(value is None if name == "layer" else value)
+        elif isinstance(value, Tensor):
             parts.append(_signature_of(value, any_length.get(name)))
-        elif name == "layer":
-            parts.append(value is None)
-        elif hasattr(value, "_fields"):
-            parts += signature(value, any_length)
         elif isinstance(value, (list, tuple)):
-            parts.append(tuple([_signature_of(v) if isinstance(v, Tensor) else v for v in value]))
+            if hasattr(value, "_fields"):
+                parts += signature(value, any_length)
+            else:
+                parts.append(tuple([_signature_of(v) if isinstance(v, Tensor) else v for v in value]))
         else:
             parts.append(value)
     return parts
+
+
+_SCALARS = frozenset((type(None), bool, int, float, str))
 
 
 def _signature_of(tensor: Tensor, any_length: int | None = None) -> tuple[Any, ...]:

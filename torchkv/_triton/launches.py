@@ -43,7 +43,8 @@ class Kernels(Protocol):
             tensors: Those of the call, as `Launches.tensors` has them.
 
         Returns:
-            The op's results, () where it has none.
+            The op's results, () where it has none. None, and nothing is run, where lengths that may differ from call to
+            call are not what the contract wants.
         """
 
 
@@ -57,17 +58,19 @@ class Apart:
 
     def __init__(self, pairs: Sequence[tuple[int, int]], lengths: Sequence[int] = ()) -> None:
         self._pairs, self._lengths = pairs, lengths
-        self._spans: dict[tuple[int, ...], list[int]] = {}  # bytes of each tensor, by the lengths
+        self._limits: dict[tuple[int, ...], list[tuple[int, int, int, int]]] = {}
         self._seen: set[tuple[int, ...]] = set()
 
     def unseen(self, tensors: Sequence[Tensor], addresses: Sequence[int]) -> list[tuple[int, ...]]:
         """Pairs that may share memory: their spans overlap, and were not seen to do no harm at this distance."""
-        lengths = tuple([tensors[i].shape[0] for i in self._lengths])
-        spans = self._spans.get(lengths) or self._measure(tensors, lengths)
+        lengths = tuple([tensors[i].shape[0] for i in self._lengths]) if self._lengths else ()
+        limits = self._limits.get(lengths)
+        if limits is None:
+            limits = self._measure(tensors, lengths)
         found = []
-        for first, second in self._pairs:
+        for first, second, low, high in limits:
             distance = addresses[second] - addresses[first]
-            if -spans[second] < distance < spans[first] and (first, second, distance, *lengths) not in self._seen:
+            if low < distance < high and (first, second, distance, *lengths) not in self._seen:
                 found.append((first, second, distance, *lengths))
         return found
 
@@ -77,11 +80,13 @@ class Apart:
             self._seen.clear()
         self._seen.update(pairs)
 
-    def _measure(self, tensors: Sequence[Tensor], lengths: tuple[int, ...]) -> list[int]:
-        if len(self._spans) >= MOST_LAUNCHES:
-            self._spans.clear()
-        spans = self._spans[lengths] = [span(tensor) * tensor.element_size() for tensor in tensors]
-        return spans
+    def _measure(self, tensors: Sequence[Tensor], lengths: tuple[int, ...]) -> list[tuple[int, int, int, int]]:
+        """The pairs, and between which bytes from the first's address to the second's their spans overlap."""
+        if len(self._limits) >= MOST_LAUNCHES:
+            self._limits.clear()
+        spans = [span(tensor) * tensor.element_size() for tensor in tensors]
+        limits = self._limits[lengths] = [(i, j, -spans[j], spans[i]) for i, j in self._pairs]
+        return limits
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +100,7 @@ class Launch[K: Kernels]:
         aligned: How many of a call's tensors, from the first on, begin at multiples of 16 if those of `kernels` do.
         any_length: Tensors, by their places, whose first axis may have another length.
         written: Those that are written to.
-        apart: Those that must share no memory.
+        apart: Those that must share no memory, if there are any.
     """
 
     kernels: K
@@ -104,7 +109,7 @@ class Launch[K: Kernels]:
     aligned: int
     any_length: Sequence[int]
     written: Sequence[int]
-    apart: Apart
+    apart: Apart | None
 
     def run(self, pointers: Sequence[Any], tensors: Sequence[Tensor]) -> Any:
         """Runs the kernels on their device. Arguments and results are those of `Kernels.run`."""
@@ -120,12 +125,12 @@ class Known[K: Kernels](NamedTuple):
     Attributes:
         launch: What is launched.
         pointers: Makes the kernel's pointers of the addresses of a call's tensors.
-        mark: Tells autograd what was changed.
+        mark: Tells autograd what was changed, if anything was.
     """
 
     launch: Launch[K]
     pointers: Callable[[Sequence[int]], tuple[Any, ...]]
-    mark: Callable[[Sequence[Tensor]], None]
+    mark: Callable[[Sequence[Tensor]], None] | None
 
 
 class Launches[K: Kernels](ABC):
@@ -171,38 +176,31 @@ class Launches[K: Kernels](ABC):
             return arguments
         return (*arguments[: i + 1], "k_scale", *arguments[i + 2 :])
 
-    def fits(self, kernels: K, tensors: Sequence[Tensor]) -> bool:
-        """Whether the lengths of a call's tensors are what the contract wants."""
-        return True
-
     def again(self, arguments: Sequence[Any]) -> Any:
         """Launches a call like an earlier one; None where there was none, or where this one must be checked itself."""
         found = self._known.find(self.flat(arguments))
         if found is None:
             return None
         (launch, pointers, mark), tensors, addresses = found
-        if not self.fits(launch.kernels, tensors) or launch.apart.unseen(tensors, addresses):
+        if launch.apart and launch.apart.unseen(tensors, addresses):
             return None
         results = launch.run(pointers(addresses), tensors)
-        mark(tensors)
+        if mark and results is not None:
+            mark(tensors)
         return results
 
-    def launch(self, call: Any) -> tuple[Launch[K], Any]:
-        """Launches a call on the current stream of its device.
+    def launch(self, call: Any, tensors: Sequence[Tensor]) -> tuple[Launch[K], Any]:
+        """Launches a call, whose tensors are these, on the current stream of its device.
 
         Returns:
             What was launched, and the op's results.
         """
-        tensors = self.tensors(call)
         # How many tensors there are tells whether out is query.
         key = self._varies and self._varies(tensors), len(tensors), *signature(call, self.any_length)
-        launch = self._launches.get(key)
-        # The contract has to see again what the key leaves out: the lengths, and a static layer.
-        if (
-            launch is None
-            or not self.fits(launch.kernels, tensors)
-            or not (call.layer is None or 0 <= call.layer < launch.num_layers)
-        ):
+        launch, results = self._launches.get(key), None
+        if launch is not None and (call.layer is None or 0 <= call.layer < launch.num_layers):
+            results = self._run(launch, call, tensors)
+        if launch is None or results is None:
             described = call.check()  # raises where the contract does
             call.check_memory(described)
             with torch.cuda.device(call.device):
@@ -210,13 +208,17 @@ class Launches[K: Kernels](ABC):
             if len(self._launches) >= MOST_LAUNCHES:
                 self._launches.clear()
             self._launches[key] = launch
+            results = self._run(launch, call, tensors)
+        return launch, results
+
+    def _run(self, launch: Launch[K], call: Any, tensors: Sequence[Tensor]) -> Any:
         described = launch.kernels.described
-        unseen = launch.apart.unseen(tensors, list(map(Tensor.data_ptr, tensors)))
-        if unseen:
+        unseen = launch.apart and launch.apart.unseen(tensors, list(map(Tensor.data_ptr, tensors)))
+        if launch.apart and unseen:
             call.check_memory(described)
             launch.apart.see(unseen)
         pointers = [ON_GPU.address(p) if isinstance(p, Tensor) else p for p in self.pointers(described, call)]
-        return launch, launch.run(pointers, tensors)
+        return launch.run(pointers, tensors)
 
     def interpret(self, described: Any, call: Any) -> Any:
         """Runs the kernels in Triton's interpreter, on the tensors' own memory. Returns the op's results."""
@@ -225,14 +227,12 @@ class Launches[K: Kernels](ABC):
 
     def first(self, call: Any, arguments: Sequence[Any]) -> Any:
         """Launches a call, and remembers it by the op's arguments."""
-        launch, results = self.launch(call)
-        arguments = self.flat(arguments)
+        tensors = self.tensors(call)
+        launch, results = self.launch(call, tensors)
 
-        def known(tensors: Sequence[Tensor]) -> Known[K]:
+        def known() -> Known[K]:
             make = picker(self.pointers(launch.kernels.described, call), tensors)
             return Known(launch, make, marker(tensors, launch.written))
 
-        tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
-        if list(map(id, tensors)) == list(map(id, self.tensors(call))):  # else some were made of the arguments
-            self._known.add(arguments, known, launch.aligned, launch.any_length)
+        self._known.add(self.flat(arguments), tensors, known, launch.aligned, launch.any_length)
         return results

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from torchkv._call import AttentionCall, GatherCall, Results
+from torchkv._call import AttentionCall, GatherCall
 from torchkv._triton.launches import Apart, Kernels, Launch, Launches
 
 Call = AttentionCall | GatherCall
@@ -28,19 +28,6 @@ class Reads[K: Kernels](Launches[K]):
         last = first + self.fields.index("block_tables")  # without caches, it comes after query or first
         super().__init__(k_scale, lambda tensors: tuple([tensor.shape for tensor in tensors[first:last]]))
 
-    def again(self, arguments: Sequence[Any]) -> Results | None:
-        """As for other ops, but all lengths are known, and new tensors for results are apart from others."""
-        found = self._known.find(self.flat(arguments))
-        if found is None:
-            return None
-        (launch, pointers, mark), tensors, addresses = found
-        if self._results and launch.apart.unseen(tensors, addresses):
-            return None
-        results = launch.run(pointers(addresses), tensors)
-        if self._results:
-            mark(tensors)
-        return results
-
     def flat(self, arguments: Sequence[Any]) -> Sequence[Any]:
         i, j = self._caches, self._layer_index
         arguments = super().flat(arguments)
@@ -54,7 +41,7 @@ class Reads[K: Kernels](Launches[K]):
     def launch_of(self, kernels: K, call: Call) -> Launch[K]:
         """What is launched for a call."""
         count = len(self.tensors(call))
-        pairs = [] if call.results is None else [(0, 1), *[(i, j) for i in range(2) for j in range(2, count)]]
+        pairs = [(0, 1), *[(i, j) for i in range(2) for j in range(2, count)]]
         return Launch(
             kernels,
             call.device,
@@ -62,5 +49,5 @@ class Reads[K: Kernels](Launches[K]):
             aligned=count - (call.layer_index is not None),
             any_length=(),
             written=range(2) if self._results else (),
-            apart=Apart(pairs),
+            apart=Apart(pairs) if self._results else None,
         )

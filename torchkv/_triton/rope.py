@@ -39,10 +39,13 @@ class RopeKernel(NamedTuple):
     new: Empty | None
     scalars: tuple[int, ...]
 
-    def run(self, runner: Runner, pointers: Sequence[Any], tensors: Sequence[Tensor]) -> Tensor:
+    def run(self, runner: Runner, pointers: Sequence[Any], tensors: Sequence[Tensor]) -> Tensor | None:
         """Starts the kernel, unless there is no token. Returns the rotated query."""
-        result, num_written = tensors[0], tensors[self.slots].shape[0]
-        num_tokens = result.shape[0]
+        lengths = [tensor.shape[0] for tensor in tensors[: self.rows]]
+        num_tokens, num_written = lengths[0], tensors[self.slots].shape[0]
+        if not num_written <= num_tokens == tensors[self.positions].shape[-1] or lengths.count(num_tokens) < self.rows:
+            return None
+        result = tensors[0]
         if self.new is not None:
             shape, strides, dtype = self.new
             result = runner.empty((num_tokens, *shape[1:]), strides, dtype)
@@ -82,14 +85,6 @@ class Ropes(Launches[RopeKernel]):
             call.q_norm, call.k_norm, write.k_scale, v_scale, write.layer_index,
         )  # fmt: skip
         return [tensor for tensor in tensors if tensor is not None]
-
-    def fits(self, kernels: RopeKernel, tensors: Sequence[Tensor]) -> bool:
-        lengths = [tensor.shape[0] for tensor in tensors[: kernels.rows]]
-        num_tokens = lengths[0]
-        return (
-            tensors[kernels.slots].shape[0] <= num_tokens == tensors[kernels.positions].shape[-1]
-            and lengths.count(num_tokens) == kernels.rows
-        )
 
     def pointers(self, described: Rope, call: RopeCall) -> list[Any]:
         write = call.write
@@ -134,7 +129,7 @@ class Ropes(Launches[RopeKernel]):
             aligned=slots + 1 + (call.q_norm is not None) + (call.k_norm is not None),
             any_length=[*range(rows), slots] + [positions] * (call.positions.dim() == 1),
             written=written,
-            apart=Apart(pairs, lengths),
+            apart=Apart(pairs, lengths) if pairs else None,
         )
 
 

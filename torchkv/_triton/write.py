@@ -31,9 +31,11 @@ class WriteKernel(NamedTuple):
     slots: int
     scalars: tuple[int, ...]
 
-    def run(self, runner: Runner, pointers: Sequence[Any], tensors: Sequence[Tensor]) -> tuple[()]:
+    def run(self, runner: Runner, pointers: Sequence[Any], tensors: Sequence[Tensor]) -> tuple[()] | None:
         """Starts the kernel, unless there is nothing to write."""
         num_tokens = tensors[self.slots].shape[0]
+        if not num_tokens <= tensors[0].shape[0] == tensors[1].shape[0]:
+            return None
         if num_tokens:
             runner.start(self.kernel, self.plan.grid(num_tokens), (*pointers, num_tokens, *self.scalars))
         return ()
@@ -48,9 +50,6 @@ class Writes(Launches[WriteKernel]):
         v_scale = None if call.v_scale is call.k_scale else call.v_scale
         tensors = call.key, call.value, *call.written, call.slot_mapping, call.k_scale, v_scale, call.layer_index
         return [tensor for tensor in tensors if tensor is not None]
-
-    def fits(self, kernels: WriteKernel, tensors: Sequence[Tensor]) -> bool:
-        return tensors[kernels.slots].shape[0] <= tensors[0].shape[0] == tensors[1].shape[0]
 
     def pointers(self, described: Write, call: WriteCall) -> list[Any]:
         arguments = plan_write.arguments(
@@ -72,5 +71,5 @@ class Writes(Launches[WriteKernel]):
             aligned=slots + 1,
             any_length=(0, 1, slots),
             written=range(2, slots),
-            apart=Apart([*combinations(range(2, slots), 2)]),
+            apart=Apart([*combinations(range(2, slots), 2)]) if slots > 3 else None,
         )
