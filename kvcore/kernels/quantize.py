@@ -9,7 +9,8 @@ A program takes ROWS heads of tokens (axis 0 of the grid), of K and of V; a *row
 Scales are static, one for each head, or computed for each group of elements, as `scales.py` says. Computed ones are
 stored in scale caches, or in the cache's memory. `address.py` says where everything is.
 
-`token`, `slot`, `head`, `block`, `place` and the masks `in_batch` and `written` are `[ROWS]`, `layer` is `[1]`.
+`head` is `[ROWS]`; so are `token`, `slot`, `block`, `place` and the masks `in_batch` and `written`, or `[1]` where all
+rows are of one token; `layer` is `[1]`.
 """
 
 import triton
@@ -23,10 +24,17 @@ from .scales import encoded_scales, float_scales, power_scales, spread
 
 @triton.jit
 def find_rows(program, R: tl.constexpr, ROWS: tl.constexpr):
-    """The tokens and the heads of a program's rows, `[ROWS]` of 64 bits."""
-    token = program * ROWS // R.num_heads  # of the first; to divide all rows in 64 bits takes longer than to load them
-    row = (program * ROWS - token * R.num_heads).to(tl.int32) + tl.arange(0, ROWS)
-    return token + row // R.num_heads, (row % R.num_heads).to(tl.int64)
+    """The tokens, `[ROWS]`, or `[1]` where it is one for all, and the heads, `[ROWS]`, of a program's rows; 64 bits."""
+    PROGRAMS: tl.constexpr = R.num_heads // ROWS  # of a token
+    if R.num_heads == PROGRAMS * ROWS:
+        token = tl.full([1], program // PROGRAMS, tl.int64)
+        head = (program % PROGRAMS * ROWS).to(tl.int32) + tl.arange(0, ROWS)
+    else:
+        first = program.to(tl.int64) * ROWS
+        token = first // R.num_heads  # of the first; to divide all rows in 64 bits takes longer than to load them
+        row = (first - token * R.num_heads).to(tl.int32) + tl.arange(0, ROWS)
+        token, head = token + row // R.num_heads, row % R.num_heads
+    return token, head.to(tl.int64)
 
 
 @triton.jit
@@ -176,7 +184,7 @@ def quantize_and_cache_kernel(
     ROWS: tl.constexpr,          # rows of a program
 ):  # fmt: skip
     """Quantise each row, and write it and its scales."""
-    token, head = find_rows(tl.program_id(0).to(tl.int64), K, ROWS)
+    token, head = find_rows(tl.program_id(0), K, ROWS)
     in_batch = token < num_tokens
     slot = tl.load(slot_mapping_ptr + token * SLOT_STRIDE, mask=in_batch, other=-1).to(tl.int64)
     written = (slot >= 0) & (slot < num_slots)

@@ -1,7 +1,7 @@
 """Rotate queries and keys by their positions, norm them before that, and write keys and values into a paged KV cache.
 
-A program takes ROWS heads of tokens, of query, or of K and V (axis 0 of the grid: first all of query); a *row* is here
-a head of a token, `row = token * num_heads + head`. What is rotated are the first `dim` elements of a row, in pairs
+A program takes ROWS heads of tokens, of K, of V, or of query (axis 0 of the grid: first all of K); a *row* is here a
+head of a token, `row = token * num_heads + head`. What is rotated are the first `dim` elements of a row, in pairs
 (x, y), by the angle of the token's position p and the pair's index i:
 
     x' = x · cos[p, i] - y · sin[p, i],   y' = y · cos[p, i] + x · sin[p, i]
@@ -56,80 +56,38 @@ def _find_positions(positions_ptr, token, in_batch, pair, max_position, ROTARY: 
 
 @triton.jit
 def _load_angles(
-    positions_ptr, cos_sin_ptr, token, in_batch, max_position, ROTARY: tl.constexpr, WIDTH: tl.constexpr
-):  # fmt: skip
-    """Cosines and sines of tokens, `[ROWS, WIDTH // 2]`, and whether the table has those of a token, `[ROWS]`."""
-    pair = tl.arange(0, WIDTH // 2)
-    position, exists = _find_positions(positions_ptr, token, in_batch, pair, max_position, ROTARY)
-    offset = position * ROTARY.row_stride + (pair * ROTARY.column_stride)[None, :]
-    mask = exists[:, None] & (pair < ROTARY.dim // 2)[None, :]
-    cosine = tl.load(cos_sin_ptr + offset, mask=mask, other=0)
-    sine = tl.load(cos_sin_ptr + offset + (ROTARY.dim // 2) * ROTARY.column_stride, mask=mask, other=0)
+    positions_ptr, cos_sin_ptr, token, in_batch, pair, max_position, ROTARY: tl.constexpr, ROWS: tl.constexpr
+):
+    """Cosines and sines of tokens for pairs, `[ROWS, runs, RUN]`, and whether the table has those of a token, `[ROWS]`.
+
+    `pair` is `[runs, RUN]`. Pairs outside the rotation have none.
+    """
+    RUNS: tl.constexpr = pair.shape[0]
+    RUN: tl.constexpr = pair.shape[1]
+    position, exists = _find_positions(
+        positions_ptr, token, in_batch, tl.reshape(pair, [RUNS * RUN]), max_position, ROTARY
+    )  # fmt: skip
+    if ROTARY.sections is None:
+        position = position[:, :, None]
+    else:
+        position = tl.reshape(position, [position.shape[0], RUNS, RUN])
+    offset = position * ROTARY.row_stride + (pair * ROTARY.column_stride)[None, :, :]
+    angle_ptr = cos_sin_ptr + tl.broadcast_to(offset, [ROWS, RUNS, RUN])  # of one token, too, for all rows
+    mask = exists[:, None, None] & ((pair >= 0) & (pair < ROTARY.dim // 2))[None, :, :]
+    cosine = tl.load(angle_ptr, mask=mask, other=0)
+    sine = tl.load(angle_ptr + (ROTARY.dim // 2) * ROTARY.column_stride, mask=mask, other=0)
     return widen(cosine), widen(sine), exists
 
 
 @triton.jit
-def _rotate_neighbours(
-    x, positions_ptr, cos_sin_ptr, token, in_batch, max_position, ROTARY: tl.constexpr, ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):  # fmt: skip
-    """Rows, `[ROWS, WIDTH]`, whose pairs are neighbours, and so lie in registers of one thread."""
-    cosine, sine, exists = _load_angles(positions_ptr, cos_sin_ptr, token, in_batch, max_position, ROTARY, WIDTH)
-    first, second = tl.split(tl.reshape(x, [ROWS, WIDTH // 2, 2]))
-    turned = tl.join(first * cosine - second * sine, second * cosine + first * sine)
-    return tl.reshape(turned, [ROWS, WIDTH]), exists
+def _load_weights(norm_ptr, element, in_head, NORM_STRIDE: tl.constexpr, ROWS: tl.constexpr):
+    """The norm's weights of elements, `[runs, RUN]`, as `[ROWS, runs, RUN]`.
 
-
-@triton.jit
-def _rotate_halves(
-    x, array_ptr, norm_ptr, inverse, positions_ptr, cos_sin_ptr, token, head, in_batch, max_position,
-    R: tl.constexpr, NORM_STRIDE: tl.constexpr, ROTARY: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """Rows, `[ROWS, WIDTH]`, whose pairs are half of ROTARY.dim apart.
-
-    The other element of each pair is loaded, too: registers of another thread are further away than the cache. Elements
-    are taken in runs that stay side by side, which have an axis of their own, `[runs, RUN]`, and begin at multiples of
-    RUN: only so does the compiler see that it may load many at a time. To `tl.where` it is blind.
+    For all rows, although they are the same: so they need not go from the threads of one row to all others.
     """
-    HALF: tl.constexpr = ROTARY.dim // 2
-    RUN: tl.constexpr = ROTARY.run
-    run = tl.arange(0, WIDTH // RUN)[:, None]
-    within = tl.arange(0, RUN)[None, :]
-    first = run < HALF // RUN
-    turns = (run < ROTARY.dim // RUN)[None, :, :]
-    half = first.to(tl.int32)  # 1 in the first half
-    other = (run + (2 * half - 1) * (HALF // RUN)) * RUN + within
-    pair = (run + (half - 1) * (HALF // RUN)) * RUN + within
-    offset = other.to(tl.int64) if R.wide else other
-    y = tl.load(
-        array_ptr + row_offsets(token, head, R)[:, None, None] + (offset * R.dim_stride)[None, :, :],
-        mask=in_batch[:, None, None] & turns,
-        other=1,
-    )
-    y = tl.reshape(widen(y), [ROWS, WIDTH])
-    if norm_ptr is not None:
-        # For all rows, although they are the same: so they need not go from the threads of one row to all others.
-        weight_ptr = norm_ptr + tl.broadcast_to((other * NORM_STRIDE)[None, :, :], [ROWS, WIDTH // RUN, RUN])
-        weight = tl.load(weight_ptr, mask=turns, other=0)
-        y = y * inverse * tl.reshape(widen(weight), [ROWS, WIDTH])
-
-    SECTIONS: tl.constexpr = ROTARY.sections
-    position, exists = _find_positions(
-        positions_ptr, token, in_batch, tl.reshape(pair, [WIDTH]), max_position, ROTARY
-    )  # fmt: skip
-    if SECTIONS is None:
-        position = position[:, :, None]
-    else:
-        position = tl.reshape(position, [ROWS, WIDTH // RUN, RUN])
-    angle_ptr = cos_sin_ptr + position * ROTARY.row_stride + (pair * ROTARY.column_stride)[None, :, :]
-    mask = exists[:, None, None] & turns
-    cosine = tl.load(angle_ptr, mask=mask, other=0)
-    sine = tl.load(angle_ptr + HALF * ROTARY.column_stride, mask=mask, other=0)
-    kept = x * tl.reshape(widen(cosine), [ROWS, WIDTH])
-    mixed = y * tl.reshape(widen(sine), [ROWS, WIDTH])
-    element = tl.arange(0, WIDTH)[None, :]
-    # Not the sine is negated: to the compiler that is 0 - sine, and 0 - 0 has the wrong sign.
-    return tl.where(element < HALF, kept - mixed, kept + mixed), exists
+    SHAPE: tl.constexpr = [ROWS, element.shape[0], element.shape[1]]
+    weight_ptr = norm_ptr + tl.broadcast_to((element * NORM_STRIDE)[None, :, :], SHAPE)
+    return widen(tl.load(weight_ptr, mask=in_head[None, :, :], other=0))
 
 
 @triton.jit
@@ -140,26 +98,66 @@ def _load_rotated(
     """Rows in float32, `[ROWS, elements]`, normed unless norm_ptr is None, and rotated if ROTATES.
 
     Also which elements a head has, `[1, elements]`.
+
+    Pairs that are neighbours lie in registers of one thread. Of those that are half of ROTARY.dim apart, the other
+    element of each is loaded, too: registers of another thread are further away than the cache. Elements are then taken
+    in runs that stay side by side, which have an axis of their own, `[runs, RUN]`, and begin at multiples of RUN: only
+    so does the compiler see that it may load many at a time. To `tl.where` it is blind.
+
+    All is loaded before the first is used: the norm's division has branches, behind which the compiler leaves loads.
     """
     WIDTH: tl.constexpr = R.columns * R.elements_per_unit
+    HALF: tl.constexpr = ROTARY.dim // 2
+    HALVES: tl.constexpr = ROTATES and not ROTARY.interleaved
+    RUN: tl.constexpr = ROTARY.run if HALVES else WIDTH
     x, in_head = load_rows(array_ptr, token, head, in_batch, R)
     x = widen(x)
-    element = tl.arange(0, WIDTH)[None, :]
-    inverse = None
+    run = tl.arange(0, WIDTH // RUN)[:, None]
+    within = tl.arange(0, RUN)[None, :]
+    first = (run < HALF // RUN).to(tl.int32)  # 1 for runs of the first half
+    turns = run < ROTARY.dim // RUN
+    other = (run + (2 * first - 1) * (HALF // RUN)) * RUN + within
+    if norm_ptr is not None:
+        element = run * RUN + within
+        in_run = element < R.head_units * R.elements_per_unit
+        weight = tl.reshape(_load_weights(norm_ptr, element, in_run, NORM_STRIDE, ROWS), [ROWS, WIDTH])
+    if HALVES:
+        offset = other.to(tl.int64) if R.wide else other
+        y = tl.load(
+            array_ptr + row_offsets(token, head, R)[:, None, None] + (offset * R.dim_stride)[None, :, :],
+            mask=in_batch[:, None, None] & turns[None, :, :],
+            other=1,
+        )
+        y = tl.reshape(widen(y), [ROWS, WIDTH])
+        if norm_ptr is not None:
+            other_weight = tl.reshape(_load_weights(norm_ptr, other, turns, NORM_STRIDE, ROWS), [ROWS, WIDTH])
+        pair = (run + (first - 1) * (HALF // RUN)) * RUN + within
+        cosine, sine, exists = _load_angles(
+            positions_ptr, cos_sin_ptr, token, in_batch, pair, max_position, ROTARY, ROWS
+        )
+        cosine, sine = tl.reshape(cosine, [ROWS, WIDTH]), tl.reshape(sine, [ROWS, WIDTH])
+    elif ROTATES:
+        pair = tl.arange(0, WIDTH // 2)[None, :]
+        cosine, sine, exists = _load_angles(
+            positions_ptr, cos_sin_ptr, token, in_batch, pair, max_position, ROTARY, ROWS
+        )
+        cosine, sine = tl.reshape(cosine, [ROWS, WIDTH // 2]), tl.reshape(sine, [ROWS, WIDTH // 2])
+
     if norm_ptr is not None:
         inverse = _inverse_norm(x, in_head, R.head_units * R.elements_per_unit, ROTARY.eps, ROWS, WIDTH)
-        weight_ptr = norm_ptr + tl.broadcast_to(element * NORM_STRIDE, x.shape)
-        x = x * inverse * widen(tl.load(weight_ptr, mask=in_head, other=0))
+        x = x * inverse * weight
+        if HALVES:
+            y = y * inverse * other_weight
     if ROTATES:
-        if ROTARY.interleaved:
-            turned, exists = _rotate_neighbours(
-                x, positions_ptr, cos_sin_ptr, token, in_batch, max_position, ROTARY, ROWS, WIDTH
-            )
+        element = tl.arange(0, WIDTH)[None, :]
+        if HALVES:
+            kept = x * cosine
+            mixed = y * sine
+            # Not the sine is negated: to the compiler that is 0 - sine, and 0 - 0 has the wrong sign.
+            turned = tl.where(element < HALF, kept - mixed, kept + mixed)
         else:
-            turned, exists = _rotate_halves(
-                x, array_ptr, norm_ptr, inverse, positions_ptr, cos_sin_ptr, token, head, in_batch, max_position,
-                R, NORM_STRIDE, ROTARY, ROWS, WIDTH,
-            )  # fmt: skip
+            one, two = tl.split(tl.reshape(x, [ROWS, WIDTH // 2, 2]))
+            turned = tl.reshape(tl.join(one * cosine - two * sine, two * cosine + one * sine), [ROWS, WIDTH])
         x = tl.where(element < ROTARY.dim, turned, x)
         x = tl.where(exists[:, None], x, 0.0)
     return x, in_head
@@ -185,13 +183,19 @@ def _rotate_query(
 
 @triton.jit
 def _write_side(
-    array_ptr, cache_ptr, scale_cache_ptr, positions_ptr, cos_sin_ptr, norm_ptr, scale_ptr,
-    max_position, token, head, slot, layer, in_batch, written,
-    R: tl.constexpr, S: tl.constexpr, FORMAT: tl.constexpr, HARDWARE_CAST: tl.constexpr,
-    HARDWARE_SCALES: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROTARY: tl.constexpr, ROTATES: tl.constexpr,
-    NORM_STRIDE: tl.constexpr, ROWS: tl.constexpr,
+    array_ptr, cache_ptr, scale_cache_ptr, positions_ptr, cos_sin_ptr, slot_mapping_ptr, norm_ptr, scale_ptr,
+    layer, num_written, num_slots, num_layers, max_position, program,
+    R: tl.constexpr, S: tl.constexpr, BLOCK_SIZE: tl.constexpr, SLOT_STRIDE: tl.constexpr, FORMAT: tl.constexpr,
+    HARDWARE_CAST: tl.constexpr, HARDWARE_SCALES: tl.constexpr, LAYER_IS_POINTER: tl.constexpr,
+    ROTARY: tl.constexpr, ROTATES: tl.constexpr, NORM_STRIDE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Writes a program's rows of K, or of V: normed unless norm_ptr is None, rotated if ROTATES, else as they are."""
+    token, head = find_rows(program, R, ROWS)
+    in_batch = token < num_written
+    slot = tl.load(slot_mapping_ptr + token * SLOT_STRIDE, mask=in_batch, other=-1).to(tl.int64)
+    written = (slot >= 0) & (slot < num_slots)
+    index = layer_index(layer, LAYER_IS_POINTER)
+    written = in_layer(written, layer, index, num_layers)
     if norm_ptr is None and not ROTATES:
         x, in_head = load_rows(array_ptr, token, head, in_batch, R)
     else:
@@ -200,7 +204,7 @@ def _write_side(
             R, ROTATES, NORM_STRIDE, ROTARY, ROWS,
         )  # fmt: skip
     store_rows(
-        x, in_head, cache_ptr, scale_cache_ptr, scale_ptr, head, slot, layer, written,
+        x, in_head, cache_ptr, scale_cache_ptr, scale_ptr, head, slot, index, written,
         R, S, FORMAT, HARDWARE_CAST, HARDWARE_SCALES, BLOCK_SIZE, ROWS,
     )  # fmt: skip
 
@@ -248,32 +252,32 @@ def rope_and_cache_kernel(
     K_NORM_STRIDE: tl.constexpr,
     IN_PLACE: tl.constexpr,      # whether out is query
     Q_ROWS: tl.constexpr,        # rows of query of a program
-    ROWS: tl.constexpr,          # rows of K, and of V, of a program
+    ROWS: tl.constexpr,          # rows of K, or of V, of a program
 ):  # fmt: skip
-    """Rotate a tile of rows of query, or write a tile of rows of K and of V."""
-    program = tl.program_id(0).to(tl.int64)
-    q_programs = (tl.cast(num_tokens, tl.int64) * Q.num_heads + (Q_ROWS - 1)) // Q_ROWS
-    if program < q_programs:
-        _rotate_query(
-            query_ptr, positions_ptr, cos_sin_ptr, q_norm_ptr, num_tokens, max_position, out_ptr, program,
-            Q, FORMAT_Q, HARDWARE_Q, ROTARY, Q_NORM_STRIDE, IN_PLACE, Q_ROWS,
-        )  # fmt: skip
+    """Write a tile of rows of K, or of V, or rotate a tile of rows of query."""
+    program = tl.program_id(0)
+    if K.num_heads % ROWS == 0:
+        programs = num_written * (K.num_heads // ROWS)
     else:
-        program -= q_programs
-        token, head = find_rows(program, K, ROWS)
-        in_batch = token < num_written
-        slot = tl.load(slot_mapping_ptr + token * SLOT_STRIDE, mask=in_batch, other=-1).to(tl.int64)
-        written = (slot >= 0) & (slot < num_slots)
-        index = layer_index(layer, LAYER_IS_POINTER)
-        written = in_layer(written, layer, index, num_layers)
+        programs = ((tl.cast(num_written, tl.int64) * K.num_heads + (ROWS - 1)) // ROWS).to(tl.int32)
+    if program < programs:
         _write_side(
-            key_ptr, key_cache_ptr, k_scale_cache_ptr, positions_ptr, cos_sin_ptr, k_norm_ptr, k_scale_ptr,
-            max_position, token, head, slot, index, in_batch, written,
-            K, KS, FORMAT, HARDWARE_CAST, HARDWARE_SCALES, BLOCK_SIZE, ROTARY, not LATENT, K_NORM_STRIDE, ROWS,
+            key_ptr, key_cache_ptr, k_scale_cache_ptr, positions_ptr, cos_sin_ptr, slot_mapping_ptr, k_norm_ptr,
+            k_scale_ptr, layer, num_written, num_slots, num_layers, max_position, program,
+            K, KS, BLOCK_SIZE, SLOT_STRIDE, FORMAT, HARDWARE_CAST, HARDWARE_SCALES, LAYER_IS_POINTER,
+            ROTARY, not LATENT, K_NORM_STRIDE, ROWS,
         )  # fmt: skip
+    elif program < 2 * programs:
         _write_side(
             value_ptr, key_cache_ptr if value_cache_ptr is None else value_cache_ptr, v_scale_cache_ptr,
-            positions_ptr, cos_sin_ptr, None, v_scale_ptr,
-            max_position, token, head, slot, index, in_batch, written,
-            V, VS, FORMAT_V, HARDWARE_CAST, HARDWARE_SCALES, BLOCK_SIZE, ROTARY, LATENT, 0, ROWS,
+            positions_ptr, cos_sin_ptr, slot_mapping_ptr, None,
+            v_scale_ptr, layer, num_written, num_slots, num_layers, max_position, program - programs,
+            V, VS, BLOCK_SIZE, SLOT_STRIDE, FORMAT_V, HARDWARE_CAST, HARDWARE_SCALES, LAYER_IS_POINTER,
+            ROTARY, LATENT, 0, ROWS,
+        )  # fmt: skip
+    else:
+        _rotate_query(
+            query_ptr, positions_ptr, cos_sin_ptr, q_norm_ptr, num_tokens, max_position, out_ptr,
+            program - 2 * programs,
+            Q, FORMAT_Q, HARDWARE_Q, ROTARY, Q_NORM_STRIDE, IN_PLACE, Q_ROWS,
         )  # fmt: skip

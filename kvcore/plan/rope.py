@@ -19,7 +19,7 @@ class RopePlan(NamedTuple):
         kernel: What to launch.
         q_heads: Rows of query of a token.
         q_rows: Those that a program takes.
-        heads: Rows of K, and of V, of a token.
+        heads: Rows of K, or of V, of a token.
         rows: Those that a program takes.
     """
 
@@ -31,7 +31,7 @@ class RopePlan(NamedTuple):
 
     def grid(self, num_tokens: int, num_written: int) -> tuple[int, int, int]:
         """Programs along each axis for so many tokens, and entries of slot_mapping."""
-        return -(-num_tokens * self.q_heads // self.q_rows) - (-num_written * self.heads // self.rows), 1, 1
+        return 2 * -(-num_written * self.heads // self.rows) - (-num_tokens * self.q_heads // self.q_rows), 1, 1
 
 
 class Rotary(NamedTuple):
@@ -60,8 +60,13 @@ SCALARS = {"num_tokens": "i32", "num_written": "i32", "num_slots": "i64", "num_l
 """Run-time integers that follow the pointers, in the kernel's order, and their types. Then comes out_ptr."""
 
 
-MANY_TOKENS = 1024
-"""From so many tokens on, plans are made for their number, below for the time until the first is done."""
+FEW_TOKENS, MANY_TOKENS = 16, 1024
+"""Up to so many tokens, and from so many on, plans are others than between."""
+
+
+def batch_class(num_tokens: int) -> int:
+    """0 for few tokens, 2 for many, else 1: calls of one class have one plan."""
+    return (num_tokens > FEW_TOKENS) + (num_tokens >= MANY_TOKENS)
 
 
 def arguments(
@@ -123,7 +128,7 @@ def plan_rope(
     """The plan for a call on a target.
 
     Args:
-        call: From `kvcore.contract.rope.check_rope`. Of its numbers of tokens, only MANY_TOKENS matters.
+        call: From `kvcore.contract.rope.check_rope`. Of its numbers of tokens, only their class matters.
         target: What to compile for.
         layer_is_pointer: Whether the kernel loads the layer's index from memory.
         out: Where rotated queries go; None: to an array in C order.
@@ -150,7 +155,7 @@ def plan_rope(
         key_scales = scale_rows(scales, scales.placement.key, k_width, stored)
         if stored_v == stored:
             value_scales = scale_rows(scales, scales.placement.value, v_width, stored)
-    elements, warps = _tile(call, target)
+    elements, warps, options = _tile(call, target, max(query.columns, k_width, v_width))
     rows = max(1, elements // max(k_width, v_width))
     q_rows = max(1, elements // query.columns)
     computed_k, computed_v = call.computed
@@ -193,19 +198,32 @@ def plan_rope(
             "Q_ROWS": q_rows,
             "ROWS": rows,
         },
-        options=EXACT,
+        options={**EXACT, **options},
     )
     return RopePlan(kernel, q_heads, q_rows, heads, rows)
 
 
-def _tile(call: Rope, target: Target) -> tuple[int, int]:
-    """Elements and warps of a program. Measured on an H100, with 40 heads of 128 in a token."""
+def _tile(call: Rope, target: Target, width: int) -> tuple[int, int, dict[str, Any]]:
+    """Elements of a program, its warps, and options, where a head takes up to `width` elements.
+
+    Measured on an H100, with 32 + 8 + 8 heads of 128 in a token.
+    """
     if target.backend == "interpret":
-        return 65536, 1  # a program costs milliseconds, an element next to nothing
-    if call.query.shape[0] < MANY_TOKENS:
-        return 512, 2  # the time is that of one program after another has loaded what it needs
-    busy = call.q_norm is not None or call.k_norm is not None or call.write.cache.format.name not in FLOATS
-    return 1024, 2 if busy else 1  # many elements a thread, which shares among them what is known of their rows
+        return 65536, 1, {}  # a program costs milliseconds, an element next to nothing
+    batch = batch_class(call.query.shape[0])
+    if batch == 0 and width <= 256:
+        return 256, 1, {}  # the time is that of one program, from its first load to its store
+    if batch < 2:
+        # Given 64 registers, ptxas loads all that a thread needs before it uses the first; by itself it keeps to 32.
+        return 512, 2, {"maxnreg": 64} if target.backend == "cuda" and width <= 512 else {}
+    cache = call.write.cache
+    if call.q_norm is not None or call.k_norm is not None:
+        warps = 4
+    elif cache.scales is not None:
+        warps = 1  # so that a warp has many elements of a row, whose largest is wanted
+    else:
+        warps = 2 if cache.format.name in FLOATS else 4
+    return 1024, warps, {}
 
 
 def _stride(spec: ArraySpec | None) -> int:

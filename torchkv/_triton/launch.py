@@ -19,6 +19,9 @@ Load = Callable[[KernelPlan, Mapping[str, str | None], frozenset[str]], Any]
 Empty = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
 """A tensor that is to be made: its shape, its strides, its dtype."""
 
+SCALARS = frozenset((type(None), bool, int, float, str))
+"""Types of arguments that are no tensors. `isinstance` takes its time where the class is Tensor."""
+
 MOST_LAUNCHES = 4096
 """Launches that are remembered of each kind: shapes that never come back would fill the memory."""
 
@@ -161,7 +164,7 @@ def signature(call: Any, any_length: Mapping[str, int]) -> list[Any]:
     """
     parts: list[Any] = []
     for name, value in zip(call._fields, call, strict=True):
-        if type(value) in _SCALARS:  # isinstance takes its time where a class is Tensor
+        if type(value) in SCALARS:
             parts.append(value is None if name == "layer" else value)
         elif isinstance(value, Tensor):
             parts.append(_signature_of(value, any_length.get(name)))
@@ -173,9 +176,6 @@ def signature(call: Any, any_length: Mapping[str, int]) -> list[Any]:
         else:
             parts.append(value)
     return parts
-
-
-_SCALARS = frozenset((type(None), bool, int, float, str))
 
 
 def _signature_of(tensor: Tensor, any_length: int | None = None) -> tuple[Any, ...]:

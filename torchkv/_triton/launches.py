@@ -18,6 +18,7 @@ from torchkv._triton.launch import (
     INTERPRETED,
     MOST_LAUNCHES,
     ON_GPU,
+    SCALARS,
     Load,
     Runner,
     load,
@@ -217,7 +218,7 @@ class Launches[K: Kernels](ABC):
         if launch.apart and unseen:
             call.check_memory(described)
             launch.apart.see(unseen)
-        pointers = [ON_GPU.address(p) if isinstance(p, Tensor) else p for p in self.pointers(described, call)]
+        pointers = [p if type(p) in SCALARS else ON_GPU.address(p) for p in self.pointers(described, call)]
         return launch.run(pointers, tensors)
 
     def interpret(self, described: Any, call: Any) -> Any:

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from torchkv._call import AttentionCall, GatherCall
+from torchkv._triton.launch import SCALARS
 from torchkv._triton.launches import Apart, Kernels, Launch, Launches
 
 Call = AttentionCall | GatherCall
@@ -36,7 +37,7 @@ class Reads[K: Kernels](Launches[K]):
 
     def tensors(self, call: Call) -> list[Tensor]:
         arguments = self.flat([*(call.results or ()), *call[: len(self.fields)]])
-        return [argument for argument in arguments if isinstance(argument, Tensor)]
+        return [argument for argument in arguments if type(argument) not in SCALARS]
 
     def launch_of(self, kernels: K, call: Call) -> Launch[K]:
         """What is launched for a call."""

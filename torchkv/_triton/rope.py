@@ -68,8 +68,7 @@ class Ropes(Launches[RopeKernel]):
 
     def __init__(self, gives: bool) -> None:
         self._section = 12 if gives else 13  # the place of mrope_section among the op's arguments
-        # A scalar has no length: the contract refuses it.
-        super().__init__(self._section + 5, lambda tensors: tensors[0].shape[:1] >= (plan_rope.MANY_TOKENS,))
+        super().__init__(self._section + 5, _batch_class)
 
     def flat(self, arguments: Sequence[Any]) -> Sequence[Any]:
         section = arguments[self._section]
@@ -110,7 +109,7 @@ class Ropes(Launches[RopeKernel]):
         written, pairs, lengths = [*range(rows, positions)], [*combinations(range(rows, positions), 2)], []
         if call.out is not None:
             pairs += [(0, i) for i in range(1, len(self.tensors(call)))]
-            if _interleaved(call.out):  # then the number of tokens decides whether it overlaps itself
+            if not call.out.numel() or _interleaved(call.out):  # other numbers of tokens may overlap themselves
                 pairs.append((0, 0))
             written, lengths = [0, *written], [0, slots]
         return Launch(
@@ -136,3 +135,8 @@ class Ropes(Launches[RopeKernel]):
 def _interleaved(out: Tensor) -> bool:
     """Whether a row reaches beyond the next one's beginning."""
     return out.stride(0) <= sum((n - 1) * s for n, s in zip(out.shape[1:], out.stride()[1:], strict=True))
+
+
+def _batch_class(tensors: Sequence[Tensor]) -> int:
+    shape = tensors[0].shape
+    return plan_rope.batch_class(shape[0]) if shape else 0  # a scalar is for the contract to refuse
