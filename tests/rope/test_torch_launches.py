@@ -113,6 +113,16 @@ def test_what_begins_at_no_multiple_of_16_is_compiled_for_that(launched):
     assert ["out_ptr" in aligned for _, aligned in launched] == [True, False]
 
 
+@pytest.mark.parametrize(("first", "steps"), [(0, (128, 8, 1)), (0, (8, 16, 1)), (1, (8, 16, 1))])
+def test_an_out_that_overlaps_itself_is_seen_whatever_was_launched_before(first, steps, launched):
+    call, op = BY_NAME["norms"].make(), Op("out")
+    few = replace(BY_NAME["norms"], num_tokens=first, slots=(), positions=None).make()
+    room = torch.zeros(7 * 128, dtype=torch.bfloat16)
+    op(few, out=room.as_strided((first, 8, 16), steps))
+    with pytest.raises(ValueError, match=r"^out must not overlap itself in memory"):
+        op(call, out=room.as_strided((7, 8, 16), steps))
+
+
 def test_errors_come_after_a_hit_too(launched):
     call, op = BY_NAME["norms"].make(), Op("out")
     op(call)
