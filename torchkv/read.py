@@ -1,7 +1,7 @@
 """The public functions that read a cache: attention over it, and a gather out of it."""
 
 from collections.abc import Sequence
-from typing import Literal, TypedDict, Unpack, overload
+from typing import Literal, TypedDict, Unpack, cast, overload
 
 import torch
 from torch import Tensor
@@ -183,7 +183,8 @@ def paged_attention(
         check_options(kv_cache_dtype, k_scale, v_scale, layer, backend, BACKENDS)
         scales = as_scale(k_scale, caches[0]), as_scale(v_scale, caches[0])
         refuse_gradients("paged_attention", query, *caches, sinks, *scales, *given)
-        results = call(op, (*operands, *numbers, sinks, kv_cache_dtype, *scales, *rest)) or given
+        arguments = (*operands, *numbers, sinks, kv_cache_dtype, *scales, *rest)
+        results = cast(tuple[Tensor, Tensor], call(op, arguments) or given)
     return results if return_lse else results[0]
 
 
@@ -274,5 +275,5 @@ def gather_kv(
         scales = as_scale(k_scale, caches[0]), as_scale(v_scale, caches[0])
         check_tensors(**{f"out[{i}]": tensor for i, tensor in enumerate(given)})  # the op's schema calls them otherwise
         refuse_gradients("gather_kv", *caches, *scales, *given)
-        results = call(op, (*operands, *scales, *rest)) or given
+        results = cast(tuple[Tensor, Tensor], call(op, (*operands, *scales, *rest)) or given)
     return results

@@ -25,7 +25,7 @@ class Op:
     def __init__(self, way):
         self.way, self.news = way, 0
         self.op = _library.rope_and_cache if way == "new" else _library.rope_and_cache_out
-        self.launches = _triton.Rotations(out=way != "new")
+        self.launches = _triton.Ropes(gives=way == "new")
 
     def __call__(self, call, **more):
         caches = [cache.clone() for cache in caches_of(call)]
@@ -111,6 +111,16 @@ def test_what_begins_at_no_multiple_of_16_is_compiled_for_that(launched):
         assert_same(op(call, out=out), want)
     assert room[0] == 7
     assert ["out_ptr" in aligned for _, aligned in launched] == [True, False]
+
+
+@pytest.mark.parametrize(("first", "steps"), [(0, (128, 8, 1)), (0, (8, 16, 1)), (1, (8, 16, 1))])
+def test_an_out_that_overlaps_itself_is_seen_whatever_was_launched_before(first, steps, launched):
+    call, op = BY_NAME["norms"].make(), Op("out")
+    few = replace(BY_NAME["norms"], num_tokens=first, slots=(), positions=None).make()
+    room = torch.zeros(7 * 128, dtype=torch.bfloat16)
+    op(few, out=room.as_strided((first, 8, 16), steps))
+    with pytest.raises(ValueError, match=r"^out must not overlap itself in memory"):
+        op(call, out=room.as_strided((7, 8, 16), steps))
 
 
 def test_errors_come_after_a_hit_too(launched):

@@ -5,7 +5,7 @@ import torch
 
 import torchkv
 from tests.cases.torch_known import versions
-from torchkv._triton import read as _read
+from torchkv._triton import attention as _attention
 
 # ---- reading
 
@@ -45,7 +45,7 @@ def test_attention(seen):
 
 
 def test_split_attention(seen, monkeypatch):
-    plan_attention = _read.plan_attention
+    plan_attention = _attention.plan_attention
     monkeypatch.setattr(plan_attention, "choose_splits", lambda *_: 2)
     monkeypatch.setattr(plan_attention, "plan_attention", plan_attention.plan_attention.__wrapped__)
     query, caches, tables, lens = read_operands()
@@ -107,6 +107,25 @@ def test_one_scale_for_keys_and_values(seen):
     torch.testing.assert_close(got, half)
 
 
+@pytest.mark.parametrize("op", ["attention", "gather"])
+def test_a_layer_in_memory(op, seen):
+    query, caches, tables, lens = read_operands()
+    caches = tuple(torch.stack([c, c + 1, c + 2], 1) for c in caches)
+    index = torch.arange(3)
+
+    def call(layer, **options):
+        options |= {"layout": "block layer slot head dim", "layer": layer}
+        if op == "attention":
+            return torchkv.paged_attention(query, caches, tables, lens, return_lse=True, **options)
+        return torchkv.gather_kv(caches, tables, lens, 11, **options)
+
+    for i, layer in enumerate((1, 2, 0)):  # of which one begins at a multiple of 16
+        got = call(index[layer])
+        assert seen.ways() == (i < 1, 1)
+        same(got, call(layer, backend="torch"))
+        seen.ways()
+
+
 def test_gradients_are_refused_every_time(seen):
     query, caches, tables, lens = read_operands()
     torchkv.paged_attention(query, caches, tables, lens)
@@ -135,6 +154,18 @@ def rotate(query, caches, out=None, tokens=None, **options):
     angles = torch.arange(20.0)[:, None] * torch.arange(1.0, 9.0) / 8
     table = torch.cat([angles.cos(), angles.sin()], -1)
     return torchkv.rope_and_cache(query, key, value, caches, positions, table, slots, rope="neox", out=out, **options)
+
+
+def test_one_scale_for_rotated_keys_and_values(seen):
+    query, scale = torch.randn(4, 4, 16), torch.tensor(0.5)
+    for k_scale, v_scale, dispatched in ((scale, scale, 1), (scale.clone(),) * 2 + (0,), (scale, scale.clone(), 1)):
+        caches, wanted = (tuple(torch.full((6, 4, 2, 16), 7, dtype=torch.uint8) for _ in "kv") for _ in range(2))
+        options = dict(kv_cache_dtype="fp8", k_scale=k_scale, v_scale=v_scale)
+        rotate(query, wanted, backend="torch", **options)
+        seen.ways()
+        rotate(query, caches, **options)
+        assert seen.ways() == (dispatched, 1)
+        assert all(map(torch.equal, caches, wanted))
 
 
 @pytest.mark.parametrize("out", [None, "query", "another"])

@@ -54,6 +54,17 @@ def test_writes(name, seen, rng):
     assert len(seen.compiled) == 1
 
 
+@pytest.mark.parametrize("layout", ["NHD", "PACKED_NHD"])
+def test_one_scale_for_keys_and_values(layout, seen, rng):
+    case = small(rng, layout=layout, kv_cache_dtype="fp8", scales=(0.5, 0.5))
+    scale = torch.tensor(0.5)
+    for scales, dispatched in (([scale] * 2, 1), ([scale.clone()] * 2, 0), ([scale, scale.clone()], 1)):
+        key, value, memory, slots = operands(case)
+        write(case, key, value, memory, slots, scales)
+        assert seen.ways() == (dispatched, 1)
+        assert_bits(memory, run_oracle(case))
+
+
 def test_writes_to_each_layer(seen, rng):
     case = small(rng, num_layers=3, layer=0)
     key, value, memory, slots = operands(case)
