@@ -40,6 +40,7 @@ LEVELS = {
         "_triton _xla",
         "_primitive",
         "_write",
+        "ahead",
         "write quantize mla rope read merge scales tables views",
         "cache",
         "integrations",
