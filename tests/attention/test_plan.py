@@ -1,7 +1,5 @@
 """Both frameworks launch what the reading plans say: the same kernels, grids and arguments, seen without a GPU."""
 
-import contextlib
-
 import numpy as np
 import pytest
 
@@ -17,12 +15,14 @@ from kvcore.plan.kernel import Target
 from kvcore.run.compiler import compile_kernel, kernel_function
 from tests.cases.arrays import to_torch
 from tests.cases.gathers import gather
+from tests.cases.launches import replace
 from tests.cases.reads import make_read
 from torchkv._call import AttentionCall, GatherCall
 from torchkv._library import base
 from torchkv._library import read as _read_library
+from torchkv._triton import attention as _attention
+from torchkv._triton import gather as _gather
 from torchkv._triton import launch as _launch
-from torchkv._triton import read as _read_triton
 
 H100 = Target("cuda", 90)
 CASES = {
@@ -53,15 +53,10 @@ def launched(monkeypatch):
         seen["jax"].append((kernel, grid, plain))
         return [jnp.zeros(o.shape, o.dtype) for o in out]
 
-    monkeypatch.setattr(_read_triton, "load", load)
-    empty = _launch.INTERPRETED.empty
-    monkeypatch.setattr(_read_triton, "ON_GPU", _launch.ON_GPU._replace(start=start, empty=empty))
-    monkeypatch.setattr(_read_triton, "target", lambda: H100)
-    monkeypatch.setattr(_read_triton, "_launches", {})
-    monkeypatch.setattr(_read_triton.torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(_read_triton.torch.cuda, "device", lambda device: contextlib.nullcontext())
-    for name, call in (("attention", AttentionCall), ("gather", GatherCall)):
-        run = getattr(_read_triton, name)
+    runner = _launch.ON_GPU._replace(start=start, empty=_launch.INTERPRETED.empty)
+    replace(monkeypatch, load=load, ON_GPU=runner, target=lambda: H100)
+    runs = ("attention", _attention.attention, AttentionCall), ("gather", _gather.gather, GatherCall)
+    for name, run, call in runs:
         monkeypatch.setattr(_read_library, name, lambda *a, run=run, call=call: run(call(*a)))
         monkeypatch.setitem(base._again, getattr(_read_library, name), lambda arguments: None)
     monkeypatch.setattr(jax_launch, "launch", launch)

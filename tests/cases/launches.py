@@ -10,10 +10,8 @@ from kvcore.plan.write import plan_write, pointers
 from kvcore.run import interpreter
 from kvcore.run.compiler import kernel_function
 from tests.cases.writes import describe
+from torchkv._triton import attention, gather, read, rope, write
 from torchkv._triton import launch as _launch
-from torchkv._triton import read as _read
-from torchkv._triton import rope as _rope
-from torchkv._triton import write as _write
 
 H100 = Target("cuda", 90)
 
@@ -24,6 +22,17 @@ def write_kernel(head_size=128):
     pointees = dict.fromkeys(pointers(write), "bfloat16") | {"slot_mapping_ptr": "int32"}
     pointees |= dict.fromkeys(("k_scale_ptr", "v_scale_ptr", "layer"))
     return plan_write(write, H100).kernel, pointees, frozenset()
+
+
+def replace(monkeypatch, **replaced):
+    """Replaces what launches are made with, wherever that is a name of `torchkv._triton`; no launch is remembered."""
+    for name, value in (replaced | {"_launches": {}}).items():
+        modules = [module for module in (attention, gather, read, rope, write) if hasattr(module, name)]
+        assert modules
+        for module in modules:
+            monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
 
 
 class OnHost:
@@ -37,14 +46,7 @@ class OnHost:
     def __init__(self, monkeypatch):
         self.compiled, self.started = [], []
         runner = _launch.INTERPRETED._replace(start=self.start, address=torch.Tensor.data_ptr)
-        for module in (_write, _read, _rope):
-            monkeypatch.setattr(module, "load", self.load)
-            monkeypatch.setattr(module, "start", self.start, raising=False)
-            monkeypatch.setattr(module, "ON_GPU", runner, raising=False)
-            monkeypatch.setattr(module, "target", lambda: INTERPRETER)
-            monkeypatch.setattr(module, "_launches", {})
-        monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
-        monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+        replace(monkeypatch, load=self.load, start=self.start, ON_GPU=runner, target=lambda: INTERPRETER)
 
     def load(self, kernel, pointees, aligned):
         self.compiled.append((kernel, aligned))

@@ -5,7 +5,8 @@ from torchkv._library import base
 from torchkv._library import read as _read_ops
 from torchkv._library import rope as _rope_ops
 from torchkv._library import write as _write_ops
-from torchkv._triton import read as _read
+from torchkv._triton import attention as _attention
+from torchkv._triton import gather as _gather
 from torchkv._triton import rope as _rope
 from torchkv._triton import write as _write
 
@@ -20,10 +21,10 @@ def ops():
         (write.mla, write._mla_call),
     ):
         yield op, call_of, _write.Writes(), write._BACKENDS
-    yield read.attention, read._attention_call, _read.attention_launches(), read._ATTENTION_BACKENDS
-    yield read.attention_out, read._attention_out_call, _read.attention_out_launches(), read._ATTENTION_BACKENDS
-    yield read.gather, read._gather_call, _read.gather_launches(), read._GATHER_BACKENDS
-    yield read.gather_out, read._gather_out_call, _read.gather_out_launches(), read._GATHER_BACKENDS
+    yield read.attention, read._attention_call, _attention.launches(results=False), read._ATTENTION_BACKENDS
+    yield read.attention_out, read._attention_out_call, _attention.launches(results=True), read._ATTENTION_BACKENDS
+    yield read.gather, read._gather_call, _gather.launches(results=False), read._GATHER_BACKENDS
+    yield read.gather_out, read._gather_out_call, _gather.launches(results=True), read._GATHER_BACKENDS
     yield rope.rope_and_cache, rope._call, _rope.Ropes(gives=True), rope._BACKENDS
     yield rope.rope_and_cache_out, rope._out_call, _rope.Ropes(gives=False), rope._BACKENDS
 

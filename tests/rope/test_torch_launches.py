@@ -25,7 +25,7 @@ class Op:
     def __init__(self, way):
         self.way, self.news = way, 0
         self.op = _library.rope_and_cache if way == "new" else _library.rope_and_cache_out
-        self.launches = _triton.Rotations(out=way != "new")
+        self.launches = _triton.Ropes(gives=way == "new")
 
     def __call__(self, call, **more):
         caches = [cache.clone() for cache in caches_of(call)]

@@ -5,7 +5,7 @@ import torch
 
 import torchkv
 from tests.cases.torch_known import versions
-from torchkv._triton import read as _read
+from torchkv._triton import attention as _attention
 
 # ---- reading
 
@@ -45,7 +45,7 @@ def test_attention(seen):
 
 
 def test_split_attention(seen, monkeypatch):
-    plan_attention = _read.plan_attention
+    plan_attention = _attention.plan_attention
     monkeypatch.setattr(plan_attention, "choose_splits", lambda *_: 2)
     monkeypatch.setattr(plan_attention, "plan_attention", plan_attention.plan_attention.__wrapped__)
     query, caches, tables, lens = read_operands()

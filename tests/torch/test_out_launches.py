@@ -1,7 +1,5 @@
 """Kernels launched into given tensors: interpreted in the place of a GPU, and on one."""
 
-from contextlib import nullcontext
-
 import pytest
 import torch
 
@@ -9,11 +7,14 @@ import torchkv
 from kvcore.plan.kernel import INTERPRETER
 from tests.cases.arrays import to_torch
 from tests.cases.gpu import DEVICE, captured
+from tests.cases.launches import replace
 from tests.cases.torch_ops import gather_arguments as gather_op_arguments
 from tests.cases.torch_results import attend, gather_arguments, op_arguments, part, read_case, results_of, same
 from torchkv._call import AttentionCall, GatherCall
 from torchkv._library import read as _read_library
-from torchkv._triton import read as _read_triton
+from torchkv._triton import attention as _attention
+from torchkv._triton import gather as _gather
+from torchkv._triton import read as _read
 from torchkv._triton.launch import INTERPRETED
 
 
@@ -26,12 +27,7 @@ def launched(monkeypatch):
         compiled.append(aligned & {"out_ptr", "lse_ptr", "key_ptr", "value_ptr"})
         return kernel
 
-    monkeypatch.setattr(_read_triton, "load", load)
-    monkeypatch.setattr(_read_triton, "ON_GPU", INTERPRETED)
-    monkeypatch.setattr(_read_triton, "target", lambda: INTERPRETER)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
-    monkeypatch.setattr(_read_triton, "_launches", {})
-    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    replace(monkeypatch, load=load, ON_GPU=INTERPRETED, target=lambda: INTERPRETER)
     return compiled
 
 
@@ -39,35 +35,35 @@ def test_launches_into_given_tensors(launched):
     arguments, (out, lse) = op_arguments()
     call = AttentionCall(*arguments)
     want = _read_library.attention(*call._replace(backend="interpret")[: len(arguments)])
-    same(_read_triton.attention(call), want)
+    same(_attention.attention(call), want)
     both = {"out_ptr", "lse_ptr"}
     assert launched == [both]
     for offsets in ((0, 0), (1, 4), (4, 2), (4, 4)):
         given = part(out.shape, offsets[0]), part(lse.shape, offsets[1])
-        got = _read_triton.attention(call._replace(results=given))
+        got = _attention.attention(call._replace(results=given))
         assert got[0] is given[0]
         assert got[1] is given[1]
         same(given, want)
     assert launched == [both, both, {"lse_ptr"}, {"out_ptr"}]  # the last one found what was compiled for the first
-    assert len(_read_triton._launches) == 4
+    assert len(_read._launches) == 4
 
     query = call.query
     with pytest.raises(ValueError, match=r"^out and query must not overlap in memory$"):
-        _read_triton.attention(call._replace(results=(query, part(lse.shape, 0))))
+        _attention.attention(call._replace(results=(query, part(lse.shape, 0))))
     with pytest.raises(ValueError, match=r"^out must have shape \(4, 4, 32\), got \(4, 4, 16\)$"):
-        _read_triton.attention(call._replace(results=(part((4, 4, 16), 0), part(lse.shape, 0))))
-    assert len(_read_triton._launches) == 4
+        _attention.attention(call._replace(results=(part((4, 4, 16), 0), part(lse.shape, 0))))
+    assert len(_read._launches) == 4
 
 
 def test_split_launches_into_given_tensors(launched, monkeypatch):
     arguments, (out, lse) = op_arguments()
-    plan_attention = _read_triton.plan_attention
+    plan_attention = _attention.plan_attention
     monkeypatch.setattr(plan_attention, "choose_splits", lambda *_: 2)
     monkeypatch.setattr(plan_attention, "plan_attention", plan_attention.plan_attention.__wrapped__)
     call = AttentionCall(*arguments)
-    want = _read_triton.attention(call)
+    want = _attention.attention(call)
     given = part(out.shape, 1), part(lse.shape, 0)
-    _read_triton.attention(call._replace(results=given))
+    _attention.attention(call._replace(results=given))
     same(given, want)
     assert launched == [{"out_ptr", "lse_ptr"}] * 2 + [{"lse_ptr"}, {"out_ptr", "lse_ptr"}]
 
@@ -77,13 +73,13 @@ def test_gathers_launched_into_given_tensors(launched):
     want = torchkv.gather_kv(*args, **options)
     caches, tables, lengths, _ = args
     call = GatherCall(*gather_op_arguments(caches, tables, lengths, 21, layout="block slot head dim"))
-    same(_read_triton.gather(call), want)
+    same(_gather.gather(call), want)
     given = part(want[0].shape, 4), part(want[1].shape, 1)
-    assert _read_triton.gather(call._replace(results=given))[0] is given[0]
+    assert _gather.gather(call._replace(results=given))[0] is given[0]
     same(given, want)
     assert launched == [{"key_ptr", "value_ptr"}, {"key_ptr"}]
     with pytest.raises(ValueError, match=r"^out\[0\] and out\[1\] must not overlap in memory$"):
-        _read_triton.gather(call._replace(results=(given[1], given[1])))
+        _gather.gather(call._replace(results=(given[1], given[1])))
 
 
 @pytest.mark.gpu

@@ -12,7 +12,8 @@ from tests.cases.torch_compile import assert_bits, assert_no_copies, compiled_co
 from tests.cases.torch_ops import attention_arguments, gather_arguments
 from tests.cases.torch_quantised import inputs, latent_rows, memory_of, mla_oracle, quantising, small
 from torchkv._call import AttentionCall, GatherCall, WriteCall
-from torchkv._triton import read as _read_triton
+from torchkv._triton import attention as _attention
+from torchkv._triton import gather as _gather
 from torchkv._triton import write as _triton
 
 
@@ -140,11 +141,11 @@ def test_launches_that_read(options, launched, rng):
         "scale_layout": found.get("scale_layout"),
     }
     attend = attention_arguments(to_torch(case.query), caches, *arrays, **cache)
-    out, _ = _read_triton.attention(AttentionCall(*attend))
+    out, _ = _attention.attention(AttentionCall(*attend))
     want, _ = oracle(case)
     np.testing.assert_allclose(out, want, atol=3e-6 * np.abs(want).max())
     gather = gather_arguments(caches, *arrays, 19, dtype="float32", head_size=case.query.shape[2], **cache)
-    got = _read_triton.gather(GatherCall(*gather))
+    got = _gather.gather(GatherCall(*gather))
     want = reference_attention.gather_kv(
         case.caches, case.block_tables, case.seq_lens, 19, dtype=DTYPES["float32"], head_size=case.query.shape[2],
         head_size_v=case.head_size_v, **case.options,
@@ -162,7 +163,7 @@ def test_launches_that_read_differ_by_the_layout_of_scales(launched, rng):
             caches, tables, lens, 16, dtype="float32", kv_cache_dtype="int8", k_scale=scales[0], v_scale=scales[1],
             layout="NHD", scale_layout=scale_layout,
         )  # fmt: skip
-        got = _read_triton.gather(GatherCall(*gather))
+        got = _gather.gather(GatherCall(*gather))
         want = reference_attention.gather_kv(
             [from_torch(c) for c in caches], from_torch(tables), from_torch(lens), 16, dtype=DTYPES["float32"],
             head_size=16, kv_cache_dtype="int8", k_scale=from_torch(scales[0]), v_scale=from_torch(scales[1]),

@@ -1,6 +1,5 @@
 """Both frameworks launch what the plan says: the same kernel, grid, warps and arguments."""
 
-import contextlib
 import re
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import jaxkv
 from kvcore.plan.kernel import Target
 from kvcore.plan.write import SCALARS, plan_write, pointers, scalars
 from tests.cases.arrays import LAYOUTS, make_case, run_jax, run_torch, to_torch
+from tests.cases.launches import replace
 from tests.cases.writes import describe
 
 H100 = Target("cuda", 90)
@@ -127,7 +127,6 @@ WRITES = {
 def test_both_launchers_pass_the_same_arguments(monkeypatch, name):
     """Seen without a GPU. Where JAX passes an array torch passes its address."""
     import jax.numpy as jnp
-    import torch
 
     from jaxkv._triton import launch as jax_launch
     from kvcore.run.compiler import compile_kernel, kernel_function
@@ -149,11 +148,8 @@ def test_both_launchers_pass_the_same_arguments(monkeypatch, name):
     def write(options, operands):
         return jax_launch.write(options.describe(operands), options, operands, H100)
 
-    for attribute, value in (("_launches", {}), ("load", load), ("start", start), ("target", lambda: H100)):
-        monkeypatch.setattr(torch_half, attribute, value)
+    replace(monkeypatch, load=load, start=start, target=lambda: H100)
     monkeypatch.setattr(write_ops._BACKENDS, "interpret", lambda write, call: torch_half.write(call))
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(jax_launch, "launch", launch)
     monkeypatch.setattr(jaxkv._write, "write", write)
     case = make_case(np.random.default_rng(0), **WRITES[name])
@@ -192,8 +188,7 @@ def test_every_kernel_says_whether_multiply_and_add_may_fuse(monkeypatch, target
 
     launched = []
     monkeypatch.setattr(interpreter, "run", lambda kernel, grid, arguments: launched.append(kernel))
-    for module in (torchkv._triton.write, torchkv._triton.read, torchkv._triton.rope):  # its plan, on a CPU
-        monkeypatch.setattr(module, "INTERPRETER", target)
+    replace(monkeypatch, INTERPRETER=target)  # its plan, on a CPU
     rng = np.random.default_rng(0)
     by_head = dict(kv_cache_dtype="int8", per_token_head=True)
     for options in (dict(), dict(layout="PACKED_NHD"), dict(kv_cache_dtype="fp8"), by_head):

@@ -15,7 +15,8 @@ from torchkv._arguments import refuse_gradients
 from torchkv._call import AttentionCall, GatherCall, Results
 from torchkv._library.base import Backends, call_each, define
 from torchkv._torch import read as torch_read
-from torchkv._triton import read as triton_read
+from torchkv._triton import attention as triton_attention
+from torchkv._triton import gather as triton_gather
 
 _CACHE = "str kv_cache_dtype, Tensor? k_scale, Tensor? v_scale, str? layout, SymInt? layer, Tensor? layer_index"
 _ATTENTION = (
@@ -114,34 +115,34 @@ def _refuse_gradients_of(op: Any, args: Sequence[Any]) -> None:
     refuse_gradients(op._schema.name.removeprefix("torchkv::"), *tensors)
 
 
-_ATTENTION_BACKENDS = Backends(triton_read.interpret_attention, _attention_in_torch, _attention_fake)
-_GATHER_BACKENDS = Backends(triton_read.interpret_gather, _gather_in_torch, _gather_fake)
+_ATTENTION_BACKENDS = Backends(triton_attention.interpret_attention, _attention_in_torch, _attention_fake)
+_GATHER_BACKENDS = Backends(triton_gather.interpret_gather, _gather_in_torch, _gather_fake)
 
 attention = define(
     f"paged_attention({_ATTENTION}) -> (Tensor, Tensor)",
     _attention_call,
-    triton_read.attention_launches(),
+    triton_attention.launches(results=False),
     _ATTENTION_BACKENDS,
     _one_by_one,
 )
 attention_out = define(
     f"paged_attention_out(Tensor(a!) out, Tensor(b!) lse, {_ATTENTION}) -> ()",
     _attention_out_call,
-    triton_read.attention_out_launches(),
+    triton_attention.launches(results=True),
     _ATTENTION_BACKENDS,
     _one_by_one_out,
 )
 gather = define(
     f"gather_kv({_GATHER}) -> (Tensor, Tensor)",
     _gather_call,
-    triton_read.gather_launches(),
+    triton_gather.launches(results=False),
     _GATHER_BACKENDS,
     _one_by_one,
 )
 gather_out = define(
     f"gather_kv_out(Tensor(a!) key, Tensor(b!) value, {_GATHER}) -> ()",
     _gather_out_call,
-    triton_read.gather_out_launches(),
+    triton_gather.launches(results=True),
     _GATHER_BACKENDS,
     _one_by_one_out,
 )
