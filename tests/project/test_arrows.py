@@ -50,7 +50,7 @@ LEVELS = {
         "_arguments _call _memory _rotated",
         "_triton _torch",
         "_library",
-        "_state",
+        "_state ahead",
         "write quantize mla rope read merge scales tables",
         "_writable",
         "cache",

@@ -11,6 +11,7 @@ from kvcore.plan import attention as plan_attention
 from kvcore.plan.kernel import INTERPRETER
 from torchkv._arguments import dtype_name
 from torchkv._call import ATTENTION_RESULTS, AttentionCall, Results, layer_of
+from torchkv._memory import address_of
 from torchkv._triton.launch import (
     INTERPRETED,
     Empty,
@@ -47,6 +48,11 @@ class _AttentionKernels(NamedTuple):
     lse: Empty
     parts: Empty
     part_lse: Empty
+
+    @property
+    def loaded(self) -> list[Any]:
+        """The kernels alone."""
+        return [self.attend] if self.merge is None else [self.attend, self.merge]
 
 
 _SINKS = plan_attention.POINTERS.index("sinks_ptr")
@@ -111,9 +117,9 @@ def _attention_kernels(
 
 def _prepare_attention(call: AttentionCall) -> _AttentionKernels:
     described = call.check()
-    check_cache_address(described.cache.format, call.caches[0].data_ptr())
+    check_cache_address(described.cache.format, address_of(call.caches[0]))
     with torch.cuda.device(call.query.device):
-        even = all(c.data_ptr() % 2 == 0 for c in call.caches)
+        even = all(address_of(c) % 2 == 0 for c in call.caches)
         plan = plan_attention.plan_attention(described, target(), call.layer_index is not None, even)
         arguments = _attention_arguments(described, call)
         inputs = pointees(plan_attention.POINTERS, arguments)

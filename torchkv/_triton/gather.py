@@ -10,6 +10,7 @@ from kvcore.contract.read import Gather
 from kvcore.plan import gather as plan_gather
 from kvcore.plan.kernel import INTERPRETER
 from torchkv._call import GATHER_RESULTS, GatherCall, Results, layer_of
+from torchkv._memory import address_of
 from torchkv._triton.launch import (
     INTERPRETED,
     Empty,
@@ -40,6 +41,11 @@ class _GatherKernel(NamedTuple):
     gather: Any
     key: Empty
     value: Empty
+
+    @property
+    def loaded(self) -> list[Any]:
+        """The kernel alone."""
+        return [self.gather]
 
 
 def gather(call: GatherCall) -> Results:
@@ -85,7 +91,7 @@ def _gather_kernel(described: Gather, plan: plan_gather.GatherPlan, kernel: Any)
 
 def _prepare_gather(call: GatherCall) -> _GatherKernel:
     described = call.check()
-    check_cache_address(described.cache.format, call.caches[0].data_ptr())
+    check_cache_address(described.cache.format, address_of(call.caches[0]))
     with torch.cuda.device(call.caches[0].device):
         plan = plan_gather.plan_gather(described, target(), call.layer_index is not None)
         arguments = _gather_arguments(described, call)

@@ -41,7 +41,7 @@ class ReadOp[Kernels](NamedTuple):
     Attributes:
         call: What its calls are.
         key: All of a call that its kernels depend on, except a static layer.
-        prepare: Checks a call and compiles its kernels.
+        prepare: Checks a call and compiles its kernels, which are `loaded` of what it gives.
         arguments: What the first kernel is launched with, except the results.
         run: Runs the kernels, given that, and tensors for the results or None.
         results: What errors call the results.
@@ -136,6 +136,10 @@ class Reads:
         flat, by_shape = self._flat(arguments)
         self._known.add(flat, known, by_shape)
         return results
+
+    def prepare(self, call: Call) -> list[Any]:
+        """Checks a call, of tensors that may be fake, and loads its kernels."""
+        return self._op.prepare(call).loaded
 
     def again(self, arguments: Sequence[Any]) -> Results | None:
         """Launches a call like an earlier one; None where there was none, or where this one must be checked itself."""

@@ -18,7 +18,7 @@ from kvcore.plan import rope as plan_rope
 from kvcore.plan.kernel import INTERPRETER, Target
 from torchkv._arguments import dtype_name, spec_of
 from torchkv._call import layer_of
-from torchkv._memory import span
+from torchkv._memory import address_of, span
 from torchkv._rotated import RopeCall
 from torchkv._triton.known import KnownCalls, marker, picker
 from torchkv._triton.launch import (
@@ -170,6 +170,10 @@ class Ropes:
             self._known.add(arguments, known, aligned=aligned, any_length=any_length)
         return result
 
+    def prepare(self, call: RopeCall) -> list[Kernel]:
+        """Checks a call, of tensors that may be fake, and loads its kernel."""
+        return [_prepare(call).kernel]
+
     def again(self, arguments: Sequence[Any]) -> Tensor | None:
         """Launches a call like an earlier one; None where there was none, or where this one must be checked itself."""
         found = self._known.find(self._hashable(arguments))
@@ -254,7 +258,7 @@ def _tensors(call: RopeCall) -> list[Tensor]:
 
 def _prepare(call: RopeCall) -> _Launch:
     described = call.check()
-    check_cache_address(described.write.cache.format, call.write.caches[0].data_ptr())
+    check_cache_address(described.write.cache.format, address_of(call.write.caches[0]))
     names, values = plan_rope.POINTERS, _pointers(described, call)
     # Scales and layer count as unaligned, as those of a write do. New tensors are multiples of 16.
     aligned = aligned_pointers(names, values) - {"k_scale_ptr", "v_scale_ptr", "layer"}

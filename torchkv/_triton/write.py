@@ -17,7 +17,7 @@ from kvcore.contract.write import Write
 from kvcore.plan import write as plan_write
 from kvcore.plan.kernel import INTERPRETER
 from torchkv._call import WriteCall, layer_of
-from torchkv._memory import check_apart, span
+from torchkv._memory import address_of, check_apart, span
 from torchkv._triton.known import KnownCalls, marker, picker
 from torchkv._triton.launch import (
     MOST_LAUNCHES,
@@ -129,6 +129,10 @@ class Writes:
             self._known.add(arguments, known, aligned=slots + 1, any_length=(0, 1, slots))
         return ()
 
+    def prepare(self, call: WriteCall) -> list[Kernel]:
+        """Checks a call, of tensors that may be fake, and loads its kernel."""
+        return [_prepare(call).kernel]
+
     def again(self, arguments: Sequence[Any]) -> tuple[()] | None:
         """Launches a call like an earlier one; None where there was none, or where this one must be checked itself."""
         found = self._known.find(arguments)
@@ -186,7 +190,7 @@ def write(call: WriteCall) -> _Launch:
 
 def _prepare(call: WriteCall) -> _Launch:
     described = call.check()
-    check_cache_address(described.cache.format, call.caches[0].data_ptr())
+    check_cache_address(described.cache.format, address_of(call.caches[0]))
     names, values = plan_write.pointers(described), _pointers(described, call)
     # Scales and layer count as unaligned: neither the signature nor what is known of a call says how they are aligned.
     aligned = aligned_pointers(names, values) - {"k_scale_ptr", "v_scale_ptr", "layer"}
