@@ -50,10 +50,10 @@ def precompile(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> ja
         [[[5.0, 6.0]]]
     """
     check_callable("function", function)
-    function, args, kwargs = _opened(function, args, kwargs)
-    if not isinstance(function, jax.stages.Wrapped):
-        function, args, kwargs = _of_arrays(function, args, kwargs)
-    return function.lower(*args, **kwargs).compile()
+    jitted, args, kwargs = _opened(function, args, kwargs)
+    if not isinstance(jitted, jax.stages.Wrapped):
+        jitted, args, kwargs = _of_arrays(jitted, args, kwargs)
+    return jitted.lower(*args, **kwargs).compile()
 
 
 def _opened(

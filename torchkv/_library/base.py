@@ -24,7 +24,7 @@ class Launches(Protocol):
     def first(self, call: Any, arguments: Sequence[Any]) -> Any:
         """Checks a call and launches its kernels. `arguments` are the op's."""
 
-    def prepare(self, call: Any) -> Sequence[Any]:
+    def prepare(self, call: Any) -> Any:
         """Checks a call, whose tensors may be fake, and compiles and loads its kernels, which it returns."""
 
     def again(self, arguments: Sequence[Any]) -> Any:
