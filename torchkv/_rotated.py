@@ -55,6 +55,11 @@ class RopeCall(NamedTuple):
         return self.write.backend
 
     @property
+    def layer(self) -> int | None:
+        """A static index."""
+        return self.write.layer
+
+    @property
     def inputs(self) -> dict[str, Tensor | None]:
         """All tensors but out, by the names of the arguments."""
         write = self.write

@@ -20,9 +20,9 @@ from tests.cases.reads import make_read
 from torchkv._call import AttentionCall, GatherCall
 from torchkv._library import base
 from torchkv._library import read as _read_library
-from torchkv._triton import attention as _attention
-from torchkv._triton import gather as _gather
 from torchkv._triton import launch as _launch
+from torchkv._triton.attention import Attentions
+from torchkv._triton.gather import Gathers
 
 H100 = Target("cuda", 90)
 CASES = {
@@ -55,9 +55,9 @@ def launched(monkeypatch):
 
     runner = _launch.ON_GPU._replace(start=start, empty=_launch.INTERPRETED.empty)
     replace(monkeypatch, load=load, ON_GPU=runner, target=lambda: H100)
-    runs = ("attention", _attention.attention, AttentionCall), ("gather", _gather.gather, GatherCall)
-    for name, run, call in runs:
-        monkeypatch.setattr(_read_library, name, lambda *a, run=run, call=call: run(call(*a)))
+    runs = ("attention", Attentions(results=False), AttentionCall), ("gather", Gathers(results=False), GatherCall)
+    for name, launches, call in runs:
+        monkeypatch.setattr(_read_library, name, lambda *a, to=launches, call=call: to.launch(call(*a))[1])
         monkeypatch.setitem(base._again, getattr(_read_library, name), lambda arguments: None)
     monkeypatch.setattr(jax_launch, "launch", launch)
 

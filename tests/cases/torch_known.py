@@ -14,17 +14,17 @@ from torchkv._triton import write as _write
 def ops():
     """Each op with what makes a call of its arguments, new launches, and its other backends."""
     write, read, rope = _write_ops, _read_ops, _rope_ops
-    for op, call_of in (
-        (write.flash, write._flash_call),
-        (write.diffkv, write._diffkv_call),
-        (write.flash_quant, write._flash_quant_call),
-        (write.mla, write._mla_call),
+    for op, call_of, k_scale in (
+        (write.flash, write._flash_call, 6),
+        (write.diffkv, write._diffkv_call, 5),
+        (write.flash_quant, write._flash_quant_call, None),
+        (write.mla, write._mla_call, None),
     ):
-        yield op, call_of, _write.Writes(), write._BACKENDS
-    yield read.attention, read._attention_call, _attention.launches(results=False), read._ATTENTION_BACKENDS
-    yield read.attention_out, read._attention_out_call, _attention.launches(results=True), read._ATTENTION_BACKENDS
-    yield read.gather, read._gather_call, _gather.launches(results=False), read._GATHER_BACKENDS
-    yield read.gather_out, read._gather_out_call, _gather.launches(results=True), read._GATHER_BACKENDS
+        yield op, call_of, _write.Writes(k_scale), write._BACKENDS
+    yield read.attention, read._attention_call, _attention.Attentions(results=False), read._ATTENTION_BACKENDS
+    yield read.attention_out, read._attention_out_call, _attention.Attentions(results=True), read._ATTENTION_BACKENDS
+    yield read.gather, read._gather_call, _gather.Gathers(results=False), read._GATHER_BACKENDS
+    yield read.gather_out, read._gather_out_call, _gather.Gathers(results=True), read._GATHER_BACKENDS
     yield rope.rope_and_cache, rope._call, _rope.Ropes(gives=True), rope._BACKENDS
     yield rope.rope_and_cache_out, rope._out_call, _rope.Ropes(gives=False), rope._BACKENDS
 

@@ -13,8 +13,8 @@ from tests.cases.torch_results import attend, gather_arguments, op_arguments, pa
 from torchkv._call import AttentionCall, GatherCall
 from torchkv._library import read as _read_library
 from torchkv._triton import attention as _attention
-from torchkv._triton import gather as _gather
-from torchkv._triton import read as _read
+from torchkv._triton.attention import Attentions
+from torchkv._triton.gather import Gathers
 from torchkv._triton.launch import INTERPRETED
 
 
@@ -35,24 +35,25 @@ def test_launches_into_given_tensors(launched):
     arguments, (out, lse) = op_arguments()
     call = AttentionCall(*arguments)
     want = _read_library.attention(*call._replace(backend="interpret")[: len(arguments)])
-    same(_attention.attention(call), want)
+    new, into = Attentions(results=False), Attentions(results=True)
+    same(new.launch(call)[1], want)
     both = {"out_ptr", "lse_ptr"}
     assert launched == [both]
     for offsets in ((0, 0), (1, 4), (4, 2), (4, 4)):
         given = part(out.shape, offsets[0]), part(lse.shape, offsets[1])
-        got = _attention.attention(call._replace(results=given))
+        got = into.launch(call._replace(results=given))[1]
         assert got[0] is given[0]
         assert got[1] is given[1]
         same(given, want)
     assert launched == [both, both, {"lse_ptr"}, {"out_ptr"}]  # the last one found what was compiled for the first
-    assert len(_read._launches) == 4
+    assert (len(new._launches), len(into._launches)) == (1, 3)
 
     query = call.query
     with pytest.raises(ValueError, match=r"^out and query must not overlap in memory$"):
-        _attention.attention(call._replace(results=(query, part(lse.shape, 0))))
+        into.launch(call._replace(results=(query, part(lse.shape, 0))))
     with pytest.raises(ValueError, match=r"^out must have shape \(4, 4, 32\), got \(4, 4, 16\)$"):
-        _attention.attention(call._replace(results=(part((4, 4, 16), 0), part(lse.shape, 0))))
-    assert len(_read._launches) == 4
+        into.launch(call._replace(results=(part((4, 4, 16), 0), part(lse.shape, 0))))
+    assert len(into._launches) == 3
 
 
 def test_split_launches_into_given_tensors(launched, monkeypatch):
@@ -61,9 +62,9 @@ def test_split_launches_into_given_tensors(launched, monkeypatch):
     monkeypatch.setattr(plan_attention, "choose_splits", lambda *_: 2)
     monkeypatch.setattr(plan_attention, "plan_attention", plan_attention.plan_attention.__wrapped__)
     call = AttentionCall(*arguments)
-    want = _attention.attention(call)
+    _, want = Attentions(results=False).launch(call)
     given = part(out.shape, 1), part(lse.shape, 0)
-    _attention.attention(call._replace(results=given))
+    Attentions(results=True).launch(call._replace(results=given))
     same(given, want)
     assert launched == [{"out_ptr", "lse_ptr"}] * 2 + [{"lse_ptr"}, {"out_ptr", "lse_ptr"}]
 
@@ -73,13 +74,14 @@ def test_gathers_launched_into_given_tensors(launched):
     want = torchkv.gather_kv(*args, **options)
     caches, tables, lengths, _ = args
     call = GatherCall(*gather_op_arguments(caches, tables, lengths, 21, layout="block slot head dim"))
-    same(_gather.gather(call), want)
+    same(Gathers(results=False).launch(call)[1], want)
+    gathers = Gathers(results=True)
     given = part(want[0].shape, 4), part(want[1].shape, 1)
-    assert _gather.gather(call._replace(results=given))[0] is given[0]
+    assert gathers.launch(call._replace(results=given))[1][0] is given[0]
     same(given, want)
     assert launched == [{"key_ptr", "value_ptr"}, {"key_ptr"}]
     with pytest.raises(ValueError, match=r"^out\[0\] and out\[1\] must not overlap in memory$"):
-        _gather.gather(call._replace(results=(given[1], given[1])))
+        gathers.launch(call._replace(results=(given[1], given[1])))
 
 
 @pytest.mark.gpu

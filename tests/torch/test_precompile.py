@@ -45,9 +45,7 @@ def gpu(driver, monkeypatch, seen):
 
     runner = _launch.INTERPRETED._replace(start=start, address=torch.Tensor.data_ptr)
     monkeypatch.setattr(kvcore.run.compiler, "compile_kernel", compile_kernel)
-    replace(monkeypatch, load=_launch.load, start=start, target=_launch.target, ON_GPU=runner)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
-    monkeypatch.setattr(_launch, "_kernels", {})
+    replace(monkeypatch, load=_launch.load, target=_launch.target, ON_GPU=runner)
     return found
 
 

@@ -12,15 +12,25 @@ from tests.cases.torch_compile import assert_bits, assert_no_copies, compiled_co
 from tests.cases.torch_ops import attention_arguments, gather_arguments
 from tests.cases.torch_quantised import inputs, latent_rows, memory_of, mla_oracle, quantising, small
 from torchkv._call import AttentionCall, GatherCall, WriteCall
-from torchkv._triton import attention as _attention
-from torchkv._triton import gather as _gather
-from torchkv._triton import write as _triton
+from torchkv._triton.attention import Attentions
+from torchkv._triton.gather import Gathers
+from torchkv._triton.write import Writes
 
 
 @pytest.fixture
 def launched(monkeypatch):
     """What was compiled."""
     return OnHost(monkeypatch).compiled
+
+
+@pytest.fixture
+def writes():
+    return Writes(k_scale=None)
+
+
+@pytest.fixture
+def gathers():
+    return Gathers(results=False)
 
 
 def call_of(case, memory, k_scale=None, v_scale=None):
@@ -43,57 +53,57 @@ def call_of(case, memory, k_scale=None, v_scale=None):
     ],
     ids=str,
 )
-def test_launches(options, launched, rng):
+def test_launches(options, launched, writes, rng):
     for tokens in (5, 3):
         case = small(rng, num_tokens=tokens, **options)
         memory = memory_of(case)
         scales = [] if case.scale_caches else [torch.as_tensor(s) for s in (case.k_scale, case.v_scale)]
         scales = [s.to(torch.float32) for s in scales]
-        _triton.write(call_of(case, memory, *scales))
+        writes.launch(call_of(case, memory, *scales))
         assert_bits(memory, run_oracle(case))
     assert len(launched) == 1
 
 
 @pytest.mark.parametrize("kv_cache_dtype", ["bfloat16", "fp8", "fp8_ds_mla"])
-def test_launches_of_rows(kv_cache_dtype, launched, rng):
+def test_launches_of_rows(kv_cache_dtype, launched, writes, rng):
     kv_cache_dtype = "auto" if kv_cache_dtype == "bfloat16" else kv_cache_dtype
     kv_c, k_pe, cache, slots = latent_rows(rng, kv_cache_dtype, num_layers=2)
     scale = torch.tensor(0.5) if kv_cache_dtype == "fp8" else None
     for layer in (1, 0):
         got = to_torch(cache.copy())
         rows = (to_torch(kv_c), to_torch(k_pe), (got,), (), to_torch(slots), kv_cache_dtype, scale, scale, None, layer)
-        _triton.write(WriteCall(*rows, None, None, latent=True))
+        writes.launch(WriteCall(*rows, None, None, latent=True))
         want = mla_oracle(kv_c, k_pe, cache, slots, kv_cache_dtype, scale and scale.item(), layer=layer)
         assert_bits([got], [want])
     assert len(launched) == 1
     with pytest.raises(ValueError, match="key must have shape"):  # not mistaken for the rows of another op
-        _triton.write(WriteCall(*rows, None, None))
+        writes.launch(WriteCall(*rows, None, None))
 
 
-def test_launches_differ_by_the_strides_of_scales(launched, rng):
+def test_launches_differ_by_the_strides_of_scales(launched, writes, rng):
     case = small(rng, kv_cache_dtype="fp8", scales="head")
     k_scale, v_scale = to_torch(case.k_scale), to_torch(case.v_scale)
     for view in (lambda s: s, lambda s: s.repeat_interleave(2)[::2], lambda s: s[:1].expand(3), lambda s: s[1]):
         memory, scales = memory_of(case), [view(k_scale), view(v_scale)]
-        _triton.write(call_of(case, memory, *scales))
+        writes.launch(call_of(case, memory, *scales))
         k, v = (from_torch(s).copy() for s in scales)
         assert_bits(memory, run_oracle(with_case(case, k_scale=k, v_scale=v)))
     assert len(launched) == 4
 
 
-def test_launches_see_overlaps_every_time(launched, rng):
+def test_launches_see_overlaps_every_time(launched, writes, rng):
     case = quantising(rng)
     memory = memory_of(case)
-    _triton.write(call_of(case, memory))
+    writes.launch(call_of(case, memory))
     for i, j, names in ((2, 3, "k_scale_cache and v_scale_cache"), (0, 1, "key_cache and value_cache")):
         same = list(memory)
         same[j] = same[i]
         with pytest.raises(ValueError, match=f"{names} must not overlap in memory"):
-            _triton.write(call_of(case, same))
+            writes.launch(call_of(case, same))
     assert_bits(memory, run_oracle(case))
 
 
-def test_launches_see_addresses_every_time(launched, rng):
+def test_launches_see_addresses_every_time(launched, writes, rng):
     kv_c, k_pe, cache, slots = latent_rows(rng, "fp8_ds_mla")
     memory = to_torch(random_bits(rng, (cache.size + 16,), "uint8"))
     base = -memory.data_ptr() % 16
@@ -108,10 +118,10 @@ def test_launches_see_addresses_every_time(launched, rng):
             backend=None, latent=True,
         )  # fmt: skip
         if offset == 4:
-            _triton.write(call)
+            writes.launch(call)
         else:
             with pytest.raises(ValueError, match="kv_cache must begin at a multiple of 4 bytes"):
-                _triton.write(call)
+                writes.launch(call)
     assert_bits([memory[base + 4 :][: cache.size].view(cache.shape)], [want])
 
 
@@ -125,7 +135,7 @@ def test_launches_see_addresses_every_time(launched, rng):
     ],
     ids=str,
 )
-def test_launches_that_read(options, launched, rng):
+def test_launches_that_read(options, launched, gathers, rng):
     case = make_read(rng, **options)
     caches = [to_torch(c) for c in case.caches]
     arrays = [to_torch(a) for a in (case.block_tables, case.seq_lens)]
@@ -141,11 +151,11 @@ def test_launches_that_read(options, launched, rng):
         "scale_layout": found.get("scale_layout"),
     }
     attend = attention_arguments(to_torch(case.query), caches, *arrays, **cache)
-    out, _ = _attention.attention(AttentionCall(*attend))
+    _, (out, _) = Attentions(results=False).launch(AttentionCall(*attend))
     want, _ = oracle(case)
     np.testing.assert_allclose(out, want, atol=3e-6 * np.abs(want).max())
     gather = gather_arguments(caches, *arrays, 19, dtype="float32", head_size=case.query.shape[2], **cache)
-    got = _gather.gather(GatherCall(*gather))
+    _, got = gathers.launch(GatherCall(*gather))
     want = reference_attention.gather_kv(
         case.caches, case.block_tables, case.seq_lens, 19, dtype=DTYPES["float32"], head_size=case.query.shape[2],
         head_size_v=case.head_size_v, **case.options,
@@ -153,7 +163,7 @@ def test_launches_that_read(options, launched, rng):
     assert_bits(got, want)
 
 
-def test_launches_that_read_differ_by_the_layout_of_scales(launched, rng):
+def test_launches_that_read_differ_by_the_layout_of_scales(launched, gathers, rng):
     """As many blocks as slots: the layouts differ in nothing else."""
     caches = [to_torch(random_bits(rng, (4, 4, 1, 16), "int8")) for _ in range(2)]
     scales = [to_torch(random_normal(rng, (4, 4, 1), "float32")) for _ in range(2)]
@@ -163,7 +173,7 @@ def test_launches_that_read_differ_by_the_layout_of_scales(launched, rng):
             caches, tables, lens, 16, dtype="float32", kv_cache_dtype="int8", k_scale=scales[0], v_scale=scales[1],
             layout="NHD", scale_layout=scale_layout,
         )  # fmt: skip
-        got = _gather.gather(GatherCall(*gather))
+        _, got = gathers.launch(GatherCall(*gather))
         want = reference_attention.gather_kv(
             [from_torch(c) for c in caches], from_torch(tables), from_torch(lens), 16, dtype=DTYPES["float32"],
             head_size=16, kv_cache_dtype="int8", k_scale=from_torch(scales[0]), v_scale=from_torch(scales[1]),
@@ -173,10 +183,10 @@ def test_launches_that_read_differ_by_the_layout_of_scales(launched, rng):
     assert len(launched) == 2
 
 
-def test_launches_that_write_differ_by_the_layout_of_scales(launched, rng):
+def test_launches_that_write_differ_by_the_layout_of_scales(launched, writes, rng):
     for scale_layout in ("block slot head", "slot block head", "block slot head"):
         case = quantising(rng, num_blocks=4, block_size=4, scale_layout=scale_layout)
         memory = memory_of(case)
-        _triton.write(call_of(case, memory))
+        writes.launch(call_of(case, memory))
         assert_bits(memory, run_oracle(case))
     assert len(launched) == 2

@@ -130,8 +130,8 @@ def test_both_launchers_pass_the_same_arguments(monkeypatch, name):
 
     from jaxkv._triton import launch as jax_launch
     from kvcore.run.compiler import compile_kernel, kernel_function
-    from torchkv._library import write as write_ops
-    from torchkv._triton import write as torch_half
+    from torchkv._triton import launch as _launch
+    from torchkv._triton.write import Writes
 
     launched = {}
 
@@ -148,8 +148,9 @@ def test_both_launchers_pass_the_same_arguments(monkeypatch, name):
     def write(options, operands):
         return jax_launch.write(options.describe(operands), options, operands, H100)
 
-    replace(monkeypatch, load=load, start=start, target=lambda: H100)
-    monkeypatch.setattr(write_ops._BACKENDS, "interpret", lambda write, call: torch_half.write(call))
+    runner = _launch.ON_GPU._replace(start=start)
+    replace(monkeypatch, load=load, ON_GPU=runner, target=lambda: H100)
+    monkeypatch.setattr(Writes, "interpret", lambda self, write, call: Writes(None).launch(call))
     monkeypatch.setattr(jax_launch, "launch", launch)
     monkeypatch.setattr(jaxkv._write, "write", write)
     case = make_case(np.random.default_rng(0), **WRITES[name])

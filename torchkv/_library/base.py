@@ -19,32 +19,33 @@ LIBRARY = Library("torchkv", "DEF")
 
 
 class Launches(Protocol):
-    """Launches of an op's kernels, on its tensors' device. They return the op's results, () where it has none."""
+    """What runs an op's kernels. All return the op's results, () where it has none."""
 
     def first(self, call: Any, arguments: Sequence[Any]) -> Any:
         """Checks a call and launches its kernels. `arguments` are the op's."""
 
-    def prepare(self, call: Any) -> Any:
-        """Checks a call, whose tensors may be fake, and compiles and loads its kernels, which it returns."""
+    def compile(self, described: Any, call: Any) -> Any:
+        """Compiles and loads a call's kernels, in a list, given what the contract has said; tensors may be fake."""
 
     def again(self, arguments: Sequence[Any]) -> Any:
         """Launches the kernels of a call like an earlier one, and tells autograd; None where there was none like it."""
 
+    def interpret(self, described: Any, call: Any) -> Any:
+        """Runs the kernels in Triton's interpreter, on CPU tensors, given what the contract has said of the call."""
+
 
 @dataclass(slots=True)
 class Backends:
-    """What carries out an op where no kernel is launched.
+    """What carries out an op where no kernel is run.
 
     All get a call and what the contract has said of it. They return the op's results: tensors that the call brings for
     them, new ones, or None where the op has none.
 
     Attributes:
-        interpret: Runs the kernels in Triton's interpreter, on CPU tensors.
         torch: Computes with torch's own operations.
         fake: Makes tensors like the results, without values.
     """
 
-    interpret: Callable[[Any, Any], Any]
     torch: Callable[[Any, Any], Any]
     fake: Callable[[Any, Any], Any]
 
@@ -60,8 +61,8 @@ def define(schema: str, call_of: Callable[..., Any], launches: Launches, backend
     Args:
         schema: Its name, parameters and results.
         call_of: Makes one of the calls of `torchkv._call` of the op's arguments.
-        launches: What launches its kernels, for this op alone.
-        backends: What carries it out where none is launched.
+        launches: What runs its kernels, for this op alone.
+        backends: What carries it out where none is run.
         vmap: Its rule for vmap, which returns what `torch.library.register_vmap` asks for.
 
     Returns:
@@ -105,7 +106,7 @@ def define(schema: str, call_of: Callable[..., Any], launches: Launches, backend
         call.check_memory(described)
         with torch.no_grad():
             if call.backend == "interpret":
-                results = backends.interpret(described, call)
+                results = launches.interpret(described, call)
                 mark(args)
             else:
                 results = backends.torch(described, call)
@@ -118,7 +119,7 @@ def define(schema: str, call_of: Callable[..., Any], launches: Launches, backend
         if prepared is not None:
             call.check_memory(described)
             if _launches_kernels(call):
-                prepared.update((id(kernel), kernel) for kernel in launches.prepare(call))
+                prepared.update((id(kernel), kernel) for kernel in launches.compile(described, call))
         results = backends.fake(described, call)
         return results if returns else None
 

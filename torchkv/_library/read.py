@@ -15,8 +15,8 @@ from torchkv._arguments import refuse_gradients
 from torchkv._call import AttentionCall, GatherCall, Results
 from torchkv._library.base import Backends, call_each, define
 from torchkv._torch import read as torch_read
-from torchkv._triton import attention as triton_attention
-from torchkv._triton import gather as triton_gather
+from torchkv._triton.attention import Attentions
+from torchkv._triton.gather import Gathers
 
 _CACHE = "str kv_cache_dtype, Tensor? k_scale, Tensor? v_scale, str? layout, SymInt? layer, Tensor? layer_index"
 _ATTENTION = (
@@ -115,34 +115,34 @@ def _refuse_gradients_of(op: Any, args: Sequence[Any]) -> None:
     refuse_gradients(op._schema.name.removeprefix("torchkv::"), *tensors)
 
 
-_ATTENTION_BACKENDS = Backends(triton_attention.interpret_attention, _attention_in_torch, _attention_fake)
-_GATHER_BACKENDS = Backends(triton_gather.interpret_gather, _gather_in_torch, _gather_fake)
+_ATTENTION_BACKENDS = Backends(_attention_in_torch, _attention_fake)
+_GATHER_BACKENDS = Backends(_gather_in_torch, _gather_fake)
 
 attention = define(
     f"paged_attention({_ATTENTION}) -> (Tensor, Tensor)",
     _attention_call,
-    triton_attention.launches(results=False),
+    Attentions(results=False),
     _ATTENTION_BACKENDS,
     _one_by_one,
 )
 attention_out = define(
     f"paged_attention_out(Tensor(a!) out, Tensor(b!) lse, {_ATTENTION}) -> ()",
     _attention_out_call,
-    triton_attention.launches(results=True),
+    Attentions(results=True),
     _ATTENTION_BACKENDS,
     _one_by_one_out,
 )
 gather = define(
     f"gather_kv({_GATHER}) -> (Tensor, Tensor)",
     _gather_call,
-    triton_gather.launches(results=False),
+    Gathers(results=False),
     _GATHER_BACKENDS,
     _one_by_one,
 )
 gather_out = define(
     f"gather_kv_out(Tensor(a!) key, Tensor(b!) value, {_GATHER}) -> ()",
     _gather_out_call,
-    triton_gather.launches(results=True),
+    Gathers(results=True),
     _GATHER_BACKENDS,
     _one_by_one_out,
 )

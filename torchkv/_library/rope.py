@@ -17,7 +17,7 @@ from torchkv._call import WriteCall
 from torchkv._library.base import Backends, call_each, define
 from torchkv._rotated import RopeCall
 from torchkv._torch import rope as torch_rope
-from torchkv._triton import rope as triton_rope
+from torchkv._triton.rope import Ropes
 
 _ARGUMENTS = (
     "Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!)? value_cache, Tensor(c!)? k_scale_cache, "
@@ -77,7 +77,7 @@ def _fake(rope: Rope, call: RopeCall) -> Tensor:
     return call.result()
 
 
-_BACKENDS = Backends(triton_rope.interpret_rope, torch_rope.rope_and_cache, _fake)
+_BACKENDS = Backends(torch_rope.rope_and_cache, _fake)
 
 
 # ---- vmap
@@ -123,12 +123,12 @@ def _written(given: dict[str, Any]) -> list[str]:
 
 
 rope_and_cache = define(
-    f"rope_and_cache(Tensor query, {_ARGUMENTS}) -> Tensor", _call, triton_rope.Ropes(gives=True), _BACKENDS, _vmap
+    f"rope_and_cache(Tensor query, {_ARGUMENTS}) -> Tensor", _call, Ropes(gives=True), _BACKENDS, _vmap
 )
 rope_and_cache_out = define(
     f"rope_and_cache_out(Tensor(e!) out, Tensor? query, {_ARGUMENTS}) -> ()",
     _out_call,
-    triton_rope.Ropes(gives=False),
+    Ropes(gives=False),
     _BACKENDS,
     _vmap,
 )

@@ -10,14 +10,14 @@ from kvcore.formats import DS_MLA_ROPE
 from torchkv._call import WriteCall
 from torchkv._library.base import Backends, Rule, call_each, define
 from torchkv._torch import write as torch_write
-from torchkv._triton import write as triton_write
+from torchkv._triton.write import Writes
 
 
 def _fake(write: Write, call: WriteCall) -> None:
     """The op has no results: that the call was checked is all."""
 
 
-_BACKENDS = Backends(triton_write.interpret_write, torch_write.write, _fake)
+_BACKENDS = Backends(torch_write.write, _fake)
 
 
 def _vmap(num_written: int) -> Rule:
@@ -66,14 +66,14 @@ def _diffkv_call(key: Tensor, value: Tensor, kv_cache: Tensor, *rest: Any) -> Wr
 flash = define(
     f"reshape_and_cache_flash(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, {_STATIC}) -> ()",
     _flash_call,
-    triton_write.Writes(),
+    Writes(k_scale=6),
     _BACKENDS,
     _vmap(num_written=2),
 )
 diffkv = define(
     f"reshape_and_cache_flash_diffkv(Tensor key, Tensor value, Tensor(a!) kv_cache, {_STATIC}) -> ()",
     _diffkv_call,
-    triton_write.Writes(),
+    Writes(k_scale=5),
     _BACKENDS,
     _vmap(num_written=1),
 )
@@ -124,7 +124,7 @@ flash_quant = define(
     "Tensor(b!) value_cache, Tensor(c!) k_scale_cache, Tensor(d!) v_scale_cache, "
     f"{_COMPUTED}) -> ()",
     _flash_quant_call,
-    triton_write.Writes(),
+    Writes(k_scale=None),
     _BACKENDS,
     _vmap(num_written=4),
 )
@@ -132,7 +132,7 @@ diffkv_quant = define(
     "reshape_and_cache_flash_diffkv_per_token_head_quant(Tensor key, Tensor value, Tensor(a!) kv_cache, "
     f"Tensor(b!) k_scale_cache, Tensor(c!) v_scale_cache, {_COMPUTED}) -> ()",
     _diffkv_quant_call,
-    triton_write.Writes(),
+    Writes(k_scale=None),
     _BACKENDS,
     _vmap(num_written=3),
 )
@@ -169,7 +169,7 @@ mla = define(
     "concat_and_cache_mla(Tensor kv_c, Tensor k_pe, Tensor(a!) kv_cache, Tensor slot_mapping, str kv_cache_dtype, "
     f"Tensor? scale, {_LAYER}) -> ()",
     _mla_call,
-    triton_write.Writes(),
+    Writes(k_scale=None),
     _BACKENDS,
     _vmap(num_written=1),
 )

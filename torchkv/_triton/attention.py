@@ -1,32 +1,22 @@
-"""Launch the kernels of `paged_attention` on CUDA and ROCm tensors, and interpret them on CPU tensors."""
+"""The kernels of `paged_attention`: how they are prepared and run."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
+from torch import Tensor
 
-from kvcore.contract.cache import check_cache_address
 from kvcore.contract.read import Attention
 from kvcore.plan import attention as plan_attention
-from kvcore.plan.kernel import INTERPRETER
+from kvcore.plan.kernel import Target
 from torchkv._arguments import dtype_name
-from torchkv._call import ATTENTION_RESULTS, AttentionCall, Results, layer_of
+from torchkv._call import AttentionCall, Results, layer_of
 from torchkv._memory import address_of
-from torchkv._triton.launch import (
-    INTERPRETED,
-    Empty,
-    Runner,
-    aligned_pointers,
-    empty,
-    load,
-    pointees,
-    signature,
-    target,
-)
-from torchkv._triton.read import ReadOp, Reads, launch_read
+from torchkv._triton.launch import Empty, Load, Runner, aligned_pointers, empty, pointees
+from torchkv._triton.launches import Launch
+from torchkv._triton.read import Reads
 
 
-class _AttentionKernels(NamedTuple):
+class AttentionKernels(NamedTuple):
     """The kernels of `paged_attention`, ready to be started.
 
     Attributes:
@@ -34,6 +24,7 @@ class _AttentionKernels(NamedTuple):
         plan: How they are launched.
         attend: The first kernel.
         merge: The second one, or None where positions are not split.
+        given: Whether the call's first tensors are for the results.
         out: The result.
         lse: Its log-sum-exp.
         parts: Results of the parts.
@@ -44,86 +35,51 @@ class _AttentionKernels(NamedTuple):
     plan: plan_attention.AttentionPlan
     attend: Any
     merge: Any
+    given: bool
     out: Empty
     lse: Empty
     parts: Empty
     part_lse: Empty
 
-    @property
-    def loaded(self) -> list[Any]:
-        """The kernels alone."""
-        return [self.attend] if self.merge is None else [self.attend, self.merge]
+    def run(self, runner: Runner, pointers: Sequence[Any], tensors: Sequence[Tensor]) -> Results:
+        """Starts the kernels, unless the results are empty."""
+        plan, address = self.plan, runner.address
+        out, lse = tensors[:2] if self.given else (runner.empty(*self.out), runner.empty(*self.lse))
+        if 0 in self.lse[0]:
+            return out, lse
+        if plan.splits == 1:
+            runner.start(self.attend, plan.grid, (*pointers, address(out), address(lse)))
+            return out, lse
+        parts, part_lse = runner.empty(*self.parts), runner.empty(*self.part_lse)
+        partial = address(parts), address(part_lse)
+        runner.start(self.attend, plan.grid, (*pointers, *partial))
+        merged = plan_attention.merge_arguments(*partial, pointers[_SINKS], plan.splits)
+        runner.start(self.merge, plan.merge_grid, (*merged, address(out), address(lse)))
+        return out, lse
 
 
 _SINKS = plan_attention.POINTERS.index("sinks_ptr")
 
 
-def attention(call: AttentionCall) -> Results:
-    """Launches `paged_attention` on the current stream of the caches' device.
+class Attentions(Reads[AttentionKernels]):
+    """Launches of `paged_attention`, or of `paged_attention_out`."""
 
-    Returns:
-        Result and log-sum-exp: new tensors, or those that the call brings for them.
-    """
-    return launch_read(_ATTENTION, call)[1]
+    fields = AttentionCall._fields[:-1]
 
+    def pointers(self, described: Attention, call: AttentionCall) -> list[Any]:
+        return plan_attention.arguments(
+            described, call.query, call.caches, call.block_tables, call.seq_lens, call.query_start_loc, call.sinks,
+            call.k_scale, call.v_scale, layer_of(call),
+        )  # fmt: skip
 
-def launches(results: bool) -> Reads:
-    """What launches the op `paged_attention`, or, with tensors for the results, `paged_attention_out`."""
-    return Reads(_ATTENTION, results, caches=3 if results else 1)
-
-
-def interpret_attention(described: Attention, call: AttentionCall) -> Results:
-    """Runs the kernels in Triton's interpreter, on the tensors' own memory."""
-    plan = plan_attention.plan_attention(described, INTERPRETER, call.layer_index is not None)
-    kernels = _attention_kernels(described, plan, plan.attend, plan.merge)
-    return _run_attention(INTERPRETED, kernels, _attention_arguments(described, call), call.results)
-
-
-def _attention_key(call: AttentionCall) -> tuple[Any, ...]:
-    tensors = (
-        call.query, *call.caches, call.block_tables, call.seq_lens, call.query_start_loc, call.sinks, call.k_scale,
-        call.v_scale, call.layer_index,
-    )  # fmt: skip
-    return (
-        "attention", *signature(tensors), call.results and signature(call.results), call.scale, call.causal,
-        call.sliding_window, call.soft_cap, call.kv_cache_dtype, call.layout, call.layer is None, call.head_size_v,
-        call.scale_layout,
-    )  # fmt: skip
-
-
-def _attention_arguments(described: Attention, call: AttentionCall) -> list[Any]:
-    """All arguments of the kernel except its results."""
-    return plan_attention.arguments(
-        described, call.query, call.caches, call.block_tables, call.seq_lens, call.query_start_loc, call.sinks,
-        call.k_scale, call.v_scale, layer_of(call),
-    )  # fmt: skip
-
-
-def _attention_kernels(
-    described: Attention, plan: plan_attention.AttentionPlan, attend: Any, merge: Any
-) -> _AttentionKernels:
-    rows, size = described.out_shape[:2], described.out_shape[2]
-    return _AttentionKernels(
-        described,
-        plan,
-        attend,
-        merge,
-        out=empty((*rows, size), described.query.dtype),
-        lse=empty(rows, "float32"),
-        parts=empty((*rows, plan.splits, size), "float32"),
-        part_lse=empty((*rows, plan.splits), "float32"),
-    )
-
-
-def _prepare_attention(call: AttentionCall) -> _AttentionKernels:
-    described = call.check()
-    check_cache_address(described.cache.format, address_of(call.caches[0]))
-    with torch.cuda.device(call.query.device):
+    def prepare(
+        self, call: AttentionCall, described: Attention, target: Target, load: Load
+    ) -> Launch[AttentionKernels]:
         even = all(address_of(c) % 2 == 0 for c in call.caches)
-        plan = plan_attention.plan_attention(described, target(), call.layer_index is not None, even)
-        arguments = _attention_arguments(described, call)
+        plan = plan_attention.plan_attention(described, target, call.layer_index is not None, even)
+        arguments = self.pointers(described, call)
         inputs = pointees(plan_attention.POINTERS, arguments)
-        aligned = aligned_pointers(plan_attention.POINTERS, arguments)
+        aligned = aligned_pointers(plan_attention.POINTERS, arguments) - {"layer"}  # one of many in an array
         results: dict[str, str | None] = {"out_ptr": dtype_name(call.query), "lse_ptr": "float32"}
         # New tensors are multiples of 16.
         aligned_results = frozenset(results) if call.results is None else aligned_pointers([*results], call.results)
@@ -134,27 +90,16 @@ def _prepare_attention(call: AttentionCall) -> _AttentionKernels:
             merge = load(plan.merge, merged, (aligned & {"sinks_ptr"}) | {*parts} | aligned_results)
             results["out_ptr"], aligned_results = "float32", frozenset(results)  # partial results, in new tensors
         attend = load(plan.attend, inputs | results, aligned | aligned_results)
-    return _attention_kernels(described, plan, attend, merge)
-
-
-def _run_attention(
-    runner: Runner, kernels: _AttentionKernels, arguments: Sequence[Any], results: Results | None
-) -> Results:
-    plan, address = kernels.plan, runner.address
-    out, lse = results or (runner.empty(*kernels.out), runner.empty(*kernels.lse))
-    if 0 in kernels.lse[0]:
-        return out, lse
-    if plan.splits == 1:
-        runner.start(kernels.attend, plan.grid, (*arguments, address(out), address(lse)))
-        return out, lse
-    parts, part_lse = runner.empty(*kernels.parts), runner.empty(*kernels.part_lse)
-    pointers = address(parts), address(part_lse)
-    runner.start(kernels.attend, plan.grid, (*arguments, *pointers))
-    merged = plan_attention.merge_arguments(*pointers, arguments[_SINKS], plan.splits)
-    runner.start(kernels.merge, plan.merge_grid, (*merged, address(out), address(lse)))
-    return out, lse
-
-
-_ATTENTION = ReadOp(
-    AttentionCall, _attention_key, _prepare_attention, _attention_arguments, _run_attention, ATTENTION_RESULTS
-)
+        rows, size = described.out_shape[:2], described.out_shape[2]
+        kernels = AttentionKernels(
+            described,
+            plan,
+            attend,
+            merge,
+            given=call.results is not None,
+            out=empty((*rows, size), described.query.dtype),
+            lse=empty(rows, "float32"),
+            parts=empty((*rows, plan.splits, size), "float32"),
+            part_lse=empty((*rows, plan.splits), "float32"),
+        )
+        return self.launch_of(kernels, call)

@@ -4,7 +4,7 @@ torch makes an object of each dtype, shape, strides and device that it is asked 
 depends on twenty of these. The guards of torch.compile compare them all in one call, without objects.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
 from operator import itemgetter, or_
 from typing import Any, NamedTuple
@@ -54,26 +54,29 @@ class KnownCalls[Found]:
 
     Calls are alike if they agree in all arguments but the tensors, and if torch's dispatcher sees the same in the
     tensors: dtype, shape, strides, device, and what modes and transforms make of them. No gradients are recorded.
+
+    Args:
+        varies: What else they must agree in, given their tensors, whatever these are.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, varies: Callable[[Sequence[Tensor]], Any] | None = None) -> None:
+        self._varies = varies
         self._kinds: dict[tuple[type, ...], _Kind] = {}
         self._count = 0
 
-    def find(self, arguments: Sequence[Any], *by_shape: int) -> tuple[Found, tuple[Tensor, ...], list[int]] | None:
+    def find(self, arguments: Sequence[Any]) -> tuple[Found, tuple[Tensor, ...], list[int]] | None:
         """What was found for a call like this one, the call's tensors, and their addresses; None for a new one.
 
         Args:
-            arguments: Tensors, and numbers, strings and None.
-            by_shape: Tensors, by their place among the tensors, whose shapes differ from call to call.
+            arguments: Tensors, and numbers, strings, tuples of such, and None.
         """
         kind = self._kinds.get(tuple(map(type, arguments)))
         if kind is None or forward_ad._current_level >= 0:  # tangents are recorded
             return None
         tensors = kind.tensors(arguments)
         key = kind.options(arguments)
-        if by_shape:
-            key = (key, *[tensors[i].shape for i in by_shape])
+        if self._varies:
+            key = key, self._varies(tensors)
         for alike, aligned, followed, found in kind.entries.get(key, ()):
             if alike(*tensors):
                 addresses = list(map(Tensor.data_ptr, tensors))
@@ -86,18 +89,16 @@ class KnownCalls[Found]:
         self,
         arguments: Sequence[Any],
         make: Callable[[Sequence[Tensor]], Found],
-        by_shape: Sequence[int] = (),
-        aligned: int | None = None,
-        any_length: Collection[int] = (),
+        aligned: int,
+        any_length: Iterable[int] = (),
     ) -> None:
         """Remembers a call, unless it is one whose like has to be looked at by torch's dispatcher, or by us.
 
         Args:
             arguments: As for `find`. Without a tensor they are none.
             make: Makes what is to be done again, given the tensors among the arguments.
-            by_shape: As for `find`.
-            aligned: How many of the tensors, from the first on, begin at multiples of 16; None for all.
-            any_length: Tensors, by their place among the tensors, whose first axis may have another length.
+            aligned: How many of the tensors, from the first on, begin at multiples of 16.
+            any_length: Tensors, by their places, whose first axis may have another length.
         """
         places = [isinstance(argument, Tensor) for argument in arguments]
         kind = _Kind(
@@ -106,7 +107,6 @@ class KnownCalls[Found]:
             {},
         )
         tensors = kind.tensors(arguments)
-        aligned = len(tensors) if aligned is None else aligned
         followed = any(t.requires_grad for t in tensors)
         if (
             any(type(t) not in _PLAIN for t in tensors)
@@ -115,7 +115,7 @@ class KnownCalls[Found]:
             or any(t.data_ptr() % 16 for t in tensors[:aligned])
             or len({*map(id, tensors)}) < len(tensors)  # the guards recognise no call that has a tensor twice
             or not _nothing_listens()
-            or self.find(arguments, *by_shape) is not None
+            or self.find(arguments) is not None
         ):
             return
         sizes: list[list[int | None]] = [list(t.shape) for t in tensors]
@@ -128,17 +128,10 @@ class KnownCalls[Found]:
             self._kinds, self._count = {}, 0
         entries = self._kinds.setdefault(tuple(map(type, arguments)), kind).entries
         key = kind.options(arguments)
-        if by_shape:
-            key = (key, *[tensors[i].shape for i in by_shape])
+        if self._varies:
+            key = key, self._varies(tensors)
         entries[key] = (_Entry(guards.check, aligned, followed, make(tensors)), *entries.get(key, ()))[:_MOST_ALIKE]
         self._count += 1
-
-
-def distinct(arguments: Sequence[Any], k_scale: int) -> Sequence[Any]:
-    """Arguments, with a string for v_scale, which follows k_scale, where both are one tensor."""
-    if arguments[k_scale] is None or arguments[k_scale] is not arguments[k_scale + 1]:
-        return arguments
-    return (*arguments[: k_scale + 1], "k_scale", *arguments[k_scale + 2 :])
 
 
 def picker(arguments: Sequence[Any], tensors: Sequence[Tensor]) -> Callable[[Sequence[int]], tuple[Any, ...]]:

@@ -14,6 +14,9 @@ from torchkv._memory import address_of
 Grid = tuple[int, int, int]
 """Programs along each axis."""
 
+Load = Callable[[KernelPlan, Mapping[str, str | None], frozenset[str]], Any]
+"""Makes what is started: given a plan, what its pointers point to, and which of them are multiples of 16."""
+
 Empty = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
 """A tensor that is to be made: its shape, its strides, its dtype."""
 
@@ -83,11 +86,6 @@ def _launcher(compiled: Any, run: Any) -> tuple[Callable[..., None], tuple[Any, 
     return run.launch, (*settings, None, None, metadata, None, None, None), False
 
 
-def is_current(device: torch.device) -> bool:
-    """Whether kernels can be started on a device as it is. A guard costs more than this question."""
-    return device.index == torch.cuda.current_device()
-
-
 def start(kernel: Kernel, grid: Grid, arguments: Sequence[Any]) -> None:
     """Starts a kernel on the current stream of its device, which is the current one. Pointers are addresses."""
     arguments = (*arguments, *kernel.constexprs)
@@ -127,7 +125,7 @@ def interpret(kernel: KernelPlan, grid: Grid, arguments: Sequence[Any]) -> None:
 
 
 class Runner(NamedTuple):
-    """How kernels are run that have results.
+    """How kernels are run.
 
     Attributes:
         start: Starts a kernel: given what was loaded, a grid, and arguments.
@@ -154,12 +152,34 @@ def empty(shape: Sequence[int], dtype: str) -> Empty:
     return tuple(shape), contiguous_strides(shape), getattr(torch, dtype)
 
 
-def signature(tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    """All that a launch depends on of tensors; of their addresses, only whether they are multiples of 16, and of 4."""
-    return tuple(
-        None if t is None else (t.dtype, t.shape, t.stride(), t.device, t.data_ptr() % 16 == 0, t.data_ptr() % 4)
-        for t in tensors
-    )
+def signature(call: Any, any_length: Mapping[str, int]) -> list[Any]:
+    """All that a launch depends on; of addresses, only whether they are multiples of 16, and of 4.
+
+    Args:
+        call: A NamedTuple of tensors, what is hashable, lists of such, and NamedTuples like it. Of `layer`, it only
+            counts whether there is one.
+        any_length: The axes whose lengths are left out, by the fields' names: 0 for the first one, -1 for the last.
+    """
+    parts: list[Any] = []
+    for name, value in zip(call._fields, call, strict=True):
+        if isinstance(value, Tensor):
+            parts.append(_signature_of(value, any_length.get(name)))
+        elif name == "layer":
+            parts.append(value is None)
+        elif hasattr(value, "_fields"):
+            parts += signature(value, any_length)
+        elif isinstance(value, (list, tuple)):
+            parts.append(tuple([_signature_of(v) if isinstance(v, Tensor) else v for v in value]))
+        else:
+            parts.append(value)
+    return parts
+
+
+def _signature_of(tensor: Tensor, any_length: int | None = None) -> tuple[Any, ...]:
+    shape, address = tensor.shape, tensor.data_ptr()
+    if any_length is not None:
+        shape = shape[:-1] if any_length else shape[1:]
+    return tensor.dtype, shape, tensor.stride(), tensor.device, address % 16 == 0, address % 4
 
 
 def pointees(names: Sequence[str], arguments: Sequence[Any]) -> dict[str, str | None]:
