@@ -18,9 +18,9 @@ def precompile(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> ja
     part, and machine code of both. Several threads may each compile something.
 
     A function that `jax.jit` made keeps its donation and static arguments, and its own calls at these shapes compile
-    nothing afterwards. They do where descriptions say less than the arrays of the calls have: a sharding, if those were
-    put on devices by name, or a weak type. Calls of any other function find Triton's kernels, but not XLA's part. For
-    these there is what is returned.
+    nothing afterwards, if args say all that jit asks of the calls' arrays: beside shape and dtype, the sharding of
+    those that were put on devices, and whether a type is weak. Calls of any other function find Triton's kernels, but
+    not XLA's part: call what is returned instead.
 
     Args:
         function: An op, a method of `PagedKVCache`, a `functools.partial`, or a whole step of a model.
@@ -29,10 +29,10 @@ def precompile(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> ja
         kwargs: Its arguments by name.
 
     Returns:
-        The program. It is called as function is, without the arguments that have no arrays. A method's cache is its
-        first argument, and what a partial holds comes before the rest. Unless function was made by `jax.jit`, all that
-        is no array (numbers and lists of them, strings, layouts) is a constant of the program; beside arrays in a
-        pytree, it gets None there. Nothing is donated then.
+        The program. It is called as function is, without static arguments. A method's cache is its first argument, and
+        what a partial holds comes before the rest. Unless `jax.jit` made function, nothing is donated, and all that is
+        no array (a number or a list of them, a string, a layout) is a constant of the program: an argument without an
+        array is static, and beside arrays in a pytree there is None instead.
 
     Raises:
         TypeError: function is not callable, or the call raises it.
