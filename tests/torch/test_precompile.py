@@ -370,8 +370,8 @@ def test_results_that_overlap_inputs():
 
 @pytest.mark.parametrize("device", ["cuda", "meta", "cpu"])
 def test_a_merge(device, driver):
-    outs, lses = tensors_on(device)(2, TOKENS, HEADS, DIM), tensors_on(device)(2, TOKENS, HEADS)
-    out = tensors_on(device)(TOKENS, HEADS, DIM)
+    make = tensors_on(device)
+    outs, lses, out = make(2, TOKENS, HEADS, DIM), make(2, TOKENS, HEADS), make(TOKENS, HEADS, DIM)
     assert torchkv.precompile(torchkv.merge_attention, outs, lses, out=out) == 0
     with pytest.raises(ValueError, match="out and outs must not overlap in memory"):
         torchkv.precompile(torchkv.merge_attention, outs, lses, out=outs[1])
