@@ -21,6 +21,7 @@ from kvcore import installed
 with installed.needed("jax", installed.JAX):
     import jax as _  # noqa: F401, the parts below import it without a word
 
+from jaxkv.ahead import precompile
 from jaxkv.cache import PagedKVCache
 from jaxkv.merge import merge_attention
 from jaxkv.mla import concat_and_cache_mla
@@ -48,6 +49,7 @@ __all__ = [
     "kv_scales",
     "merge_attention",
     "paged_attention",
+    "precompile",
     "reshape_and_cache_flash",
     "reshape_and_cache_flash_diffkv",
     "reshape_and_cache_flash_diffkv_per_token_head_quant",

@@ -15,6 +15,7 @@ with installed.needed("torch", installed.TORCH):
 
 from kvcore.layout import CacheLayout
 from kvcore.slots import check_tables, find_duplicate_slots
+from torchkv.ahead import precompile
 from torchkv.cache import PagedKVCache
 from torchkv.integrations.vllm import (
     merge_attn_states,
@@ -46,6 +47,7 @@ __all__ = [
     "merge_attention",
     "merge_attn_states",
     "paged_attention",
+    "precompile",
     "reshape_and_cache_flash",
     "reshape_and_cache_flash_diffkv",
     "reshape_and_cache_flash_diffkv_per_token_head_quant",

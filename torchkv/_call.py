@@ -15,7 +15,7 @@ from kvcore.contract.checks import check_devices, check_result, check_scale
 from kvcore.contract.read import Attention, AttentionOptions, Gather, check_attention, check_gather
 from kvcore.contract.write import Write, check_mla, check_write
 from torchkv._arguments import maybe_spec, spec_of
-from torchkv._memory import check_apart, check_results_apart
+from torchkv._memory import address_of, check_apart, check_results_apart
 
 Results = tuple[Tensor, Tensor]
 """Result and log-sum-exp, or key and value."""
@@ -108,7 +108,7 @@ class WriteCall(NamedTuple):
     def check_memory(self, write: Write) -> None:
         """Raises a ValueError unless written tensors share no memory, and the cache's address lets it be read."""
         check_apart(self.written_names, self.written)
-        check_cache_address(write.cache.format, self.caches[0].data_ptr())
+        check_cache_address(write.cache.format, address_of(self.caches[0]))
 
 
 class AttentionCall(NamedTuple):
@@ -177,7 +177,7 @@ class AttentionCall(NamedTuple):
 
     def check_memory(self, attention: Attention) -> None:
         """Raises a ValueError unless results share no memory with inputs, and the cache's address lets it be read."""
-        check_cache_address(attention.cache.format, self.caches[0].data_ptr())
+        check_cache_address(attention.cache.format, address_of(self.caches[0]))
         if self.results is not None:
             check_results_apart(ATTENTION_RESULTS, self.results, self.inputs)
 
@@ -241,7 +241,7 @@ class GatherCall(NamedTuple):
 
     def check_memory(self, gather: Gather) -> None:
         """Raises a ValueError unless results share no memory with inputs, and the cache's address lets it be read."""
-        check_cache_address(gather.cache.format, self.caches[0].data_ptr())
+        check_cache_address(gather.cache.format, address_of(self.caches[0]))
         if self.results is not None:
             check_results_apart(GATHER_RESULTS, self.results, self.inputs)
 

@@ -5,8 +5,19 @@ from itertools import combinations
 from math import gcd
 
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from kvcore.contract.checks import overlap_error, self_overlap_error
+
+
+def address_of(tensor: Tensor) -> int:
+    """Where a tensor's first element lies, in bytes.
+
+    Fake tensors have no memory. Their storages count as beginning at multiples of 16, each far from all others.
+    """
+    if isinstance(tensor, FakeTensor):
+        return (tensor.untyped_storage()._cdata << 64) + tensor.storage_offset() * tensor.element_size()
+    return tensor.data_ptr()
 
 
 def check_apart(names: Sequence[str], tensors: Sequence[Tensor]) -> None:
@@ -27,7 +38,7 @@ def check_results_apart(names: Sequence[str], results: Sequence[Tensor], inputs:
 
 def share_elements(a: Tensor, b: Tensor) -> bool:
     """Whether any byte of an element of `a` is one of `b`. Interleaved views of one buffer have none, for example."""
-    distance = b.data_ptr() - a.data_ptr()
+    distance = address_of(b) - address_of(a)
     if distance >= span(a) * a.element_size() or -distance >= span(b) * b.element_size():
         return False
     unit = gcd(a.element_size(), b.element_size(), distance)

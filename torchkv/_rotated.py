@@ -11,7 +11,7 @@ from kvcore.contract.checks import check_devices, check_result
 from kvcore.contract.rope import Rope, check_rope, check_rope_options
 from torchkv._arguments import maybe_spec, spec_of
 from torchkv._call import WriteCall
-from torchkv._memory import check_apart, check_distinct, check_results_apart
+from torchkv._memory import address_of, check_apart, check_distinct, check_results_apart
 
 
 class RopeCall(NamedTuple):
@@ -75,7 +75,7 @@ class RopeCall(NamedTuple):
         """Whether out is query. It looks at addresses."""
         out, query = self.out, self.query
         return out is query or (
-            out is not None and out.data_ptr() == query.data_ptr() and out.stride() == query.stride()
+            out is not None and address_of(out) == address_of(query) and out.stride() == query.stride()
         )
 
     def check(self) -> Rope:
@@ -106,7 +106,7 @@ class RopeCall(NamedTuple):
 
     def check_memory(self, rope: Rope) -> None:
         """Raises a ValueError unless the cache's address lets it be read, or where `check_apart` does."""
-        check_cache_address(rope.write.cache.format, self.write.caches[0].data_ptr())
+        check_cache_address(rope.write.cache.format, address_of(self.write.caches[0]))
         self.check_apart()
 
     def check_apart(self) -> None:

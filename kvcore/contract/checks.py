@@ -33,6 +33,12 @@ def check_options(
         raise ValueError(f"backend must be None, {either(map(repr, backends))}, got {backend!r}")
 
 
+def check_callable(name: str, function: Any) -> None:
+    """Raises a TypeError unless an argument is callable."""
+    if not callable(function):
+        raise TypeError(f"{name} must be callable, got {type(function).__name__}")
+
+
 def check_scale_type(name: str, scale: Any) -> None:
     """Checks that a scale is a number, an array or None, before anything is made of it."""
     if scale is not None and not is_number(scale) and (is_bool(scale) or not hasattr(scale, "shape")):

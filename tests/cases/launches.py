@@ -4,6 +4,8 @@ import threading
 from contextlib import nullcontext
 
 import torch
+import triton
+from triton.backends.compiler import GPUTarget
 
 from kvcore.plan.kernel import INTERPRETER, Target
 from kvcore.plan.write import plan_write, pointers
@@ -63,6 +65,38 @@ class OnHost:
             dtype = pointees.get(name)
             pointers.append(argument if dtype in (None, "scalar") else interpreter.Pointer(argument, dtype))
         interpreter.run(kernel, grid, pointers)
+
+
+class Driver:
+    """Triton's driver of a GPU that is not here: it loads what was compiled, and remembers what."""
+
+    def __init__(self):
+        self.utils, self.loaded = self, []
+        self.launcher_cls = lambda *_: lambda *_: None
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_device_properties(self, _):
+        return {"max_shared_mem": 232448}
+
+    def load_binary(self, name, binary, shared, device):
+        self.loaded.append(binary)
+        return None, len(self.loaded), 32, 0, 1024
+
+
+def use_driver(monkeypatch, folder):
+    """Triton's driver for a GPU that is not here; no kernels were loaded, and Triton's cache is an empty folder."""
+    driver = Driver()
+    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(_launch, "_kernels", {})
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(folder))
+    return driver
 
 
 def in_threads(count, function):

@@ -1,7 +1,6 @@
 """Eager calls: what the first of a kind has compiled serves all others."""
 
 import functools
-from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -12,17 +11,9 @@ from jax.sharding import PartitionSpec as P
 
 import jaxkv
 from tests.cases.arrays import random_normal
+from tests.cases.jax_compiling import COMPILING
 
 HEADS, DIM = 2, 16
-COMPILING: Counter = Counter()
-
-
-def _count(event, seconds, **more):
-    if event.startswith("/jax/core/compile/"):
-        COMPILING[event] += 1
-
-
-jax.monitoring.register_event_duration_secs_listener(_count)
 
 
 def draw(*shape, integers=False):

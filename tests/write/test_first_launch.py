@@ -12,12 +12,9 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
-import torch
-from triton.backends.compiler import GPUTarget
-
 import kvcore
 from kvcore.run.compiler import compile_kernel
-from tests.cases.launches import H100, in_threads, write_kernel
+from tests.cases.launches import H100, in_threads, use_driver, write_kernel
 from torchkv._triton import launch as _launch
 
 ROOT = Path(kvcore.__file__).parents[1]
@@ -32,36 +29,10 @@ def run(code, **environment):
     return done.stdout
 
 
-class Driver:
-    """Triton's driver of a GPU that is not here: it loads what was compiled, and remembers what."""
-
-    def __init__(self):
-        self.utils, self.loaded = self, []
-        self.launcher_cls = lambda *_: lambda *_: None
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-    def get_device_properties(self, _):
-        return {"max_shared_mem": 232448}
-
-    def load_binary(self, name, binary, shared, device):
-        self.loaded.append(binary)
-        return None, len(self.loaded), 32, 0, 1024
-
-
 @pytest.fixture
 def driver(monkeypatch, tmp_path):
     """A fake driver, no kernels that were loaded, and an empty cache folder."""
-    fake = Driver()
-    monkeypatch.setattr(triton.runtime.driver, "_active", fake)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(_launch, "_kernels", {})
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    return fake
+    return use_driver(monkeypatch, tmp_path / "cache")
 
 
 # ---- threads

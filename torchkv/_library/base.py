@@ -5,6 +5,7 @@ caches that are views of one tensor under torch.compile. `call_again` saves even
 """
 
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,6 +23,9 @@ class Launches(Protocol):
 
     def first(self, call: Any, arguments: Sequence[Any]) -> Any:
         """Checks a call and launches its kernels. `arguments` are the op's."""
+
+    def compile(self, described: Any, call: Any) -> Any:
+        """Compiles and loads a call's kernels, in a list, given what the contract has said; tensors may be fake."""
 
     def again(self, arguments: Sequence[Any]) -> Any:
         """Launches the kernels of a call like an earlier one, and tells autograd; None where there was none like it."""
@@ -110,7 +114,13 @@ def define(schema: str, call_of: Callable[..., Any], launches: Launches, backend
 
     def fake(*args: Any) -> Any:
         call = call_of(*args)
-        results = backends.fake(call.check(), call)
+        described = call.check()
+        prepared = PREPARED.get()
+        if prepared is not None:
+            call.check_memory(described)
+            if _launches_kernels(call):
+                prepared.update((id(kernel), kernel) for kernel in launches.compile(described, call))
+        results = backends.fake(described, call)
         return results if returns else None
 
     def mapped(info: Any, in_dims: Sequence[Any], *args: Any) -> Any:
@@ -126,6 +136,20 @@ def define(schema: str, call_of: Callable[..., Any], launches: Launches, backend
 
 _again: dict[Any, Callable[[Sequence[Any]], Any]] = {}
 """What launches an op's kernels again."""
+
+
+PREPARED: ContextVar[dict[int, Any] | None] = ContextVar("PREPARED", default=None)
+"""Kernels of the calls of fake tensors, by their ids; None where kernels of such calls are not to be compiled."""
+
+
+def _launches_kernels(call: Any) -> bool:
+    """Whether a call launches kernels; an error if its backend cannot run on its device."""
+    on_host = call.device.type == "cpu"
+    if call.backend == "triton" and on_host:
+        raise no_triton_error(call.device.type)
+    if call.backend == "interpret" and not on_host:
+        raise no_interpreter_error(str(call.device))
+    return not on_host and call.backend != "torch"
 
 
 def call(op: Any, arguments: Sequence[Any]) -> Any:

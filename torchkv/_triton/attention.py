@@ -10,6 +10,7 @@ from kvcore.plan import attention as plan_attention
 from kvcore.plan.kernel import Target
 from torchkv._arguments import dtype_name
 from torchkv._call import AttentionCall, Results, layer_of
+from torchkv._memory import address_of
 from torchkv._triton.launch import Empty, Load, Runner, aligned_pointers, empty, pointees
 from torchkv._triton.launches import Launch
 from torchkv._triton.read import Reads
@@ -74,7 +75,7 @@ class Attentions(Reads[AttentionKernels]):
     def prepare(
         self, call: AttentionCall, described: Attention, target: Target, load: Load
     ) -> Launch[AttentionKernels]:
-        even = all(c.data_ptr() % 2 == 0 for c in call.caches)
+        even = all(address_of(c) % 2 == 0 for c in call.caches)
         plan = plan_attention.plan_attention(described, target, call.layer_index is not None, even)
         arguments = self.pointers(described, call)
         inputs = pointees(plan_attention.POINTERS, arguments)

@@ -9,6 +9,7 @@ from torch import Tensor
 from kvcore.arrays import contiguous_strides
 from kvcore.plan.kernel import KernelPlan, Target
 from torchkv._arguments import dtype_name
+from torchkv._memory import address_of
 
 Grid = tuple[int, int, int]
 """Programs along each axis."""
@@ -201,5 +202,5 @@ def aligned_pointers(names: Sequence[str], arguments: Sequence[Any]) -> frozense
     return frozenset(
         name
         for name, argument in zip(names, arguments, strict=False)
-        if isinstance(argument, Tensor) and argument.data_ptr() % 16 == 0
+        if isinstance(argument, Tensor) and address_of(argument) % 16 == 0
     )

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from kvcore.plan.kernel import INTERPRETER, Target
+from kvcore.plan.kernel import INTERPRETER, KernelPlan, Target
 from torchkv._memory import span
 from torchkv._triton.known import KnownCalls, marker, picker
 from torchkv._triton.launch import (
@@ -19,6 +19,7 @@ from torchkv._triton.launch import (
     MOST_LAUNCHES,
     ON_GPU,
     SCALARS,
+    Kernel,
     Load,
     Runner,
     load,
@@ -220,6 +221,18 @@ class Launches[K: Kernels](ABC):
             launch.apart.see(unseen)
         pointers = [p if type(p) in SCALARS else ON_GPU.address(p) for p in self.pointers(described, call)]
         return launch.run(pointers, tensors)
+
+    def compile(self, described: Any, call: Any) -> list[Kernel]:
+        """Compiles and loads a call's kernels, which it returns. Tensors may be fake."""
+        kernels: list[Kernel] = []
+
+        def load_one(kernel: KernelPlan, pointees: Mapping[str, str | None], aligned: frozenset[str]) -> Kernel:
+            kernels.append(load(kernel, pointees, aligned))
+            return kernels[-1]
+
+        with torch.cuda.device(call.device):
+            self.prepare(call, described, target(), load_one)
+        return kernels
 
     def interpret(self, described: Any, call: Any) -> Any:
         """Runs the kernels in Triton's interpreter, on the tensors' own memory. Returns the op's results."""
