@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
+import triton.language as tl
 
+from kvcore.run import interpreter
 from tests.cases.gpu_reads import assert_kernels
 from tests.cases.reads import CPU_IMPLEMENTATIONS, assert_near_oracle, make_read, oracle
 
@@ -67,13 +69,32 @@ def test_rows_of_nobody_are_zero_and_rows_outside_the_query_count():
     np.testing.assert_array_equal(oracle(cut)[0], oracle(last)[0])
 
 
+def many_sequences(count, starts, **options):
+    case = make_read(
+        np.random.default_rng(1), seq_lens=(3,) * count, query_lens=(1,) * count, num_heads=1, group=1, **options
+    )
+    case.query_start_loc[[*starts]] = [*starts.values()]
+    return case
+
+
+MANY = 1100, {0: 3, 5: 2, 1030: 7, 1100: 1050}  # more than the kernel looks at in one piece
+
+
 def test_many_sequences_of_which_some_fall():
-    """More than the kernel looks at in one piece."""
-    rng = np.random.default_rng(1)
-    case = make_read(rng, seq_lens=(3,) * 1100, query_lens=(1,) * 1100, num_heads=1, group=1, head_size=16)
-    case.query_start_loc[[0, 5, 1030, 1100]] = [3, 2, 7, 1050]
-    # Interpreting a thousand programs takes a minute: once, for the kernel is the same from JAX.
-    assert_near_oracle(case, {name: run for name, run in CPU_IMPLEMENTATIONS.items() if name != "jax interpret"})
+    portable = {name: run for name, run in CPU_IMPLEMENTATIONS.items() if "interpret" not in name}
+    assert_near_oracle(many_sequences(*MANY, head_size=16), portable)
+
+
+def test_many_sequences_of_which_some_fall_interpreted(monkeypatch):
+    """A thousand programs would take half a minute: here they are 70, and look at 16 sequences in one piece."""
+    monkeypatch.setattr(interpreter._interpreted("sequences"), "_CHUNK", tl.constexpr(16))
+    case = many_sequences(35, {0: 3, 5: 2, 18: 7, 33: 30, 35: 31}, head_size=16)
+    assert_near_oracle(case, {name: run for name, run in CPU_IMPLEMENTATIONS.items() if "interpret" in name})
+
+
+@pytest.mark.gpu
+def test_many_sequences_of_which_some_fall_on_a_gpu():
+    assert_kernels(many_sequences(*MANY, dtype="bfloat16", head_size=64))
 
 
 @pytest.mark.parametrize("group", [1, 3, 20])
