@@ -6,7 +6,9 @@ own, with interpretation switched on; the package that is compiled stays as it i
 
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -71,8 +73,21 @@ def run(kernel: KernelPlan, grid: tuple[int, int, int], arguments: Sequence[Any]
     """
     if 0 in grid:
         return
-    with LOCK, np.errstate(all="ignore"):  # NaN and infinity are input like any other
+    with LOCK, _unread_checks_off(), np.errstate(all="ignore"):  # NaN and infinity are input like any other
         getattr(_interpreted(kernel.module), kernel.name)[grid](*arguments, **kernel.constexprs)
+
+
+@contextmanager
+def _unread_checks_off() -> Iterator[None]:
+    """Triton works out whether integers overflow, and without `debug` nobody asks: half of the time, for nothing."""
+    from triton.runtime.interpreter import interpreter_builder
+
+    options = interpreter_builder.options
+    interpreter_builder.options = replace(options, sanitize_overflow=options.debug)
+    try:
+        yield
+    finally:
+        interpreter_builder.options = options
 
 
 @cache
@@ -87,4 +102,25 @@ def _interpreted(module: str) -> ModuleType:
         sys.modules[_NAME] = importlib.util.module_from_spec(spec)
     with knobs.runtime.scope():
         knobs.runtime.interpret = True
-        return importlib.import_module(f"{_NAME}.{module}")
+        loaded = importlib.import_module(f"{_NAME}.{module}")
+    _call_directly()
+    return loaded
+
+
+def _call_directly() -> None:
+    """Has kernels call each other's functions as they are.
+
+    Triton puts all of its language's functions in their interpreted form before a launch, and once more before each
+    call from one function to another: a third of the time, for nothing, as no launch ends in between.
+    """
+    from triton.runtime.interpreter import InterpretedFunction
+
+    class Function(InterpretedFunction):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return self.rewrite()(*args, **kwargs)
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith(_NAME):
+            for value in vars(module).values():
+                if type(value) is InterpretedFunction:
+                    value.__class__ = Function

@@ -125,13 +125,17 @@ def test_any_llama_equals_transformers_also_in_pieces(variant, tmp_path):
         assert generate(twin(model), prompts, 20)[0] == wanted
 
 
+@pytest.fixture(scope="module")
+def usual_answers(small_twins):
+    """By framework, to the prompts of the next test, with the default layout."""
+    return {name: generate(llama, some_prompts(5, 33), 12)[0] for name, llama in small_twins.items()}
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("framework", TWINS)
-def test_every_layout_gives_the_same_tokens(framework, layout, small_twins):
-    llama = small_twins[framework]
-    prompts = some_prompts(5, 33)
-    answers, session = generate(llama, prompts, 12, layout=layout)
-    assert answers == generate(llama, prompts, 12)[0]
+def test_every_layout_gives_the_same_tokens(framework, layout, small_twins, usual_answers):
+    answers, session = generate(small_twins[framework], some_prompts(5, 33), 12, layout=layout)
+    assert answers == usual_answers[framework]
     assert session.spec.layout.pattern.startswith("layer ")
 
 
