@@ -116,11 +116,13 @@ def test_what_begins_at_no_multiple_of_16_is_compiled_for_that(launched):
 @pytest.mark.parametrize(("first", "steps"), [(0, (128, 8, 1)), (0, (8, 16, 1)), (1, (8, 16, 1))])
 def test_an_out_that_overlaps_itself_is_seen_whatever_was_launched_before(first, steps, launched):
     call, op = BY_NAME["norms"].make(), Op("out")
-    few = replace(BY_NAME["norms"], num_tokens=first, slots=(), positions=None).make()
+    names = ("query", "key", "value", "positions", "slot_mapping")
+    few = {name: fresh(getattr(call, name)).clone()[:first] for name in names}  # of the same strides
     room = torch.zeros(7 * 128, dtype=torch.bfloat16)
-    op(few, out=room.as_strided((first, 8, 16), steps))
+    op(call, **few, out=room.as_strided((first, 8, 16), steps))
     with pytest.raises(ValueError, match=r"^out must not overlap itself in memory"):
         op(call, out=room.as_strided((7, 8, 16), steps))
+    assert len(launched) == 1
 
 
 def test_errors_come_after_a_hit_too(launched):
