@@ -34,7 +34,7 @@ def precompile(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> in
         function: An op, a method of `PagedKVCache`, a `functools.partial`, or a whole step of a model.
         args: Its arguments. In place of tensors, whether alone or in another pytree, there may be tensors on the device
             "meta", which stand for ones on the current GPU, or on the CPU where there is none; or `FakeTensor`s, whose
-            mode is then used.
+            mode is then used: one that allows what is not fake, if function finds real tensors elsewhere.
         kwargs: Its arguments by name.
 
     Returns:

@@ -125,6 +125,19 @@ def test_an_out_that_overlaps_itself_is_seen_whatever_was_launched_before(first,
     assert len(launched) == 1
 
 
+def test_overlaps_are_seen_after_a_call_that_was_refused(launched):
+    """A call's key tells how far the next one's reaches only if the two have as many tokens."""
+    op = Op("out")
+    case = replace(BY_NAME["neox, head_size 128"], num_q_heads=2, slots=(3, 1), positions=None)
+    op(replace(case, num_tokens=3).make())
+    call = replace(case, num_tokens=4).make()
+    with pytest.raises(ValueError, match="value must have shape"):
+        op(call, key=fresh(call.key)[:1].clone())
+    room = torch.zeros(6, 2, 128, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"^out and key must not overlap in memory$"):
+        op(call, out=room[2:], key=room[:4])
+
+
 def test_errors_come_after_a_hit_too(launched):
     call, op = BY_NAME["norms"].make(), Op("out")
     op(call)

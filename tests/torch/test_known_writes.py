@@ -16,6 +16,7 @@ from tests.cases.torch_compile import assert_bits
 from tests.cases.torch_known import versions
 from tests.cases.torch_writes import small, tensors
 from torchkv._library import write as _write_ops
+from torchkv._triton import known as _known
 
 WRITES = {
     "two arrays": dict(),
@@ -337,6 +338,31 @@ def test_caches_made_in_inference_mode(inference, seen, rng):
         assert seen.ways() == (dispatched, 1)
     assert [c._version for i, c in enumerate(memory) if i not in inference] == [1] * (2 - len(inference))
     assert_bits(memory, run_oracle(case))
+
+
+def test_versions_rise_in_inference_mode(seen, rng):
+    """Guards take tensors made in inference mode, outside it, for others within it, which have versions."""
+    case = small(rng)
+    with torch.inference_mode():
+        key, value, memory, slots = operands(case)
+    torchkv.reshape_and_cache_flash(key, value, *memory, slots)
+    assert seen.ways() == (1, 1)
+    key, value, memory, slots = operands(case)
+    with torch.inference_mode():
+        for dispatched in (1, 0):
+            torchkv.reshape_and_cache_flash(key, value, *memory, slots)
+            assert seen.ways() == (dispatched, 1)
+    assert versions(memory) == [1, 1]  # by the known one; of the first, it is the op that tells
+
+
+def test_calls_that_never_come_back_are_forgotten(monkeypatch):
+    monkeypatch.setattr(_known, "MOST_LAUNCHES", 16)
+    calls, tensors = _known.KnownCalls(), (torch.zeros(4), torch.zeros(4))
+    for i in range(100):
+        calls.add((*tensors, i), tensors, lambda i=i: i, aligned=1)
+    found = [i for i in range(100) if calls.find((*tensors, i))]
+    assert len(found) <= 16
+    assert found[-1] == 99
 
 
 def test_no_tensor_is_kept(seen, rng):

@@ -74,10 +74,7 @@ class KnownCalls[Found]:
         if kind is None or forward_ad._current_level >= 0:  # tangents are recorded
             return None
         tensors = kind.tensors(arguments)
-        key = kind.options(arguments)
-        if self._varies:
-            key = key, self._varies(tensors)
-        for alike, aligned, followed, found in kind.entries.get(key, ()):
+        for alike, aligned, followed, found in kind.entries.get(self._key(kind, arguments, tensors), ()):
             if alike(*tensors):
                 addresses = list(map(Tensor.data_ptr, tensors))
                 if reduce(or_, addresses[:aligned]) % 16 or (followed and torch.is_grad_enabled()):
@@ -124,12 +121,19 @@ class KnownCalls[Found]:
         )
         if self._count >= MOST_LAUNCHES:
             self._kinds, self._count = {}, 0
-        entries = self._kinds.setdefault(types, kind).entries
-        key = kind.options(arguments)
-        if self._varies:
-            key = key, self._varies(tensors)
+            kind = kind._replace(entries={})
+        entries, key = self._kinds.setdefault(types, kind).entries, self._key(kind, arguments, tensors)
         entries[key] = (_Entry(guards.check, aligned, followed, make()), *entries.get(key, ()))[:_MOST_ALIKE]
         self._count += 1
+
+    def _key(self, kind: _Kind, arguments: Sequence[Any], tensors: Sequence[Tensor]) -> Any:
+        """What calls that are alike have in common, beside what the guards compare.
+
+        To the dispatcher, tensors that were made in inference mode are outside it what others are in it. Only the
+        latter have versions, which torch's in-place operations raise there, too.
+        """
+        varies = self._varies and self._varies(tensors)
+        return kind.options(arguments), varies, torch.is_inference_mode_enabled()
 
 
 def _kind(arguments: Sequence[Any]) -> _Kind:

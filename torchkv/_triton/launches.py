@@ -55,7 +55,8 @@ class Apart:
 
     Args:
         pairs: Two tensors each, by their places among a call's. One that is paired with itself may overlap itself.
-        lengths: Tensors, by their places, on the lengths of whose first axes the sizes of the others depend.
+        lengths: Tensors, by their places, the lengths of whose first axes differ from call to call: any lengths, for
+            the contract may still refuse a call.
     """
 
     def __init__(self, pairs: Sequence[tuple[int, int]], lengths: Sequence[int] = ()) -> None:

@@ -107,11 +107,12 @@ class Ropes(Launches[RopeKernel]):
         positions = rows + len(call.write.written)
         slots = positions + 2
         written, pairs, lengths = [*range(rows, positions)], [*combinations(range(rows, positions), 2)], []
+        any_length = [*range(rows), slots] + [positions] * (call.positions.dim() == 1)
         if call.out is not None:
             pairs += [(0, i) for i in range(1, len(self.tensors(call)))]
             if not call.out.numel() or _interleaved(call.out):  # other numbers of tokens may overlap themselves
                 pairs.append((0, 0))
-            written, lengths = [0, *written], [0, slots]
+            written, lengths = [0, *written], any_length
         return Launch(
             RopeKernel(
                 described,
@@ -126,7 +127,7 @@ class Ropes(Launches[RopeKernel]):
             call.device,
             described.write.cache.extents.num_layers,
             aligned=slots + 1 + (call.q_norm is not None) + (call.k_norm is not None),
-            any_length=[*range(rows), slots] + [positions] * (call.positions.dim() == 1),
+            any_length=any_length,
             written=written,
             apart=Apart(pairs, lengths) if pairs else None,
         )
