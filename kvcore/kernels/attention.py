@@ -32,7 +32,7 @@ from .address import head_offset, layer_index
 from .encode import store_rounded
 from .query import load_query
 from .reduce import total
-from .sequences import RowTile, all_blocks_exist, cdiv, find_rows, find_span
+from .sequences import CHUNK, RowTile, all_blocks_exist, cdiv, find_rows, find_span, has_layer
 from .softmax import LN2, finish
 from .tiles import Sums, fold_tiles, no_sums
 from .words import Pages
@@ -104,7 +104,7 @@ def _fold_whole_tiles(sums, query, pages, rows, span, first_tile, end_tile, P: t
     if OPTIONS.causal:
         limit = tl.minimum(limit, span.first_token + rows.first // Q.q_per_kv + 1)
     num_entries = cdiv(tl.maximum(span.limit, 0), P.block_size)
-    exist = all_blocks_exist(pages.table_ptr, num_entries, pages.num_blocks, P)
+    exist = all_blocks_exist(pages.table_ptr, num_entries, pages.num_blocks, tl.arange(0, CHUNK), P)
     end_whole = tl.maximum(tl.minimum(limit // T.positions, end_tile), first_tile)
     end_whole = tl.where(exist, end_whole, first_tile)
     sums = fold_tiles(sums, query, pages, first_tile, end_whole, span.first, span.limit, False, False, P, T)
@@ -186,9 +186,9 @@ def paged_attention_kernel(
     """Attention of a tile of rows over one split of the positions."""
     TILE: tl.constexpr = P.tile
     Q: tl.constexpr = P.query
-    rows, end, seq_len = find_rows(query_start_loc_ptr, seq_lens_ptr, num_tokens, num_seqs, P, TILE)
+    rows, end, seq_len = find_rows(query_start_loc_ptr, seq_lens_ptr, num_tokens, num_seqs, tl.arange(0, CHUNK), P, TILE)
     if rows.first < rows.length * Q.q_per_kv:
-        span = find_span(rows, end, seq_len, max_blocks, layer, num_layers, P, TILE)
+        span = find_span(rows, end, seq_len, max_blocks, has_layer(layer, num_layers, P), P, TILE)
         arrays = Arrays(
             query_ptr, key_cache_ptr, value_cache_ptr, block_tables_ptr, sinks_ptr, k_scale_ptr, v_scale_ptr, layer,
             table_stride, num_blocks, out_ptr, lse_ptr,

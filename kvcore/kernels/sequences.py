@@ -21,7 +21,7 @@ from .reduce import maximum, minimum, total
 _LONGEST = tl.constexpr(2**31 - 1)
 _FAR_BELOW = tl.constexpr(-(2**30))
 
-_CHUNK = tl.constexpr(1024)  # entries of query_start_loc or of a block table that are loaded at a time
+CHUNK = tl.constexpr(1024)  # entries of query_start_loc or of a block table that are loaded at a time
 
 
 class RowTile(NamedTuple):
@@ -51,10 +51,11 @@ def cdiv(a, b):
 
 
 @triton.jit
-def find_rows(query_start_loc_ptr, seq_lens_ptr, num_tokens, num_seqs, P: tl.constexpr, T: tl.constexpr):
+def find_rows(query_start_loc_ptr, seq_lens_ptr, num_tokens, num_seqs, lanes, P: tl.constexpr, T: tl.constexpr):
     """Finds this program's rows.
 
-    Returns the rows, the token of query where query_start_loc ends their sequence, and the sequence's length.
+    Returns the rows, the token of query where query_start_loc ends their sequence, and the sequence's length. `lanes` is
+    0 … CHUNK - 1; it is an argument because Gluon's has a layout.
 
     Tiles are taken from the last to the first: later ones of a prefill see more, and short ones fill gaps at the end.
     """
@@ -62,7 +63,7 @@ def find_rows(query_start_loc_ptr, seq_lens_ptr, num_tokens, num_seqs, P: tl.con
     head = tl.program_id(0) % Q.num_kv_heads
     tile = (tl.num_programs(0) - 1 - tl.program_id(0)) // Q.num_kv_heads
     if P.ragged:
-        seq, start = _find_sequence(query_start_loc_ptr, tile, num_seqs, num_tokens, P, T)
+        seq, start = _find_sequence(query_start_loc_ptr, tile, num_seqs, num_tokens, lanes, P, T)
         first = (tile - (start * Q.q_per_kv // T.rows + seq + 1)) * T.rows
         end = tl.load(query_start_loc_ptr + (seq + 1) * Q.start_stride, mask=seq < num_seqs, other=num_tokens)
         length = tl.maximum(tl.minimum(end, num_tokens), 0).to(tl.int32) - start
@@ -80,7 +81,7 @@ def find_rows(query_start_loc_ptr, seq_lens_ptr, num_tokens, num_seqs, P: tl.con
 
 
 @triton.jit
-def _find_sequence(query_start_loc_ptr, tile, num_seqs, num_tokens, P: tl.constexpr, T: tl.constexpr):
+def _find_sequence(query_start_loc_ptr, tile, num_seqs, num_tokens, lanes, P: tl.constexpr, T: tl.constexpr):
     """The sequence that a tile of rows belongs to, and its first token of query.
 
     -1 and num_seqs stand for the tokens before and after all sequences. A sequence begins no earlier than the ones
@@ -89,14 +90,14 @@ def _find_sequence(query_start_loc_ptr, tile, num_seqs, num_tokens, P: tl.conste
     Q: tl.constexpr = P.query
     # Sequence s begins after the tile if begin[j] * q_per_kv // ROWS + s + 1 > tile for any j ≤ s. The first that does:
     after = num_seqs + 1
-    for chunk in range(0, num_seqs + 1, _CHUNK):
-        j = chunk + tl.arange(0, _CHUNK)
+    for chunk in range(0, num_seqs + 1, CHUNK):
+        j = chunk + lanes
         begin = _begins(query_start_loc_ptr, j, num_seqs, num_tokens, P)
         first_after = tl.maximum(j, tile - begin * Q.q_per_kv // T.rows)
         after = tl.minimum(after, minimum(tl.where(j <= num_seqs, first_after, after), 0))
     start = 0
-    for chunk in range(0, after, _CHUNK):
-        j = chunk + tl.arange(0, _CHUNK)
+    for chunk in range(0, after, CHUNK):
+        j = chunk + lanes
         begin = _begins(query_start_loc_ptr, j, num_seqs, num_tokens, P)
         start = tl.maximum(start, maximum(tl.where(j < after, begin, 0), 0))
     return after - 1, start
@@ -111,7 +112,17 @@ def _begins(query_start_loc_ptr, s, num_seqs, num_tokens, P: tl.constexpr):
 
 
 @triton.jit
-def find_span(rows, end, seq_len, max_blocks, layer, num_layers, P: tl.constexpr, T: tl.constexpr):
+def has_layer(layer, num_layers, P: tl.constexpr):
+    """Whether the cache has the layer; None where it has no axis for it."""
+    exists = None
+    if layer is not None:
+        index = layer_index(layer, P.layer_is_pointer)
+        exists = total(((index >= 0) & (index < num_layers)).to(tl.int32), 0) > 0
+    return exists
+
+
+@triton.jit
+def find_span(rows, end, seq_len, max_blocks, layer_exists, P: tl.constexpr, T: tl.constexpr):
     """The positions that a program's rows see, and the split of them that it takes.
 
     Args:
@@ -119,8 +130,7 @@ def find_span(rows, end, seq_len, max_blocks, layer, num_layers, P: tl.constexpr
         end: One past the sequence's last token of query, as query_start_loc has it.
         seq_len: Positions of the sequence. The last of them is that of the token before end.
         max_blocks: Entries of a row of block_tables.
-        layer: As the kernel is given it. Where there is no such layer, rows see no position.
-        num_layers: Layers of the cache.
+        layer_exists: From `has_layer`. Where there is no such layer, rows see no position.
         P: All constants.
         T: The tile.
     """
@@ -135,10 +145,8 @@ def find_span(rows, end, seq_len, max_blocks, layer, num_layers, P: tl.constexpr
         if OPTIONS.sliding_window is not None:
             token = rows.first // Q.q_per_kv
             first = tl.maximum(tl.maximum(first_token + token, -1) - (OPTIONS.sliding_window - 1), 0)
-    if layer is not None:
-        index = layer_index(layer, P.layer_is_pointer)
-        exists = total(((index >= 0) & (index < num_layers)).to(tl.int32), 0)
-        limit = tl.where(exists > 0, limit, 0)
+    if layer_exists is not None:
+        limit = tl.where(layer_exists, limit, 0)
     end_tile = cdiv(tl.maximum(limit, 0), T.positions)
     first_tile = tl.minimum(first // T.positions, end_tile)
     if P.split:
@@ -149,12 +157,12 @@ def find_span(rows, end, seq_len, max_blocks, layer, num_layers, P: tl.constexpr
 
 
 @triton.jit
-def all_blocks_exist(table_ptr, num_entries, num_blocks, P: tl.constexpr):
+def all_blocks_exist(table_ptr, num_entries, num_blocks, lanes, P: tl.constexpr):
     """Whether the first num_entries entries of a row of block_tables all name a block that exists."""
     Q: tl.constexpr = P.query
     missing = 0
-    for chunk in range(0, num_entries, _CHUNK):
-        entry = chunk + tl.arange(0, _CHUNK)
+    for chunk in range(0, num_entries, CHUNK):
+        entry = chunk + lanes
         block = tl.load(table_ptr + entry * Q.table_step, mask=entry < num_entries, other=0)
         missing += total(((block < 0) | (block >= num_blocks)).to(tl.int32), 0)
     return missing == 0

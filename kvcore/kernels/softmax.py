@@ -75,7 +75,7 @@ def finish(m, l, sink):
         l = l * factor + tl.exp2(sink - origin)
         m = m_new
     else:
-        factor = tl.full(m.shape, 1.0, tl.float32)
+        factor = 1.0
     nothing = l == 0
     log = tl.where(nothing, float("-inf"), m + tl.log2(l))
     return factor / tl.where(nothing, 1.0, l), log

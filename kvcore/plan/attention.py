@@ -8,7 +8,8 @@ from kvcore.arrays import ArraySpec
 from kvcore.contract.read import Attention
 from kvcore.formats import BFLOAT16, DS_MLA_ROPE, FLOAT16, FLOAT32, FLOATS, FP8_DS_MLA, NVFP4, FloatFormat
 from kvcore.plan.attention_constants import AttentionConstants, CacheRows, QueryRows, Tile, cache_rows, choose_word
-from kvcore.plan.attention_tile import choose_splits, choose_tile, cover
+from kvcore.plan.attention_tile import choose_splits, choose_tile, cover, many_rows
+from kvcore.plan.hopper import plan_hopper
 from kvcore.plan.kernel import KernelPlan, Target, has_e4m3
 from kvcore.plan.rows import power_of_two, scale_rows
 
@@ -108,7 +109,11 @@ def merge_arguments(part: Any, part_lse: Any, sinks: Any, splits: int) -> list[A
 
 @lru_cache(maxsize=4096)
 def plan_attention(
-    call: Attention, target: Target, layer_is_pointer: bool = False, even_addresses: bool = True
+    call: Attention,
+    target: Target,
+    layer_is_pointer: bool = False,
+    even_addresses: bool = True,
+    descriptors: bool = False,
 ) -> AttentionPlan:
     """The plan for attention on a target.
 
@@ -117,12 +122,16 @@ def plan_attention(
         target: What to compile for.
         layer_is_pointer: Whether the kernel loads the layer's index from memory.
         even_addresses: Whether the caches begin at even addresses.
+        descriptors: Whether kernels in Gluon can be launched, and the caches begin at multiples of 16.
     """
     extents = call.cache.extents
     tokens, q_heads, _ = call.query.shape
     num_seqs = call.block_tables.shape[0]
     compute = _compute(call, target)
     choice = choose_tile(call, target, compute)
+    hopper = plan_hopper(call, target) if descriptors and many_rows(call) else None
+    if hopper is not None:
+        choice = choice._replace(tile=hopper.tile, warps=4, programs=1)
     tile, warps = choice.tile, choice.warps
     # Tiles of query rows: the full ones, and one more for each sequence, and for the tokens before and after all.
     q_per_kv = q_heads // extents.num_heads
@@ -136,13 +145,15 @@ def plan_attention(
     options = dict(_FUSED)
     if tile.rows == 128 and warps == 8 and compute.bits == 16 and target.backend == "cuda":
         options["maxnreg"] = 128  # so that two programs fit on a multiprocessor
+    constants = _constants(call, target, layer_is_pointer, even_addresses, tile, splits > 1, min_tiles)
     attend = KernelPlan(
-        module="attention",
-        name="paged_attention_kernel",
+        module="attention" if hopper is None else "hopper.attention",
+        name="paged_attention_kernel" if hopper is None else "hopper_attention_kernel",
         num_warps=warps,
         scalars=SCALARS,
-        constexprs={"P": _constants(call, target, layer_is_pointer, even_addresses, tile, splits > 1, min_tiles)},
+        constexprs={"P": constants} if hopper is None else {"P": constants, "H": hopper.constants},
         options=options,
+        descriptors={} if hopper is None else {"key_cache_ptr": hopper.key, "value_cache_ptr": hopper.value},
     )
     return AttentionPlan(attend, (programs, splits, 1), splits, _merge(call, target, splits), (tokens * q_heads, 1, 1))
 

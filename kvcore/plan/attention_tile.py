@@ -47,6 +47,11 @@ def choose_tile(call: Attention, target: Target, compute: FloatFormat) -> TileCh
     return TileChoice(_fit(tile, call, target, compute), warps, 2, 256)
 
 
+def many_rows(call: Attention) -> bool:
+    """Whether a sequence has so many query rows on average that the widest tiles are taken."""
+    return _tokens(call) * call.query.shape[1] // call.cache.extents.num_heads > 32
+
+
 def _choose_decode_tile(call: Attention, target: Target, compute: FloatFormat, positions: int) -> TileChoice:
     """What `choose_tile` chooses where rows are few: as much of the cache is loaded at a time as there is room for."""
     bits, multiprocessors = call.cache.format.bits, _multiprocessors(target)

@@ -26,6 +26,25 @@ EXACT = {"enable_fp_fusion": False}
 """Options for arithmetic that is done as it is written: a fused multiply-add would round once, not twice."""
 
 
+class Descriptor(NamedTuple):
+    """An array as TMA sees it, and the box of it that is copied at once. Axes go from slowest to fastest.
+
+    Attributes:
+        shape: Sizes of the axes: coordinates beyond them are read as zeros.
+        strides: In elements. The last is 1.
+        block: Sizes of the box.
+    """
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    block: tuple[int, ...]
+
+    @property
+    def swizzle(self) -> int:
+        """Bytes within which shared memory permutes rows of the box, of 16-bit elements."""
+        return min(128, 2 * self.block[-1])
+
+
 class KernelPlan(NamedTuple):
     """A kernel, and all that its compilation depends on, except the types of its pointers.
 
@@ -36,6 +55,7 @@ class KernelPlan(NamedTuple):
         scalars: Its run-time integers, which follow the pointers, and their types.
         constexprs: Its compile-time arguments, by name.
         options: Options of the compiler.
+        descriptors: Of the pointers that the kernel gets as TMA descriptors, by name: what they describe.
     """
 
     module: str
@@ -44,6 +64,7 @@ class KernelPlan(NamedTuple):
     scalars: dict[str, str]
     constexprs: dict[str, Any]
     options: dict[str, Any]
+    descriptors: dict[str, Descriptor] = {}
 
 
 def has_e4m3(target: Target) -> bool:

@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kvcore.formats import FP8
-from kvcore.plan.kernel import KernelPlan, Target
+from kvcore.plan.kernel import Descriptor, KernelPlan, Target
 
 LOCK = threading.RLock()
 """Held while Triton compiles or interprets: to interpret, it patches `triton.language`, which compiling reads."""
@@ -60,20 +60,54 @@ def compile_kernel(
     function = kernel_function(kernel)
     signature: dict[str, str] = {}
     for name, dtype in pointers.items():
-        signature[name] = "constexpr" if dtype is None else "i64" if dtype == "scalar" else f"*{_ELEMENTS[dtype]}"
+        if name in kernel.descriptors:
+            signature[name] = _descriptor_type(kernel.descriptors[name], _ELEMENTS[str(dtype)])
+        else:
+            signature[name] = "constexpr" if dtype is None else "i64" if dtype == "scalar" else f"*{_ELEMENTS[dtype]}"
     signature |= kernel.scalars | dict.fromkeys(kernel.constexprs, "constexpr")
     place = {name: i for i, name in enumerate(function.arg_names)}
-    source = ASTSource(
+    source = _source_type(function)(
         fn=function,
         signature={name: signature[name] for name in function.arg_names},
         constexprs={(place[n],): v for n, v in kernel.constexprs.items()}
         | {(place[n],): None for n, dtype in pointers.items() if dtype is None},
         # In an order of their own: Triton names what it keeps on disk after this dict as it prints.
-        attrs={(place[n],): [["tt.divisibility", 16]] for n in function.arg_names if n in aligned and pointers[n]},
+        attrs={
+            (place[n],): [["tt.divisibility", 16]]
+            for n in function.arg_names
+            if n in aligned and pointers[n] and n not in kernel.descriptors
+        },
     )
     options = {"num_warps": kernel.num_warps, **kernel.options}
     with LOCK, readable_errors():
         return with_cache(lambda: triton.compile(source, target=GPUTarget(*target), options=options))
+
+
+def has_gluon() -> bool:
+    """Whether Triton has Gluon as the kernels in `kvcore.kernels.hopper` are written in it: since 3.8."""
+    major, minor = triton.__version__.split(".")[:2]
+    return (int(major), int(minor)) >= (3, 8)
+
+
+def shared_layout(descriptor: Descriptor) -> Any:
+    """The layout of a descriptor's box in shared memory, as Gluon has it."""
+    from triton.experimental.gluon.language import NVMMASharedLayout
+
+    return NVMMASharedLayout(descriptor.swizzle, 16, len(descriptor.block))
+
+
+def _descriptor_type(descriptor: Descriptor, element: str) -> str:
+    """What Triton calls the type of a descriptor."""
+    return f"tensordesc<{element}[{', '.join(map(str, descriptor.block))}],{shared_layout(descriptor)!r}>"
+
+
+def _source_type(function: Any) -> Any:
+    """What Triton compiles a function of Triton, or of Gluon, from."""
+    if not function.is_gluon():
+        return ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    return GluonASTSource
 
 
 def kernel_function(kernel: KernelPlan) -> Any:

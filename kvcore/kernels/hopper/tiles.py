@@ -1,0 +1,145 @@
+"""What consumers do with a tile: scores, weights, sums; all in the layouts of wgmma's registers.
+
+    scores   [64, POSITIONS]     query · K
+    weights  [64, POSITIONS]     2^(logit - running maximum): see `kvcore.kernels.softmax`
+    acc      [64, head_size_v]   weights · V, summed
+
+Vectors of rows come in two layouts, those of rows of scores and of rows of sums, which put a row into the same thread.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma
+
+from ..address import head_offset
+from ..softmax import LOG2E, fold_logits, tanh
+from .shared import CONSUMERS
+
+
+@gluon.constexpr_function
+def products(columns):
+    """The layout of a product of 64 rows with so many columns."""
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 16])
+
+
+@gluon.constexpr_function
+def operands(columns):
+    """The layout of what is multiplied from registers, for such a product."""
+    return gl.DotOperandLayout(operand_index=0, parent=products(columns), k_width=2)
+
+
+@gluon.constexpr_function
+def rows_of(columns):
+    """The layout of vectors of rows of such a product."""
+    return gl.SliceLayout(1, products(columns))
+
+
+@gluon.jit
+def row_offsets(rows, row, Q: gl.constexpr):
+    """Where rows begin in query; of the shape of `row`."""
+    token = row // Q.q_per_kv
+    q_head = rows.head * Q.q_per_kv + row % Q.q_per_kv
+    return Q.offset + (rows.start + token).to(gl.int64) * Q.token_stride + head_offset(q_head, Q)
+
+
+@gluon.jit
+def load_query(arrays, rows, first_row, shared, CONSUMER: gl.constexpr, P: gl.constexpr, H: gl.constexpr):
+    """Rows of query, [64, piece] each: in registers, or in shared memory, and then the result is empty."""
+    pieces = ()
+    for piece in gl.static_range(H.pieces):
+        if H.query_in_shared:
+            layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+            q = _load_piece(arrays, rows, first_row, piece, layout, P, H)
+            shared.q_rows.index(CONSUMER * H.pieces + piece).store(q)
+        else:
+            layout: gl.constexpr = operands(P.tile.positions)
+            pieces = pieces + (_load_piece(arrays, rows, first_row, piece, layout, P, H),)
+    if H.query_in_shared:
+        fence_async_shared()
+        gl.barrier()
+    return pieces
+
+
+@gluon.jit
+def _load_piece(arrays, rows, first_row, PIECE: gl.constexpr, layout: gl.constexpr, P: gl.constexpr, H: gl.constexpr):
+    Q: gl.constexpr = P.query
+    OPTIONS: gl.constexpr = P.options
+    T: gl.constexpr = P.tile
+    row = first_row + gl.arange(0, T.rows // CONSUMERS, layout=gl.SliceLayout(1, layout))
+    dim = PIECE * H.piece + gl.arange(0, H.piece, layout=gl.SliceLayout(0, layout))
+    offset = row_offsets(rows, row, Q)[:, None] + dim[None, :] * Q.dim_stride
+    q = gl.load(arrays.query_ptr + offset, mask=(row < rows.length * Q.q_per_kv)[:, None], other=0)
+    if OPTIONS.scale < 0:  # the sign goes to query: the largest score is found before it is scaled
+        q = -q
+    return q
+
+
+@gluon.jit
+def start_scores(query, shared, keys, CONSUMER: gl.constexpr, P: gl.constexpr, H: gl.constexpr):
+    """Issues the product of query with K, whose pieces begin at `keys` of shared.k_tiles."""
+    T: gl.constexpr = P.tile
+    scores = gl.zeros([T.rows // CONSUMERS, T.positions], gl.float32, products(T.positions))
+    for piece in gl.static_range(H.pieces):
+        if H.query_in_shared:
+            q = shared.q_rows.index(CONSUMER * H.pieces + piece)
+        else:
+            q = query[piece]
+        k = shared.k_tiles.index(keys + piece).permute((1, 0))
+        scores = warpgroup_mma(q, k, scores, use_acc=piece > 0, is_async=True)
+    return scores
+
+
+@gluon.jit
+def weigh(scores, m, l, arrays, work, tile, position, MASKED: gl.constexpr, P: gl.constexpr):
+    """Makes weights of the scores of a tile.
+
+    Returns the new m and l, the weights, and what sums of older weights are to be multiplied by.
+    """
+    Q: gl.constexpr = P.query
+    OPTIONS: gl.constexpr = P.options
+    T: gl.constexpr = P.tile
+    SCALE: gl.constexpr = OPTIONS.scale * LOG2E if OPTIONS.scale >= 0 else -OPTIONS.scale * LOG2E
+    logits = scores
+    if OPTIONS.soft_cap is not None:
+        CAP: gl.constexpr = OPTIONS.soft_cap * LOG2E
+        logits = CAP * tanh(scores * (SCALE / CAP))
+    elif MASKED:
+        logits = scores * SCALE
+    if MASKED:
+        n = tile * T.positions + gl.arange(0, T.positions, layout=gl.SliceLayout(0, products(T.positions)))
+        logits = gl.where(seen_by(n, position, work, P), logits, float("-inf"))
+        if work.holes:
+            exists = n < work.limit
+            block = gl.load(arrays.table_ptr + n // P.block_size * Q.table_step, mask=exists, other=-1)
+            exists = (block >= 0) & (block < arrays.num_blocks)
+            logits = gl.where(exists[None, :], logits, float("-inf"))
+    scale = gl.full([T.rows // CONSUMERS], SCALE, gl.float32, rows_of(T.positions))
+    SCALED: gl.constexpr = MASKED or OPTIONS.soft_cap is not None
+    return fold_logits(m, l, logits, scale, SCALED, MASKED, P.weight_bits)
+
+
+@gluon.jit
+def seen_by(n, position, work, P: gl.constexpr):
+    """Which positions n rows see, but for holes: `[64, POSITIONS]`, or `[1, POSITIONS]` where all see the same."""
+    OPTIONS: gl.constexpr = P.options
+    if P.by_row:
+        seen = n[None, :] < gl.minimum(position + 1, work.limit)[:, None]
+        if OPTIONS.sliding_window is not None:
+            seen = seen & (position[:, None] - n[None, :] < OPTIONS.sliding_window)
+    else:
+        seen = (n < work.limit)[None, :]
+    return seen
+
+
+@gluon.jit
+def as_operand(weights, dtype: gl.constexpr, P: gl.constexpr):
+    """Weights as they are multiplied with V."""
+    V: gl.constexpr = P.v
+    return gl.convert_layout(weights.to(dtype), operands(V.main))
+
+
+@gluon.jit
+def shrunk(acc, shrink, P: gl.constexpr):
+    """Sums, brought to the new running maximum."""
+    V: gl.constexpr = P.v
+    return acc * gl.convert_layout(shrink, rows_of(V.main))[:, None]
