@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -36,12 +37,69 @@ def import_jax_triton() -> Any:
     if jax.__version_info__ >= (0, 12) and len(inspect.signature(rule).parameters) == 2:
         partial_eval.dce_rules[primitive] = lambda used, live, equation: rule(used, equation)
 
-    # jax-triton compiles anew in each process. Can go when it keeps results, as Triton does for torch.
-    triton_lib.compile_ttir_to_ptx_inplace = kept_on_disk(triton_lib.compile_ttir_to_ptx_inplace)
+    # jax-triton compiles Gluon with the passes of Triton's language. Can go when it takes Gluon's own.
+    compile_ttir = with_passes_of_gluon(triton_lib.compile_ttir_to_ptx_inplace)
+    # It compiles anew in each process. Can go when it keeps results, as Triton does for torch.
+    triton_lib.compile_ttir_to_ptx_inplace = kept_on_disk(compile_ttir)
+    # It launches as many warps as it was told. Can go when it launches as many as were compiled.
+    if triton_lib.triton_kernel_call_lib is not None:
+        triton_lib.triton_kernel_call_lib = WithCompiledWarps(triton_lib.triton_kernel_call_lib)
     # Of threads that want the same kernel, one compiles; and none while another thread interprets.
     function = triton_lib.TritonFunction
     function.get_or_create_kernel = _one_at_a_time(function.get_or_create_kernel)
     return jax_triton
+
+
+class WithCompiledWarps:
+    """jaxlib's module that makes kernels, where they are launched with as many warps as they were compiled for.
+
+    A kernel whose warps have different work is compiled for more than a plan says, and hangs with fewer. The number is
+    in its PTX, so it comes with each result of the compiler, wherever that was kept.
+    """
+
+    def __init__(self, library: Any) -> None:
+        self._library = library
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._library, name)
+
+    def TritonKernel(self, name: str, num_warps: int, num_ctas: int, shared: int, binary: str, *rest: Any) -> Any:  # noqa: N802
+        """A kernel; `binary` is PTX, or the path of a file for ROCm."""
+        threads = re.search(r"^\s*\.reqntid (\d+)", binary, re.MULTILINE)
+        if threads is not None:
+            num_warps = int(threads[1]) // 32
+        return self._library.TritonKernel(name, num_warps, num_ctas, shared, binary, *rest)
+
+
+def with_passes_of_gluon(compile_ttir: Callable[..., Any]) -> Callable[..., Any]:
+    """jax_triton's `compile_ttir_to_ptx_inplace`, which takes modules of Gluon through Gluon's passes, as Triton does.
+
+    They have their layouts, and Triton's passes would choose others.
+    """
+
+    @functools.wraps(compile_ttir)
+    def compile_either(ttir: Any, backend: Any, options: Any, capability: int) -> Any:
+        # Until Triton's own passes ran, only Gluon has said how many warps there are.
+        gluon = ttir.get_int_attr("ttg.num-warps") is not None
+        return compile_ttir(ttir, _Gluon(backend) if gluon else backend, options, capability)
+
+    return compile_either
+
+
+class _Gluon:
+    """A backend of Triton for modules of Gluon."""
+
+    def __init__(self, backend: Any) -> None:
+        self._backend = backend
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def make_ttir(self, module: Any, *_: Any) -> Any:
+        return module
+
+    def make_ttgir(self, module: Any, *arguments: Any) -> Any:
+        return self._backend.gluon_to_ttgir(module, *arguments)
 
 
 def _one_at_a_time(compile_kernel: Callable[..., Any]) -> Callable[..., Any]:

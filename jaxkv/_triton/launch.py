@@ -19,8 +19,8 @@ from kvcore.contract.read import Attention, Gather
 from kvcore.contract.rope import Rope
 from kvcore.contract.write import Write
 from kvcore.formats import FP8
-from kvcore.plan.kernel import KernelPlan, Target
-from kvcore.run.compiler import kernel_function
+from kvcore.plan.kernel import Descriptor, KernelPlan, Target
+from kvcore.run.compiler import kernel_function, shared_layout
 
 with installed.needed("jax_triton", installed.JAX_TRITON):
     jt = import_jax_triton()
@@ -65,9 +65,14 @@ def launch(
     compiling = dict(kernel.options)
     if target.backend == "cuda":
         compiling["ptx_version"] = _PTX_VERSIONS.get(int(target.arch))
+    function = kernel_function(kernel)
+    described = [
+        _describe(argument, kernel.descriptors[name]) if name in kernel.descriptors else _as_bytes(argument)
+        for name, argument in zip(function.arg_names, arguments, strict=False)
+    ]
     return jt.triton_call(
-        *map(_as_bytes, arguments),
-        kernel=kernel_function(kernel),
+        *described,
+        kernel=function,
         out_type=out_type,
         grid=grid,
         num_warps=kernel.num_warps,
@@ -86,6 +91,13 @@ def _freeze(refs: Sequence[jax.Ref], memory: Sequence[jax.Array]) -> list[jax.Ar
     """What Refs hold, in the dtypes of the arrays that they were made of."""
     new = [jax.freeze(ref) for ref in refs]
     return [lax.bitcast_convert_type(array, old.dtype) for array, old in zip(new, memory, strict=True)]
+
+
+def _describe(array: jax.Array, descriptor: Descriptor) -> Any:
+    """An array as a TMA descriptor."""
+    return jt.TensorDescriptor(
+        array, descriptor.shape, descriptor.strides, descriptor.block, layout=shared_layout(descriptor)
+    )
 
 
 def _as_bytes(argument: Any) -> Any:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kvcore.arrays import contiguous_strides
-from kvcore.plan.kernel import KernelPlan, Target
+from kvcore.plan.kernel import Descriptor, KernelPlan, Target
 from torchkv._arguments import dtype_name
 from torchkv._memory import address_of
 
@@ -39,6 +39,7 @@ class Kernel(NamedTuple):
         launch: What the launcher calls, or itself: given a grid, a stream, `settings`, and the arguments.
         settings: What is between the stream and the arguments where no hook is set.
         packed: Whether the arguments are one, a tuple.
+        descriptors: Which of the arguments are passed as TMA descriptors, and what they describe.
     """
 
     compiled: Any
@@ -49,6 +50,21 @@ class Kernel(NamedTuple):
     launch: Callable[..., None]
     settings: tuple[Any, ...]
     packed: bool
+    descriptors: tuple[tuple[int, Descriptor], ...]
+
+
+class _Described:
+    """What Triton's launcher makes a TMA descriptor of: it looks like a tensor's TensorDescriptor, without a tensor."""
+
+    padding = "zero"
+    round_f32_to_tf32 = False
+
+    def __init__(self, address: int, descriptor: Descriptor) -> None:
+        self.base, self._address = self, address
+        self.shape, self.strides = descriptor.shape, descriptor.strides
+
+    def data_ptr(self) -> int:
+        return self._address
 
 
 _kernels: dict[tuple[Any, ...], Kernel] = {}
@@ -61,7 +77,7 @@ def load(kernel: KernelPlan, pointers: Mapping[str, str | None], aligned: frozen
     device = torch.cuda.current_device()
     key = (
         kernel.module, kernel.name, kernel.num_warps, *kernel.constexprs.items(), *kernel.options.items(),
-        *pointers.items(), aligned, device,
+        *kernel.descriptors.items(), *pointers.items(), aligned, device,
     )  # fmt: skip
     with LOCK:  # of threads that want the same, one compiles
         if key not in _kernels:
@@ -69,7 +85,10 @@ def load(kernel: KernelPlan, pointers: Mapping[str, str | None], aligned: frozen
             with readable_errors():
                 run = with_cache(lambda: compiled.run)  # loads it, and with older Tritons compiles a launcher
             constexprs = (None,) * len(kernel.constexprs)
-            _kernels[key] = Kernel(compiled, run, knobs.runtime, device, constexprs, *_launcher(compiled, run))
+            names = [*pointers]
+            descriptors = tuple((names.index(name), described) for name, described in kernel.descriptors.items())
+            launcher = _launcher(compiled, run)
+            _kernels[key] = Kernel(compiled, run, knobs.runtime, device, constexprs, *launcher, descriptors)
         return _kernels[key]
 
 
@@ -91,6 +110,10 @@ def _launcher(compiled: Any, run: Any) -> tuple[Callable[..., None], tuple[Any, 
 
 def start(kernel: Kernel, grid: Grid, arguments: Sequence[Any]) -> None:
     """Starts a kernel on the current stream of its device, which is the current one. Pointers are addresses."""
+    if kernel.descriptors:
+        arguments = list(arguments)
+        for place, descriptor in kernel.descriptors:
+            arguments[place] = _Described(arguments[place], descriptor)
     arguments = (*arguments, *kernel.constexprs)
     stream = torch._C._cuda_getCurrentRawStream(kernel.device)
     enter, leave = kernel.hooks.launch_enter_hook, kernel.hooks.launch_exit_hook

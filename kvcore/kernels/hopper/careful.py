@@ -44,7 +44,7 @@ def attend_carefully(query, arrays, head, work, position, k_desc, v_desc, shared
         mbarrier.wait(arrived, i & 1)
 
         acc = _take_infinite(acc, shared.v_tiles.index(CONSUMER), arrays, work, tile, position, P)
-        scores = start_scores(query, shared, CONSUMER * H.pieces, CONSUMER, P, H)
+        scores = start_scores(query, shared, i, CONSUMER, CONSUMER, P, H)
         scores = warpgroup_mma_wait(0, deps=(scores,))
         m, l, weights, shrink = weigh(scores, m, l, arrays, work, tile, position, True, P)
         weights = as_operand(weights, dtype, P)

@@ -69,7 +69,7 @@ def _attend(query, arrays, work, position, m, l, acc, shared, CONSUMER: gl.const
     OPTIONS: gl.constexpr = P.options
     dtype: gl.constexpr = arrays.query_ptr.dtype.element_ty
     mbarrier.wait(full_k(shared, 0, P), 0)
-    scores = start_scores(query, shared, 0, CONSUMER, P, H)
+    scores = start_scores(query, shared, work.num_tiles, 0, CONSUMER, P, H)
     scores = warpgroup_mma_wait(0, deps=(scores,))
     mbarrier.arrive(empty_k(shared, 0, P), count=1)
     m, l, weights, _ = weigh(scores, m, l, arrays, work, work.first_tile, position, True, P)
@@ -102,7 +102,7 @@ def _fold_tiles(state, begin, end, query, arrays, work, position, shared, MASKED
         stage = i % T.stages
         before = (i - 1) % T.stages
         mbarrier.wait(full_k(shared, stage, P), (i // T.stages) & 1)
-        scores = start_scores(query, shared, stage * H.pieces, CONSUMER, P, H)
+        scores = start_scores(query, shared, i, stage, CONSUMER, P, H)
         mbarrier.wait(full_v(shared, before, P), ((i - 1) // T.stages) & 1)
         acc = warpgroup_mma(weights, shared.v_tiles.index(before), acc, is_async=True)
         scores = warpgroup_mma_wait(1, deps=(scores,))

@@ -45,15 +45,14 @@ def row_offsets(rows, row, Q: gl.constexpr):
 @gluon.jit
 def load_query(arrays, rows, first_row, shared, CONSUMER: gl.constexpr, P: gl.constexpr, H: gl.constexpr):
     """Rows of query, [64, piece] each: in registers, or in shared memory, and then the result is empty."""
+    BLOCKED: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     pieces = ()
     for piece in gl.static_range(H.pieces):
         if H.query_in_shared:
-            layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-            q = _load_piece(arrays, rows, first_row, piece, layout, P, H)
+            q = _load_piece(arrays, rows, first_row, piece, BLOCKED, P, H)
             shared.q_rows.index(CONSUMER * H.pieces + piece).store(q)
         else:
-            layout: gl.constexpr = operands(P.tile.positions)
-            pieces = pieces + (_load_piece(arrays, rows, first_row, piece, layout, P, H),)
+            pieces = pieces + (_load_piece(arrays, rows, first_row, piece, operands(P.tile.positions), P, H),)
     if H.query_in_shared:
         fence_async_shared()
         gl.barrier()
@@ -75,16 +74,17 @@ def _load_piece(arrays, rows, first_row, PIECE: gl.constexpr, layout: gl.constex
 
 
 @gluon.jit
-def start_scores(query, shared, keys, CONSUMER: gl.constexpr, P: gl.constexpr, H: gl.constexpr):
-    """Issues the product of query with K, whose pieces begin at `keys` of shared.k_tiles."""
+def start_scores(query, shared, i, stage, CONSUMER: gl.constexpr, P: gl.constexpr, H: gl.constexpr):
+    """Issues the product of query with K of tile i, which is in a stage."""
     T: gl.constexpr = P.tile
     scores = gl.zeros([T.rows // CONSUMERS, T.positions], gl.float32, products(T.positions))
     for piece in gl.static_range(H.pieces):
         if H.query_in_shared:
-            q = shared.q_rows.index(CONSUMER * H.pieces + piece)
+            # i >> 30 is 0, but the compiler does not know: else it would keep descriptors of all of query in registers.
+            q = shared.q_rows.index(CONSUMER * H.pieces + piece + (i >> 30))
         else:
             q = query[piece]
-        k = shared.k_tiles.index(keys + piece).permute((1, 0))
+        k = shared.k_tiles.index(stage * H.pieces + piece).permute((1, 0))
         scores = warpgroup_mma(q, k, scores, use_acc=piece > 0, is_async=True)
     return scores
 
