@@ -29,6 +29,9 @@ with installed.needed("jax_triton", installed.JAX_TRITON):
 # highest that its own ptxas knows, which an older driver refuses.
 _PTX_VERSIONS = {80: 78, 86: 78, 87: 78, 89: 81, 90: 80, 100: 86, 101: 86, 103: 88, 110: 90, 120: 87, 121: 88}
 
+_PTX_VERSION_OF_TMA = 86
+"""The lowest PTX version that has Triton's copies by TMA: CUDA 12.7's."""
+
 
 def write(call: Write, options: WriteOptions, operands: WriteOperands, target: Target) -> list[jax.Array]:
     """The new caches and scale caches: the same buffers, updated in place."""
@@ -64,7 +67,8 @@ def launch(
         return jax.tree.map(lambda array: jnp.zeros(array.shape, array.dtype), out_type)
     compiling = dict(kernel.options)
     if target.backend == "cuda":
-        compiling["ptx_version"] = _PTX_VERSIONS.get(int(target.arch))
+        version = _PTX_VERSIONS.get(int(target.arch))
+        compiling["ptx_version"] = max(version or 0, _PTX_VERSION_OF_TMA) if kernel.descriptors else version
     function = kernel_function(kernel)
     described = [
         _describe(argument, kernel.descriptors[name]) if name in kernel.descriptors else _as_bytes(argument)

@@ -186,7 +186,8 @@ def paged_attention_kernel(
     """Attention of a tile of rows over one split of the positions."""
     TILE: tl.constexpr = P.tile
     Q: tl.constexpr = P.query
-    rows, end, seq_len = find_rows(query_start_loc_ptr, seq_lens_ptr, num_tokens, num_seqs, tl.arange(0, CHUNK), P, TILE)
+    lanes = tl.arange(0, CHUNK)
+    rows, end, seq_len = find_rows(query_start_loc_ptr, seq_lens_ptr, num_tokens, num_seqs, lanes, P, TILE)
     if rows.first < rows.length * Q.q_per_kv:
         span = find_span(rows, end, seq_len, max_blocks, has_layer(layer, num_layers, P), P, TILE)
         arrays = Arrays(

@@ -54,8 +54,8 @@ def cdiv(a, b):
 def find_rows(query_start_loc_ptr, seq_lens_ptr, num_tokens, num_seqs, lanes, P: tl.constexpr, T: tl.constexpr):
     """Finds this program's rows.
 
-    Returns the rows, the token of query where query_start_loc ends their sequence, and the sequence's length. `lanes` is
-    0 … CHUNK - 1; it is an argument because Gluon's has a layout.
+    Returns the rows, the token of query where query_start_loc ends their sequence, and the sequence's length.
+    `lanes` is 0 … CHUNK - 1: an argument, because Gluon's has a layout.
 
     Tiles are taken from the last to the first: later ones of a prefill see more, and short ones fill gaps at the end.
     """

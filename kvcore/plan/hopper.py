@@ -1,4 +1,4 @@
-"""What the attention kernel for Hopper needs beyond `AttentionConstants`: boxes of TMA, pieces of a head, descriptors."""
+"""What the attention kernel for Hopper is told beyond `AttentionConstants`: boxes of TMA, pieces of a head."""
 
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ _HEADS = {  # head sizes of K and V: the tile, columns of a piece of K, whether 
     (64, 64): (Tile(128, 128, 2), 64, True),
     (128, 128): (Tile(128, 128, 2), 128, True),
     (192, 128): (Tile(128, 128, 2), 64, True),
-    (256, 256): (Tile(128, 64, 2), 256, True),
+    (256, 256): (Tile(128, 64, 2), 64, True),
 }
 
 _LONGEST_AXIS = 2**31 - 1
@@ -94,7 +94,7 @@ def _describe(call: Attention, address: Address, size: int, box: int, columns: i
         if sizes[axis] > 1 or axis == 4:
             origin[axis], rest = divmod(rest, strides[axis])
     # An axis of one element has a stride of no meaning, which may be 0 or odd.
-    strides = tuple(s if n > 1 else 8 for s, n in zip(strides[:4], sizes[:4], strict=True)) + (1,)
+    strides = (*(s if n > 1 else 8 for s, n in zip(strides[:4], sizes[:4], strict=True)), 1)
     shape = tuple(first + n for first, n in zip(origin, sizes, strict=True))
     if any(s % 8 or 2 * s >= _LONGEST_STRIDE for s in strides[:4]) or origin[4] % 8 or max(shape) > _LONGEST_AXIS:
         return None

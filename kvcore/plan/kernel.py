@@ -1,5 +1,7 @@
 """A kernel of a plan, and what it is compiled for."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from kvcore.formats import BFLOAT16, E4M3, E5M2, FLOAT16, FloatFormat
@@ -64,7 +66,7 @@ class KernelPlan(NamedTuple):
     scalars: dict[str, str]
     constexprs: dict[str, Any]
     options: dict[str, Any]
-    descriptors: dict[str, Descriptor] = {}
+    descriptors: Mapping[str, Descriptor] = MappingProxyType({})
 
 
 def has_e4m3(target: Target) -> bool:

@@ -9,12 +9,10 @@ tiles, and gives the same meaning to every argument. Its warps have three kinds 
 
 Shared memory, for stages s = 0 … STAGES - 1; W is H.piece, the columns of K that one product takes:
 
-    k_tiles  [STAGES * pieces, POSITIONS, W]     K of a tile, in pieces of W columns: stage s has s·pieces … + pieces - 1
+    k_tiles  [STAGES * pieces, POSITIONS, W]     K of a tile; stage s has pieces s·pieces … + pieces - 1
     v_tiles  [STAGES, POSITIONS, head_size_v]    V of a tile
     q_rows   [2 * pieces, 64, W]                 of each consumer, where its registers have no room for them
-    full_k   [STAGES]   phases end when K has arrived           empty_k  [STAGES]   … when both consumers have used it
-    full_v   [STAGES]   the same of V                           empty_v  [STAGES]
-    landed   [1]        V of a tile that the producer mends     careful  [2]        a consumer's own copies
+    barriers [4 * STAGES + 3]                    full_k, full_v, empty_k, empty_v of each stage; landed; copied, twice
 
 A box is the largest power of two of positions that lie in one block and fit in a tile. What does not exist (past the
 end, before the window, in a hole of the block table) is a box outside the cache: TMA fills it with zeros.

@@ -18,6 +18,7 @@ from ..reduce import total
 from .shared import CONSUMERS, copied, empty_k, empty_v, expect_tile, load_keys, load_values
 from .tiles import as_operand, products, rows_of, shrunk, start_scores, weigh
 
+
 @gluon.jit
 def attend_carefully(query, arrays, head, work, position, k_desc, v_desc, shared, CONSUMER: gl.constexpr,
                      P: gl.constexpr, H: gl.constexpr):  # fmt: skip
