@@ -57,22 +57,18 @@ def test_heads_that_do_not_lie_in_16_bytes_keep_the_other_kernel():
     assert plan_hopper(call, H100) is not None
 
 
-@pytest.mark.parametrize(
-    ("layout", "layers"), product([n for n in LAYOUTS if n not in ("MLA", "HEAD_MAJOR")], (None, 3))
-)
+AFFINE = [name for name in LAYOUTS if name not in ("MLA", "HEAD_MAJOR")]
+
+
+@pytest.mark.parametrize(("layout", "layers"), [*product(AFFINE, (None, 3))])
 def test_coordinates_reach_what_addresses_do(layout, layers):
     call = prefill(layout=layout, layers=layers, blocks=5, num_heads=3, block_size=16)
     plan = plan_hopper(call, H100)
     extents, *addresses = call.cache.placement
     origins = (plan.constants.k_origin, plan.constants.v_origin)
     for address, origin, descriptor in zip(addresses, origins, (plan.key, plan.value), strict=True):
-        last = [
-            (extents.num_layers or 1) - 1,
-            extents.num_blocks - 1,
-            extents.num_heads - 1,
-            extents.block_size - 1,
-            127,
-        ]
+        sizes = (extents.num_layers or 1, extents.num_blocks, extents.num_heads, extents.block_size, 128)
+        last = [size - 1 for size in sizes]
         axes = slice(5 - len(descriptor.shape), None)
         for at in ([0] * 5, last, [0, 2, 1, 7, 8]):
             coordinates = (np.array(at) + origin)[axes]

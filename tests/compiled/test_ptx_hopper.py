@@ -1,4 +1,4 @@
-"""The attention kernel for Hopper, compiled without a GPU: wgmma, copies by TMA, what fits in shared memory and registers."""
+"""The attention kernel for Hopper, compiled without a GPU: wgmma, TMA, shared memory, registers."""
 
 import re
 import subprocess

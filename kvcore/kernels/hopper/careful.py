@@ -53,7 +53,7 @@ def attend_carefully(query, arrays, head, work, position, k_desc, v_desc, shared
         fence_async_shared()
         gl.barrier()
         acc = warpgroup_mma(weights, shared.v_tiles.index(CONSUMER), acc, is_async=True)
-        acc = warpgroup_mma_wait(0, deps=(acc,))
+        acc, _ = warpgroup_mma_wait(0, deps=(acc, weights))
     return m, l, acc
 
 
@@ -71,6 +71,7 @@ def _take_infinite(acc, values, arrays, work, tile, position, P: gl.constexpr):
         if total(total(infinite.to(gl.int32), 1), 0) > 0:
             seen = _sees(tile * T.positions + place, position, arrays, work, P)
             acc = gl.where(seen[:, None] & infinite, acc + v.to(gl.float32), acc)
+            gl.barrier()  # all have read it
             values.scatter(gl.where(infinite, gl.zeros_like(v), v), index, axis=0)
     return acc
 

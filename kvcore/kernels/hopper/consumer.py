@@ -86,7 +86,7 @@ def _attend(query, arrays, work, position, m, l, acc, shared, CONSUMER: gl.const
     last = work.num_tiles - 1
     mbarrier.wait(full_v(shared, last % T.stages, P), (last // T.stages) & 1)
     acc = warpgroup_mma(weights, shared.v_tiles.index(last % T.stages), acc, is_async=True)
-    acc = warpgroup_mma_wait(0, deps=(acc,))
+    acc, _ = warpgroup_mma_wait(0, deps=(acc, weights))
     mbarrier.arrive(empty_v(shared, last % T.stages, P), count=1)
     return m, l, acc
 
@@ -108,10 +108,10 @@ def _fold_tiles(state, begin, end, query, arrays, work, position, shared, MASKED
         scores = warpgroup_mma_wait(1, deps=(scores,))
         mbarrier.arrive(empty_k(shared, stage, P), count=1)
 
-        m, l, weights, shrink = weigh(scores, m, l, arrays, work, work.first_tile + i, position, MASKED, P)
-        acc = warpgroup_mma_wait(0, deps=(acc,))
+        m, l, new_weights, shrink = weigh(scores, m, l, arrays, work, work.first_tile + i, position, MASKED, P)
+        acc, _ = warpgroup_mma_wait(0, deps=(acc, weights))  # whose registers are read until then
         mbarrier.arrive(empty_v(shared, before, P), count=1)
-        state = (m, l, shrunk(acc, shrink, P), as_operand(weights, dtype, P))
+        state = (m, l, shrunk(acc, shrink, P), as_operand(new_weights, dtype, P))
     return state
 
 
