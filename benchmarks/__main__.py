@@ -7,6 +7,7 @@ NAMES = {
     "write": "writes against a plain copy of the same bytes",
     "gather": "gathers out of the cache against a plain copy of the same bytes",
     "attention": "attention over the cache against its limit, beside other implementations",
+    "prefill": "attention of many query rows, with the kernel that is chosen and with the other",
     "loop": "what a layer of a decode loop costs, with the way into the cache written in several ways",
     "decode": "a model of Llama 3 8B's shape, decoding in JAX, against its limit",
     "plot": "a picture of attention's results",
