@@ -40,13 +40,13 @@ def test_prefill_on_every_number_of_devices():
         cache = array((1024, 16, 8, 128), "bfloat16", None, None, "tp")
         with mock.patch.object(library._library, "TritonKernel", kernel):
             lowered = jax.jit(prefill).lower(
-                array((2048, 32, 128), "bfloat16", None, "tp"), (cache, cache), array((2, 512), "int32"),
+                array((16384, 32, 128), "bfloat16", None, "tp"), (cache, cache), array((2, 512), "int32"),
                 array((2,), "int32"), array((3,), "int32"),
             )  # fmt: skip
         compiled = lowered.compile()
         text = compiled.as_text()
         assert len(re.findall(r"custom-call\(.*triton_kernel_call_ffi", text)) == 1
         assert not re.findall(r"all-gather|all-reduce|all-to-all|collective-permute", text)
-        assert compiled.memory_analysis().temp_size_in_bytes < 2**20
+        assert compiled.memory_analysis().temp_size_in_bytes < 2**22
     assert made
     assert set(made) == {("hopper_attention_kernel", 12)}

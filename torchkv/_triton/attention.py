@@ -11,7 +11,7 @@ from kvcore.plan.kernel import Target
 from torchkv._arguments import dtype_name
 from torchkv._call import AttentionCall, Results, layer_of
 from torchkv._memory import address_of
-from torchkv._triton.launch import Empty, Load, Runner, aligned_pointers, empty, pointees
+from torchkv._triton.launch import Empty, Load, Runner, aligned_pointers, empty, launches_gluon, pointees
 from torchkv._triton.launches import Launch
 from torchkv._triton.read import Reads
 
@@ -76,7 +76,8 @@ class Attentions(Reads[AttentionKernels]):
         self, call: AttentionCall, described: Attention, target: Target, load: Load
     ) -> Launch[AttentionKernels]:
         even = all(address_of(c) % 2 == 0 for c in call.caches)
-        plan = plan_attention.plan_attention(described, target, call.layer_index is not None, even)
+        descriptors = launches_gluon(target) and all(address_of(c) % 16 == 0 for c in call.caches)
+        plan = plan_attention.plan_attention(described, target, call.layer_index is not None, even, descriptors)
         arguments = self.pointers(described, call)
         inputs = pointees(plan_attention.POINTERS, arguments)
         aligned = aligned_pointers(plan_attention.POINTERS, arguments) - {"layer"}  # one of many in an array
