@@ -129,7 +129,7 @@ def plan_attention(
     num_seqs = call.block_tables.shape[0]
     compute = _compute(call, target)
     choice = choose_tile(call, target, compute)
-    hopper = plan_hopper(call, target) if descriptors and many_rows(call) else None
+    hopper = plan_hopper(call, target, many_rows(call)) if descriptors else None
     if hopper is not None:
         choice = choice._replace(tile=hopper.tile, warps=4, programs=1)
     tile, warps = choice.tile, choice.warps
@@ -147,13 +147,13 @@ def plan_attention(
         options["maxnreg"] = 128  # so that two programs fit on a multiprocessor
     constants = _constants(call, target, layer_is_pointer, even_addresses, tile, splits > 1, min_tiles)
     attend = KernelPlan(
-        module="attention" if hopper is None else "hopper.attention",
-        name="paged_attention_kernel" if hopper is None else "hopper_attention_kernel",
+        module="attention" if hopper is None else hopper.module,
+        name="paged_attention_kernel" if hopper is None else hopper.name,
         num_warps=warps,
         scalars=SCALARS,
         constexprs={"P": constants} if hopper is None else {"P": constants, "H": hopper.constants},
         options=options,
-        descriptors={} if hopper is None else {"key_cache_ptr": hopper.key, "value_cache_ptr": hopper.value},
+        descriptors={} if hopper is None else hopper.descriptors,
     )
     return AttentionPlan(attend, (programs, splits, 1), splits, _merge(call, target, splits), (tokens * q_heads, 1, 1))
 

@@ -15,6 +15,9 @@ _HEADS = {  # head sizes of K and V: the tile, columns of a piece of K, whether 
     (256, 256): (Tile(128, 64, 2), 64, True),
 }
 
+_MLA_HEADS, _MLA_TILE = (576, 512), Tile(64, 128, 2)
+"""Of a latent cache: head sizes of K and of V, and the tile."""
+
 _LONGEST_AXIS = 2**31 - 1
 """Coordinates are 32-bit integers."""
 
@@ -36,30 +39,48 @@ class HopperConstants(NamedTuple):
 
 
 class HopperPlan(NamedTuple):
-    """How `hopper_attention_kernel` differs from `paged_attention_kernel` in its launch."""
+    """How a kernel for Hopper differs from `paged_attention_kernel` in its launch."""
 
+    module: str
+    name: str
     tile: Tile
     constants: HopperConstants
-    key: Descriptor
-    value: Descriptor
+    descriptors: dict[str, Descriptor]
 
 
-def plan_hopper(call: Attention, target: Target) -> HopperPlan | None:
-    """The plan for Hopper; None where the kernel has no way to do what the call asks.
+def plan_hopper(call: Attention, target: Target, many_rows: bool) -> HopperPlan | None:
+    """The plan for Hopper; None where no kernel there has a way to do what the call asks.
 
-    It is for many query rows: caches as they are, of query's dtype, whose rows TMA can copy.
+    They take caches as they are, of query's dtype, whose rows TMA can copy. One is for latent caches (MLA), one for
+    others and many query rows.
     """
-    cache, query = call.cache, FLOATS[call.query.dtype]
-    heads = _HEADS.get((call.query.shape[2], cache.head_size_v))
-    if target.backend != "cuda" or target.arch != 90 or heads is None or call.query_start_loc is None:
+    cache, query, extents = call.cache, FLOATS[call.query.dtype], call.cache.extents
+    if target.backend != "cuda" or target.arch != 90 or query not in (BFLOAT16, FLOAT16) or cache.format != query:
         return None
-    if query not in (BFLOAT16, FLOAT16) or cache.format != query or cache.layout.latent:
+    if extents.block_size % 8 or extents.block_size > 256 or extents.num_blocks == 0:
         return None
-    tile, piece, query_in_shared = heads
+    heads = call.query.shape[2], cache.head_size_v
+    if cache.layout.latent:
+        return _plan_mla(call) if heads == _MLA_HEADS else None
+    return _plan_many_rows(call) if many_rows and call.query_start_loc is not None and heads in _HEADS else None
+
+
+def _plan_mla(call: Attention) -> HopperPlan | None:
+    extents, key, _ = call.cache.placement
+    box = min(extents.block_size & -extents.block_size, _MLA_TILE.positions // 2)
+    side = _describe(call, key, call.query.shape[2], box, 64)
+    if side is None:
+        return None
+    origin, descriptor = side
+    constants = HopperConstants(box, 64, 9, True, extents.num_layers is not None, origin, origin)
+    return HopperPlan("hopper.mla", "hopper_mla_kernel", _MLA_TILE, constants, {"key_cache_ptr": descriptor})
+
+
+def _plan_many_rows(call: Attention) -> HopperPlan | None:
+    cache = call.cache
+    tile, piece, query_in_shared = _HEADS[call.query.shape[2], cache.head_size_v]
     extents, key, value = cache.placement
     box = min(extents.block_size & -extents.block_size, tile.positions)
-    if box < 8 or extents.block_size > 256 or extents.num_blocks == 0:
-        return None
     sides = []
     for address, size, columns in ((key, call.query.shape[2], piece), (value, cache.head_size_v, cache.head_size_v)):
         side = _describe(call, address, size, box, columns)
@@ -77,7 +98,8 @@ def plan_hopper(call: Attention, target: Target) -> HopperPlan | None:
         k_origin=k_origin,
         v_origin=v_origin,
     )
-    return HopperPlan(tile, constants, key_box, value_box)
+    descriptors = {"key_cache_ptr": key_box, "value_cache_ptr": value_box}
+    return HopperPlan("hopper.attention", "hopper_attention_kernel", tile, constants, descriptors)
 
 
 def _describe(call: Attention, address: Address, size: int, box: int, columns: int) -> tuple[tuple, Descriptor] | None:

@@ -55,7 +55,7 @@ def call_of(case: ReadCase) -> Attention:
             [ArraySpec(c.shape, c.dtype.name) for c in case.caches], case.options["kv_cache_dtype"],
             layout=case.layout, layer=case.options["layer"],
         ),
-        None,
+        case.head_size_v if case.layout.latent else None,
     )  # fmt: skip
 
 

@@ -1,0 +1,183 @@
+"""The two warpgroups of `hopper_mla_kernel`: scores, weights, sums of 64 query rows.
+
+What each does with a pair of blocks, 0 and 1; the running maximum goes from left to right to left:
+
+    left                                             right
+    weights of block 0 and their maximum  ────────►  sums shrink; + weights of block 0 · V of block 0
+    sums shrink; + weights of block 0 · V of block 0 weights of block 1, meanwhile
+                                          ◄────────  … and their maximum
+    sums shrink; + weights of block 1 · V of block 1 sums shrink; + weights of block 1 · V of block 1
+    scores of the next block 0, meanwhile            scores of the next block 1, meanwhile
+
+A warpgroup multiplies its own weights from registers, and the other's from shared memory.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from ..reduce import total
+from ..softmax import LN2, finish, origin_of
+from .mla_careful import attend_carefully
+from .mla_shared import BLOCK, CHUNK, CHUNKS, HALF, ROWS, chunk, empty, query_loaded, summed, weighed
+from .mla_tiles import shrunk, start_scores, weigh
+from .tiles import operands, products, row_offsets, rows_of
+
+
+@gluon.jit
+def attend_left(arrays, rows, work, desc, shared, P: gl.constexpr, H: gl.constexpr):
+    """Loads query, attends, and stores columns 0 … 255 of the result, and the logarithm of the normalizers."""
+    _load_query(arrays, rows, shared, P)
+    m, l, acc, position = _begin(rows, work, P)
+    if work.num_tiles > 0:
+        mbarrier.wait(query_loaded(shared), 0)
+        scores = start_scores(shared, gl.to_tensor(0), 0, True)
+        scores = warpgroup_mma_wait(0, deps=(scores,))
+        for i in range(work.num_tiles - 1):
+            m, l, acc = _fold_left(scores, m, l, acc, arrays, work, i, position, shared, P)
+            scores = start_scores(shared, i + 1, 0, True)
+            acc = warpgroup_mma_wait(1, deps=(acc,))
+            mbarrier.arrive(empty(shared, 1, 0), count=1)
+            scores = warpgroup_mma_wait(0, deps=(scores,))
+        m, l, acc = _fold_left(scores, m, l, acc, arrays, work, work.num_tiles - 1, position, shared, P)
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        mbarrier.arrive(empty(shared, 1, 0), count=1)
+    _end(m, l, acc, arrays, rows, work, position, desc, shared, 0, P, H)
+
+
+@gluon.jit
+def attend_right(arrays, rows, work, desc, shared, P: gl.constexpr, H: gl.constexpr):
+    """Attends, and stores columns 256 … 511 of the result."""
+    m, l, acc, position = _begin(rows, work, P)
+    if work.num_tiles > 0:
+        mbarrier.wait(query_loaded(shared), 0)
+        for i in range(work.num_tiles):
+            m, l, acc = _fold_right(m, l, acc, arrays, work, i, position, shared, P)
+    _end(m, l, acc, arrays, rows, work, position, desc, shared, 1, P, H)
+
+
+@gluon.jit
+def _begin(rows, work, P: gl.constexpr):
+    """m, l and acc of nothing, and the positions of the rows' tokens."""
+    Q: gl.constexpr = P.query
+    m = gl.full([ROWS], float("-inf"), gl.float32, rows_of(BLOCK))
+    l = gl.full([ROWS], 0.0, gl.float32, rows_of(BLOCK))
+    acc = gl.zeros([ROWS, HALF], gl.float32, products(HALF))
+    row = rows.first + gl.arange(0, ROWS, layout=rows_of(BLOCK))
+    return m, l, acc, work.first_token + row // Q.q_per_kv
+
+
+@gluon.jit
+def _load_query(arrays, rows, shared, P: gl.constexpr):
+    """Copies query into shared memory, and says so."""
+    Q: gl.constexpr = P.query
+    OPTIONS: gl.constexpr = P.options
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    row = rows.first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    dim = gl.arange(0, CHUNK, layout=gl.SliceLayout(0, layout))
+    inside = (row < rows.length * Q.q_per_kv)[:, None]
+    pointers = arrays.query_ptr + row_offsets(rows, row, Q)[:, None] + dim[None, :] * Q.dim_stride
+    loaded = ()
+    for C in gl.static_range(CHUNKS):
+        loaded = loaded + (gl.load(pointers + C * CHUNK * Q.dim_stride, mask=inside, other=0),)
+    for C in gl.static_range(CHUNKS):
+        q = loaded[C]
+        if OPTIONS.scale < 0:  # the sign goes to query: the largest score is found before it is scaled
+            q = -q
+        chunk(shared.query, 0, C).store(q)
+    fence_async_shared()
+    mbarrier.arrive(query_loaded(shared), count=1)
+
+
+@gluon.jit
+def _fold_left(scores, m, l, acc, arrays, work, i, position, shared, P: gl.constexpr):
+    """Takes a pair into m, l and acc; the last product runs on."""
+    m0, l, weights, shrink = weigh(scores, m, l, arrays, work, i, 0, position, P)
+    weights = _hand_over(weights, m0, shared, 0)
+    acc = warpgroup_mma(weights, shared.keys.left.index(0), shrunk(acc, shrink), is_async=True)
+
+    mbarrier.wait(weighed(shared, 1), i & 1)
+    m = shared.maxima.index(1).load(rows_of(BLOCK))
+    shrink = gl.exp2(m0 - origin_of(m))
+    acc, _ = warpgroup_mma_wait(0, deps=(acc, weights))
+    mbarrier.arrive(empty(shared, 0, 0), count=1)
+    acc = warpgroup_mma(shared.keys.rotary.index(1), shared.keys.left.index(1), shrunk(acc, shrink), is_async=True)
+    return m, l * shrink, acc
+
+
+@gluon.jit
+def _fold_right(m, l, acc, arrays, work, i, position, shared, P: gl.constexpr):
+    """Takes a pair into m, l and acc."""
+    scores = start_scores(shared, i, 1, True)
+    scores = warpgroup_mma_wait(0, deps=(scores,))
+    mbarrier.wait(weighed(shared, 0), i & 1)
+    m0 = shared.maxima.index(0).load(rows_of(BLOCK))
+    shrink = gl.exp2(m - origin_of(m0))
+    acc = warpgroup_mma(shared.keys.rotary.index(0), shared.keys.right.index(0), shrunk(acc, shrink), is_async=True)
+
+    m, l, weights, shrink = weigh(scores, m0, l * shrink, arrays, work, i, 1, position, P)
+    weights = _hand_over(weights, m, shared, 1)
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    mbarrier.arrive(empty(shared, 0, 1), count=1)
+    acc = warpgroup_mma(weights, shared.keys.right.index(1), shrunk(acc, shrink), is_async=True)
+    acc, _ = warpgroup_mma_wait(0, deps=(acc, weights))
+    mbarrier.arrive(empty(shared, 1, 1), count=1)
+    return m, l, acc
+
+
+@gluon.jit
+def _hand_over(weights, m, shared, S: gl.constexpr):
+    """Puts weights of block S, and the maximum they are for, into shared memory. Returns them to be multiplied."""
+    weights = weights.to(shared.keys.rotary.dtype)
+    shared.maxima.index(S).store(m)
+    shared.keys.rotary.index(S).store(weights)
+    fence_async_shared()
+    mbarrier.arrive(weighed(shared, S), count=1)
+    return gl.convert_layout(weights, operands(HALF))
+
+
+@gluon.jit
+def _end(m, l, acc, arrays, rows, work, position, desc, shared, SIDE: gl.constexpr, P: gl.constexpr, H: gl.constexpr):
+    """Adds the other warpgroup's normalizers, and stores a half of the result."""
+    shared.sums.index(SIDE).store(l)
+    mbarrier.arrive(summed(shared, SIDE), count=1)
+    mbarrier.wait(summed(shared, 1 - SIDE), 0)
+    l += shared.sums.index(1 - SIDE).load(rows_of(BLOCK))
+    if P.by_row:
+        spoilt = total(total(acc * 0.0, 1), 0)
+        if spoilt != 0.0:
+            m, l, acc = attend_carefully(arrays, work, position, desc, shared, SIDE, P, H)
+    _store_result(m, l, acc, arrays, rows, SIDE, P)
+
+
+@gluon.jit
+def _store_result(m, l, acc, arrays, rows, SIDE: gl.constexpr, P: gl.constexpr):
+    Q: gl.constexpr = P.query
+    V: gl.constexpr = P.v
+    m = gl.convert_layout(m, rows_of(HALF))
+    l = gl.convert_layout(l, rows_of(HALF))
+    row = rows.first + gl.arange(0, ROWS, layout=rows_of(HALF))
+    inside = row < rows.length * Q.q_per_kv
+    q_head = rows.head * Q.q_per_kv + row % Q.q_per_kv
+    sink = None
+    if arrays.sinks_ptr is not None and not P.split:
+        sink = gl.load(arrays.sinks_ptr + q_head * Q.sink_stride, mask=inside, other=0)
+    WEIGHT: gl.constexpr = 2.0**-P.weight_bits
+    factor, log = finish(m, l * WEIGHT, sink)
+    factor = gl.where(l == 0, 0.0, factor * WEIGHT)
+
+    result = (rows.start + row // Q.q_per_kv).to(gl.int64) * Q.num_heads + q_head
+    if P.split:
+        result = result * gl.num_programs(1) + gl.program_id(1)
+    else:
+        log = log * LN2
+    if SIDE == 0:
+        gl.store(arrays.lse_ptr + result, log, mask=inside)
+    dim = SIDE * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(0, products(HALF)))
+    out = arrays.out_ptr + (result * V.words)[:, None] + dim[None, :]
+    gl.store(out, (acc * factor[:, None]).to(arrays.out_ptr.dtype.element_ty), mask=inside[:, None])

@@ -1,0 +1,146 @@
+"""Shared memory of a program of `hopper_mla_kernel`, and copies into it."""
+
+from typing import NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+CONSUMER_REGISTERS = gl.constexpr(232)  # of a thread
+PRODUCER_REGISTERS = gl.constexpr(40)
+
+ROWS = gl.constexpr(64)  # of query
+BLOCK = gl.constexpr(64)  # positions; a tile is a pair of blocks
+HALF = gl.constexpr(256)  # columns of V that a warpgroup sums
+CHUNK = gl.constexpr(64)  # columns that are copied at a time, and waited for
+CHUNKS = gl.constexpr(9)  # of a head of K; the last is the rotary one
+
+
+class Heads(NamedTuple):
+    """Heads of query or K, in three parts. Each has a leading axis: blocks of a pair, or 1 for query."""
+
+    left: gl.shared_memory_descriptor
+    right: gl.shared_memory_descriptor
+    rotary: gl.shared_memory_descriptor
+
+
+class Shared(NamedTuple):
+    """See `mla.py`."""
+
+    query: Heads
+    keys: Heads
+    maxima: gl.shared_memory_descriptor
+    sums: gl.shared_memory_descriptor
+    barriers: gl.shared_memory_descriptor  # one array, as each would take a register
+
+
+_FULL = gl.constexpr(0)
+_EMPTY = gl.constexpr(18)
+_WEIGHED = gl.constexpr(22)
+_SUMMED = gl.constexpr(24)
+_QUERY = gl.constexpr(26)
+_LANDED = gl.constexpr(27)
+_COPIED = gl.constexpr(28)
+_NUMBER = gl.constexpr(30)
+
+
+@gluon.jit
+def full(shared, S: gl.constexpr, C: gl.constexpr):
+    """Ends a phase when a chunk of block S of a pair has arrived."""
+    return shared.barriers.index(_FULL + S * CHUNKS + C)
+
+
+@gluon.jit
+def empty(shared, S: gl.constexpr, SIDE: gl.constexpr):
+    """Ends a phase when the warpgroup of a side has multiplied weights of block S with its half of V."""
+    return shared.barriers.index(_EMPTY + 2 * S + SIDE)
+
+
+@gluon.jit
+def weighed(shared, S: gl.constexpr):
+    """Ends a phase when the weights of block S and the maximum they are for are in shared memory."""
+    return shared.barriers.index(_WEIGHED + S)
+
+
+@gluon.jit
+def summed(shared, SIDE: gl.constexpr):
+    """Ends its phase when the sums of a side's weights are in shared memory."""
+    return shared.barriers.index(_SUMMED + SIDE)
+
+
+@gluon.jit
+def query_loaded(shared):
+    """Ends its phase when query is in shared memory."""
+    return shared.barriers.index(_QUERY)
+
+
+@gluon.jit
+def landed(shared):
+    """Ends a phase when a block has arrived that the producer mends."""
+    return shared.barriers.index(_LANDED)
+
+
+@gluon.jit
+def copied(shared, SIDE: gl.constexpr):
+    """Ends a phase when a warpgroup's own copies have arrived."""
+    return shared.barriers.index(_COPIED + SIDE)
+
+
+@gluon.jit
+def allocate(dtype: gl.constexpr):
+    """Shared memory, with barriers that nothing has arrived at."""
+    barriers = gl.allocate_shared_memory(gl.int64, [_NUMBER, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(_NUMBER):
+        mbarrier.init(barriers.index(i), count=1)
+    vector: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    maxima = gl.allocate_shared_memory(gl.float32, [2, ROWS], vector)
+    sums = gl.allocate_shared_memory(gl.float32, [2, ROWS], vector)
+    return Shared(_allocate_heads(dtype, 1, ROWS), _allocate_heads(dtype, 2, BLOCK), maxima, sums, barriers)
+
+
+@gluon.jit
+def _allocate_heads(dtype: gl.constexpr, COUNT: gl.constexpr, SIZE: gl.constexpr):
+    """Rows in stripes of 64 columns, as TMA writes them and wgmma reads them."""
+    layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    left = gl.allocate_shared_memory(dtype, [COUNT, SIZE, HALF], layout)
+    right = gl.allocate_shared_memory(dtype, [COUNT, SIZE, HALF], layout)
+    return Heads(left, right, gl.allocate_shared_memory(dtype, [COUNT, SIZE, CHUNK], layout))
+
+
+@gluon.jit
+def chunk(heads, S, C: gl.constexpr):
+    """Columns C * 64 … C * 64 + 63 of heads, `[64, 64]`."""
+    if C == CHUNKS - 1:
+        part = heads.rotary.index(S)
+    elif C < HALF // CHUNK:
+        part = heads.left.index(S).slice(C * CHUNK, CHUNK, 1)
+    else:
+        part = heads.right.index(S).slice(C * CHUNK - HALF, CHUNK, 1)
+    return part
+
+
+@gluon.jit
+def load_chunk(desc, shared, S: gl.constexpr, C: gl.constexpr, barrier, arrays, work, begin, P: gl.constexpr,
+               H: gl.constexpr):  # fmt: skip
+    """Copies a chunk of 64 positions from begin on into block S of shared memory."""
+    Q: gl.constexpr = P.query
+    target = chunk(shared.keys, S, C)
+    for box in gl.static_range(BLOCK // H.box):
+        n = begin + box * H.box
+        exists = (n < work.limit) & (n + H.box > work.first)
+        block = gl.load(arrays.table_ptr + n // P.block_size * Q.table_step, mask=exists, other=-1)
+        exists = (block >= 0) & (block < arrays.num_blocks)
+        block = gl.where(exists, block + H.k_origin[1], -1).to(gl.int32)
+        place = n % P.block_size + H.k_origin[3]
+        dim = C * CHUNK + H.k_origin[4]
+        if H.layered:
+            coordinates = [arrays.layer + H.k_origin[0], block, H.k_origin[2], place, dim]
+        else:
+            coordinates = [block, H.k_origin[2], place, dim]
+        tma.async_load(desc, coordinates, barrier, target.slice(box * H.box, H.box, 0))
+
+
+@gluon.jit
+def expect_chunks(barrier, NUMBER: gl.constexpr):
+    """Has a barrier wait for chunks of 16-bit elements. Boxes outside the cache arrive, too."""
+    mbarrier.expect(barrier, NUMBER * BLOCK * CHUNK * 2)
