@@ -72,7 +72,7 @@ def _plan_mla(call: Attention) -> HopperPlan | None:
     if side is None:
         return None
     origin, descriptor = side
-    constants = HopperConstants(box, 64, 9, True, extents.num_layers is not None, origin, origin)
+    constants = HopperConstants(box, 64, 9, True, True, extents.num_layers is not None, origin, origin)
     return HopperPlan("hopper.mla", "hopper_mla_kernel", _MLA_TILE, constants, {"key_cache_ptr": descriptor})
 
 

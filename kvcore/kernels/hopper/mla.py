@@ -23,7 +23,7 @@ P is kvcore.plan.attention_constants.AttentionConstants, H is kvcore.plan.hopper
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from ..sequences import all_blocks_exist, cdiv, find_rows, find_span
+from ..sequences import CHUNK, find_rows, find_span
 from .attention import Arrays, _find_layer, _find_work
 from .mla_consumer import attend_left, attend_right
 from .mla_producer import produce
@@ -57,17 +57,16 @@ def hopper_mla_kernel(
     T: gl.constexpr = P.tile
     Q: gl.constexpr = P.query
     index: gl.constexpr = gl.BlockedLayout([8], [32], [gl.num_warps()], [0])
-    lanes = gl.arange(0, 1024, layout=index)
+    lanes = gl.arange(0, CHUNK, layout=index)
+    layer_id = gl.to_tensor(0)
+    layer_exists = None
+    if layer is not None:
+        layer_id, layer_exists = _find_layer(layer, num_layers, P)
     rows, end, seq_len = find_rows(query_start_loc_ptr, seq_lens_ptr, num_tokens, num_seqs, lanes, P, T)
     if rows.first < rows.length * Q.q_per_kv:
-        layer_id = gl.to_tensor(0)
-        layer_exists = None
-        if layer is not None:
-            layer_id, layer_exists = _find_layer(layer, num_layers, P)
         span = find_span(rows, end, seq_len, max_blocks, layer_exists, P, T)
         table_ptr = block_tables_ptr + rows.seq.to(gl.int64) * table_stride
-        exist = all_blocks_exist(table_ptr, cdiv(gl.maximum(span.limit, 0), P.block_size), num_blocks, lanes, P)
-        work = _find_work(rows, span, exist, P, T)
+        work = _find_work(rows, span, P, T)
         arrays = Arrays(query_ptr, sinks_ptr, table_ptr, num_blocks, layer_id, out_ptr, lse_ptr)
         shared = allocate(key_cache_ptr.dtype)
         gl.warp_specialize(

@@ -21,7 +21,7 @@ from .tiles import operands, products, rows_of
 
 
 @gluon.jit
-def attend_carefully(arrays, work, position, desc, shared, SIDE: gl.constexpr, P: gl.constexpr, H: gl.constexpr):
+def attend_carefully(arrays, work, holes, position, desc, shared, SIDE: gl.constexpr, P: gl.constexpr, H: gl.constexpr):
     """The running maximum, the normalizer and the sums of 64 rows, for a side's half of the columns."""
     m = gl.full([ROWS], float("-inf"), gl.float32, rows_of(BLOCK))
     l = gl.full([ROWS], 0.0, gl.float32, rows_of(BLOCK))
@@ -45,7 +45,7 @@ def attend_carefully(arrays, work, position, desc, shared, SIDE: gl.constexpr, P
 
             scores = start_scores(shared, i, SIDE, False)  # before V, which is a part of K, is changed
             scores = warpgroup_mma_wait(0, deps=(scores,))
-            m, l, weights, shrink = weigh(scores, m, l, arrays, work, i, S, position, P)
+            m, l, weights, shrink = weigh(scores, m, l, arrays, work, holes, i, S, position, P)
             acc = gl.where(gl.abs(acc) < float("inf"), shrunk(acc, shrink), acc)
             acc = _take_infinite(acc, values, arrays, work, begin, position, P)
             weights = gl.convert_layout(weights.to(values.dtype), operands(HALF))

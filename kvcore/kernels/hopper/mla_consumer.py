@@ -26,7 +26,7 @@ from ..softmax import LN2, finish, origin_of
 from .mla_careful import attend_carefully
 from .mla_shared import BLOCK, CHUNK, CHUNKS, HALF, ROWS, chunk, empty, query_loaded, summed, weighed
 from .mla_tiles import shrunk, start_scores, weigh
-from .tiles import operands, products, row_offsets, rows_of
+from .tiles import has_holes, operands, products, row_offsets, rows_of
 
 
 @gluon.jit
@@ -34,31 +34,33 @@ def attend_left(arrays, rows, work, desc, shared, P: gl.constexpr, H: gl.constex
     """Loads query, attends, and stores columns 0 … 255 of the result, and the logarithm of the normalizers."""
     _load_query(arrays, rows, shared, P)
     m, l, acc, position = _begin(rows, work, P)
+    holes = has_holes(arrays, work, P)
     if work.num_tiles > 0:
         mbarrier.wait(query_loaded(shared), 0)
         scores = start_scores(shared, gl.to_tensor(0), 0, True)
         scores = warpgroup_mma_wait(0, deps=(scores,))
         for i in range(work.num_tiles - 1):
-            m, l, acc = _fold_left(scores, m, l, acc, arrays, work, i, position, shared, P)
+            m, l, acc = _fold_left(scores, m, l, acc, arrays, work, holes, i, position, shared, P)
             scores = start_scores(shared, i + 1, 0, True)
             acc = warpgroup_mma_wait(1, deps=(acc,))
             mbarrier.arrive(empty(shared, 1, 0), count=1)
             scores = warpgroup_mma_wait(0, deps=(scores,))
-        m, l, acc = _fold_left(scores, m, l, acc, arrays, work, work.num_tiles - 1, position, shared, P)
+        m, l, acc = _fold_left(scores, m, l, acc, arrays, work, holes, work.num_tiles - 1, position, shared, P)
         acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(empty(shared, 1, 0), count=1)
-    _end(m, l, acc, arrays, rows, work, position, desc, shared, 0, P, H)
+    _end(m, l, acc, arrays, rows, work, holes, position, desc, shared, 0, P, H)
 
 
 @gluon.jit
 def attend_right(arrays, rows, work, desc, shared, P: gl.constexpr, H: gl.constexpr):
     """Attends, and stores columns 256 … 511 of the result."""
     m, l, acc, position = _begin(rows, work, P)
+    holes = has_holes(arrays, work, P)
     if work.num_tiles > 0:
         mbarrier.wait(query_loaded(shared), 0)
         for i in range(work.num_tiles):
-            m, l, acc = _fold_right(m, l, acc, arrays, work, i, position, shared, P)
-    _end(m, l, acc, arrays, rows, work, position, desc, shared, 1, P, H)
+            m, l, acc = _fold_right(m, l, acc, arrays, work, holes, i, position, shared, P)
+    _end(m, l, acc, arrays, rows, work, holes, position, desc, shared, 1, P, H)
 
 
 @gluon.jit
@@ -95,9 +97,9 @@ def _load_query(arrays, rows, shared, P: gl.constexpr):
 
 
 @gluon.jit
-def _fold_left(scores, m, l, acc, arrays, work, i, position, shared, P: gl.constexpr):
+def _fold_left(scores, m, l, acc, arrays, work, holes, i, position, shared, P: gl.constexpr):
     """Takes a pair into m, l and acc; the last product runs on."""
-    m0, l, weights, shrink = weigh(scores, m, l, arrays, work, i, 0, position, P)
+    m0, l, weights, shrink = weigh(scores, m, l, arrays, work, holes, i, 0, position, P)
     weights = _hand_over(weights, m0, shared, 0)
     acc = warpgroup_mma(weights, shared.keys.left.index(0), shrunk(acc, shrink), is_async=True)
 
@@ -111,7 +113,7 @@ def _fold_left(scores, m, l, acc, arrays, work, i, position, shared, P: gl.const
 
 
 @gluon.jit
-def _fold_right(m, l, acc, arrays, work, i, position, shared, P: gl.constexpr):
+def _fold_right(m, l, acc, arrays, work, holes, i, position, shared, P: gl.constexpr):
     """Takes a pair into m, l and acc."""
     scores = start_scores(shared, i, 1, True)
     scores = warpgroup_mma_wait(0, deps=(scores,))
@@ -120,7 +122,7 @@ def _fold_right(m, l, acc, arrays, work, i, position, shared, P: gl.constexpr):
     shrink = gl.exp2(m - origin_of(m0))
     acc = warpgroup_mma(shared.keys.rotary.index(0), shared.keys.right.index(0), shrunk(acc, shrink), is_async=True)
 
-    m, l, weights, shrink = weigh(scores, m0, l * shrink, arrays, work, i, 1, position, P)
+    m, l, weights, shrink = weigh(scores, m0, l * shrink, arrays, work, holes, i, 1, position, P)
     weights = _hand_over(weights, m, shared, 1)
     acc = warpgroup_mma_wait(0, deps=(acc,))
     mbarrier.arrive(empty(shared, 0, 1), count=1)
@@ -142,7 +144,9 @@ def _hand_over(weights, m, shared, S: gl.constexpr):
 
 
 @gluon.jit
-def _end(m, l, acc, arrays, rows, work, position, desc, shared, SIDE: gl.constexpr, P: gl.constexpr, H: gl.constexpr):
+def _end(
+    m, l, acc, arrays, rows, work, holes, position, desc, shared, SIDE: gl.constexpr, P: gl.constexpr, H: gl.constexpr
+):
     """Adds the other warpgroup's normalizers, and stores a half of the result."""
     shared.sums.index(SIDE).store(l)
     mbarrier.arrive(summed(shared, SIDE), count=1)
@@ -151,7 +155,7 @@ def _end(m, l, acc, arrays, rows, work, position, desc, shared, SIDE: gl.constex
     if P.by_row:
         spoilt = total(total(acc * 0.0, 1), 0)
         if spoilt != 0.0:
-            m, l, acc = attend_carefully(arrays, work, position, desc, shared, SIDE, P, H)
+            m, l, acc = attend_carefully(arrays, work, holes, position, desc, shared, SIDE, P, H)
     _store_result(m, l, acc, arrays, rows, SIDE, P)
 
 

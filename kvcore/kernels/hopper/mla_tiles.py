@@ -4,10 +4,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma
 
-from ..softmax import LOG2E, fold_logits, tanh
+from ..softmax import LOG2E, fold_logits
 from .mla_producer import nth_chunk
 from .mla_shared import BLOCK, CHUNKS, HALF, ROWS, chunk, full
-from .tiles import products, rows_of, seen_by
+from .tiles import cap, masked, products, rows_of, seen_by
 
 
 @gluon.jit
@@ -29,35 +29,25 @@ def _add_product(scores, shared, i, S: gl.constexpr, C: gl.constexpr, ADDS: gl.c
 
 
 @gluon.jit
-def weigh(scores, m, l, arrays, work, i, S: gl.constexpr, position, P: gl.constexpr):
+def weigh(scores, m, l, arrays, work, holes, i, S: gl.constexpr, position, P: gl.constexpr):
     """Makes weights of the scores of block S of pair i: see `kvcore.kernels.softmax.fold_logits`."""
     OPTIONS: gl.constexpr = P.options
     SCALE: gl.constexpr = OPTIONS.scale * LOG2E if OPTIONS.scale >= 0 else -OPTIONS.scale * LOG2E
-    SCALED: gl.constexpr = OPTIONS.soft_cap is not None or SCALE == 0
+    SCALED: gl.constexpr = SCALE == 0 or OPTIONS.soft_cap is not None
+    n = (2 * (work.first_tile + i) + S) * BLOCK + gl.arange(0, BLOCK, layout=gl.SliceLayout(0, products(BLOCK)))
+    in_part = (i < work.begin_whole) | (i >= work.end_whole) | holes
     logits = scores
+    if SCALE == 0:
+        logits = scores * SCALE
     if OPTIONS.soft_cap is not None:
+        if in_part:  # four elements share a reciprocal
+            logits = gl.where(seen_by(n, position, work, P), logits, 0.0)
         CAP: gl.constexpr = OPTIONS.soft_cap * LOG2E
-        logits = CAP * tanh(scores * (SCALE / CAP))
-    elif SCALE == 0:
-        logits = scores * 0.0
-    if (i < work.begin_whole) | (i >= work.end_whole):
-        logits = masked(logits, (2 * (work.first_tile + i) + S) * BLOCK, arrays, work, position, P)
+        logits = cap(logits, SCALE, CAP)
+    if in_part:
+        logits = masked(logits, n, position, arrays, work, holes, P)
     scale = gl.full([ROWS], SCALE, gl.float32, rows_of(BLOCK))
     return fold_logits(m, l, logits, scale, SCALED, True, P.weight_bits)
-
-
-@gluon.jit
-def masked(logits, begin, arrays, work, position, P: gl.constexpr):
-    """Logits of a block, -inf where rows do not see a position."""
-    Q: gl.constexpr = P.query
-    n = begin + gl.arange(0, BLOCK, layout=gl.SliceLayout(0, products(BLOCK)))
-    logits = gl.where(seen_by(n, position, work, P), logits, float("-inf"))
-    if work.holes:
-        exists = n < work.limit
-        block = gl.load(arrays.table_ptr + n // P.block_size * Q.table_step, mask=exists, other=-1)
-        exists = (block >= 0) & (block < arrays.num_blocks)
-        logits = gl.where(exists[None, :], logits, float("-inf"))
-    return logits
 
 
 @gluon.jit

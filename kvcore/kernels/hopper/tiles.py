@@ -111,11 +111,15 @@ def start_scores(query, shared, i, stage, CONSUMER: gl.constexpr, P: gl.constexp
 
 @gluon.jit
 def has_holes(arrays, work, P: gl.constexpr):
-    """Whether a block table has entries, of positions that a row sees, that name no block."""
+    """Whether a block table has entries, of positions of a program's tiles, that name no block."""
+    T: gl.constexpr = P.tile
+    Q: gl.constexpr = P.query
     index: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     lanes = gl.arange(0, CHUNK, layout=index)
-    num_entries = cdiv(gl.maximum(work.limit, 0), P.block_size)
-    return all_blocks_exist(arrays.table_ptr, num_entries, arrays.num_blocks, lanes, P) == 0
+    begin = work.first_tile * T.positions // P.block_size
+    end = gl.minimum(work.limit, (work.first_tile + work.num_tiles) * T.positions)
+    table_ptr = arrays.table_ptr + begin * Q.table_step
+    return all_blocks_exist(table_ptr, cdiv(end, P.block_size) - begin, arrays.num_blocks, lanes, P) == 0
 
 
 @gluon.jit
@@ -124,7 +128,6 @@ def weigh(scores, m, l, arrays, work, holes, tile, position, MASKED: gl.constexp
 
     Returns the new m and l, the weights, and what sums of older weights are to be multiplied by.
     """
-    Q: gl.constexpr = P.query
     OPTIONS: gl.constexpr = P.options
     T: gl.constexpr = P.tile
     SCALE: gl.constexpr = OPTIONS.scale * LOG2E if OPTIONS.scale >= 0 else -OPTIONS.scale * LOG2E
@@ -136,15 +139,10 @@ def weigh(scores, m, l, arrays, work, holes, tile, position, MASKED: gl.constexp
             n = tile * T.positions + gl.arange(0, T.positions, layout=gl.SliceLayout(0, products(T.positions)))
             scores = gl.where(seen_by(n, position, work, P), scores, 0.0)
         CAP: gl.constexpr = OPTIONS.soft_cap * LOG2E
-        logits = _cap(scores, SCALE, CAP)
+        logits = cap(scores, SCALE, CAP)
     if MASKED:
         n = tile * T.positions + gl.arange(0, T.positions, layout=gl.SliceLayout(0, products(T.positions)))
-        logits = gl.where(seen_by(n, position, work, P), logits, float("-inf"))
-        if holes:
-            exists = n < work.limit
-            block = gl.load(arrays.table_ptr + n // P.block_size * Q.table_step, mask=exists, other=-1)
-            exists = (block >= 0) & (block < arrays.num_blocks)
-            logits = gl.where(exists[None, :], logits, float("-inf"))
+        logits = masked(logits, n, position, arrays, work, holes, P)
     scale = gl.full([T.rows // CONSUMERS], SCALE, gl.float32, rows_of(T.positions))
     # -inf times a scale of 0 would be NaN.
     SCALED: gl.constexpr = SCALE == 0 or OPTIONS.soft_cap is not None
@@ -152,7 +150,20 @@ def weigh(scores, m, l, arrays, work, holes, tile, position, MASKED: gl.constexp
 
 
 @gluon.jit
-def _cap(scores, SCALE: gl.constexpr, CAP: gl.constexpr):
+def masked(logits, n, position, arrays, work, holes, P: gl.constexpr):
+    """Logits, -inf where rows do not see positions n."""
+    Q: gl.constexpr = P.query
+    logits = gl.where(seen_by(n, position, work, P), logits, float("-inf"))
+    if holes:
+        exists = n < work.limit
+        block = gl.load(arrays.table_ptr + n // P.block_size * Q.table_step, mask=exists, other=-1)
+        exists = (block >= 0) & (block < arrays.num_blocks)
+        logits = gl.where(exists[None, :], logits, float("-inf"))
+    return logits
+
+
+@gluon.jit
+def cap(scores, SCALE: gl.constexpr, CAP: gl.constexpr):
     """CAP * tanh(scores * SCALE / CAP), none of which may be NaN by what a row does not see.
 
     Exponentials and reciprocals are few a cycle, and a softmax needs one exponential already. So four elements share a
