@@ -25,8 +25,12 @@ from ..reduce import total
 from ..softmax import LN2, finish, origin_of
 from .mla_careful import attend_carefully
 from .mla_shared import BLOCK, CHUNK, CHUNKS, HALF, ROWS, chunk, empty, query_loaded, summed, weighed
-from .mla_tiles import shrunk, start_scores, weigh
+from .mla_tiles import add_products, shrunk, start_scores, weigh
 from .tiles import has_holes, operands, products, row_offsets, rows_of
+
+import os as _os
+ORDER = gl.constexpr(int(_os.environ.get("ORDER", "1")))
+EARLY = gl.constexpr(int(_os.environ.get("EARLY", "1")))
 
 
 @gluon.jit
@@ -41,9 +45,11 @@ def attend_left(arrays, rows, work, desc, shared, P: gl.constexpr, H: gl.constex
         scores = warpgroup_mma_wait(0, deps=(scores,))
         for i in range(work.num_tiles - 1):
             m, l, acc = _fold_left(scores, m, l, acc, arrays, work, holes, i, position, shared, P)
-            scores = start_scores(shared, i + 1, 0, True)
-            acc = warpgroup_mma_wait(1, deps=(acc,))
+            scores = gl.zeros([ROWS, BLOCK], gl.float32, products(BLOCK))
+            scores = add_products(scores, shared, i + 1, 0, 0, EARLY, True)
+            acc = warpgroup_mma_wait(EARLY, deps=(acc,))
             mbarrier.arrive(empty(shared, 1, 0), count=1)
+            scores = add_products(scores, shared, i + 1, 0, EARLY, CHUNKS, True)
             scores = warpgroup_mma_wait(0, deps=(scores,))
         m, l, acc = _fold_left(scores, m, l, acc, arrays, work, holes, work.num_tiles - 1, position, shared, P)
         acc = warpgroup_mma_wait(0, deps=(acc,))
@@ -115,17 +121,32 @@ def _fold_left(scores, m, l, acc, arrays, work, holes, i, position, shared, P: g
 @gluon.jit
 def _fold_right(m, l, acc, arrays, work, holes, i, position, shared, P: gl.constexpr):
     """Takes a pair into m, l and acc."""
-    scores = start_scores(shared, i, 1, True)
-    scores = warpgroup_mma_wait(0, deps=(scores,))
-    mbarrier.wait(weighed(shared, 0), i & 1)
-    m0 = shared.maxima.index(0).load(rows_of(BLOCK))
-    shrink = gl.exp2(m - origin_of(m0))
-    acc = warpgroup_mma(shared.keys.rotary.index(0), shared.keys.right.index(0), shrunk(acc, shrink), is_async=True)
+    if ORDER == 0:
+        scores = start_scores(shared, i, 1, True)
+        scores = warpgroup_mma_wait(0, deps=(scores,))
+        mbarrier.wait(weighed(shared, 0), i & 1)
+        m0 = shared.maxima.index(0).load(rows_of(BLOCK))
+        shrink = gl.exp2(m - origin_of(m0))
+        acc = warpgroup_mma(shared.keys.rotary.index(0), shared.keys.right.index(0), shrunk(acc, shrink), is_async=True)
 
-    m, l, weights, shrink = weigh(scores, m0, l * shrink, arrays, work, holes, i, 1, position, P)
-    weights = _hand_over(weights, m, shared, 1)
-    acc = warpgroup_mma_wait(0, deps=(acc,))
-    mbarrier.arrive(empty(shared, 0, 1), count=1)
+        m, l, weights, shrink = weigh(scores, m0, l * shrink, arrays, work, holes, i, 1, position, P)
+        weights = _hand_over(weights, m, shared, 1)
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        mbarrier.arrive(empty(shared, 0, 1), count=1)
+    else:
+        mbarrier.wait(weighed(shared, 0), i & 1)
+        m0 = shared.maxima.index(0).load(rows_of(BLOCK))
+        shrink = gl.exp2(m - origin_of(m0))
+        acc = warpgroup_mma(shared.keys.rotary.index(0), shared.keys.right.index(0), shrunk(acc, shrink), is_async=True)
+        scores = gl.zeros([ROWS, BLOCK], gl.float32, products(BLOCK))
+        scores = add_products(scores, shared, i, 1, 0, EARLY, True)
+        acc = warpgroup_mma_wait(EARLY, deps=(acc,))
+        mbarrier.arrive(empty(shared, 0, 1), count=1)
+        scores = add_products(scores, shared, i, 1, EARLY, CHUNKS, True)
+        scores = warpgroup_mma_wait(0, deps=(scores,))
+
+        m, l, weights, shrink = weigh(scores, m0, l * shrink, arrays, work, holes, i, 1, position, P)
+        weights = _hand_over(weights, m, shared, 1)
     acc = warpgroup_mma(weights, shared.keys.right.index(1), shrunk(acc, shrink), is_async=True)
     acc, _ = warpgroup_mma_wait(0, deps=(acc, weights))
     mbarrier.arrive(empty(shared, 1, 1), count=1)

@@ -14,7 +14,13 @@ from .tiles import cap, masked, products, rows_of, seen_by
 def start_scores(shared, i, S: gl.constexpr, WAITS: gl.constexpr):
     """Issues the product of query with K in block S of shared memory; WAITS: as chunks of pair i arrive."""
     scores = gl.zeros([ROWS, BLOCK], gl.float32, products(BLOCK))
-    for k in gl.static_range(CHUNKS):
+    return add_products(scores, shared, i, S, 0, CHUNKS, WAITS)
+
+
+@gluon.jit
+def add_products(scores, shared, i, S: gl.constexpr, BEGIN: gl.constexpr, END: gl.constexpr, WAITS: gl.constexpr):
+    """Issues products of chunks BEGIN … END - 1 of query and K, of those of `start_scores`."""
+    for k in gl.static_range(BEGIN, END):
         scores = _add_product(scores, shared, i, S, nth_chunk(S, k), k > 0, WAITS)
     return scores
 

@@ -187,7 +187,8 @@ def seen_by(n, position, work, P: gl.constexpr):
         if OPTIONS.sliding_window is not None:
             seen = seen & (position[:, None] - n[None, :] < OPTIONS.sliding_window)
     else:
-        seen = (n < work.limit)[None, :]
+        seen = (n < work.limit) & (n >= work.first)
+        seen = seen[None, :]
     return seen
 
 
