@@ -29,7 +29,10 @@ def flashinfer(inputs: Inputs) -> Calls:
     full = torch.full((case.batch,), case.block_size, dtype=torch.int32)
     heads = (case.q_heads, case.kv_heads, case.head_size, case.block_size)
     options: dict[str, Any] = {"q_data_type": torch.bfloat16, "kv_data_type": torch.bfloat16}
-    options |= {"window_left": (case.sliding_window or 0) - 1, "logits_soft_cap": case.soft_cap}
+    if case.sliding_window is not None:
+        options["window_left"] = case.sliding_window - 1
+    if case.soft_cap is not None:
+        options["logits_soft_cap"] = case.soft_cap
     caches = (inputs.caches[0], inputs.caches[1])
 
     def planned(query: torch.Tensor, tables: torch.Tensor) -> Callable[[], torch.Tensor]:
