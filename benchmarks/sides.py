@@ -106,8 +106,11 @@ def _torch_side(calls: peers.Calls, seconds: float, **about: Any) -> Side:
 
 def _torchkv(inputs: Inputs, seconds: float, sides: dict[str, Side]) -> Side:
     """The op of torchkv."""
-    kernel = attention_torch.plan_of(inputs, target()).attend.name if inputs.device == "cuda" else "torch"
-    return _torch_side(attention_torch.ours(inputs), seconds, kernel=kernel)
+    about: dict[str, Any] = {"kernel": "torch"}
+    if inputs.device == "cuda":
+        plan = attention_torch.plan_of(inputs, target())
+        about = {"kernel": plan.attend.name, "splits": plan.splits}
+    return _torch_side(attention_torch.ours(inputs), seconds, **about)
 
 
 def _other(inputs: Inputs, seconds: float, sides: dict[str, Side]) -> Side:
@@ -201,7 +204,8 @@ def run(
         extra: What else is saved.
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory, too
-    named = ["torchkv", *([] if args.no_jax else ["jaxkv"]), "other", *([] if args.no_peers else peers_of_case)]
+    # CUDA graphs are captured before JAX runs: what its threads do meanwhile could spoil them.
+    named = ["torchkv", "other", *([] if args.no_peers else peers_of_case), *([] if args.no_jax else ["jaxkv"])]
     started = time.perf_counter()
     rows: list[dict[str, Any]] = []
     for case in chosen(cases, args.cases):
