@@ -70,5 +70,6 @@ def main(argv: list[str]) -> None:
     columns = {"case": "s", "torchkv_kernel": "s", "target_us": ".1f"}
     columns |= {f"{name}_us": ".1f" for name in sides.SIDES} | {f"{name}_tflops": ".0f" for name in sides.SIDES}
     columns |= {f"{ours}_vs_flashinfer": ".3f" for ours in ("torchkv", "jaxkv")} | {"torchkv_vs_sdpa": ".3f"}
-    print(report.table(rows, columns | {"torchkv_error": ".1e", "other_apart": ".1e"}))
+    if args.turns:
+        print(report.table(rows, columns | {"torchkv_error": ".1e", "other_apart": ".1e"}))
     return None
