@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
-import torchkv
 from benchmarks import peers, report
-from benchmarks.attention_inputs import Case, Inputs
+from benchmarks.attention_inputs import TOLERANCE, Case, Inputs
+from benchmarks.attention_jax import JaxInputs
+from benchmarks.attention_torch import ours
 from benchmarks.common import BLOCK_SIZE, COPY_BYTES, bandwidth
-from benchmarks.timing import jax_time, torch_time
+from benchmarks.timing import torch_time
 from kvcore.formats import KV_CACHE_DTYPES
 
-TOLERANCE = 2**-7  # of the largest element of the result
 SIZES = ((64, 8192), (8, 32768), (1, 131072), (256, 1024))
 PEERS = ("flashinfer", "gather_sdpa", "contiguous_sdpa", "flash_attn", "pallas", "xla_gather")
 
@@ -58,93 +58,6 @@ def torch_results(inputs: Inputs, calls: peers.Calls) -> dict[str, Any]:
     return {"error": inputs.error(calls[0]()), "us": torch_time(calls) * 1e6}
 
 
-def ours_in_torch(inputs: Inputs) -> peers.Calls:
-    """The op of torchkv."""
-    caches = inputs.caches[0] if inputs.layout.single_array else inputs.caches
-    arguments: dict[str, Any] = dict(zip(("k_scale", "v_scale"), inputs.scales, strict=True))
-    arguments |= inputs.options | {"query_start_loc": inputs.query_starts}
-
-    def call(query: torch.Tensor, tables: torch.Tensor) -> Callable[[], Any]:
-        return lambda: torchkv.paged_attention(query, caches, tables, inputs.seq_lens, **arguments)
-
-    return [call(*each) for each in inputs.sets]
-
-
-class JaxInputs:
-    """The same arrays in JAX, without a copy."""
-
-    def __init__(self, inputs: Inputs) -> None:
-        import jax.numpy as jnp
-
-        def convert(tensor: torch.Tensor | None) -> Any:
-            return None if tensor is None else jnp.from_dlpack(tensor)
-
-        if inputs.device == "cuda":
-            torch.cuda.synchronize()
-        self.inputs = inputs
-        self.caches = [convert(c) for c in inputs.caches]
-        self.tables = [convert(t) for t in inputs.tables]
-        self.query, self.seq_lens = convert(inputs.queries[0]), convert(inputs.seq_lens)
-        self.more = {"query_start_loc": convert(inputs.query_starts)}
-        self.more |= dict(zip(("k_scale", "v_scale"), map(convert, inputs.scales), strict=True))
-
-    def ours(self) -> Iterator[peers.JaxPeer]:
-        """The op of jaxkv."""
-        import jaxkv
-
-        def attend(query: Any, tables: Any, seq_lens: Any, arrays: Any) -> Any:
-            caches, more = arrays
-            caches = caches[0] if self.inputs.layout.single_array else caches
-            return jaxkv.paged_attention(query, caches, tables, seq_lens, **self.inputs.options, **more)
-
-        yield "", attend, (self.caches, self.more)
-
-    def results(self, settings: Iterator[peers.JaxPeer], estimate: float) -> dict[str, Any]:
-        """Time and error of the best setting; `estimate` is about what a call takes, in seconds."""
-        found: list[tuple[float, str, Callable[..., Any], Any]] = []
-        failed = None
-        for setting, attend, arrays in settings:
-            try:
-                found.append((self._time(attend, arrays, estimate), setting, attend, arrays))
-            except Exception as error:
-                failed = error
-        if not found:
-            raise failed or ValueError("no setting")
-        seconds, setting, attend, arrays = min(found, key=lambda each: each[0])
-        named = {"setting": setting} if setting else {}
-        return {"us": seconds * 1e6, "error": self._check(attend, arrays)} | named
-
-    def _check(self, attend: Callable[..., Any], arrays: Any) -> float:
-        import jax
-        import numpy as np
-
-        out = jax.jit(attend)(self.query, self.tables[0], self.seq_lens, arrays)
-        return self.inputs.error(torch.from_numpy(np.array(out.astype("float32"))))
-
-    def _time(self, attend: Callable[..., Any], arrays: Any, estimate: float) -> float:
-        """In a loop in which each call's query is the result of the one before, so that none is left out or moved."""
-        import jax.numpy as jnp
-
-        gpu = self.inputs.device == "cuda"
-        # A round of the loop starts a CUDA graph: what that takes must not show. And 32 calls take long to compile.
-        sets = len(self.tables)
-        again = max(1, min(32 // sets, round(3e-3 / estimate / sets))) if gpu else 1
-
-        def step(carry: Any, arguments: Any) -> Any:
-            query, seq_lens = carry
-            tables, arrays = arguments
-            for table in tables * again:
-                out = attend(query, table, seq_lens, arrays)
-                if out.shape == query.shape:
-                    query = out
-                else:  # never true, but who knows
-                    seq_lens = seq_lens + jnp.isnan(out[0, 0, 0]).astype(seq_lens.dtype)
-            return query, seq_lens
-
-        carry = jnp.copy(self.query), jnp.copy(self.seq_lens)
-        return jax_time(step, carry, (self.tables, arrays), again * sets, estimate)
-
-
 def measure(case: Case, copied: float, peers_too: bool, jax_too: bool) -> dict[str, Any]:
     """A row: all that is known of a case. `copied` is the bandwidth of a copy, in bytes a second."""
     inputs = Inputs(case)
@@ -168,7 +81,7 @@ def measure(case: Case, copied: float, peers_too: bool, jax_too: bool) -> dict[s
         if not found["error"] <= TOLERANCE:
             row["failed"][name] = f"off by {found['error']:.2g} of the largest element"
 
-    attempt("torchkv", lambda: torch_results(inputs, ours_in_torch(inputs)))
+    attempt("torchkv", lambda: torch_results(inputs, ours(inputs)))
     names = case.peers if peers_too else ()
     for name in (n for n in names if n in peers.TORCH):
         attempt(name, lambda name=name: torch_results(inputs, peers.TORCH[name](inputs)))

@@ -14,17 +14,21 @@ from kvcore.cache_spec import CacheSpec
 from kvcore.choices import ScaledDtype
 
 L2_BYTES = 2**28  # what has to lie between two uses of a block, for it to come from memory and not from the L2 cache
+TOLERANCE = 2**-7  # of the largest element of the result
 
 
 @dataclass(frozen=True)
 class Case:
-    """Sequences of one length; all have one query token, but for the first where `queries` says so."""
+    """Sequences of one length, each with one query token, but for the first `long`, which have `queries`."""
 
     name: str
     batch: int
     context: int
     layout: str = "NHD"
     queries: int = 1
+    long: int = 1
+    block_size: int = BLOCK_SIZE
+    causal: bool = True
     q_heads: int = 32
     kv_heads: int = 8
     head_size: int = 128
@@ -38,7 +42,7 @@ class Case:
 
     @property
     def tokens(self) -> int:
-        return self.queries + self.batch - 1
+        return self.long * self.queries + self.batch - self.long
 
     @property
     def size(self) -> str:
@@ -48,7 +52,7 @@ class Case:
     def cache(self) -> dict[str, Any]:
         """What a cache for it is, but for its length."""
         return {
-            "block_size": BLOCK_SIZE,
+            "block_size": self.block_size,
             "num_heads": self.kv_heads,
             "head_size": self.head_size,
             "num_layers": None,
@@ -62,13 +66,15 @@ class Case:
     def read(self) -> int:
         """Bytes of K and V that are seen, with their scales, counted once."""
         positions = self.batch * min(self.context, self.sliding_window or self.context)
-        return positions * CacheSpec.create(num_blocks=1, dtype="bfloat16", **self.cache).nbytes // BLOCK_SIZE
+        return positions * CacheSpec.create(num_blocks=1, dtype="bfloat16", **self.cache).nbytes // self.block_size
 
     @property
     def flops(self) -> int:
-        """Multiplications and additions of both products, of what the causal mask leaves."""
-        seen = self.queries * (self.context - self.queries) + self.queries * (self.queries + 1) // 2
-        seen += (self.batch - 1) * self.context
+        """Multiplications and additions of both products, of what the masks leave."""
+        window = self.sliding_window or self.context
+        before = self.context - self.queries
+        seen = sum(min(before + i + 1 if self.causal else self.context, window) for i in range(self.queries))
+        seen = self.long * seen + (self.batch - self.long) * min(self.context, window)
         return 2 * self.q_heads * (self.head_size + self.head_size_v) * seen
 
     def divided(self, by: int) -> "Case":
@@ -77,13 +83,17 @@ class Case:
             return self
 
         def blocks(positions: int) -> int:
-            return max(2 * BLOCK_SIZE, positions // by // BLOCK_SIZE * BLOCK_SIZE)
+            return max(2 * self.block_size, positions // by // self.block_size * self.block_size)
 
+        batch, queries = max(min(self.batch, 2), self.batch // by), self.queries
+        if queries >= self.block_size:
+            queries = blocks(queries) // (1 if queries == self.context else 2)
         return replace(
             self,
-            batch=max(min(self.batch, 2), self.batch // by),
+            batch=batch,
             context=blocks(self.context),
-            queries=blocks(self.queries) // 2 if self.queries > 1 else 1,
+            queries=queries,
+            long=min(self.long, batch),
             sliding_window=None if self.sliding_window is None else blocks(self.sliding_window) // 2,
         )
 
@@ -96,9 +106,9 @@ class Inputs:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.generator = torch.Generator(self.device).manual_seed(0)
         if sets is None:
-            several = case.queries == 1 and self.device == "cuda"
+            several = case.queries < BLOCK_SIZE and self.device == "cuda"
             sets = min(8, math.ceil(L2_BYTES / case.read)) if several else 1
-        self.num_blocks = sets * case.batch * case.context // BLOCK_SIZE
+        self.num_blocks = sets * case.batch * case.context // case.block_size
         self.cache = self._cache()
         self.layout, self.caches = self.cache.spec.layout, list(self.cache.caches)
         self.scales = (self.cache.k_scale, self.cache.v_scale)
@@ -106,7 +116,8 @@ class Inputs:
         self.tables = list(order.int().view(sets, case.batch, -1))
         self.queries = [self._random((case.tokens, case.q_heads, case.head_size)) for _ in range(sets)]
         self.seq_lens = torch.full((case.batch,), case.context, dtype=torch.int32, device=self.device)
-        starts = [0, *range(case.queries, case.tokens + 1)]
+        ends = range(case.long * case.queries, case.tokens + 1)
+        starts = [*range(0, case.long * case.queries, case.queries), *ends]
         self.query_starts = torch.tensor(starts, dtype=torch.int32, device=self.device) if case.queries > 1 else None
 
     @property
@@ -117,12 +128,13 @@ class Inputs:
     @property
     def options(self) -> dict[str, Any]:
         """Arguments of `paged_attention` that are no arrays, alike in both frameworks."""
-        own = {"sliding_window": self.case.sliding_window, "soft_cap": self.case.soft_cap}
+        case = self.case
+        own = {"causal": case.causal, "sliding_window": case.sliding_window, "soft_cap": case.soft_cap}
         return own | self.cache.spec.reading
 
     @property
     def checked(self) -> list[int]:
-        """Query tokens whose results are checked: the first and last of the long sequence, and the last of all."""
+        """Query tokens whose results are checked: the first and last of the first sequence, and the last of all."""
         return sorted({0, self.case.queries - 1, self.case.tokens - 1})
 
     @cached_property
@@ -143,11 +155,12 @@ class Inputs:
 
     def _attend(self, token: int) -> torch.Tensor:
         case = self.case
-        long = token < case.queries
-        last = case.context - case.queries + token if long else case.context - 1
+        sequence, index = divmod(token, case.queries)
+        if sequence >= case.long:
+            sequence, index = token - case.long * (case.queries - 1), case.queries - 1
+        last = case.context - case.queries + index if case.causal else case.context - 1
         first = max(0, last + 1 - case.sliding_window) if case.sliding_window else 0
-        sequence = self.gathered(0 if long else token - case.queries + 1, torch.float32)
-        key, value = (x[first : last + 1] for x in sequence)
+        key, value = (x[first : last + 1] for x in self.gathered(sequence, torch.float32))
         query = self.queries[0][token].float().view(case.kv_heads, -1, case.head_size)
         scores = torch.einsum("hgd,nhd->hgn", query, key) * case.head_size**-0.5
         if case.soft_cap is not None:
@@ -165,7 +178,7 @@ class Inputs:
             for array in cache.caches:
                 array.normal_(generator=self.generator)
             return cache
-        tokens = self.num_blocks * BLOCK_SIZE
+        tokens = self.num_blocks * case.block_size
         if case.layout == "MLA":
             rows = [self._random((tokens, size)) for size in (case.head_size_v, case.head_size - case.head_size_v)]
         else:

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the sizes of a cache, and the plain copies that are their limit."""
+"""What the benchmarks share: the sizes of a cache, and the plain copies and products that are their limits."""
 
 import torch
 
@@ -19,3 +19,10 @@ def copy_time(moved: int, sets: int = SETS) -> float:
 def bandwidth(nbytes: int = COPY_BYTES) -> float:
     """Bytes that a plain copy of this many reads and writes in a second, on torch's device."""
     return 2 * nbytes / copy_time(2 * nbytes, sets=1)
+
+
+def product_rate(size: int = 8192) -> float:
+    """Multiplications and additions that torch's product of two square bfloat16 matrices makes in a second."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a, b = (torch.randn((size, size), dtype=torch.bfloat16, device=device) for _ in range(2))
+    return 2 * size**3 / torch_time([lambda: a @ b])

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from benchmarks import report
-from benchmarks.attention import JaxInputs
 from benchmarks.attention_inputs import Case, Inputs
+from benchmarks.attention_jax import JaxInputs
 from benchmarks.common import BLOCK_SIZE, SETS, copy_time
 from benchmarks.timing import jax_time, torch_time
 

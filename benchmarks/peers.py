@@ -24,23 +24,60 @@ def flashinfer(inputs: Inputs) -> Calls:
 
     case = inputs.case
     workspace = torch.zeros(2**28, dtype=torch.uint8, device=inputs.device)
-    blocks = case.context // BLOCK_SIZE
+    blocks = case.context // case.block_size
     starts = torch.arange(case.batch + 1, dtype=torch.int32) * blocks
-    full = torch.full((case.batch,), BLOCK_SIZE, dtype=torch.int32)
-    heads = (case.q_heads, case.kv_heads, case.head_size, BLOCK_SIZE)
-    dtypes = {"q_data_type": torch.bfloat16, "kv_data_type": torch.bfloat16}
+    full = torch.full((case.batch,), case.block_size, dtype=torch.int32)
+    heads = (case.q_heads, case.kv_heads, case.head_size, case.block_size)
+    options: dict[str, Any] = {"q_data_type": torch.bfloat16, "kv_data_type": torch.bfloat16}
+    if case.sliding_window is not None:
+        options["window_left"] = case.sliding_window - 1
+    if case.soft_cap is not None:
+        options["logits_soft_cap"] = case.soft_cap
     caches = (inputs.caches[0], inputs.caches[1])
 
     def planned(query: torch.Tensor, tables: torch.Tensor) -> Callable[[], torch.Tensor]:
         if inputs.query_starts is None:
             wrapper = package.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True)
-            wrapper.plan(starts, tables.flatten(), full, *heads, **dtypes)
+            wrapper.plan(starts, tables.flatten(), full, *heads, **options)
         else:
-            wrapper = package.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD")
-            wrapper.plan(inputs.query_starts.cpu(), starts, tables.flatten(), full, *heads, causal=True, **dtypes)
+            wrapper = package.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD", backend=_flashinfer_backend())
+            more = {"causal": case.causal, "head_dim_vo": case.head_size_v}
+            wrapper.plan(inputs.query_starts.cpu(), starts, tables.flatten(), full, *heads, **more, **options)
         return lambda: wrapper.run(query, caches)
 
     return [planned(*each) for each in inputs.sets]
+
+
+def flashinfer_mla(inputs: Inputs) -> Calls:
+    """FlashInfer's CUDA kernels for the latent rows of MLA."""
+    from flashinfer import mla  # type: ignore[import-not-found]
+
+    case = inputs.case
+    workspace = torch.zeros(2**28, dtype=torch.uint8, device=inputs.device)
+    query_starts = torch.arange(case.batch + 1, dtype=torch.int32) if case.queries == 1 else inputs.query_starts
+    starts = torch.arange(case.batch + 1, dtype=torch.int32) * (case.context // case.block_size)
+
+    def planned(query: torch.Tensor, tables: torch.Tensor) -> Callable[[], torch.Tensor]:
+        wrapper = mla.BatchMLAPagedAttentionWrapper(workspace, backend=_flashinfer_backend())
+        wrapper.plan(
+            metadata=mla.MLAPlanMetadata.csr(query_starts, starts, tables.flatten(), inputs.seq_lens),
+            num_heads=case.q_heads,
+            head_dim_ckv=case.head_size_v,
+            head_dim_kpe=case.head_size - case.head_size_v,
+            page_size=case.block_size,
+            causal=case.queries > 1,
+            sm_scale=case.head_size**-0.5,
+            q_data_type=torch.bfloat16,
+            kv_data_type=torch.bfloat16,
+        )
+        return lambda: wrapper.run(query=query, kv_cache=inputs.caches[0])
+
+    return [planned(*each) for each in inputs.sets]
+
+
+def _flashinfer_backend() -> str:
+    """Its kernels for Hopper are named, so that it takes no others."""
+    return "fa3" if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9 else "auto"
 
 
 def gather_sdpa(inputs: Inputs) -> Calls:
@@ -63,21 +100,48 @@ def contiguous_sdpa(inputs: Inputs) -> Calls:
     return [call(*each) for each in inputs.sets]
 
 
+def fused_sdpa(inputs: Inputs) -> Iterator[tuple[str, Calls]]:
+    """The same with each of torch's fast kernels, by name, where torch has the same mask."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    case = inputs.case
+    if case.sliding_window is not None or case.soft_cap is not None:
+        raise ValueError("torch's SDPA has no window and no cap")
+    if case.long != case.batch:
+        raise ValueError("torch's SDPA has no ragged batches")
+    if case.causal and case.queries != case.context:
+        raise ValueError("in torch's causal mask, the first query sees the first position only")
+
+    def with_backend(backend: SDPBackend, call: Callable[[], Any]) -> Callable[[], Any]:
+        def attend() -> Any:
+            with sdpa_kernel(backend):
+                return call()
+
+        return attend
+
+    calls = contiguous_sdpa(inputs)
+    for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
+        yield backend.name, [with_backend(backend, call) for call in calls]
+
+
 def _gathered(inputs: Inputs, blocks: torch.Tensor) -> torch.Tensor:
     """As `[batch, heads, context, dim]`."""
     case = inputs.case
-    return blocks.view(case.batch, case.context, case.kv_heads, case.head_size).transpose(1, 2)
+    return blocks.view(case.batch, case.context, case.kv_heads, -1).transpose(1, 2)
 
 
 def _sdpa(inputs: Inputs, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     from torch.nn.attention.bias import causal_lower_right
 
     case = inputs.case
-    if case.queries == 1:
-        return F.scaled_dot_product_attention(query[:, :, None], key, value, enable_gqa=True)[:, :, 0]
-    bias: Any = causal_lower_right(case.queries, case.context)
-    query = query.transpose(0, 1)[None]
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, enable_gqa=True)[0].transpose(0, 1)
+    query = query.view(case.batch, case.queries, case.q_heads, case.head_size).transpose(1, 2)
+    options: dict[str, Any] = {"enable_gqa": case.q_heads != case.kv_heads}
+    if case.causal and case.queries == case.context:
+        options["is_causal"] = True
+    elif case.causal and case.queries > 1:
+        options["attn_mask"] = causal_lower_right(case.queries, case.context)
+    out = F.scaled_dot_product_attention(query, key, value, **options)
+    return out.transpose(1, 2).reshape(-1, case.q_heads, case.head_size_v)
 
 
 def flex(inputs: Inputs) -> Calls:
