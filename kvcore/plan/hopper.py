@@ -9,7 +9,7 @@ from kvcore.plan.attention_constants import Tile
 from kvcore.plan.kernel import Descriptor, Target
 
 _HEADS = {  # head sizes of K and V: the tile, columns of a piece of K, whether query lies in shared memory
-    (64, 64): (Tile(128, 128, 2), 64, True),
+    (64, 64): (Tile(192, 128, 3), 64, True),
     (128, 128): (Tile(128, 128, 2), 128, True),
     (192, 128): (Tile(128, 128, 2), 64, True),
     (256, 256): (Tile(128, 64, 2), 64, True),
@@ -28,14 +28,24 @@ _LONGEST_STRIDE = 2**40
 class HopperConstants(NamedTuple):
     """Constants of `hopper_attention_kernel`, beside `AttentionConstants`."""
 
+    consumers: int  # warp groups that attend, with 64 rows each
     box: int  # positions that one copy takes: of one block, and a power of two
     piece: int  # columns of K that are multiplied at once
     pieces: int  # of a head of K
     query_in_shared: bool  # whether query lies in shared memory, not in registers
     weights_first: bool  # whether a tile's weights must be there before the last one's product with V is waited for
+    turns: bool  # whether consumers issue products by turns
     layered: bool  # whether descriptors have an axis of layers
     k_origin: tuple[int, int, int, int, int]  # coordinates of K's first element: layer, block, head, slot, dim
     v_origin: tuple[int, int, int, int, int]
+
+
+class LatentConstants(NamedTuple):
+    """Constants of `hopper_mla_kernel`, beside `AttentionConstants`."""
+
+    box: int  # as in HopperConstants
+    layered: bool
+    origin: tuple[int, int, int, int, int]
 
 
 class HopperPlan(NamedTuple):
@@ -44,7 +54,7 @@ class HopperPlan(NamedTuple):
     module: str
     name: str
     tile: Tile
-    constants: HopperConstants
+    constants: HopperConstants | LatentConstants
     descriptors: dict[str, Descriptor]
 
 
@@ -72,7 +82,7 @@ def _plan_mla(call: Attention) -> HopperPlan | None:
     if side is None:
         return None
     origin, descriptor = side
-    constants = HopperConstants(box, 64, 9, True, True, extents.num_layers is not None, origin, origin)
+    constants = LatentConstants(box, extents.num_layers is not None, origin)
     return HopperPlan("hopper.mla", "hopper_mla_kernel", _MLA_TILE, constants, {"key_cache_ptr": descriptor})
 
 
@@ -89,11 +99,13 @@ def _plan_many_rows(call: Attention) -> HopperPlan | None:
         sides.append(side)
     (k_origin, key_box), (v_origin, value_box) = sides
     constants = HopperConstants(
+        consumers=tile.rows // 64,
         box=box,
         piece=piece,
         pieces=call.query.shape[2] // piece,
         query_in_shared=query_in_shared,
         weights_first=True,
+        turns=False,
         layered=extents.num_layers is not None,
         k_origin=k_origin,
         v_origin=v_origin,

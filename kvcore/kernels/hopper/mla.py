@@ -17,7 +17,7 @@ Shared memory; s = 0, 1 is the block of a pair:
     sums     [2, 64]    of the weights that each warpgroup made
     barriers            see `mla_shared.py`
 
-P is kvcore.plan.attention_constants.AttentionConstants, H is kvcore.plan.hopper.HopperConstants.
+P is kvcore.plan.attention_constants.AttentionConstants, H is kvcore.plan.hopper.LatentConstants.
 """
 
 from triton.experimental import gluon
@@ -51,7 +51,7 @@ def hopper_mla_kernel(
     out_ptr,              # [num_tokens, num_q_heads, 512]; P.split: […, splits, 512] float32
     lse_ptr,              # [num_tokens, num_q_heads] float32; P.split: [num_tokens, num_q_heads, splits], to base 2
     P: gl.constexpr,      # kvcore.plan.attention_constants.AttentionConstants
-    H: gl.constexpr,      # kvcore.plan.hopper.HopperConstants
+    H: gl.constexpr,      # kvcore.plan.hopper.LatentConstants
 ):  # fmt: skip
     """Attention of 64 query rows over one split of the positions."""
     T: gl.constexpr = P.tile

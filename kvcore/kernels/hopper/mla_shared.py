@@ -130,13 +130,13 @@ def load_chunk(desc, shared, S: gl.constexpr, C: gl.constexpr, barrier, arrays, 
         exists = (n < work.limit) & (n + H.box > work.first)
         block = gl.load(arrays.table_ptr + n // P.block_size * Q.table_step, mask=exists, other=-1)
         exists = (block >= 0) & (block < arrays.num_blocks)
-        block = gl.where(exists, block + H.k_origin[1], -1).to(gl.int32)
-        place = n % P.block_size + H.k_origin[3]
-        dim = C * CHUNK + H.k_origin[4]
+        block = gl.where(exists, block + H.origin[1], -1).to(gl.int32)
+        place = n % P.block_size + H.origin[3]
+        dim = C * CHUNK + H.origin[4]
         if H.layered:
-            coordinates = [arrays.layer + H.k_origin[0], block, H.k_origin[2], place, dim]
+            coordinates = [arrays.layer + H.origin[0], block, H.origin[2], place, dim]
         else:
-            coordinates = [block, H.k_origin[2], place, dim]
+            coordinates = [block, H.origin[2], place, dim]
         tma.async_load(desc, coordinates, barrier, target.slice(box * H.box, H.box, 0))
 
 

@@ -6,10 +6,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-CONSUMERS = gl.constexpr(2)
-CONSUMER_REGISTERS = gl.constexpr(240)  # of a thread
-PRODUCER_REGISTERS = gl.constexpr(24)
-
 
 class Shared(NamedTuple):
     """See `attention.py`."""
@@ -21,14 +17,14 @@ class Shared(NamedTuple):
 
 
 @gluon.jit
-def make_barriers(P: gl.constexpr):
+def make_barriers(P: gl.constexpr, H: gl.constexpr):
     """Barriers that nothing has arrived at yet."""
     STAGES: gl.constexpr = P.tile.stages
-    NUMBER: gl.constexpr = 4 * STAGES + 1 + CONSUMERS
+    NUMBER: gl.constexpr = 4 * STAGES + 1 + H.consumers
     barriers = gl.allocate_shared_memory(gl.int64, [NUMBER, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(NUMBER):
         if i >= 2 * STAGES and i < 4 * STAGES:
-            mbarrier.init(barriers.index(i), count=CONSUMERS)
+            mbarrier.init(barriers.index(i), count=H.consumers)
         else:
             mbarrier.init(barriers.index(i), count=1)
     return barriers
@@ -48,13 +44,13 @@ def full_v(shared, stage, P: gl.constexpr):
 
 @gluon.jit
 def empty_k(shared, stage, P: gl.constexpr):
-    """Ends a phase when both consumers have used K of a stage."""
+    """Ends a phase when all consumers have used K of a stage."""
     return shared.barriers.index(2 * P.tile.stages + stage)
 
 
 @gluon.jit
 def empty_v(shared, stage, P: gl.constexpr):
-    """Ends a phase when both consumers have used V of a stage."""
+    """Ends a phase when all consumers have used V of a stage."""
     return shared.barriers.index(3 * P.tile.stages + stage)
 
 
@@ -125,3 +121,28 @@ def expect_tile(barrier, COLUMNS: gl.constexpr, P: gl.constexpr):
     """Has a barrier wait for a tile of 16-bit elements. Boxes outside the cache arrive, too."""
     T: gl.constexpr = P.tile
     mbarrier.expect(barrier, T.positions * COLUMNS * 2)
+
+
+@gluon.jit
+def take_turn(CONSUMER: gl.constexpr, H: gl.constexpr):
+    """Waits until the consumer before this one has issued its products."""
+    if H.turns:
+        _barrier("bar.sync", CONSUMER, H)
+
+
+@gluon.jit
+def give_turn(CONSUMER: gl.constexpr, H: gl.constexpr):
+    """Lets the next consumer issue its products."""
+    if H.turns:
+        _barrier("bar.arrive", (CONSUMER + 1) % H.consumers, H)
+
+
+@gluon.jit
+def _barrier(INSTRUCTION: gl.constexpr, TURN: gl.constexpr, H: gl.constexpr):
+    """At a barrier in hardware that Triton uses none of: it counts from 0. The instruction's result is of no use."""
+    gl.inline_asm_elementwise(_at_barrier(INSTRUCTION, TURN), "=r,r", [0], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.constexpr_function
+def _at_barrier(instruction, turn):
+    return f"{instruction} {15 - turn}, 256; mov.u32 $0, $1;"
