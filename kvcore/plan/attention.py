@@ -8,7 +8,7 @@ from kvcore.arrays import ArraySpec
 from kvcore.contract.read import Attention
 from kvcore.formats import BFLOAT16, DS_MLA_ROPE, FLOAT16, FLOAT32, FLOATS, FP8_DS_MLA, NVFP4, FloatFormat
 from kvcore.plan.attention_constants import AttentionConstants, CacheRows, QueryRows, Tile, cache_rows, choose_word
-from kvcore.plan.attention_tile import choose_splits, choose_tile, cover, many_rows
+from kvcore.plan.attention_tile import choose_heads, choose_splits, choose_tile, cover, many_rows
 from kvcore.plan.hopper import plan_hopper
 from kvcore.plan.kernel import KernelPlan, Target, has_e4m3
 from kvcore.plan.rows import power_of_two, scale_rows
@@ -216,6 +216,7 @@ def _constants(
         whole_tiles=ragged and tile.rows > 16 and call.options.sliding_window is None,
         split=split,
         min_tiles=min_tiles,
+        heads_at_once=choose_heads(call),
     )
 
 

@@ -79,6 +79,7 @@ class AttentionConstants(NamedTuple):
     whole_tiles: bool  # whether tiles that all rows see wholly have a loop of their own, without masks
     split: bool  # whether axis 1 of the grid splits the positions
     min_tiles: int  # fewest tiles of a split
+    heads_at_once: int  # KV heads, a divisor of their number: their programs are neighbours in the grid
 
 
 _MARGIN = 2**16

@@ -15,6 +15,10 @@ _MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 """Of the usual GPU of a compute capability. They set how finely positions are split, never what is computed."""
 
 
+_L2_BYTES = 24 * 2**20
+"""Of K and V that programs read over and over: half of an H100's L2 cache, as a multiprocessor is near to one half."""
+
+
 class TileChoice(NamedTuple):
     """A tile, and how programs share the work in such tiles."""
 
@@ -50,6 +54,20 @@ def choose_tile(call: Attention, target: Target, compute: FloatFormat) -> TileCh
 def many_rows(call: Attention) -> bool:
     """Whether a sequence has so many query rows on average that the widest tiles are taken."""
     return _tokens(call) * call.query.shape[1] // call.cache.extents.num_heads > 32
+
+
+def choose_heads(call: Attention) -> int:
+    """KV heads whose programs are neighbours: those whose K and V may stay in the L2 cache, where rows are many.
+
+    Where rows are few, K and V are read once: then all heads, which lie side by side.
+    """
+    extents = call.cache.extents
+    if not many_rows(call):
+        return extents.num_heads
+    longest = call.block_tables.shape[1] * extents.block_size
+    head_bytes = max(longest * (call.query.shape[2] + call.cache.head_size_v) * call.cache.format.bits // 8, 1)
+    most = max(1, min(_L2_BYTES // head_bytes, extents.num_heads))
+    return next(heads for heads in range(most, 0, -1) if extents.num_heads % heads == 0)
 
 
 def _choose_decode_tile(call: Attention, target: Target, compute: FloatFormat, positions: int) -> TileChoice:

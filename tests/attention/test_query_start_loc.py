@@ -87,7 +87,8 @@ def test_many_sequences_of_which_some_fall():
 
 def test_many_sequences_of_which_some_fall_interpreted(monkeypatch):
     """A thousand programs would take half a minute: here they are 70, and look at 16 sequences in one piece."""
-    monkeypatch.setattr(interpreter._interpreted("sequences"), "_CHUNK", tl.constexpr(16))
+    for module in ("sequences", "attention"):
+        monkeypatch.setattr(interpreter._interpreted(module), "CHUNK", tl.constexpr(16))
     case = many_sequences(35, {0: 3, 5: 2, 18: 7, 33: 30, 35: 31}, head_size=16)
     assert_near_oracle(case, {name: run for name, run in CPU_IMPLEMENTATIONS.items() if "interpret" in name})
 

@@ -41,13 +41,13 @@ def is_for_hopper(plan: AttentionPlan) -> bool:
     return plan.attend.name == "hopper_attention_kernel"
 
 
-def plan_of(case: ReadCase) -> AttentionPlan:
-    """The plan of a case on an H100."""
+def call_of(case: ReadCase) -> Attention:
+    """What a case asks for."""
     arrays = {name: ArraySpec(a.shape, a.dtype.name) for name, a in vars(case).items() if hasattr(a, "dtype")}
     sinks = case.options.get("sinks")
     names = ("scale", "causal", "sliding_window", "soft_cap")
     defaults = dict(zip(names, (None, True, None, None), strict=True))
-    call = check_attention(
+    return check_attention(
         arrays["query"], arrays["block_tables"], arrays["seq_lens"], arrays.get("query_start_loc"),
         None if sinks is None else ArraySpec(sinks.shape, sinks.dtype.name),
         AttentionOptions(*(case.options.get(name, default) for name, default in defaults.items())).normal(),
@@ -57,4 +57,8 @@ def plan_of(case: ReadCase) -> AttentionPlan:
         ),
         None,
     )  # fmt: skip
-    return plan_attention(call, H100, descriptors=True)
+
+
+def plan_of(case: ReadCase) -> AttentionPlan:
+    """The plan of a case on an H100."""
+    return plan_attention(call_of(case), H100, descriptors=True)
