@@ -57,9 +57,9 @@ def find_rows(query_start_loc_ptr, seq_lens_ptr, num_tokens, num_seqs, lanes, P:
     Returns the rows, the token of query where query_start_loc ends their sequence, and the sequence's length.
     `lanes` is 0 … CHUNK - 1: an argument, because Gluon's has a layout.
 
-    Programs go over all tiles of P.heads_at_once heads, then of as many more: what runs at a time reads few heads, whose
-    K and V stay in the L2 cache. Tiles are taken from the last to the first: later ones of a prefill see more, and short
-    ones fill gaps at the end.
+    Programs go over all tiles of P.heads_at_once heads, then of as many more: what runs at a time reads few heads,
+    whose K and V stay in the L2 cache. Tiles are taken from the last to the first: later ones of a prefill see more,
+    and short ones fill gaps at the end.
     """
     Q: tl.constexpr = P.query
     HEADS: tl.constexpr = P.heads_at_once
@@ -67,7 +67,7 @@ def find_rows(query_start_loc_ptr, seq_lens_ptr, num_tokens, num_seqs, lanes, P:
     program = tl.program_id(0)
     head = program % HEADS
     tile = num_tiles - 1 - program // HEADS
-    if HEADS < Q.num_kv_heads:
+    if Q.num_kv_heads > HEADS:
         head += program // (num_tiles * HEADS) * HEADS
         tile = num_tiles - 1 - program % (num_tiles * HEADS) // HEADS
     if P.ragged:

@@ -25,7 +25,7 @@ from typing import NamedTuple
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from ..sequences import all_blocks_exist, cdiv, find_rows, find_span
+from ..sequences import CHUNK, cdiv, find_rows, find_span
 from .consumer import consume
 from .producer import produce
 from .shared import CONSUMER_REGISTERS, CONSUMERS, PRODUCER_REGISTERS, Shared, make_barriers, shared_layout
@@ -48,9 +48,8 @@ class Work(NamedTuple):
 
     first_tile: gl.tensor
     num_tiles: gl.tensor
-    begin_whole: gl.tensor  # tiles begin_whole … end_whole - 1, counted from first_tile, need no masks
-    end_whole: gl.tensor
-    holes: gl.tensor  # whether the block table has entries that name no block
+    begin_whole: gl.tensor  # tiles begin_whole … end_whole - 1, counted from first_tile, need no masks,
+    end_whole: gl.tensor  #   unless the block table has holes
     first_token: gl.tensor  # as in Span
     first: gl.tensor
     limit: gl.tensor
@@ -83,17 +82,16 @@ def hopper_attention_kernel(
     T: gl.constexpr = P.tile
     Q: gl.constexpr = P.query
     index: gl.constexpr = gl.BlockedLayout([8], [32], [gl.num_warps()], [0])
-    lanes = gl.arange(0, 1024, layout=index)
+    lanes = gl.arange(0, CHUNK, layout=index)
+    layer_id = gl.to_tensor(0)
+    layer_exists = None
+    if layer is not None:
+        layer_id, layer_exists = _find_layer(layer, num_layers, P)
     rows, end, seq_len = find_rows(query_start_loc_ptr, seq_lens_ptr, num_tokens, num_seqs, lanes, P, T)
     if rows.first < rows.length * Q.q_per_kv:
-        layer_id = gl.to_tensor(0)
-        layer_exists = None
-        if layer is not None:
-            layer_id, layer_exists = _find_layer(layer, num_layers, P)
         span = find_span(rows, end, seq_len, max_blocks, layer_exists, P, T)
         table_ptr = block_tables_ptr + rows.seq.to(gl.int64) * table_stride
-        exist = all_blocks_exist(table_ptr, cdiv(gl.maximum(span.limit, 0), P.block_size), num_blocks, lanes, P)
-        work = _find_work(rows, span, exist, P, T)
+        work = _find_work(rows, span, P, T)
         arrays = Arrays(query_ptr, sinks_ptr, table_ptr, num_blocks, layer_id, out_ptr, lse_ptr)
         shared = _allocate(key_cache_ptr.dtype, P, H)
         gl.warp_specialize(
@@ -117,7 +115,7 @@ def _find_layer(layer, num_layers, P: gl.constexpr):
 
 
 @gluon.jit
-def _find_work(rows, span, exist, P: gl.constexpr, T: gl.constexpr):
+def _find_work(rows, span, P: gl.constexpr, T: gl.constexpr):
     """The tiles of a program, and which of them every row sees wholly."""
     Q: gl.constexpr = P.query
     OPTIONS: gl.constexpr = P.options
@@ -134,10 +132,9 @@ def _find_work(rows, span, exist, P: gl.constexpr, T: gl.constexpr):
             begin_whole = cdiv(gl.maximum(seen, 0), T.positions).to(gl.int32)
     begin_whole = gl.minimum(gl.maximum(begin_whole, first_tile), end_tile)
     end_whole = gl.maximum(gl.minimum(gl.maximum(limit, 0) // T.positions, end_tile), begin_whole)
-    end_whole = gl.where(exist, end_whole, begin_whole)
     return Work(
         first_tile, gl.maximum(end_tile - first_tile, 0), begin_whole - first_tile, end_whole - first_tile,
-        exist == 0, span.first_token, span.first, span.limit,
+        span.first_token, span.first, span.limit,
     )  # fmt: skip
 
 

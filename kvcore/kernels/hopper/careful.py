@@ -20,7 +20,7 @@ from .tiles import as_operand, products, rows_of, shrunk, start_scores, weigh
 
 
 @gluon.jit
-def attend_carefully(query, arrays, head, work, position, k_desc, v_desc, shared, CONSUMER: gl.constexpr,
+def attend_carefully(query, arrays, head, work, holes, position, k_desc, v_desc, shared, CONSUMER: gl.constexpr,
                      P: gl.constexpr, H: gl.constexpr):  # fmt: skip
     """The running maximum, the normalizer and the sums of 64 rows, as `consumer._attend` gives them."""
     T: gl.constexpr = P.tile
@@ -47,7 +47,7 @@ def attend_carefully(query, arrays, head, work, position, k_desc, v_desc, shared
         acc = _take_infinite(acc, shared.v_tiles.index(CONSUMER), arrays, work, tile, position, P)
         scores = start_scores(query, shared, i, CONSUMER, CONSUMER, P, H)
         scores = warpgroup_mma_wait(0, deps=(scores,))
-        m, l, weights, shrink = weigh(scores, m, l, arrays, work, tile, position, True, P)
+        m, l, weights, shrink = weigh(scores, m, l, arrays, work, holes, tile, position, True, P)
         weights = as_operand(weights, dtype, P)
         acc = gl.where(gl.abs(acc) < float("inf"), shrunk(acc, shrink, P), acc)
         fence_async_shared()

@@ -18,7 +18,7 @@ from ..reduce import total
 from ..softmax import LN2, finish
 from .careful import attend_carefully
 from .shared import CONSUMERS, empty_k, empty_v, full_k, full_v
-from .tiles import as_operand, load_query, products, rows_of, shrunk, start_scores, weigh
+from .tiles import as_operand, has_holes, load_query, products, rows_of, shrunk, start_scores, weigh
 
 
 @gluon.jit
@@ -37,12 +37,13 @@ def consume(arrays, rows, work, k_desc, v_desc, shared, CONSUMER: gl.constexpr, 
             query = load_query(arrays, rows, first_row, shared, CONSUMER, P, H)
             row = first_row + gl.arange(0, ROWS, layout=rows_of(T.positions))
             position = work.first_token + row // Q.q_per_kv
-            m, l, acc = _attend(query, arrays, work, position, m, l, acc, shared, CONSUMER, P, H)
+            holes = has_holes(arrays, work, P)
+            m, l, acc = _attend(query, arrays, work, holes, position, m, l, acc, shared, CONSUMER, P, H)
             if P.by_row:
                 spoilt = total(total(acc * 0.0, 1), 0)
                 if spoilt != 0.0:
                     m, l, acc = attend_carefully(
-                        query, arrays, rows.head, work, position, k_desc, v_desc, shared, CONSUMER, P, H
+                        query, arrays, rows.head, work, holes, position, k_desc, v_desc, shared, CONSUMER, P, H
                     )
         _store_result(arrays, rows, first_row, m, l, acc, P)
     else:
@@ -63,7 +64,8 @@ def _use_nothing(work, shared, P: gl.constexpr):
 
 
 @gluon.jit
-def _attend(query, arrays, work, position, m, l, acc, shared, CONSUMER: gl.constexpr, P: gl.constexpr, H: gl.constexpr):
+def _attend(query, arrays, work, holes, position, m, l, acc, shared, CONSUMER: gl.constexpr, P: gl.constexpr,
+            H: gl.constexpr):  # fmt: skip
     """Takes all tiles into m, l and acc."""
     T: gl.constexpr = P.tile
     OPTIONS: gl.constexpr = P.options
@@ -72,15 +74,18 @@ def _attend(query, arrays, work, position, m, l, acc, shared, CONSUMER: gl.const
     scores = start_scores(query, shared, work.num_tiles, 0, CONSUMER, P, H)
     scores = warpgroup_mma_wait(0, deps=(scores,))
     mbarrier.arrive(empty_k(shared, 0, P), count=1)
-    m, l, weights, _ = weigh(scores, m, l, arrays, work, work.first_tile, position, True, P)
+    m, l, weights, _ = weigh(scores, m, l, arrays, work, holes, work.first_tile, position, True, P)
     state = (m, l, acc, as_operand(weights, dtype, P))
 
     begin = gl.maximum(work.begin_whole, 1)
+    end = gl.where(holes, begin, work.end_whole)
     if OPTIONS.sliding_window is not None:
-        state = _fold_tiles(state, 1, begin, query, arrays, work, position, shared, True, CONSUMER, P, H)
-    state = _fold_tiles(state, begin, work.end_whole, query, arrays, work, position, shared, False, CONSUMER, P, H)
-    begin = gl.maximum(work.end_whole, 1)
-    state = _fold_tiles(state, begin, work.num_tiles, query, arrays, work, position, shared, True, CONSUMER, P, H)
+        state = _fold_tiles(state, 1, begin, query, arrays, work, holes, position, shared, True, CONSUMER, P, H)
+    state = _fold_tiles(state, begin, end, query, arrays, work, holes, position, shared, False, CONSUMER, P, H)
+    begin = gl.maximum(end, begin)
+    state = _fold_tiles(
+        state, begin, work.num_tiles, query, arrays, work, holes, position, shared, True, CONSUMER, P, H
+    )
 
     m, l, acc, weights = state
     last = work.num_tiles - 1
@@ -92,8 +97,8 @@ def _attend(query, arrays, work, position, m, l, acc, shared, CONSUMER: gl.const
 
 
 @gluon.jit
-def _fold_tiles(state, begin, end, query, arrays, work, position, shared, MASKED: gl.constexpr, CONSUMER: gl.constexpr,
-                P: gl.constexpr, H: gl.constexpr):  # fmt: skip
+def _fold_tiles(state, begin, end, query, arrays, work, holes, position, shared, MASKED: gl.constexpr,
+                CONSUMER: gl.constexpr, P: gl.constexpr, H: gl.constexpr):  # fmt: skip
     """Takes tiles begin … end - 1 into m, l and acc, except for the last one's weights, which are in the state."""
     T: gl.constexpr = P.tile
     dtype: gl.constexpr = arrays.query_ptr.dtype.element_ty
@@ -108,7 +113,7 @@ def _fold_tiles(state, begin, end, query, arrays, work, position, shared, MASKED
         scores = warpgroup_mma_wait(1, deps=(scores,))
         mbarrier.arrive(empty_k(shared, stage, P), count=1)
 
-        m, l, new_weights, shrink = weigh(scores, m, l, arrays, work, work.first_tile + i, position, MASKED, P)
+        m, l, new_weights, shrink = weigh(scores, m, l, arrays, work, holes, work.first_tile + i, position, MASKED, P)
         acc, _ = warpgroup_mma_wait(0, deps=(acc, weights))  # whose registers are read until then
         mbarrier.arrive(empty_v(shared, before, P), count=1)
         state = (m, l, shrunk(acc, shrink, P), as_operand(new_weights, dtype, P))

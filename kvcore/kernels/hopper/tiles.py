@@ -12,6 +12,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma
 
 from ..address import head_offset
+from ..sequences import CHUNK, all_blocks_exist, cdiv
 from ..softmax import LOG2E, fold_logits, tanh
 from .shared import CONSUMERS
 
@@ -90,7 +91,16 @@ def start_scores(query, shared, i, stage, CONSUMER: gl.constexpr, P: gl.constexp
 
 
 @gluon.jit
-def weigh(scores, m, l, arrays, work, tile, position, MASKED: gl.constexpr, P: gl.constexpr):
+def has_holes(arrays, work, P: gl.constexpr):
+    """Whether a block table has entries, of positions that a row sees, that name no block."""
+    index: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    lanes = gl.arange(0, CHUNK, layout=index)
+    num_entries = cdiv(gl.maximum(work.limit, 0), P.block_size)
+    return all_blocks_exist(arrays.table_ptr, num_entries, arrays.num_blocks, lanes, P) == 0
+
+
+@gluon.jit
+def weigh(scores, m, l, arrays, work, holes, tile, position, MASKED: gl.constexpr, P: gl.constexpr):
     """Makes weights of the scores of a tile.
 
     Returns the new m and l, the weights, and what sums of older weights are to be multiplied by.
@@ -108,7 +118,7 @@ def weigh(scores, m, l, arrays, work, tile, position, MASKED: gl.constexpr, P: g
     if MASKED:
         n = tile * T.positions + gl.arange(0, T.positions, layout=gl.SliceLayout(0, products(T.positions)))
         logits = gl.where(seen_by(n, position, work, P), logits, float("-inf"))
-        if work.holes:
+        if holes:
             exists = n < work.limit
             block = gl.load(arrays.table_ptr + n // P.block_size * Q.table_step, mask=exists, other=-1)
             exists = (block >= 0) & (block < arrays.num_blocks)
