@@ -109,12 +109,12 @@ def weigh(scores, m, l, arrays, work, holes, tile, position, MASKED: gl.constexp
     OPTIONS: gl.constexpr = P.options
     T: gl.constexpr = P.tile
     SCALE: gl.constexpr = OPTIONS.scale * LOG2E if OPTIONS.scale >= 0 else -OPTIONS.scale * LOG2E
-    logits = scores
+    logits = scores  # without a cap, fold_logits scales them
+    if SCALE == 0:
+        logits = scores * SCALE
     if OPTIONS.soft_cap is not None:
         CAP: gl.constexpr = OPTIONS.soft_cap * LOG2E
-        logits = CAP * tanh(scores * (SCALE / CAP))
-    elif MASKED:
-        logits = scores * SCALE
+        logits = _cap(scores, SCALE, CAP)
     if MASKED:
         n = tile * T.positions + gl.arange(0, T.positions, layout=gl.SliceLayout(0, products(T.positions)))
         logits = gl.where(seen_by(n, position, work, P), logits, float("-inf"))
@@ -124,8 +124,22 @@ def weigh(scores, m, l, arrays, work, holes, tile, position, MASKED: gl.constexp
             exists = (block >= 0) & (block < arrays.num_blocks)
             logits = gl.where(exists[None, :], logits, float("-inf"))
     scale = gl.full([T.rows // CONSUMERS], SCALE, gl.float32, rows_of(T.positions))
-    SCALED: gl.constexpr = MASKED or OPTIONS.soft_cap is not None
+    # -inf times a scale of 0 would be NaN.
+    SCALED: gl.constexpr = SCALE == 0 or OPTIONS.soft_cap is not None
     return fold_logits(m, l, logits, scale, SCALED, MASKED, P.weight_bits)
+
+
+@gluon.jit
+def _cap(scores, SCALE: gl.constexpr, CAP: gl.constexpr):
+    """CAP * tanh(scores * SCALE / CAP): for small caps by two instructions of the unit that has exponentials, not by a
+    true division, and without the series near 0, as what cancels there is 2^-22 of a cap."""
+    if CAP > 256:
+        return CAP * tanh(scores * (SCALE / CAP))
+    down = gl.exp2(scores * (-2 * LOG2E * SCALE / CAP))
+    part = gl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [1 + down], dtype=gl.float32, is_pure=True, pack=1
+    )
+    return part * (2 * CAP) - CAP
 
 
 @gluon.jit
