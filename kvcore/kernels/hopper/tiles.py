@@ -16,6 +16,25 @@ from ..sequences import CHUNK, all_blocks_exist, cdiv
 from ..softmax import LOG2E, fold_logits, tanh
 from .shared import CONSUMERS
 
+_RECIPROCALS = gl.constexpr("""{
+    .reg .f32 a, b, c, d, ab, cd, all;
+    min.NaN.f32 a, $4, 0f4E800000;
+    min.NaN.f32 b, $5, 0f4E800000;
+    min.NaN.f32 c, $6, 0f4E800000;
+    min.NaN.f32 d, $7, 0f4E800000;
+    mul.f32 ab, a, b;
+    mul.f32 cd, c, d;
+    mul.f32 all, ab, cd;
+    rcp.approx.ftz.f32 all, all;
+    mul.f32 ab, ab, all;
+    mul.f32 cd, cd, all;
+    mul.f32 $0, b, cd;
+    mul.f32 $1, a, cd;
+    mul.f32 $2, d, ab;
+    mul.f32 $3, c, ab;
+}""")
+"""PTX of the reciprocals of four numbers from 1 on, of which one is computed. Those above 2^30 count as 2^30."""
+
 
 @gluon.constexpr_function
 def products(columns):
@@ -113,6 +132,9 @@ def weigh(scores, m, l, arrays, work, holes, tile, position, MASKED: gl.constexp
     if SCALE == 0:
         logits = scores * SCALE
     if OPTIONS.soft_cap is not None:
+        if MASKED:  # four elements share a reciprocal
+            n = tile * T.positions + gl.arange(0, T.positions, layout=gl.SliceLayout(0, products(T.positions)))
+            scores = gl.where(seen_by(n, position, work, P), scores, 0.0)
         CAP: gl.constexpr = OPTIONS.soft_cap * LOG2E
         logits = _cap(scores, SCALE, CAP)
     if MASKED:
@@ -131,13 +153,16 @@ def weigh(scores, m, l, arrays, work, holes, tile, position, MASKED: gl.constexp
 
 @gluon.jit
 def _cap(scores, SCALE: gl.constexpr, CAP: gl.constexpr):
-    """CAP * tanh(scores * SCALE / CAP): for small caps by two instructions of the unit that has exponentials, not by a
-    true division, and without the series near 0, as what cancels there is 2^-22 of a cap."""
+    """CAP * tanh(scores * SCALE / CAP), none of which may be NaN by what a row does not see.
+
+    Exponentials and reciprocals are few a cycle, and a softmax needs one exponential already. So four elements share a
+    reciprocal, and small caps go without the series near 0: what cancels there is 2^-22 of the cap.
+    """
     if CAP > 256:
         return CAP * tanh(scores * (SCALE / CAP))
-    down = gl.exp2(scores * (-2 * LOG2E * SCALE / CAP))
+    down = 1 + gl.exp2(scores * (-2 * LOG2E * SCALE / CAP))
     part = gl.inline_asm_elementwise(
-        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [1 + down], dtype=gl.float32, is_pure=True, pack=1
+        _RECIPROCALS, "=f,=f,=f,=f,f,f,f,f", [down], dtype=gl.float32, is_pure=True, pack=4
     )
     return part * (2 * CAP) - CAP
 
