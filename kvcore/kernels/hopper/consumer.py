@@ -114,9 +114,15 @@ def _fold_tiles(state, begin, end, query, arrays, work, holes, position, shared,
         mbarrier.arrive(empty_k(shared, stage, P), count=1)
 
         m, l, new_weights, shrink = weigh(scores, m, l, arrays, work, holes, work.first_tile + i, position, MASKED, P)
-        acc, _ = warpgroup_mma_wait(0, deps=(acc, weights))  # whose registers are read until then
+        new_weights = as_operand(new_weights, dtype, P)
+        if H.weights_first:
+            # ptxas would compute most weights after the product, which is to run beside them, but for a branch between
+            # them. Here that is the branch of a barrier that was waited for above.
+            mbarrier.wait(full_v(shared, before, P), ((i - 1) // T.stages) & 1)
+        # The old weights' registers are read until then.
+        acc, _, new_weights, l = warpgroup_mma_wait(0, deps=(acc, weights, new_weights, l))
         mbarrier.arrive(empty_v(shared, before, P), count=1)
-        state = (m, l, shrunk(acc, shrink, P), as_operand(new_weights, dtype, P))
+        state = (m, l, shrunk(acc, shrink, P), new_weights)
     return state
 
 
