@@ -9,7 +9,7 @@ from kvcore.plan.attention_constants import Tile
 from kvcore.plan.kernel import Descriptor, Target
 
 _HEADS = {  # head sizes of K and V: the tile, columns of a piece of K, whether query lies in shared memory
-    (64, 64): (Tile(128, 128, 2), 64, True),
+    (64, 64): (Tile(192, 128, 3), 64, True),
     (128, 128): (Tile(128, 128, 2), 128, True),
     (192, 128): (Tile(128, 128, 2), 64, True),
     (256, 256): (Tile(128, 64, 2), 64, True),
@@ -25,6 +25,7 @@ _LONGEST_STRIDE = 2**40
 class HopperConstants(NamedTuple):
     """Constants of `hopper_attention_kernel`, beside `AttentionConstants`."""
 
+    consumers: int  # warp groups that attend, with 64 rows each
     box: int  # positions that one copy takes: of one block, and a power of two
     piece: int  # columns of K that are multiplied at once
     pieces: int  # of a head of K
@@ -68,6 +69,7 @@ def plan_hopper(call: Attention, target: Target) -> HopperPlan | None:
         sides.append(side)
     (k_origin, key_box), (v_origin, value_box) = sides
     constants = HopperConstants(
+        consumers=tile.rows // 64,
         box=box,
         piece=piece,
         pieces=call.query.shape[2] // piece,

@@ -1,18 +1,18 @@
 """Attention of many query rows over a paged KV cache, for Hopper: K and V by TMA, products by wgmma, in Gluon.
 
-A program takes 128 query rows of one sequence that share a KV head, as `paged_attention_kernel` does with its widest
-tiles, and gives the same meaning to every argument. Its warps have three kinds of work:
+A program takes 128 or 192 query rows of one sequence that share a KV head, as `paged_attention_kernel` does with its
+widest tiles, and gives the same meaning to every argument. Its warps have three kinds of work:
 
     producer     1 warp: copies tiles of K and V into shared memory, a box of positions at a time    producer.py
-    consumers    2 × 4 warps: 64 rows each; scores, weights, sums                                    consumer.py
+    consumers    2 or 3 × 4 warps: 64 rows each; scores, weights, sums                                    consumer.py
                  … and again, where a value is infinite or NaN that only some rows see               careful.py
 
 Shared memory, for stages s = 0 … STAGES - 1; W is H.piece, the columns of K that one product takes:
 
     k_tiles  [STAGES * pieces, POSITIONS, W]     K of a tile; stage s has pieces s·pieces … + pieces - 1
     v_tiles  [STAGES, POSITIONS, head_size_v]    V of a tile
-    q_rows   [2 * pieces, 64, W]                 of each consumer, where its registers have no room for them
-    barriers [4 * STAGES + 3]                    full_k, full_v, empty_k, empty_v of each stage; landed; copied, twice
+    q_rows   [consumers * pieces, 64, W]         of each consumer, where its registers have no room for them
+    barriers [4 * STAGES + 1 + consumers]        full_k, full_v, empty_k, empty_v of each stage; landed; copied, of each
 
 A box is the largest power of two of positions that lie in one block and fit in a tile. What does not exist (past the
 end, before the window, in a hole of the block table) is a box outside the cache: TMA fills it with zeros.
@@ -28,7 +28,7 @@ from triton.experimental.gluon import language as gl
 from ..sequences import CHUNK, cdiv, find_rows, find_span
 from .consumer import consume
 from .producer import produce
-from .shared import CONSUMER_REGISTERS, CONSUMERS, PRODUCER_REGISTERS, Shared, make_barriers, shared_layout
+from .shared import Shared, make_barriers, shared_layout
 
 
 class Arrays(NamedTuple):
@@ -78,7 +78,7 @@ def hopper_attention_kernel(
     P: gl.constexpr,      # kvcore.plan.attention_constants.AttentionConstants
     H: gl.constexpr,      # kvcore.plan.hopper.HopperConstants
 ):  # fmt: skip
-    """Attention of 128 query rows over one split of the positions."""
+    """Attention of a tile of query rows over one split of the positions."""
     T: gl.constexpr = P.tile
     Q: gl.constexpr = P.query
     index: gl.constexpr = gl.BlockedLayout([8], [32], [gl.num_warps()], [0])
@@ -94,15 +94,28 @@ def hopper_attention_kernel(
         work = _find_work(rows, span, P, T)
         arrays = Arrays(query_ptr, sinks_ptr, table_ptr, num_blocks, layer_id, out_ptr, lse_ptr)
         shared = _allocate(key_cache_ptr.dtype, P, H)
-        gl.warp_specialize(
-            [
-                (consume, (arrays, rows, work, key_cache_ptr, value_cache_ptr, shared, 0, P, H)),
-                (consume, (arrays, rows, work, key_cache_ptr, value_cache_ptr, shared, 1, P, H)),
-                (produce, (arrays, rows.head, work, key_cache_ptr, value_cache_ptr, shared, P, H)),
-            ],
-            [4, 1],
-            [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
-        )
+        # Then come warps, and registers of a thread, of the parts but the first, which has 4 warps and what is left.
+        if H.consumers == 2:
+            gl.warp_specialize(
+                [
+                    (consume, (arrays, rows, work, key_cache_ptr, value_cache_ptr, shared, 0, P, H)),
+                    (consume, (arrays, rows, work, key_cache_ptr, value_cache_ptr, shared, 1, P, H)),
+                    (produce, (arrays, rows.head, work, key_cache_ptr, value_cache_ptr, shared, P, H)),
+                ],
+                [4, 1],
+                [240, 24],
+            )
+        else:
+            gl.warp_specialize(
+                [
+                    (consume, (arrays, rows, work, key_cache_ptr, value_cache_ptr, shared, 0, P, H)),
+                    (consume, (arrays, rows, work, key_cache_ptr, value_cache_ptr, shared, 1, P, H)),
+                    (consume, (arrays, rows, work, key_cache_ptr, value_cache_ptr, shared, 2, P, H)),
+                    (produce, (arrays, rows.head, work, key_cache_ptr, value_cache_ptr, shared, P, H)),
+                ],
+                [4, 4, 1],
+                [160, 160, 32],
+            )
 
 
 @gluon.jit
@@ -148,6 +161,6 @@ def _allocate(dtype: gl.constexpr, P: gl.constexpr, H: gl.constexpr):
     v_tiles = gl.allocate_shared_memory(dtype, [T.stages, T.positions, V.main], shared_layout(V.main))
     q_rows = None
     if H.query_in_shared:
-        ROWS: gl.constexpr = T.rows // CONSUMERS
-        q_rows = gl.allocate_shared_memory(dtype, [CONSUMERS * H.pieces, ROWS, H.piece], shared_layout(H.piece))
-    return Shared(k_tiles, v_tiles, q_rows, make_barriers(P))
+        ROWS: gl.constexpr = T.rows // H.consumers
+        q_rows = gl.allocate_shared_memory(dtype, [H.consumers * H.pieces, ROWS, H.piece], shared_layout(H.piece))
+    return Shared(k_tiles, v_tiles, q_rows, make_barriers(P, H))

@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..reduce import total
-from .shared import CONSUMERS, copied, empty_k, empty_v, expect_tile, load_keys, load_values
+from .shared import copied, empty_k, empty_v, expect_tile, load_keys, load_values
 from .tiles import as_operand, products, rows_of, shrunk, start_scores, weigh
 
 
@@ -25,7 +25,7 @@ def attend_carefully(query, arrays, head, work, holes, position, k_desc, v_desc,
     """The running maximum, the normalizer and the sums of 64 rows, as `consumer._attend` gives them."""
     T: gl.constexpr = P.tile
     V: gl.constexpr = P.v
-    ROWS: gl.constexpr = T.rows // CONSUMERS
+    ROWS: gl.constexpr = T.rows // H.consumers
     dtype: gl.constexpr = arrays.query_ptr.dtype.element_ty
     m = gl.full([ROWS], float("-inf"), gl.float32, rows_of(T.positions))
     l = gl.full([ROWS], 0.0, gl.float32, rows_of(T.positions))

@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 from ..reduce import total
 from ..softmax import LN2, finish
 from .careful import attend_carefully
-from .shared import CONSUMERS, empty_k, empty_v, full_k, full_v
+from .shared import empty_k, empty_v, full_k, full_v
 from .tiles import as_operand, has_holes, load_query, products, rows_of, shrunk, start_scores, weigh
 
 
@@ -27,7 +27,7 @@ def consume(arrays, rows, work, k_desc, v_desc, shared, CONSUMER: gl.constexpr, 
     T: gl.constexpr = P.tile
     Q: gl.constexpr = P.query
     V: gl.constexpr = P.v
-    ROWS: gl.constexpr = T.rows // CONSUMERS
+    ROWS: gl.constexpr = T.rows // H.consumers
     first_row = rows.first + CONSUMER * ROWS
     if first_row < rows.length * Q.q_per_kv:
         m = gl.full([ROWS], float("-inf"), gl.float32, rows_of(T.positions))
@@ -114,7 +114,8 @@ def _fold_tiles(state, begin, end, query, arrays, work, holes, position, shared,
         mbarrier.arrive(empty_k(shared, stage, P), count=1)
 
         m, l, new_weights, shrink = weigh(scores, m, l, arrays, work, holes, work.first_tile + i, position, MASKED, P)
-        new_weights = as_operand(new_weights, dtype, P)
+        if H.consumers == 2:  # three have no registers for new weights beside the old ones
+            new_weights = as_operand(new_weights, dtype, P)
         if H.weights_first:
             # ptxas would compute most weights after the product, which is to run beside them, but for a branch between
             # them. Here that is the branch of a barrier that was waited for above.
@@ -122,6 +123,8 @@ def _fold_tiles(state, begin, end, query, arrays, work, holes, position, shared,
         # The old weights' registers are read until then.
         acc, _, new_weights, l = warpgroup_mma_wait(0, deps=(acc, weights, new_weights, l))
         mbarrier.arrive(empty_v(shared, before, P), count=1)
+        if H.consumers > 2:
+            new_weights = as_operand(new_weights, dtype, P)
         state = (m, l, shrunk(acc, shrink, P), new_weights)
     return state
 
@@ -129,12 +132,11 @@ def _fold_tiles(state, begin, end, query, arrays, work, holes, position, shared,
 @gluon.jit
 def _store_result(arrays, rows, first_row, m, l, acc, P: gl.constexpr):
     """Stores the result of rows, or their partial result, and the logarithm of their normalizers."""
-    T: gl.constexpr = P.tile
     Q: gl.constexpr = P.query
     V: gl.constexpr = P.v
     m = gl.convert_layout(m, rows_of(V.main))
     l = gl.convert_layout(l, rows_of(V.main))
-    row = first_row + gl.arange(0, T.rows // CONSUMERS, layout=rows_of(V.main))
+    row = first_row + gl.arange(0, m.shape[0], layout=rows_of(V.main))
     inside = row < rows.length * Q.q_per_kv
     token = row // Q.q_per_kv
     q_head = rows.head * Q.q_per_kv + row % Q.q_per_kv

@@ -10,7 +10,7 @@ from .shared import empty_k, empty_v, expect_tile, full_k, full_v, landed, load_
 
 @gluon.jit
 def produce(arrays, head, work, k_desc, v_desc, shared, P: gl.constexpr, H: gl.constexpr):
-    """Fills stages with tiles of K and V, each as soon as both consumers have used what was there."""
+    """Fills stages with tiles of K and V, each as soon as all consumers have used what was there."""
     T: gl.constexpr = P.tile
     V: gl.constexpr = P.v
     mended = 0

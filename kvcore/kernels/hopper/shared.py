@@ -6,10 +6,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-CONSUMERS = gl.constexpr(2)
-CONSUMER_REGISTERS = gl.constexpr(240)  # of a thread
-PRODUCER_REGISTERS = gl.constexpr(24)
-
 
 class Shared(NamedTuple):
     """See `attention.py`."""
@@ -21,14 +17,14 @@ class Shared(NamedTuple):
 
 
 @gluon.jit
-def make_barriers(P: gl.constexpr):
+def make_barriers(P: gl.constexpr, H: gl.constexpr):
     """Barriers that nothing has arrived at yet."""
     STAGES: gl.constexpr = P.tile.stages
-    NUMBER: gl.constexpr = 4 * STAGES + 1 + CONSUMERS
+    NUMBER: gl.constexpr = 4 * STAGES + 1 + H.consumers
     barriers = gl.allocate_shared_memory(gl.int64, [NUMBER, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(NUMBER):
         if i >= 2 * STAGES and i < 4 * STAGES:
-            mbarrier.init(barriers.index(i), count=CONSUMERS)
+            mbarrier.init(barriers.index(i), count=H.consumers)
         else:
             mbarrier.init(barriers.index(i), count=1)
     return barriers
@@ -48,13 +44,13 @@ def full_v(shared, stage, P: gl.constexpr):
 
 @gluon.jit
 def empty_k(shared, stage, P: gl.constexpr):
-    """Ends a phase when both consumers have used K of a stage."""
+    """Ends a phase when all consumers have used K of a stage."""
     return shared.barriers.index(2 * P.tile.stages + stage)
 
 
 @gluon.jit
 def empty_v(shared, stage, P: gl.constexpr):
-    """Ends a phase when both consumers have used V of a stage."""
+    """Ends a phase when all consumers have used V of a stage."""
     return shared.barriers.index(3 * P.tile.stages + stage)
 
 

@@ -14,7 +14,6 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from ..address import head_offset
 from ..sequences import CHUNK, all_blocks_exist, cdiv
 from ..softmax import LOG2E, fold_logits, tanh
-from .shared import CONSUMERS
 
 _RECIPROCALS = gl.constexpr("""{
     .reg .f32 a, b, c, d, ab, cd, all;
@@ -84,7 +83,7 @@ def _load_piece(arrays, rows, first_row, PIECE: gl.constexpr, layout: gl.constex
     Q: gl.constexpr = P.query
     OPTIONS: gl.constexpr = P.options
     T: gl.constexpr = P.tile
-    row = first_row + gl.arange(0, T.rows // CONSUMERS, layout=gl.SliceLayout(1, layout))
+    row = first_row + gl.arange(0, T.rows // H.consumers, layout=gl.SliceLayout(1, layout))
     dim = PIECE * H.piece + gl.arange(0, H.piece, layout=gl.SliceLayout(0, layout))
     offset = row_offsets(rows, row, Q)[:, None] + dim[None, :] * Q.dim_stride
     q = gl.load(arrays.query_ptr + offset, mask=(row < rows.length * Q.q_per_kv)[:, None], other=0)
@@ -97,7 +96,7 @@ def _load_piece(arrays, rows, first_row, PIECE: gl.constexpr, layout: gl.constex
 def start_scores(query, shared, i, stage, CONSUMER: gl.constexpr, P: gl.constexpr, H: gl.constexpr):
     """Issues the product of query with K of tile i, which is in a stage."""
     T: gl.constexpr = P.tile
-    scores = gl.zeros([T.rows // CONSUMERS, T.positions], gl.float32, products(T.positions))
+    scores = gl.zeros([T.rows // H.consumers, T.positions], gl.float32, products(T.positions))
     for piece in gl.static_range(H.pieces):
         if H.query_in_shared:
             # i >> 30 is 0, but the compiler does not know: else it would keep descriptors of all of query in registers.
@@ -145,7 +144,7 @@ def weigh(scores, m, l, arrays, work, holes, tile, position, MASKED: gl.constexp
             block = gl.load(arrays.table_ptr + n // P.block_size * Q.table_step, mask=exists, other=-1)
             exists = (block >= 0) & (block < arrays.num_blocks)
             logits = gl.where(exists[None, :], logits, float("-inf"))
-    scale = gl.full([T.rows // CONSUMERS], SCALE, gl.float32, rows_of(T.positions))
+    scale = gl.full([m.shape[0]], SCALE, gl.float32, rows_of(T.positions))
     # -inf times a scale of 0 would be NaN.
     SCALED: gl.constexpr = SCALE == 0 or OPTIONS.soft_cap is not None
     return fold_logits(m, l, logits, scale, SCALED, MASKED, P.weight_bits)
