@@ -31,6 +31,7 @@ class HopperConstants(NamedTuple):
     pieces: int  # of a head of K
     query_in_shared: bool  # whether query lies in shared memory, not in registers
     weights_first: bool  # whether a tile's weights must be there before the last one's product with V is waited for
+    turns: bool  # whether consumers issue products by turns
     layered: bool  # whether descriptors have an axis of layers
     k_origin: tuple[int, int, int, int, int]  # coordinates of K's first element: layer, block, head, slot, dim
     v_origin: tuple[int, int, int, int, int]
@@ -75,6 +76,7 @@ def plan_hopper(call: Attention, target: Target) -> HopperPlan | None:
         pieces=call.query.shape[2] // piece,
         query_in_shared=query_in_shared,
         weights_first=True,
+        turns=False,
         layered=extents.num_layers is not None,
         k_origin=k_origin,
         v_origin=v_origin,

@@ -7,6 +7,8 @@ The product of weights with V of a tile runs while the weights of the next one a
     weights of tile i         while that product runs
     sums of tile i - 1        arrive; V's stage is free; they shrink to the new running maximum
 
+With H.turns, consumers issue products by turns, so that one's run while the others compute weights.
+
 The first tile is taken with masks, whether it needs them or not; of the others, only those that do.
 """
 
@@ -17,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 from ..reduce import total
 from ..softmax import LN2, finish
 from .careful import attend_carefully
-from .shared import empty_k, empty_v, full_k, full_v
+from .shared import empty_k, empty_v, full_k, full_v, give_turn, take_turn
 from .tiles import as_operand, has_holes, load_query, products, rows_of, shrunk, start_scores, weigh
 
 
@@ -47,16 +49,18 @@ def consume(arrays, rows, work, k_desc, v_desc, shared, CONSUMER: gl.constexpr, 
                     )
         _store_result(arrays, rows, first_row, m, l, acc, P)
     else:
-        _use_nothing(work, shared, P)
+        _use_nothing(work, shared, CONSUMER, P, H)
 
 
 @gluon.jit
-def _use_nothing(work, shared, P: gl.constexpr):
-    """Leaves all stages to the other consumer."""
+def _use_nothing(work, shared, CONSUMER: gl.constexpr, P: gl.constexpr, H: gl.constexpr):
+    """Leaves all stages to the other consumers."""
     T: gl.constexpr = P.tile
     for i in range(work.num_tiles):
         stage = i % T.stages
         phase = (i // T.stages) & 1
+        take_turn(CONSUMER, H)
+        give_turn(CONSUMER, H)
         mbarrier.wait(full_k(shared, stage, P), phase)
         mbarrier.arrive(empty_k(shared, stage, P), count=1)
         mbarrier.wait(full_v(shared, stage, P), phase)
@@ -71,7 +75,10 @@ def _attend(query, arrays, work, holes, position, m, l, acc, shared, CONSUMER: g
     OPTIONS: gl.constexpr = P.options
     dtype: gl.constexpr = arrays.query_ptr.dtype.element_ty
     mbarrier.wait(full_k(shared, 0, P), 0)
+    if CONSUMER > 0:
+        take_turn(CONSUMER, H)
     scores = start_scores(query, shared, work.num_tiles, 0, CONSUMER, P, H)
+    give_turn(CONSUMER, H)
     scores = warpgroup_mma_wait(0, deps=(scores,))
     mbarrier.arrive(empty_k(shared, 0, P), count=1)
     m, l, weights, _ = weigh(scores, m, l, arrays, work, holes, work.first_tile, position, True, P)
@@ -89,6 +96,8 @@ def _attend(query, arrays, work, holes, position, m, l, acc, shared, CONSUMER: g
 
     m, l, acc, weights = state
     last = work.num_tiles - 1
+    if CONSUMER == 0:  # so that there are as many turns as were given
+        take_turn(CONSUMER, H)
     mbarrier.wait(full_v(shared, last % T.stages, P), (last // T.stages) & 1)
     acc = warpgroup_mma(weights, shared.v_tiles.index(last % T.stages), acc, is_async=True)
     acc, _ = warpgroup_mma_wait(0, deps=(acc, weights))
@@ -107,9 +116,11 @@ def _fold_tiles(state, begin, end, query, arrays, work, holes, position, shared,
         stage = i % T.stages
         before = (i - 1) % T.stages
         mbarrier.wait(full_k(shared, stage, P), (i // T.stages) & 1)
+        take_turn(CONSUMER, H)
         scores = start_scores(query, shared, i, stage, CONSUMER, P, H)
         mbarrier.wait(full_v(shared, before, P), ((i - 1) // T.stages) & 1)
         acc = warpgroup_mma(weights, shared.v_tiles.index(before), acc, is_async=True)
+        give_turn(CONSUMER, H)
         scores = warpgroup_mma_wait(1, deps=(scores,))
         mbarrier.arrive(empty_k(shared, stage, P), count=1)
 

@@ -121,3 +121,28 @@ def expect_tile(barrier, COLUMNS: gl.constexpr, P: gl.constexpr):
     """Has a barrier wait for a tile of 16-bit elements. Boxes outside the cache arrive, too."""
     T: gl.constexpr = P.tile
     mbarrier.expect(barrier, T.positions * COLUMNS * 2)
+
+
+@gluon.jit
+def take_turn(CONSUMER: gl.constexpr, H: gl.constexpr):
+    """Waits until the consumer before this one has issued its products."""
+    if H.turns:
+        _barrier("bar.sync", CONSUMER, H)
+
+
+@gluon.jit
+def give_turn(CONSUMER: gl.constexpr, H: gl.constexpr):
+    """Lets the next consumer issue its products."""
+    if H.turns:
+        _barrier("bar.arrive", (CONSUMER + 1) % H.consumers, H)
+
+
+@gluon.jit
+def _barrier(INSTRUCTION: gl.constexpr, TURN: gl.constexpr, H: gl.constexpr):
+    """At a barrier in hardware that Triton uses none of: it counts from 0. The instruction's result is of no use."""
+    gl.inline_asm_elementwise(_at_barrier(INSTRUCTION, TURN), "=r,r", [0], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.constexpr_function
+def _at_barrier(instruction, turn):
+    return f"{instruction} {15 - turn}, 256; mov.u32 $0, $1;"
