@@ -11,9 +11,9 @@ from kvcore.plan.attention import POINTERS, plan_attention
 from kvcore.run.compiler import compile_kernel, has_gluon
 from tests.cases.hopper import H100, HEADS, is_for_hopper, prefill
 
-SPILLED = {(192, 128): 512, (256, 256): 2048}
+SPILLED = {(64, 64): 1024, (192, 128): 512, (256, 256): 2048}
 """Bytes of registers that a thread may spill, by head sizes: most of them in the way that is taken once infinite or NaN
-values were met. Others: 64."""
+values were met. Others: 256."""
 
 
 def compile_prefill(**options):
@@ -45,10 +45,11 @@ def test_heads(head_sizes, tmp_path):
     ptx = kernel.asm["ptx"]
     assert "wgmma.mma_async.sync.aligned.m64" in ptx
     assert "cp.async.bulk.tensor.4d" in ptx
-    assert kernel.metadata.num_warps == 12  # two consumers of 4, a producer of 1, and what fills its group
+    consumers = 3 if head_sizes == (64, 64) else 2
+    assert kernel.metadata.num_warps == 4 * consumers + 4  # those, a producer of 1, and what fills its group
     assert kernel.metadata.shared <= 227 * 1024
     assert kernel.metadata.global_scratch_size == 0  # descriptors come from the host
-    assert spilled(kernel, tmp_path) <= SPILLED.get(head_sizes, 64)
+    assert spilled(kernel, tmp_path) <= SPILLED.get(head_sizes, 256)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +63,7 @@ def test_heads(head_sizes, tmp_path):
 def test_meanings(options, tmp_path):
     kernel = compile_prefill(**options)
     assert f"cp.async.bulk.tensor.{5 if 'layers' in options else 4}d" in kernel.asm["ptx"]
-    assert spilled(kernel, tmp_path) <= 64
+    assert spilled(kernel, tmp_path) <= 256
 
 
 def test_gluon_is_there():
