@@ -1,6 +1,6 @@
 """Merge the partial results of splits into the result of attention.
 
-A program takes one query head of one token: `row = token * NUM_HEADS + query head`.
+A program takes COLUMNS elements of one query head of one token: `row = token * NUM_HEADS + query head`.
 """
 
 import triton
@@ -25,11 +25,11 @@ def merge_attention_kernel(
     OUT: tl.constexpr,          # kvcore.formats.FloatFormat to round to with integers; None: the target's cast is good
     PARTS: tl.constexpr,        # tiles of partial results that are loaded before the first is used
     LANES: tl.constexpr,        # partial results of a tile
-    COLUMNS: tl.constexpr,      # a power of two that covers a head
+    COLUMNS: tl.constexpr,      # elements of a head that a program takes, a power of two
 ):  # fmt: skip
     """The average of a row's partial results, weighted by their normalizers."""
     row = tl.program_id(0).to(tl.int64)
-    dim = tl.arange(0, COLUMNS)
+    dim = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     in_head = dim < HEAD_SIZE
     m = tl.full([1], float("-inf"), tl.float32)
     l = tl.full([1], 0.0, tl.float32)
@@ -69,5 +69,5 @@ def merge_attention_kernel(
     if sinks_ptr is not None:
         sink = tl.load(sinks_ptr + (row % NUM_HEADS) * SINK_STRIDE + tl.arange(0, 1))
     factor, log = finish(m, l, sink)
-    tl.store(lse_ptr + row + tl.arange(0, 1), log * LN2)
+    tl.store(lse_ptr + row + tl.arange(0, 1), log * LN2, mask=tl.program_id(1) == 0)
     store_rounded(out_ptr + row * HEAD_SIZE + dim, acc * factor, in_head, OUT)

@@ -8,7 +8,7 @@ from kvcore.arrays import ArraySpec
 from kvcore.contract.read import Attention
 from kvcore.formats import BFLOAT16, DS_MLA_ROPE, FLOAT16, FLOAT32, FLOATS, FP8_DS_MLA, NVFP4, FloatFormat
 from kvcore.plan.attention_constants import AttentionConstants, CacheRows, QueryRows, Tile, cache_rows, choose_word
-from kvcore.plan.attention_tile import choose_heads, choose_splits, choose_tile, cover, many_rows
+from kvcore.plan.attention_tile import balance_splits, choose_heads, choose_splits, choose_tile, cover, many_rows
 from kvcore.plan.hopper import plan_hopper
 from kvcore.plan.kernel import KernelPlan, Target, has_e4m3
 from kvcore.plan.rows import power_of_two, scale_rows
@@ -141,7 +141,8 @@ def plan_attention(
         row_tiles = num_seqs * -(-q_per_kv // tile.rows)
     programs = row_tiles * extents.num_heads
     min_tiles = max(1, choice.positions // tile.positions)
-    splits = choose_splits(call, choice, target)
+    balanced = hopper is not None and call.cache.layout.latent
+    splits = balance_splits(call, choice, target) if balanced else choose_splits(call, choice, target)
     options = dict(_FUSED)
     if tile.rows == 128 and warps == 8 and compute.bits == 16 and target.backend == "cuda":
         options["maxnreg"] = 128  # so that two programs fit on a multiprocessor
@@ -155,17 +156,17 @@ def plan_attention(
         options=options,
         descriptors={} if hopper is None else hopper.descriptors,
     )
-    return AttentionPlan(attend, (programs, splits, 1), splits, _merge(call, target, splits), (tokens * q_heads, 1, 1))
+    merge = _merge(call, target, splits)
+    merge_grid = (tokens * q_heads, -(-call.cache.head_size_v // merge.constexprs["COLUMNS"]), 1)
+    return AttentionPlan(attend, (programs, splits, 1), splits, merge, merge_grid)
 
 
 def _merge(call: Attention, target: Target, splits: int) -> KernelPlan:
     """The kernel that merges partial results."""
-    columns = power_of_two(call.cache.head_size_v)
-    if columns > 128:
-        lanes, parts = 16, 1
-    else:  # all of up to 64 are loaded at once; sums of warps are added only where there are many
-        lanes = 1 if splits <= 16 else 4
-        parts = min(16, power_of_two(-(-splits // lanes)))
+    columns = min(power_of_two(call.cache.head_size_v), 128)
+    # All of up to 64 are loaded at once; sums of warps are added only where there are many.
+    lanes = 1 if splits <= 16 else 4
+    parts = min(16, power_of_two(-(-splits // lanes)))
     return KernelPlan(
         module="merge",
         name="merge_attention_kernel",

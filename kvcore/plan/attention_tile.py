@@ -149,6 +149,27 @@ def choose_splits(call: Attention, choice: TileChoice, target: Target) -> int:
     return max(1, min(wanted // max(count_programs(call, choice.tile.rows), 1), most))
 
 
+_START_TILES = 2
+"""Tiles that a program of the MLA kernel for Hopper could take in the time that it needs to start and to end."""
+
+_PART_TILES = 1
+"""Tiles that it could take in the time that its partial result needs to be written, and to be merged."""
+
+
+def balance_splits(call: Attention, choice: TileChoice, target: Target) -> int:
+    """Splits of the positions that leave no multiprocessor idle for long, where each has one program at a time."""
+    longest = call.block_tables.shape[1] * call.cache.extents.block_size
+    tiles = -(-longest // choice.tile.positions)
+    programs, multiprocessors = count_programs(call, choice.tile.rows), _multiprocessors(target)
+    most = max(1, min(-(-longest // max(choice.positions, choice.tile.positions)), multiprocessors))
+
+    def duration(splits: int) -> int:
+        turns = -(-programs * splits // multiprocessors)
+        return turns * (-(-tiles // splits) + _START_TILES + _PART_TILES * (splits > 1))
+
+    return min(range(1, most + 1), key=duration)
+
+
 def cover(words: int) -> tuple[int, int]:
     """The powers of two that cover a head of K: the main one, and the rest where a second one saves columns, or 0."""
     whole = max(16, power_of_two(words))

@@ -69,7 +69,7 @@ def _take_infinite(acc, values, arrays, work, tile, position, P: gl.constexpr):
         v = values.gather(index, axis=0)
         infinite = ~(gl.abs(v.to(gl.float32)) < float("inf"))
         if total(total(infinite.to(gl.int32), 1), 0) > 0:
-            seen = _sees(tile * T.positions + place, position, arrays, work, P)
+            seen = sees(tile * T.positions + place, position, arrays, work, P)
             acc = gl.where(seen[:, None] & infinite, acc + v.to(gl.float32), acc)
             gl.barrier()  # all have read it
             values.scatter(gl.where(infinite, gl.zeros_like(v), v), index, axis=0)
@@ -77,7 +77,7 @@ def _take_infinite(acc, values, arrays, work, tile, position, P: gl.constexpr):
 
 
 @gluon.jit
-def _sees(n, position, arrays, work, P: gl.constexpr):
+def sees(n, position, arrays, work, P: gl.constexpr):
     """Which rows see position n, `[64]`."""
     Q: gl.constexpr = P.query
     OPTIONS: gl.constexpr = P.options

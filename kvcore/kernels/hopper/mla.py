@@ -4,10 +4,10 @@ A head of K has 576 elements, of which the first 512 are V and the last 64 rotar
 that many heads, for all share the one KV head. Their sums, 64 × 512, fill the registers of two warpgroups, so each has
 a half of the columns. Positions are taken two blocks of 64 at a time, and each warpgroup makes weights of one of them:
 
-    producer   1 warp: copies blocks of K into shared memory, a box of positions at a time    mla_producer.py
-    left       4 warps: weights of the first block;  columns 0 … 255 of V, of both blocks     mla_consumer.py
-    right      4 warps: weights of the second block; columns 256 … 511 of V, of both blocks   mla_consumer.py
-               … and again, where a value is infinite or NaN that only some rows see          mla_careful.py
+    producers  2 × 1 warp: copy blocks of K into shared memory, a box of positions at a time   mla_producer.py
+    left       4 warps: weights of the first block;  columns 0 … 255 of V, of both blocks      mla_consumer.py
+    right      4 warps: weights of the second block; columns 256 … 511 of V, of both blocks    mla_consumer.py
+               … and again, where a value is infinite or NaN that only some rows see           mla_careful.py
 
 Shared memory; s = 0, 1 is the block of a pair:
 
@@ -73,8 +73,9 @@ def hopper_mla_kernel(
             [
                 (attend_left, (arrays, rows, work, key_cache_ptr, shared, P, H)),
                 (attend_right, (arrays, rows, work, key_cache_ptr, shared, P, H)),
-                (produce, (arrays, work, key_cache_ptr, shared, P, H)),
+                (produce, (arrays, work, key_cache_ptr, shared, 0, P, H)),
+                (produce, (arrays, work, key_cache_ptr, shared, 1, P, H)),
             ],
-            [4, 1],
-            [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+            [4, 1, 1],
+            [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],
         )

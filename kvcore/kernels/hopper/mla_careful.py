@@ -14,7 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..reduce import total
-from .careful import _sees
+from .careful import sees
 from .mla_shared import BLOCK, CHUNKS, HALF, ROWS, copied, empty, expect_chunks, load_chunk
 from .mla_tiles import shrunk, start_scores, weigh
 from .tiles import operands, products, rows_of
@@ -47,7 +47,7 @@ def attend_carefully(arrays, work, holes, position, desc, shared, SIDE: gl.const
             scores = warpgroup_mma_wait(0, deps=(scores,))
             m, l, weights, shrink = weigh(scores, m, l, arrays, work, holes, i, S, position, P)
             acc = gl.where(gl.abs(acc) < float("inf"), shrunk(acc, shrink), acc)
-            acc = _take_infinite(acc, values, arrays, work, begin, position, P)
+            acc = _take_infinite(acc, weights, values, arrays, work, begin, position, P)
             weights = gl.convert_layout(weights.to(values.dtype), operands(HALF))
             fence_async_shared()
             gl.barrier()
@@ -57,17 +57,23 @@ def attend_carefully(arrays, work, holes, position, desc, shared, SIDE: gl.const
 
 
 @gluon.jit
-def _take_infinite(acc, values, arrays, work, begin, position, P: gl.constexpr):
-    """Adds what is not finite to the sums of the rows that see it, and clears it in shared memory."""
+def _take_infinite(acc, weights, values, arrays, work, begin, position, P: gl.constexpr):
+    """Adds what is not finite to the sums of the rows that see it, and clears it in shared memory.
+
+    Such a value is a part of K, too: its weight may be 0, and then the sum is NaN.
+    """
     position = gl.convert_layout(position, rows_of(HALF))
+    column = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, products(BLOCK)))
     for place in range(BLOCK):
         # In the layout of sums, [1, HALF]: each thread has its columns.
         index = gl.full([HALF], place, gl.int32, gl.SliceLayout(0, products(HALF)))[None, :]
         v = values.gather(index, axis=0)
         infinite = ~(gl.abs(v.to(gl.float32)) < float("inf"))
         if total(total(infinite.to(gl.int32), 1), 0) > 0:
-            seen = _sees(begin + place, position, arrays, work, P)
-            acc = gl.where(seen[:, None] & infinite, acc + v.to(gl.float32), acc)
+            seen = sees(begin + place, position, arrays, work, P)
+            weight = total(gl.where((column == place)[None, :], weights, 0.0), 1)
+            weight = gl.convert_layout(weight, rows_of(HALF))[:, None]
+            acc = gl.where(seen[:, None] & infinite, acc + weight * v.to(gl.float32), acc)
             gl.barrier()  # all have read it
             values.scatter(gl.where(infinite, gl.zeros_like(v), v), index, axis=0)
     return acc

@@ -2,13 +2,14 @@
 
 What each does with a pair of blocks, 0 and 1; the running maximum goes from left to right to left:
 
-    left                                             right
-    weights of block 0 and their maximum  ────────►  sums shrink; + weights of block 0 · V of block 0
-    sums shrink; + weights of block 0 · V of block 0 weights of block 1, meanwhile
-                                          ◄────────  … and their maximum
-    sums shrink; + weights of block 1 · V of block 1 sums shrink; + weights of block 1 · V of block 1
-    scores of the next block 0, meanwhile            scores of the next block 1, meanwhile
+    left                                                  right
+    scores of block 0                                     scores of block 1
+    weights of block 0, and their maximum        ──────►  sums shrink; + weights of block 0 · V of block 0,
+    sums shrink; + weights of block 0 · V of block 0      meanwhile weights of block 1
+                                                 ◄──────  … and their maximum
+    sums shrink; + weights of block 1 · V of block 1      sums shrink; + weights of block 1 · V of block 1
 
+Each half of a block is given back as soon as it was multiplied: what the pipeline waits for is the copy of the next one.
 A warpgroup multiplies its own weights from registers, and the other's from shared memory.
 """
 
@@ -25,12 +26,8 @@ from ..reduce import total
 from ..softmax import LN2, finish, origin_of
 from .mla_careful import attend_carefully
 from .mla_shared import BLOCK, CHUNK, CHUNKS, HALF, ROWS, chunk, empty, query_loaded, summed, weighed
-from .mla_tiles import add_products, shrunk, start_scores, weigh
+from .mla_tiles import shrunk, start_scores, weigh
 from .tiles import has_holes, operands, products, row_offsets, rows_of
-
-import os as _os
-ORDER = gl.constexpr(int(_os.environ.get("ORDER", "1")))
-EARLY = gl.constexpr(int(_os.environ.get("EARLY", "1")))
 
 
 @gluon.jit
@@ -41,19 +38,8 @@ def attend_left(arrays, rows, work, desc, shared, P: gl.constexpr, H: gl.constex
     holes = has_holes(arrays, work, P)
     if work.num_tiles > 0:
         mbarrier.wait(query_loaded(shared), 0)
-        scores = start_scores(shared, gl.to_tensor(0), 0, True)
-        scores = warpgroup_mma_wait(0, deps=(scores,))
-        for i in range(work.num_tiles - 1):
-            m, l, acc = _fold_left(scores, m, l, acc, arrays, work, holes, i, position, shared, P)
-            scores = gl.zeros([ROWS, BLOCK], gl.float32, products(BLOCK))
-            scores = add_products(scores, shared, i + 1, 0, 0, EARLY, True)
-            acc = warpgroup_mma_wait(EARLY, deps=(acc,))
-            mbarrier.arrive(empty(shared, 1, 0), count=1)
-            scores = add_products(scores, shared, i + 1, 0, EARLY, CHUNKS, True)
-            scores = warpgroup_mma_wait(0, deps=(scores,))
-        m, l, acc = _fold_left(scores, m, l, acc, arrays, work, holes, work.num_tiles - 1, position, shared, P)
-        acc = warpgroup_mma_wait(0, deps=(acc,))
-        mbarrier.arrive(empty(shared, 1, 0), count=1)
+        for i in range(work.num_tiles):
+            m, l, acc = _fold_left(m, l, acc, arrays, work, holes, i, position, shared, P)
     _end(m, l, acc, arrays, rows, work, holes, position, desc, shared, 0, P, H)
 
 
@@ -103,50 +89,39 @@ def _load_query(arrays, rows, shared, P: gl.constexpr):
 
 
 @gluon.jit
-def _fold_left(scores, m, l, acc, arrays, work, holes, i, position, shared, P: gl.constexpr):
-    """Takes a pair into m, l and acc; the last product runs on."""
+def _fold_left(m, l, acc, arrays, work, holes, i, position, shared, P: gl.constexpr):
+    """Takes a pair into m, l and acc."""
+    scores = start_scores(shared, i, 0, True)
+    scores = warpgroup_mma_wait(0, deps=(scores,))
     m0, l, weights, shrink = weigh(scores, m, l, arrays, work, holes, i, 0, position, P)
     weights = _hand_over(weights, m0, shared, 0)
     acc = warpgroup_mma(weights, shared.keys.left.index(0), shrunk(acc, shrink), is_async=True)
+    acc, _ = warpgroup_mma_wait(0, deps=(acc, weights))
+    mbarrier.arrive(empty(shared, 0, 0), count=1)
 
     mbarrier.wait(weighed(shared, 1), i & 1)
     m = shared.maxima.index(1).load(rows_of(BLOCK))
     shrink = gl.exp2(m0 - origin_of(m))
-    acc, _ = warpgroup_mma_wait(0, deps=(acc, weights))
-    mbarrier.arrive(empty(shared, 0, 0), count=1)
     acc = warpgroup_mma(shared.keys.rotary.index(1), shared.keys.left.index(1), shrunk(acc, shrink), is_async=True)
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    mbarrier.arrive(empty(shared, 1, 0), count=1)
     return m, l * shrink, acc
 
 
 @gluon.jit
 def _fold_right(m, l, acc, arrays, work, holes, i, position, shared, P: gl.constexpr):
     """Takes a pair into m, l and acc."""
-    if ORDER == 0:
-        scores = start_scores(shared, i, 1, True)
-        scores = warpgroup_mma_wait(0, deps=(scores,))
-        mbarrier.wait(weighed(shared, 0), i & 1)
-        m0 = shared.maxima.index(0).load(rows_of(BLOCK))
-        shrink = gl.exp2(m - origin_of(m0))
-        acc = warpgroup_mma(shared.keys.rotary.index(0), shared.keys.right.index(0), shrunk(acc, shrink), is_async=True)
+    scores = start_scores(shared, i, 1, True)
+    scores = warpgroup_mma_wait(0, deps=(scores,))
+    mbarrier.wait(weighed(shared, 0), i & 1)
+    m0 = shared.maxima.index(0).load(rows_of(BLOCK))
+    shrink = gl.exp2(m - origin_of(m0))
+    acc = warpgroup_mma(shared.keys.rotary.index(0), shared.keys.right.index(0), shrunk(acc, shrink), is_async=True)
 
-        m, l, weights, shrink = weigh(scores, m0, l * shrink, arrays, work, holes, i, 1, position, P)
-        weights = _hand_over(weights, m, shared, 1)
-        acc = warpgroup_mma_wait(0, deps=(acc,))
-        mbarrier.arrive(empty(shared, 0, 1), count=1)
-    else:
-        mbarrier.wait(weighed(shared, 0), i & 1)
-        m0 = shared.maxima.index(0).load(rows_of(BLOCK))
-        shrink = gl.exp2(m - origin_of(m0))
-        acc = warpgroup_mma(shared.keys.rotary.index(0), shared.keys.right.index(0), shrunk(acc, shrink), is_async=True)
-        scores = gl.zeros([ROWS, BLOCK], gl.float32, products(BLOCK))
-        scores = add_products(scores, shared, i, 1, 0, EARLY, True)
-        acc = warpgroup_mma_wait(EARLY, deps=(acc,))
-        mbarrier.arrive(empty(shared, 0, 1), count=1)
-        scores = add_products(scores, shared, i, 1, EARLY, CHUNKS, True)
-        scores = warpgroup_mma_wait(0, deps=(scores,))
-
-        m, l, weights, shrink = weigh(scores, m0, l * shrink, arrays, work, holes, i, 1, position, P)
-        weights = _hand_over(weights, m, shared, 1)
+    m, l, weights, shrink = weigh(scores, m0, l * shrink, arrays, work, holes, i, 1, position, P)
+    weights = _hand_over(weights, m, shared, 1)
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    mbarrier.arrive(empty(shared, 0, 1), count=1)
     acc = warpgroup_mma(weights, shared.keys.right.index(1), shrunk(acc, shrink), is_async=True)
     acc, _ = warpgroup_mma_wait(0, deps=(acc, weights))
     mbarrier.arrive(empty(shared, 1, 1), count=1)

@@ -1,7 +1,7 @@
-"""The warp that copies blocks of K into shared memory, ahead of the warpgroups that use them.
+"""The warps that copy blocks of K into shared memory, ahead of the warpgroups that use them: one for each of their sides.
 
-A block is given back by halves, each when the one warpgroup that sums its columns of V has multiplied them; the rotary
-chunk holds the block's weights, and is given back with the half of the warpgroup that they were made for.
+A half of a block is given back when the one warpgroup that sums its columns of V has multiplied them. The rotary chunk
+holds the block's weights then, and is given back by the warpgroup that they were made for: the other one.
 """
 
 from triton.experimental import gluon
@@ -12,40 +12,37 @@ from .mla_shared import BLOCK, CHUNKS, chunk, empty, expect_chunks, full, landed
 
 
 @gluon.jit
-def produce(arrays, work, desc, shared, P: gl.constexpr, H: gl.constexpr):
-    """Fills both blocks of a pair, pair by pair."""
+def produce(arrays, work, desc, shared, SIDE: gl.constexpr, P: gl.constexpr, H: gl.constexpr):
+    """Fills a side of both blocks of a pair, pair by pair."""
     mended = 0
     for i in range(work.num_tiles):
         for S in gl.static_range(2):
-            mended = _fill(arrays, work, desc, shared, i, S, mended, P, H)
+            mended = _fill(arrays, work, desc, shared, i, S, SIDE, mended, P, H)
 
 
 @gluon.jit
-def _fill(arrays, work, desc, shared, i, S: gl.constexpr, mended, P: gl.constexpr, H: gl.constexpr):
-    """Fills block S of pair i, chunk by chunk, in the order in which they are given back and used."""
+def _fill(arrays, work, desc, shared, i, S: gl.constexpr, SIDE: gl.constexpr, mended, P: gl.constexpr,
+          H: gl.constexpr):  # fmt: skip
+    """Fills a side of block S of pair i."""
+    COUNT: gl.constexpr = CHUNKS // 2 + (S != SIDE)
     begin = (2 * (work.first_tile + i) + S) * BLOCK
-    phase = (i & 1) ^ 1
+    mbarrier.wait(empty(shared, S, SIDE), (i & 1) ^ 1)
     if _cuts_a_box(work, begin, P, H):
-        mbarrier.wait(empty(shared, S, 0), phase)
-        mbarrier.wait(empty(shared, S, 1), phase)
-        expect_chunks(landed(shared), CHUNKS)
-        for C in gl.static_range(CHUNKS):
-            load_chunk(desc, shared, S, C, landed(shared), arrays, work, begin, P, H)
-        mbarrier.wait(landed(shared), mended & 1)
+        arrived = landed(shared, SIDE)
+        expect_chunks(arrived, COUNT)
+        for k in gl.static_range(COUNT):
+            load_chunk(desc, shared, S, chunk_of(SIDE, k), arrived, arrays, work, begin, P, H)
+        mbarrier.wait(arrived, mended & 1)
         mended += 1
-        for C in gl.static_range(CHUNKS - 1):
-            _clear_hidden(chunk(shared.keys, S, C), work, begin, P, H)
+        for k in gl.static_range(CHUNKS // 2):
+            _clear_hidden(chunk(shared.keys, S, chunk_of(SIDE, k)), work, begin)
         fence_async_shared()
         gl.barrier()
-        for C in gl.static_range(CHUNKS):
-            mbarrier.arrive(full(shared, S, C), count=1)
+        for k in gl.static_range(COUNT):
+            mbarrier.arrive(full(shared, S, chunk_of(SIDE, k)), count=1)
     else:
-        for k in gl.static_range(CHUNKS):
-            if k == 0:
-                mbarrier.wait(empty(shared, S, S), phase)
-            elif k == CHUNKS // 2:
-                mbarrier.wait(empty(shared, S, 1 - S), phase)
-            _load(desc, shared, S, nth_chunk(S, k), arrays, work, begin, P, H)
+        for k in gl.static_range(COUNT):
+            _load(desc, shared, S, chunk_of(SIDE, k), arrays, work, begin, P, H)
     return mended
 
 
@@ -56,9 +53,9 @@ def _load(desc, shared, S: gl.constexpr, C: gl.constexpr, arrays, work, begin, P
 
 
 @gluon.constexpr_function
-def nth_chunk(s, k):
-    """The order of chunks of block s: first the half of the warpgroup that makes its weights, the rotary one last."""
-    return k if s == 0 or k == 8 else (k + 4) % 8
+def chunk_of(side, k):
+    """Chunk k of a side: of its half of V's columns, and then the rotary one."""
+    return 8 if k == 4 else 4 * side + k
 
 
 @gluon.jit
@@ -72,15 +69,15 @@ def _cuts_a_box(work, begin, P: gl.constexpr, H: gl.constexpr):
 
 
 @gluon.jit
-def _clear_hidden(values, work, begin, P: gl.constexpr, H: gl.constexpr):
+def _clear_hidden(values, work, begin):
     """Zeros where no position is, or none that a row sees: what lies there may be NaN, and 0 times NaN is NaN."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
     GROUP: gl.constexpr = 8  # rows: what shared memory permutes
     for group in gl.static_range(BLOCK // GROUP):
-        n = begin + group * GROUP + gl.arange(0, GROUP, layout=gl.SliceLayout(1, layout))
-        seen = (n < work.limit) & (n >= work.first)
         first = begin + group * GROUP
         if (first + GROUP > work.limit) | (first < work.first):
+            n = first + gl.arange(0, GROUP, layout=gl.SliceLayout(1, layout))
+            seen = (n < work.limit) & (n >= work.first)
             part = values.slice(group * GROUP, GROUP, 0)
             v = part.load(layout)
             part.store(gl.where(seen[:, None], v, gl.zeros_like(v)))

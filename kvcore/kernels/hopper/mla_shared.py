@@ -40,8 +40,8 @@ _WEIGHED = gl.constexpr(22)
 _SUMMED = gl.constexpr(24)
 _QUERY = gl.constexpr(26)
 _LANDED = gl.constexpr(27)
-_COPIED = gl.constexpr(28)
-_NUMBER = gl.constexpr(30)
+_COPIED = gl.constexpr(29)
+_NUMBER = gl.constexpr(31)
 
 
 @gluon.jit
@@ -75,9 +75,9 @@ def query_loaded(shared):
 
 
 @gluon.jit
-def landed(shared):
-    """Ends a phase when a block has arrived that the producer mends."""
-    return shared.barriers.index(_LANDED)
+def landed(shared, SIDE: gl.constexpr):
+    """Ends a phase when a side of a block has arrived that its producer mends."""
+    return shared.barriers.index(_LANDED + SIDE)
 
 
 @gluon.jit

@@ -5,7 +5,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma
 
 from ..softmax import LOG2E, fold_logits
-from .mla_producer import nth_chunk
 from .mla_shared import BLOCK, CHUNKS, HALF, ROWS, chunk, full
 from .tiles import cap, masked, products, rows_of, seen_by
 
@@ -14,24 +13,18 @@ from .tiles import cap, masked, products, rows_of, seen_by
 def start_scores(shared, i, S: gl.constexpr, WAITS: gl.constexpr):
     """Issues the product of query with K in block S of shared memory; WAITS: as chunks of pair i arrive."""
     scores = gl.zeros([ROWS, BLOCK], gl.float32, products(BLOCK))
-    return add_products(scores, shared, i, S, 0, CHUNKS, WAITS)
-
-
-@gluon.jit
-def add_products(scores, shared, i, S: gl.constexpr, BEGIN: gl.constexpr, END: gl.constexpr, WAITS: gl.constexpr):
-    """Issues products of chunks BEGIN … END - 1 of query and K, of those of `start_scores`."""
-    for k in gl.static_range(BEGIN, END):
-        scores = _add_product(scores, shared, i, S, nth_chunk(S, k), k > 0, WAITS)
+    for k in gl.static_range(CHUNKS):
+        scores = _add_product(scores, shared, i, S, k, WAITS)
     return scores
 
 
 @gluon.jit
-def _add_product(scores, shared, i, S: gl.constexpr, C: gl.constexpr, ADDS: gl.constexpr, WAITS: gl.constexpr):
+def _add_product(scores, shared, i, S: gl.constexpr, C: gl.constexpr, WAITS: gl.constexpr):
     if WAITS:
         mbarrier.wait(full(shared, S, C), i & 1)
     # i >> 30 is 0, but the compiler does not know: else it would keep descriptors of all chunks in registers.
     keys = chunk(shared.keys, S + (i >> 30), C).permute((1, 0))
-    return warpgroup_mma(chunk(shared.query, i >> 30, C), keys, scores, use_acc=ADDS, is_async=True)
+    return warpgroup_mma(chunk(shared.query, i >> 30, C), keys, scores, use_acc=C > 0, is_async=True)
 
 
 @gluon.jit
