@@ -69,5 +69,6 @@ def merge_attention_kernel(
     if sinks_ptr is not None:
         sink = tl.load(sinks_ptr + (row % NUM_HEADS) * SINK_STRIDE + tl.arange(0, 1))
     factor, log = finish(m, l, sink)
-    tl.store(lse_ptr + row + tl.arange(0, 1), log * LN2, mask=tl.program_id(1) == 0)
+    if tl.program_id(1) == 0:
+        tl.store(lse_ptr + row + tl.arange(0, 1), log * LN2)
     store_rounded(out_ptr + row * HEAD_SIZE + dim, acc * factor, in_head, OUT)

@@ -53,8 +53,8 @@ def test_heads_that_do_not_lie_in_16_bytes_keep_the_other_kernel():
     key = call.cache.placement.key
     for address in (key._replace(offset=4), key._replace(slot=1028), key._replace(dim=2)):
         placement = call.cache.placement._replace(key=address)
-        assert plan_hopper(call._replace(cache=call.cache._replace(placement=placement)), H100) is None
-    assert plan_hopper(call, H100) is not None
+        assert plan_hopper(call._replace(cache=call.cache._replace(placement=placement)), H100, True) is None
+    assert plan_hopper(call, H100, True) is not None
 
 
 AFFINE = [name for name in LAYOUTS if name not in ("MLA", "HEAD_MAJOR")]
@@ -63,10 +63,10 @@ AFFINE = [name for name in LAYOUTS if name not in ("MLA", "HEAD_MAJOR")]
 @pytest.mark.parametrize(("layout", "layers"), [*product(AFFINE, (None, 3))])
 def test_coordinates_reach_what_addresses_do(layout, layers):
     call = prefill(layout=layout, layers=layers, blocks=5, num_heads=3, block_size=16)
-    plan = plan_hopper(call, H100)
+    plan = plan_hopper(call, H100, True)
     extents, *addresses = call.cache.placement
     origins = (plan.constants.k_origin, plan.constants.v_origin)
-    for address, origin, descriptor in zip(addresses, origins, (plan.key, plan.value), strict=True):
+    for address, origin, descriptor in zip(addresses, origins, plan.descriptors.values(), strict=True):
         sizes = (extents.num_layers or 1, extents.num_blocks, extents.num_heads, extents.block_size, 128)
         last = [size - 1 for size in sizes]
         axes = slice(5 - len(descriptor.shape), None)
@@ -80,7 +80,7 @@ def test_coordinates_reach_what_addresses_do(layout, layers):
 
 @pytest.mark.parametrize(("block_size", "box"), [(8, 8), (16, 16), (24, 8), (48, 16), (64, 64), (128, 128), (256, 128)])
 def test_a_box_lies_in_one_block(block_size, box):
-    assert plan_hopper(prefill(block_size=block_size), H100).constants.box == box
+    assert plan_hopper(prefill(block_size=block_size), H100, True).constants.box == box
 
 
 def test_a_strided_cache_is_described_as_it_lies():
@@ -93,4 +93,4 @@ def test_a_strided_cache_is_described_as_it_lies():
         ArraySpec((4096, 32, 128), "bfloat16"), *integers, None, AttentionOptions(None, True, None, None),
         CacheArguments([spec, spec]), None,
     )  # fmt: skip
-    assert plan_hopper(call, H100).key.strides == (16 * 16 * 128, 128, 16 * 128, 1)
+    assert plan_hopper(call, H100, True).descriptors["key_cache_ptr"].strides == (16 * 16 * 128, 128, 16 * 128, 1)

@@ -9,7 +9,7 @@ What each does with a pair of blocks, 0 and 1; the running maximum goes from lef
                                                  ◄──────  … and their maximum
     sums shrink; + weights of block 1 · V of block 1      sums shrink; + weights of block 1 · V of block 1
 
-Each half of a block is given back as soon as it was multiplied: what the pipeline waits for is the copy of the next one.
+Each half of a block is given back as soon as it was multiplied: the pipeline waits for the copy of the next block.
 A warpgroup multiplies its own weights from registers, and the other's from shared memory.
 """
 

@@ -1,4 +1,4 @@
-"""The warps that copy blocks of K into shared memory, ahead of the warpgroups that use them: one for each of their sides.
+"""The warps that copy blocks of K into shared memory, ahead of the warpgroups that use them: one for each side.
 
 A half of a block is given back when the one warpgroup that sums its columns of V has multiplied them. The rotary chunk
 holds the block's weights then, and is given back by the warpgroup that they were made for: the other one.
