@@ -82,7 +82,7 @@ def test_merge(monkeypatch, splits, head_size):
     """Partial results of which some saw nothing, and hold NaN; the second row has none that saw anything."""
     monkeypatch.setattr(plan_attention, "choose_splits", lambda *_: splits)
     call = describe(1, 32768, dtype="float32", head_size=head_size, heads=(3, 1))
-    merge = plan_attention.plan_attention.__wrapped__(call, H100).merge
+    plan = plan_attention.plan_attention.__wrapped__(call, H100)
     rng = np.random.default_rng(splits)
     part = rng.standard_normal((3, splits, head_size)).astype(np.float32)
     part_lse = (20 * rng.standard_normal((3, splits))).astype(np.float32)
@@ -92,7 +92,7 @@ def test_merge(monkeypatch, splits, head_size):
     out, lse = np.full((3, head_size), np.nan, np.float32), np.full(3, np.nan, np.float32)
     arrays = [Pointer(a.ctypes.data, "float32") for a in (part, part_lse)]
     results = [Pointer(a.ctypes.data, "float32") for a in (out, lse)]
-    run(merge, (3, 1, 1), [*plan_attention.merge_arguments(*arrays, None, splits), *results])
+    run(plan.merge, plan.merge_grid, [*plan_attention.merge_arguments(*arrays, None, splits), *results])
 
     weight = np.where(saw, np.exp2(part_lse.astype(np.float64)), 0)
     total = weight.sum(1)
