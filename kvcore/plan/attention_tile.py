@@ -152,7 +152,7 @@ def choose_splits(call: Attention, choice: TileChoice, target: Target) -> int:
 _START_TILES = 2
 """Tiles that a program of the MLA kernel for Hopper could take in the time that it needs to start and to end."""
 
-_PART_TILES = 1
+_PART_TILES = 3
 """Tiles that it could take in the time that its partial result needs to be written, and to be merged."""
 
 

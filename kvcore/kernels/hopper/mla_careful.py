@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..reduce import total
 from .careful import sees
-from .mla_shared import BLOCK, CHUNKS, HALF, ROWS, copied, empty, expect_chunks, load_chunk
+from .mla_shared import BLOCK, CHUNKS, HALF, ROWS, chunk, copied, empty, expect_chunks, find_blocks, load_chunk
 from .mla_tiles import shrunk, start_scores, weigh
 from .tiles import operands, products, rows_of
 
@@ -33,26 +33,26 @@ def attend_carefully(arrays, work, holes, position, desc, shared, SIDE: gl.const
     if SIDE == 1:
         values = shared.keys.right.index(SIDE)
     arrived = copied(shared, SIDE)
-    for i in range(work.num_tiles):
-        for S in gl.static_range(2):
-            begin = (2 * (work.first_tile + i) + S) * BLOCK
-            fence_async_shared()
-            gl.barrier()
-            expect_chunks(arrived, CHUNKS)
-            for C in gl.static_range(CHUNKS):
-                load_chunk(desc, shared, SIDE, C, arrived, arrays, work, begin, P, H)
-            mbarrier.wait(arrived, S)
+    for j in range(2 * work.num_tiles):
+        begin = (2 * work.first_tile + j) * BLOCK
+        fence_async_shared()
+        gl.barrier()
+        expect_chunks(arrived, CHUNKS)
+        blocks = find_blocks(arrays, work, begin, P, H)
+        for C in gl.static_range(CHUNKS):
+            load_chunk(desc, chunk(shared.keys, SIDE, C), arrived, blocks, C, arrays, begin, P, H)
+        mbarrier.wait(arrived, j & 1)
 
-            scores = start_scores(shared, i, SIDE, False)  # before V, which is a part of K, is changed
-            scores = warpgroup_mma_wait(0, deps=(scores,))
-            m, l, weights, shrink = weigh(scores, m, l, arrays, work, holes, i, S, position, P)
-            acc = gl.where(gl.abs(acc) < float("inf"), shrunk(acc, shrink), acc)
-            acc = _take_infinite(acc, weights, values, arrays, work, begin, position, P)
-            weights = gl.convert_layout(weights.to(values.dtype), operands(HALF))
-            fence_async_shared()
-            gl.barrier()
-            acc = warpgroup_mma(weights, values, acc, is_async=True)
-            acc, _ = warpgroup_mma_wait(0, deps=(acc, weights))
+        scores = start_scores(shared, j, SIDE, False)  # before V, which is a part of K, is changed
+        scores = warpgroup_mma_wait(0, deps=(scores,))
+        m, l, weights, shrink = weigh(scores, m, l, arrays, work, holes, j, position, P)
+        acc = gl.where(gl.abs(acc) < float("inf"), shrunk(acc, shrink), acc)
+        acc = _take_infinite(acc, weights, values, arrays, work, begin, position, P)
+        weights = gl.convert_layout(weights.to(values.dtype), operands(HALF))
+        fence_async_shared()
+        gl.barrier()
+        acc = warpgroup_mma(weights, values, acc, is_async=True)
+        acc, _ = warpgroup_mma_wait(0, deps=(acc, weights))
     return m, l, acc
 
 

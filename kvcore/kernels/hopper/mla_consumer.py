@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from ..reduce import total
 from ..softmax import LN2, finish, origin_of
 from .mla_careful import attend_carefully
-from .mla_shared import BLOCK, CHUNK, CHUNKS, HALF, ROWS, chunk, empty, query_loaded, summed, weighed
+from .mla_shared import BLOCK, CHUNK, HALF, ROWS, empty, query_loaded, summed, weighed
 from .mla_tiles import shrunk, start_scores, weigh
 from .tiles import has_holes, operands, products, row_offsets, rows_of
 
@@ -69,23 +69,30 @@ def _begin(rows, work, P: gl.constexpr):
 @gluon.jit
 def _load_query(arrays, rows, shared, P: gl.constexpr):
     """Copies query into shared memory, and says so."""
-    Q: gl.constexpr = P.query
-    OPTIONS: gl.constexpr = P.options
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    row = rows.first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
-    dim = gl.arange(0, CHUNK, layout=gl.SliceLayout(0, layout))
-    inside = (row < rows.length * Q.q_per_kv)[:, None]
-    pointers = arrays.query_ptr + row_offsets(rows, row, Q)[:, None] + dim[None, :] * Q.dim_stride
-    loaded = ()
-    for C in gl.static_range(CHUNKS):
-        loaded = loaded + (gl.load(pointers + C * CHUNK * Q.dim_stride, mask=inside, other=0),)
-    for C in gl.static_range(CHUNKS):
-        q = loaded[C]
-        if OPTIONS.scale < 0:  # the sign goes to query: the largest score is found before it is scaled
-            q = -q
-        chunk(shared.query, 0, C).store(q)
+    halves: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
+    chunks: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    left = _load_part(arrays, rows, 0, HALF, halves, P)
+    right = _load_part(arrays, rows, HALF, HALF, halves, P)
+    rotary = _load_part(arrays, rows, 2 * HALF, CHUNK, chunks, P)
+    shared.query.left.index(0).store(left)
+    shared.query.right.index(0).store(right)
+    shared.query.rotary.index(0).store(rotary)
     fence_async_shared()
     mbarrier.arrive(query_loaded(shared), count=1)
+
+
+@gluon.jit
+def _load_part(arrays, rows, FIRST: gl.constexpr, COLUMNS: gl.constexpr, layout: gl.constexpr, P: gl.constexpr):
+    """Columns FIRST … FIRST + COLUMNS - 1 of the rows of query, zeros where there are no rows."""
+    Q: gl.constexpr = P.query
+    OPTIONS: gl.constexpr = P.options
+    row = rows.first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    dim = FIRST + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))
+    offset = row_offsets(rows, row, Q)[:, None] + dim[None, :] * Q.dim_stride
+    q = gl.load(arrays.query_ptr + offset, mask=(row < rows.length * Q.q_per_kv)[:, None], other=0)
+    if OPTIONS.scale < 0:  # the sign goes to query: the largest score is found before it is scaled
+        q = -q
+    return q
 
 
 @gluon.jit
@@ -93,7 +100,7 @@ def _fold_left(m, l, acc, arrays, work, holes, i, position, shared, P: gl.conste
     """Takes a pair into m, l and acc."""
     scores = start_scores(shared, i, 0, True)
     scores = warpgroup_mma_wait(0, deps=(scores,))
-    m0, l, weights, shrink = weigh(scores, m, l, arrays, work, holes, i, 0, position, P)
+    m0, l, weights, shrink = weigh(scores, m, l, arrays, work, holes, 2 * i, position, P)
     weights = _hand_over(weights, m0, shared, 0)
     acc = warpgroup_mma(weights, shared.keys.left.index(0), shrunk(acc, shrink), is_async=True)
     acc, _ = warpgroup_mma_wait(0, deps=(acc, weights))
@@ -118,7 +125,7 @@ def _fold_right(m, l, acc, arrays, work, holes, i, position, shared, P: gl.const
     shrink = gl.exp2(m - origin_of(m0))
     acc = warpgroup_mma(shared.keys.rotary.index(0), shared.keys.right.index(0), shrunk(acc, shrink), is_async=True)
 
-    m, l, weights, shrink = weigh(scores, m0, l * shrink, arrays, work, holes, i, 1, position, P)
+    m, l, weights, shrink = weigh(scores, m0, l * shrink, arrays, work, holes, 2 * i + 1, position, P)
     weights = _hand_over(weights, m, shared, 1)
     acc = warpgroup_mma_wait(0, deps=(acc,))
     mbarrier.arrive(empty(shared, 0, 1), count=1)

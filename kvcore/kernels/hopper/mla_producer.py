@@ -8,54 +8,52 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from .mla_shared import BLOCK, CHUNKS, chunk, empty, expect_chunks, full, landed, load_chunk
+from .mla_shared import BLOCK, CHUNK, CHUNKS, chunks_of, empty, expect_chunks, find_blocks, full, landed, load_chunk
+
+_SIDE_CHUNKS = gl.constexpr(CHUNKS // 2)
 
 
 @gluon.jit
 def produce(arrays, work, desc, shared, SIDE: gl.constexpr, P: gl.constexpr, H: gl.constexpr):
     """Fills a side of both blocks of a pair, pair by pair."""
+    half = shared.keys.left
+    if SIDE == 1:
+        half = shared.keys.right
     mended = 0
-    for i in range(work.num_tiles):
-        for S in gl.static_range(2):
-            mended = _fill(arrays, work, desc, shared, i, S, SIDE, mended, P, H)
+    for j in range(2 * work.num_tiles):
+        begin = (2 * work.first_tile + j) * BLOCK
+        S = j & 1
+        blocks = find_blocks(arrays, work, begin, P, H)
+        mbarrier.wait(empty(shared, S, SIDE), (j >> 1) & 1 ^ 1)
+        if _cuts_a_box(work, begin, P, H):
+            _fill_and_mend(desc, half, blocks, arrays, work, begin, S, landed(shared, SIDE), mended & 1, SIDE, P, H)
+            mended += 1
+            for k in range(_SIDE_CHUNKS):
+                mbarrier.arrive(full(shared, S, _SIDE_CHUNKS * SIDE + k), count=1)
+        else:
+            for k in range(_SIDE_CHUNKS):
+                C = _SIDE_CHUNKS * SIDE + k
+                expect_chunks(full(shared, S, C), 1)
+                target = chunks_of(half).index(_SIDE_CHUNKS * S + k)
+                load_chunk(desc, target, full(shared, S, C), blocks, C, arrays, begin, P, H)
+        if S != SIDE:
+            arrived = full(shared, S, CHUNKS - 1)
+            expect_chunks(arrived, 1)
+            load_chunk(desc, shared.keys.rotary.index(S), arrived, blocks, CHUNKS - 1, arrays, begin, P, H)
 
 
 @gluon.jit
-def _fill(arrays, work, desc, shared, i, S: gl.constexpr, SIDE: gl.constexpr, mended, P: gl.constexpr,
-          H: gl.constexpr):  # fmt: skip
-    """Fills a side of block S of pair i."""
-    COUNT: gl.constexpr = CHUNKS // 2 + (S != SIDE)
-    begin = (2 * (work.first_tile + i) + S) * BLOCK
-    mbarrier.wait(empty(shared, S, SIDE), (i & 1) ^ 1)
-    if _cuts_a_box(work, begin, P, H):
-        arrived = landed(shared, SIDE)
-        expect_chunks(arrived, COUNT)
-        for k in gl.static_range(COUNT):
-            load_chunk(desc, shared, S, chunk_of(SIDE, k), arrived, arrays, work, begin, P, H)
-        mbarrier.wait(arrived, mended & 1)
-        mended += 1
-        for k in gl.static_range(CHUNKS // 2):
-            _clear_hidden(chunk(shared.keys, S, chunk_of(SIDE, k)), work, begin)
-        fence_async_shared()
-        gl.barrier()
-        for k in gl.static_range(COUNT):
-            mbarrier.arrive(full(shared, S, chunk_of(SIDE, k)), count=1)
-    else:
-        for k in gl.static_range(COUNT):
-            _load(desc, shared, S, chunk_of(SIDE, k), arrays, work, begin, P, H)
-    return mended
-
-
-@gluon.jit
-def _load(desc, shared, S: gl.constexpr, C: gl.constexpr, arrays, work, begin, P: gl.constexpr, H: gl.constexpr):
-    expect_chunks(full(shared, S, C), 1)
-    load_chunk(desc, shared, S, C, full(shared, S, C), arrays, work, begin, P, H)
-
-
-@gluon.constexpr_function
-def chunk_of(side, k):
-    """Chunk k of a side: of its half of V's columns, and then the rotary one."""
-    return 8 if k == 4 else 4 * side + k
+def _fill_and_mend(desc, half, blocks, arrays, work, begin, S, arrived, phase, SIDE: gl.constexpr, P: gl.constexpr,
+                   H: gl.constexpr):  # fmt: skip
+    """Fills a side of a block, and clears what no row may see."""
+    expect_chunks(arrived, _SIDE_CHUNKS)
+    for k in range(_SIDE_CHUNKS):
+        target = chunks_of(half).index(_SIDE_CHUNKS * S + k)
+        load_chunk(desc, target, arrived, blocks, _SIDE_CHUNKS * SIDE + k, arrays, begin, P, H)
+    mbarrier.wait(arrived, phase)
+    _clear_hidden(half, S, work, begin)
+    fence_async_shared()
+    gl.barrier()
 
 
 @gluon.jit
@@ -69,15 +67,18 @@ def _cuts_a_box(work, begin, P: gl.constexpr, H: gl.constexpr):
 
 
 @gluon.jit
-def _clear_hidden(values, work, begin):
+def _clear_hidden(half, S, work, begin):
     """Zeros where no position is, or none that a row sees: what lies there may be NaN, and 0 times NaN is NaN."""
+    ROWS: gl.constexpr = 8  # whose elements shared memory permutes among themselves
+    COUNT: gl.constexpr = BLOCK // ROWS
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
-    GROUP: gl.constexpr = 8  # rows: what shared memory permutes
-    for group in gl.static_range(BLOCK // GROUP):
-        first = begin + group * GROUP
-        if (first + GROUP > work.limit) | (first < work.first):
-            n = first + gl.arange(0, GROUP, layout=gl.SliceLayout(1, layout))
+    groups = half.reinterpret(half.dtype, [half.shape[0] * _SIDE_CHUNKS * COUNT, ROWS, CHUNK], half.layout)
+    for group in range(COUNT):
+        first = begin + group * ROWS
+        if (first + ROWS > work.limit) | (first < work.first):
+            n = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
             seen = (n < work.limit) & (n >= work.first)
-            part = values.slice(group * GROUP, GROUP, 0)
-            v = part.load(layout)
-            part.store(gl.where(seen[:, None], v, gl.zeros_like(v)))
+            for k in range(_SIDE_CHUNKS):
+                part = groups.index((_SIDE_CHUNKS * S + k) * COUNT + group)
+                v = part.load(layout)
+                part.store(gl.where(seen[:, None], v, gl.zeros_like(v)))

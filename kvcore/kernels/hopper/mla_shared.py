@@ -45,13 +45,13 @@ _NUMBER = gl.constexpr(31)
 
 
 @gluon.jit
-def full(shared, S: gl.constexpr, C: gl.constexpr):
+def full(shared, S, C):
     """Ends a phase when a chunk of block S of a pair has arrived."""
     return shared.barriers.index(_FULL + S * CHUNKS + C)
 
 
 @gluon.jit
-def empty(shared, S: gl.constexpr, SIDE: gl.constexpr):
+def empty(shared, S, SIDE: gl.constexpr):
     """Ends a phase when the warpgroup of a side has multiplied weights of block S with its half of V."""
     return shared.barriers.index(_EMPTY + 2 * S + SIDE)
 
@@ -108,35 +108,49 @@ def _allocate_heads(dtype: gl.constexpr, COUNT: gl.constexpr, SIZE: gl.constexpr
 
 
 @gluon.jit
+def chunks_of(half):
+    """Halves of heads, `[COUNT, 64, 256]`, as chunks, `[COUNT * 4, 64, 64]`: so they lie in shared memory."""
+    COUNT: gl.constexpr = half.shape[0] * (HALF // CHUNK)
+    return half.reinterpret(half.dtype, [COUNT, half.shape[1], CHUNK], half.layout)
+
+
+@gluon.jit
 def chunk(heads, S, C: gl.constexpr):
-    """Columns C * 64 … C * 64 + 63 of heads, `[64, 64]`."""
+    """Columns C * 64 … C * 64 + 63 of heads S, `[64, 64]`."""
+    SIDE_CHUNKS: gl.constexpr = HALF // CHUNK
     if C == CHUNKS - 1:
         part = heads.rotary.index(S)
-    elif C < HALF // CHUNK:
-        part = heads.left.index(S).slice(C * CHUNK, CHUNK, 1)
+    elif C < SIDE_CHUNKS:
+        part = chunks_of(heads.left).index(S * SIDE_CHUNKS + C)
     else:
-        part = heads.right.index(S).slice(C * CHUNK - HALF, CHUNK, 1)
+        part = chunks_of(heads.right).index(S * SIDE_CHUNKS + C - SIDE_CHUNKS)
     return part
 
 
 @gluon.jit
-def load_chunk(desc, shared, S: gl.constexpr, C: gl.constexpr, barrier, arrays, work, begin, P: gl.constexpr,
-               H: gl.constexpr):  # fmt: skip
-    """Copies a chunk of 64 positions from begin on into block S of shared memory."""
+def find_blocks(arrays, work, begin, P: gl.constexpr, H: gl.constexpr):
+    """The coordinates of the blocks of 64 positions' boxes; -1, which no cache has, where nothing in a box exists."""
     Q: gl.constexpr = P.query
-    target = chunk(shared.keys, S, C)
+    blocks = ()
     for box in gl.static_range(BLOCK // H.box):
         n = begin + box * H.box
         exists = (n < work.limit) & (n + H.box > work.first)
         block = gl.load(arrays.table_ptr + n // P.block_size * Q.table_step, mask=exists, other=-1)
         exists = (block >= 0) & (block < arrays.num_blocks)
-        block = gl.where(exists, block + H.origin[1], -1).to(gl.int32)
-        place = n % P.block_size + H.origin[3]
-        dim = C * CHUNK + H.origin[4]
+        blocks = blocks + (gl.where(exists, block + H.origin[1], -1).to(gl.int32),)
+    return blocks
+
+
+@gluon.jit
+def load_chunk(desc, target, barrier, blocks, C, arrays, begin, P: gl.constexpr, H: gl.constexpr):
+    """Copies chunk C of 64 positions from begin on to a target."""
+    dim = C * CHUNK + H.origin[4]
+    for box in gl.static_range(BLOCK // H.box):
+        place = (begin + box * H.box) % P.block_size + H.origin[3]
         if H.layered:
-            coordinates = [arrays.layer + H.origin[0], block, H.origin[2], place, dim]
+            coordinates = [arrays.layer + H.origin[0], blocks[box], H.origin[2], place, dim]
         else:
-            coordinates = [block, H.origin[2], place, dim]
+            coordinates = [blocks[box], H.origin[2], place, dim]
         tma.async_load(desc, coordinates, barrier, target.slice(box * H.box, H.box, 0))
 
 

@@ -28,13 +28,13 @@ def _add_product(scores, shared, i, S: gl.constexpr, C: gl.constexpr, WAITS: gl.
 
 
 @gluon.jit
-def weigh(scores, m, l, arrays, work, holes, i, S: gl.constexpr, position, P: gl.constexpr):
-    """Makes weights of the scores of block S of pair i: see `kvcore.kernels.softmax.fold_logits`."""
+def weigh(scores, m, l, arrays, work, holes, j, position, P: gl.constexpr):
+    """Makes weights of the scores of block j, counted from the first: see `kvcore.kernels.softmax.fold_logits`."""
     OPTIONS: gl.constexpr = P.options
     SCALE: gl.constexpr = OPTIONS.scale * LOG2E if OPTIONS.scale >= 0 else -OPTIONS.scale * LOG2E
     SCALED: gl.constexpr = SCALE == 0 or OPTIONS.soft_cap is not None
-    n = (2 * (work.first_tile + i) + S) * BLOCK + gl.arange(0, BLOCK, layout=gl.SliceLayout(0, products(BLOCK)))
-    in_part = (i < work.begin_whole) | (i >= work.end_whole) | holes
+    n = (2 * work.first_tile + j) * BLOCK + gl.arange(0, BLOCK, layout=gl.SliceLayout(0, products(BLOCK)))
+    in_part = (j < 2 * work.begin_whole) | (j >= 2 * work.end_whole) | holes
     logits = scores
     if SCALE == 0:
         logits = scores * SCALE
