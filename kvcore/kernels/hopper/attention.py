@@ -3,9 +3,9 @@
 A program takes 128 or 192 query rows of one sequence that share a KV head, as `paged_attention_kernel` does with its
 widest tiles, and gives the same meaning to every argument. Its warps have three kinds of work:
 
-    producer     1 warp: copies tiles of K and V into shared memory, a box of positions at a time    producer.py
-    consumers    2 or 3 × 4 warps: 64 rows each; scores, weights, sums                                    consumer.py
-                 … and again, where a value is infinite or NaN that only some rows see               careful.py
+    producers    2 × 1 warp: copy tiles of K, and of V, into shared memory, a box of positions at a time   producer.py
+    consumers    2 or 3 × 4 warps: 64 rows each; scores, weights, sums                                     consumer.py
+                 … and again, where a value is infinite or NaN that only some rows see                     careful.py
 
 Shared memory, for stages s = 0 … STAGES - 1; W is H.piece, the columns of K that one product takes:
 
@@ -27,7 +27,7 @@ from triton.experimental.gluon import language as gl
 
 from ..sequences import CHUNK, cdiv, find_rows, find_span
 from .consumer import consume
-from .producer import produce
+from .producer import produce_keys, produce_values
 from .shared import Shared, make_barriers, shared_layout
 
 
@@ -100,10 +100,11 @@ def hopper_attention_kernel(
                 [
                     (consume, (arrays, rows, work, key_cache_ptr, value_cache_ptr, shared, 0, P, H)),
                     (consume, (arrays, rows, work, key_cache_ptr, value_cache_ptr, shared, 1, P, H)),
-                    (produce, (arrays, rows.head, work, key_cache_ptr, value_cache_ptr, shared, P, H)),
+                    (produce_keys, (arrays, rows.head, work, key_cache_ptr, shared, P, H)),
+                    (produce_values, (arrays, rows.head, work, value_cache_ptr, shared, P, H)),
                 ],
-                [4, 1],
-                [240, 24],
+                [4, 1, 1],
+                [240, 24, 24],
             )
         else:
             gl.warp_specialize(
@@ -111,10 +112,11 @@ def hopper_attention_kernel(
                     (consume, (arrays, rows, work, key_cache_ptr, value_cache_ptr, shared, 0, P, H)),
                     (consume, (arrays, rows, work, key_cache_ptr, value_cache_ptr, shared, 1, P, H)),
                     (consume, (arrays, rows, work, key_cache_ptr, value_cache_ptr, shared, 2, P, H)),
-                    (produce, (arrays, rows.head, work, key_cache_ptr, value_cache_ptr, shared, P, H)),
+                    (produce_keys, (arrays, rows.head, work, key_cache_ptr, shared, P, H)),
+                    (produce_values, (arrays, rows.head, work, value_cache_ptr, shared, P, H)),
                 ],
-                [4, 4, 1],
-                [160, 160, 32],
+                [4, 4, 1, 1],
+                [160, 160, 32, 32],
             )
 
 

@@ -1,4 +1,4 @@
-"""The warp that copies K and V into shared memory, ahead of those that use them."""
+"""The warps that copy K and V into shared memory, ahead of those that use them: one for K, one for V."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -9,25 +9,32 @@ from .shared import empty_k, empty_v, expect_tile, full_k, full_v, landed, load_
 
 
 @gluon.jit
-def produce(arrays, head, work, k_desc, v_desc, shared, P: gl.constexpr, H: gl.constexpr):
-    """Fills stages with tiles of K and V, each as soon as all consumers have used what was there."""
+def produce_keys(arrays, head, work, desc, shared, P: gl.constexpr, H: gl.constexpr):
+    """Fills stages with tiles of K, each as soon as all consumers have used what was there."""
+    T: gl.constexpr = P.tile
+    for i in range(work.num_tiles):
+        stage = i % T.stages
+        mbarrier.wait(empty_k(shared, stage, P), (i // T.stages) & 1 ^ 1)
+        full = full_k(shared, stage, P)
+        expect_tile(full, H.pieces * H.piece, P)
+        load_keys(desc, shared, stage, full, arrays, work, head, work.first_tile + i, P, H)
+
+
+@gluon.jit
+def produce_values(arrays, head, work, desc, shared, P: gl.constexpr, H: gl.constexpr):
+    """Fills stages with tiles of V, and clears what no row may see."""
     T: gl.constexpr = P.tile
     V: gl.constexpr = P.v
     mended = 0
     for i in range(work.num_tiles):
         tile = work.first_tile + i
         stage = i % T.stages
-        phase = (i // T.stages) & 1
-        mbarrier.wait(empty_k(shared, stage, P), phase ^ 1)
-        expect_tile(full_k(shared, stage, P), H.pieces * H.piece, P)
-        load_keys(k_desc, shared, stage, full_k(shared, stage, P), arrays, work, head, tile, P, H)
-
-        mbarrier.wait(empty_v(shared, stage, P), phase ^ 1)
+        mbarrier.wait(empty_v(shared, stage, P), (i // T.stages) & 1 ^ 1)
         full = full_v(shared, stage, P)
         if _cuts_a_box(work, tile, P, H):
             arrived = landed(shared, P)
             expect_tile(arrived, V.main, P)
-            load_values(v_desc, shared, stage, arrived, arrays, work, head, tile, P, H)
+            load_values(desc, shared, stage, arrived, arrays, work, head, tile, P, H)
             mbarrier.wait(arrived, mended & 1)
             mended += 1
             _clear_hidden(shared.v_tiles.index(stage), work, tile, P, H)
@@ -36,7 +43,7 @@ def produce(arrays, head, work, k_desc, v_desc, shared, P: gl.constexpr, H: gl.c
             mbarrier.arrive(full, count=1)
         else:
             expect_tile(full, V.main, P)
-            load_values(v_desc, shared, stage, full, arrays, work, head, tile, P, H)
+            load_values(desc, shared, stage, full, arrays, work, head, tile, P, H)
 
 
 @gluon.jit
