@@ -2,6 +2,8 @@
 
 The bad shapes come first, one by one, as a fault of a barrier is a hang: run with `-x`, and look at the last name.
 Elsewhere than on sm_90, and with a Triton older than 3.8, the same cases run with the other kernels.
+
+A kernel takes its compiler ten seconds and more: cases of the same one run in one process, no option is tried twice.
 """
 
 import numpy as np
@@ -48,6 +50,7 @@ SHAPES = {  # seq_lens and query_lens; 40 tokens or more of four query heads are
 
 
 @pytest.mark.gpu_smoke
+@pytest.mark.xdist_group("hopper shapes")
 @pytest.mark.parametrize("shape", SHAPES)
 def test_shapes(shape):
     assert_kernels(read(1, **SHAPES[shape]))
@@ -71,10 +74,9 @@ MEANINGS = {
 
 
 @pytest.mark.parametrize("meaning", MEANINGS)
-@pytest.mark.parametrize("with_sinks", [False, True])
-def test_meanings(meaning, with_sinks):
+def test_meanings(meaning):
     case = read(2, seq_lens=(700, 50, 129), query_lens=(150, 50, 1), **MEANINGS[meaning])
-    if with_sinks:
+    if meaning in ("not causal", "short window", "all"):
         case.options["sinks"] = np.random.default_rng(3).standard_normal(8).astype(np.float32)
     assert_kernels(case)
 
@@ -84,7 +86,8 @@ def test_meanings(meaning, with_sinks):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_heads(head_sizes, dtype):
     head_size, head_size_v = head_sizes
-    for seed, options in enumerate((dict(), dict(causal=False), dict(sliding_window=90, soft_cap=2.0))):
+    meanings = dict(), dict(causal=False), dict(sliding_window=90, soft_cap=2.0)
+    for seed, options in enumerate(meanings if dtype == "bfloat16" else meanings[-1:]):
         case = read(
             seed, dtype=dtype, head_size=head_size, head_size_v=head_size_v, seq_lens=(500, 70), query_lens=(130, 70),
             **options,
@@ -99,15 +102,16 @@ def test_groups(group):
 
 @pytest.mark.parametrize("block_size", [8, 16, 24, 32, 48, 64, 128, 200, 256])
 def test_block_sizes(block_size):
-    for options in ({}, dict(sliding_window=block_size + 3)):
+    for options in ({}, dict(sliding_window=block_size + 3)) if block_size in (8, 48, 256) else ({},):
         assert_kernels(read(5, block_size=block_size, seq_lens=(450, 77), query_lens=(140, 77), **options))
 
 
 LAYOUTS = ("NHD", "HND", "PALLAS", "KV_NHD", "BLOCK_KV_NHD", "BLOCK_KV_HND", "PACKED_NHD", "PACKED_HND", "INTERLEAVED")
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("layer", [None, 1])
+@pytest.mark.parametrize(
+    ("layout", "layer"), [(layout, None) for layout in LAYOUTS] + [("NHD", 1), ("KV_NHD", 1), ("PACKED_HND", 1)]
+)
 def test_layouts(layout, layer):
     case = read(
         6, layout=layout, num_layers=None if layer is None else 3, layer=layer, seq_lens=(300, 77), query_lens=(140, 77)
@@ -138,7 +142,9 @@ def test_layers_in_memory_that_exist_and_that_do_not():
 
 @pytest.mark.gpu_smoke
 @pytest.mark.parametrize("name", ["NaN", "infinity", "minus infinity", "NaN in K", "infinity in K"])
-@pytest.mark.parametrize("head_size", [64, 128, 256])
+@pytest.mark.parametrize(
+    "head_size", [pytest.param(n, marks=pytest.mark.xdist_group(f"hopper hidden {n}")) for n in (64, 128, 256)]
+)
 def test_hidden_values_touch_nothing(name, head_size):
     """Poison in the last position but one, which only the last two tokens see."""
     for lengths in (
