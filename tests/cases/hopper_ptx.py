@@ -29,11 +29,36 @@ def compile_for_hopper(call: Attention) -> Any:
     return compile_kernel(plan.attend, H100, pointers, frozenset(n for n, d in pointers.items() if d and n != "layer"))
 
 
-def spilled(kernel: Any, folder: Path) -> int:
-    """Bytes that a thread stores because registers are too few, as ptxas has it."""
+def ptxas(kernel: Any, folder: Path) -> str:
+    """What ptxas says when it makes a kernel of its PTX in a folder."""
     from triton.backends.nvidia.compiler import get_ptxas
 
     (folder / "kernel.ptx").write_text(kernel.asm["ptx"])
     command = [get_ptxas(90).path, "-v", "-arch=sm_90a", "kernel.ptx", "-o", "kernel.cubin"]
-    report = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stderr
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stderr
+
+
+def spilled(report: str) -> int:
+    """Bytes that a thread stores because registers are too few, in what `ptxas` says."""
     return int(re.findall(r"(\d+) bytes spill stores", report)[0])
+
+
+def count_in_loops(sass: str, counted: str, products: int) -> list[int]:
+    """How many instructions of a kind lie in the loops with so many products of wgmma, in the order of the program.
+
+    A loop is what lies between a label and a jump back to it. Where such loops overlap, the shortest counts: compilers
+    move what is rare past the end, and jump back from there.
+    """
+    lines = sass.splitlines()
+    labels = {match[1]: i for i, line in enumerate(lines) if (match := re.match(r"\s*(\w+):$", line))}
+    back = []
+    for i, line in enumerate(lines):
+        match = re.search(r"\bBRA (?:.*\W)?(\w+);", line)
+        if match and labels.get(match[1], i) < i:  # the jump to itself behind the last instruction has no label
+            back.append((labels[match[1]], i))
+    found: list[tuple[int, int]] = []
+    for begin, end in sorted(back, key=lambda loop: loop[1] - loop[0]):
+        alone = all(end < first or last < begin for first, last in found)
+        if alone and sum(bool(re.search(r"\bHGMMA\b", line)) for line in lines[begin:end]) == products:
+            found.append((begin, end))
+    return [sum(bool(re.search(counted, line)) for line in lines[begin:end]) for begin, end in sorted(found)]
