@@ -108,7 +108,7 @@ def test_rows_must_lie_where_tma_can_copy_them(spec, chosen):
 @pytest.mark.parametrize("offset", [4, 8, 12, SLOTS * WORDS + 8, 3 * WORDS + 16])
 def test_what_comes_before_a_cache_is_in_coordinates(offset):
     call = latent(16, block_size=SLOTS, spec=cache(2 * SLOTS * WORDS, WORDS))
-    extents, key, value = call.cache.placement
+    extents, key, _ = call.cache.placement
     placement = call.cache.placement._replace(key=key._replace(offset=offset))
     plan = plan_hopper(call._replace(cache=call.cache._replace(placement=placement)), H100, False)
     if offset % 8:

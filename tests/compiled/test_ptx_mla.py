@@ -7,7 +7,7 @@ pytest.importorskip("triton", minversion="3.8")
 from tests.cases.hopper import latent
 from tests.cases.hopper_ptx import compile_for_hopper, count_in_loops, ptxas, spilled
 
-CALLS = {  # with the bytes of registers that a thread may spill: more only where rows of a program see different positions
+CALLS = {  # and bytes that a thread may spill: many only where rows of a program see different positions
     "pages of 16": (dict(block_size=16), 64),
     "pages of 64": (dict(), 0),
     "pages of 256, layers": (dict(block_size=256, layers=3), 0),
