@@ -1,5 +1,7 @@
 """The MLA kernel for Hopper, compiled without a GPU: wgmma, TMA, shared memory, registers."""
 
+import re
+
 import pytest
 
 pytest.importorskip("triton", minversion="3.8")
@@ -44,3 +46,19 @@ def test_kernel(name, tmp_path):
     loops = count_in_loops(kernel.asm["sass"], r"\b(STL|LDL)\b", PRODUCTS)
     assert len(loops) == 2
     assert max(loops) <= (2 if most <= 64 else 16)
+
+
+@pytest.mark.parametrize("name", ["pages of 64", "ragged, all"])
+def test_all_threads_have_done_what_one_announces(name):
+    """One thread arrives at a barrier in shared memory: for all, which must have met since they read or wrote."""
+    ptx = compile_for_hopper(latent(**CALLS[name][0])).asm["ptx"]
+    memory = r"stmatrix|(?:st|ld)\.shared|wgmma\.(?:mma_async|wait_group)|fence\.proxy\.async"
+    events = re.findall(rf"\b(?:{memory}|mbarrier\.arrive|bar(?:\.warp)?\.sync)\b", ptx)
+    arrivals = [i for i, event in enumerate(events) if event == "mbarrier.arrive"]
+    assert len(arrivals) > 20
+    assert {events[i - 1] for i in arrivals} == {"bar.sync", "bar.warp.sync"}
+
+    # Weights lie where K did: all warps of the group have multiplied it before one of them stores.
+    first, last = r"bar\.sync (?:stmatrix )+", r"fence\.proxy\.async bar\.sync mbarrier\.arrive"
+    assert len(re.findall(first + last, " ".join(events))) == 2
+    assert " ".join(events).count(" bar.sync stmatrix") == 2
