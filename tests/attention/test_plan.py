@@ -12,7 +12,7 @@ import jaxkv.read
 import torchkv
 from jaxkv._triton import launch as jax_launch
 from kvcore.plan.kernel import Target
-from kvcore.run.compiler import compile_kernel, kernel_function
+from kvcore.run.compiler import compile_kernel, has_gluon, kernel_function
 from tests.cases.arrays import to_torch
 from tests.cases.gathers import gather
 from tests.cases.launches import launch as launch_in_torch
@@ -90,6 +90,16 @@ def test_attention(launched, name):
     case.call(jaxkv, jnp.asarray)
     split = ["merge_attention_kernel"] if name == "split" else []
     assert_same(launched, ["paged_attention_kernel", *split])
+
+
+def test_mla_for_hopper(launched):
+    case = make_read(
+        np.random.default_rng(0), layout="MLA", dtype="bfloat16", head_size=576, head_size_v=512, block_size=16,
+        group=16, seq_lens=(3000, 700),
+    )  # fmt: skip
+    case.call(torchkv, lambda a: to_torch(a.copy()))
+    case.call(jaxkv, jnp.asarray)
+    assert_same(launched, ["hopper_mla_kernel" if has_gluon() else "paged_attention_kernel", "merge_attention_kernel"])
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -2,11 +2,14 @@
 
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
 
 pytest.importorskip("triton")
+
+from triton.runtime.interpreter import InterpreterBuilder
 
 from kvcore.arrays import ArraySpec
 from kvcore.contract.cache import CacheArguments
@@ -76,23 +79,30 @@ def test_a_program_has_no_more_threads_than_positions(arch, context, batch, kv_c
     assert attend.num_warps * 32 <= attend.constexprs["P"].tile.positions
 
 
-@pytest.mark.parametrize("head_size", [40, 128, 160])
+def merge(monkeypatch, part, part_lse):
+    """The merged results of partial results `[rows, splits, head_size]`."""
+    rows, splits, head_size = part.shape
+    monkeypatch.setattr(plan_attention, "choose_splits", lambda *_: splits)
+    call = describe(1, 32768, dtype="float32", head_size=head_size, heads=(rows, 1))
+    plan = plan_attention.plan_attention.__wrapped__(call, H100)
+    out, lse = np.full((rows, head_size), np.nan, np.float32), np.full(rows, np.nan, np.float32)
+    arrays = [Pointer(a.ctypes.data, "float32") for a in (part, part_lse)]
+    results = [Pointer(a.ctypes.data, "float32") for a in (out, lse)]
+    run(plan.merge, plan.merge_grid, [*plan_attention.merge_arguments(*arrays, None, splits), *results])
+    return out, lse
+
+
+@pytest.mark.parametrize("head_size", [40, 128, 160, 512])
 @pytest.mark.parametrize("splits", [2, 7, 16, 17, 66, 132])
 def test_merge(monkeypatch, splits, head_size):
     """Partial results of which some saw nothing, and hold NaN; the second row has none that saw anything."""
-    monkeypatch.setattr(plan_attention, "choose_splits", lambda *_: splits)
-    call = describe(1, 32768, dtype="float32", head_size=head_size, heads=(3, 1))
-    plan = plan_attention.plan_attention.__wrapped__(call, H100)
     rng = np.random.default_rng(splits)
     part = rng.standard_normal((3, splits, head_size)).astype(np.float32)
     part_lse = (20 * rng.standard_normal((3, splits))).astype(np.float32)
     saw = rng.random((3, splits)) < 0.7
     saw[1], saw[2, -1] = False, True
     part[~saw], part_lse[~saw] = np.nan, -np.inf
-    out, lse = np.full((3, head_size), np.nan, np.float32), np.full(3, np.nan, np.float32)
-    arrays = [Pointer(a.ctypes.data, "float32") for a in (part, part_lse)]
-    results = [Pointer(a.ctypes.data, "float32") for a in (out, lse)]
-    run(plan.merge, plan.merge_grid, [*plan_attention.merge_arguments(*arrays, None, splits), *results])
+    out, lse = merge(monkeypatch, part, part_lse)
 
     weight = np.where(saw, np.exp2(part_lse.astype(np.float64)), 0)
     total = weight.sum(1)
@@ -100,6 +110,24 @@ def test_merge(monkeypatch, splits, head_size):
     np.testing.assert_allclose(out, want, rtol=1e-5, atol=1e-6)
     with np.errstate(divide="ignore"):
         np.testing.assert_allclose(lse, np.log(total), rtol=1e-6)
+
+
+@pytest.mark.parametrize("head_size", [40, 160, 512])
+def test_merging_writes_each_result_once(monkeypatch, head_size):
+    """Columns of a row are merged by several programs, its lse by one of them."""
+    written = Counter()
+    store = InterpreterBuilder.create_masked_store
+
+    def create_masked_store(self, pointers, value, mask, *rest):
+        written.update(pointers.data[mask.data].ravel().tolist())
+        return store(self, pointers, value, mask, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_store", create_masked_store)
+    rng = np.random.default_rng(0)
+    part = rng.standard_normal((3, 5, head_size)).astype(np.float32)
+    out, lse = merge(monkeypatch, part, part[..., 0].copy())
+    everywhere = {a.ctypes.data + 4 * i for a in (out, lse) for i in range(a.size)}
+    assert written == Counter(everywhere)
 
 
 KEY = """

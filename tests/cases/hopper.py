@@ -1,4 +1,4 @@
-"""Calls that the attention kernel for Hopper takes, and what it becomes."""
+"""Calls that the attention kernels for Hopper take, and what they become."""
 
 from kvcore.arrays import ArraySpec
 from kvcore.contract.cache import CacheArguments
@@ -36,9 +36,37 @@ def prefill(
     )  # fmt: skip
 
 
+def latent(
+    heads=128, *, dtype="bfloat16", cache_dtype=None, kv_cache_dtype="auto", head_sizes=(576, 512), block_size=64,
+    tokens=None, sequences=64, context=8192, layers=None, sinks=False, options=(None, True, None, None), spec=None,
+) -> Attention:  # fmt: skip
+    """A call over a latent cache (MLA). Without tokens, those of all sequences, each has one, and no query_start_loc.
+
+    spec describes a cache of that dtype that lies otherwise in memory.
+    """
+    layout = CacheLayout.MLA if layers is None else CacheLayout.MLA.with_layer()
+    blocks = -(-context // block_size)
+    shapes = layout.shapes(
+        num_blocks=blocks * sequences, block_size=block_size, num_heads=1, head_size=head_sizes[0],
+        head_size_v=head_sizes[1], num_layers=layers, x=None,
+    )  # fmt: skip
+    if kv_cache_dtype == "fp8_ds_mla":
+        shapes = [(*shape[:-1], 656) for shape in shapes]
+    caches = [ArraySpec(shape, cache_dtype or dtype) for shape in shapes] if spec is None else [spec]
+    return check_attention(
+        ArraySpec((tokens or sequences, heads, head_sizes[0]), dtype), ArraySpec((sequences, blocks), "int32"),
+        ArraySpec((sequences,), "int32"), None if tokens is None else ArraySpec((sequences + 1,), "int32"),
+        ArraySpec((heads,), "float32") if sinks else None, AttentionOptions(*options),
+        CacheArguments(
+            caches, kv_cache_dtype, layout=layout, layer=None if layers is None else ArraySpec((), "int32"),
+        ),
+        head_sizes[1],
+    )  # fmt: skip
+
+
 def is_for_hopper(plan: AttentionPlan) -> bool:
-    """Whether a plan launches the kernel for Hopper."""
-    return plan.attend.name == "hopper_attention_kernel"
+    """Whether a plan launches a kernel for Hopper."""
+    return plan.attend.name in ("hopper_attention_kernel", "hopper_mla_kernel")
 
 
 def call_of(case: ReadCase) -> Attention:
