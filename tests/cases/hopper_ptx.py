@@ -20,9 +20,9 @@ def compile_for_hopper(call: Attention) -> Any:
     pointers |= dict.fromkeys(("query_ptr", "key_cache_ptr", "value_cache_ptr"), dtype)
     pointers |= dict.fromkeys(("block_tables_ptr", "seq_lens_ptr"), "int32")
     pointers |= {
-        "query_start_loc_ptr": call.query_start_loc and "int32",
-        "sinks_ptr": call.sinks and "float32",
-        "layer": call.cache.extents.num_layers and "int32",
+        "query_start_loc_ptr": None if call.query_start_loc is None else "int32",
+        "sinks_ptr": None if call.sinks is None else "float32",
+        "layer": None if call.cache.extents.num_layers is None else "int32",
         "out_ptr": "float32" if plan.splits > 1 else dtype,
         "lse_ptr": "float32",
     }
