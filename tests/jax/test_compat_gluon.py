@@ -106,5 +106,5 @@ def test_the_number_comes_with_what_was_kept_on_disk(tmp_path):
         )
         assert not done.returncode, done.stderr
         results.append(json.loads(done.stdout.splitlines()[0]))
-    made = [["hopper_attention_kernel", 12], ["merge_attention_kernel", 4]]
+    made = [["hopper_attention_kernel", 16], ["merge_attention_kernel", 4]]
     assert results == [[2, made], [0, made]]
