@@ -78,7 +78,7 @@ def plan_hopper(call: Attention, target: Target, many_rows: bool) -> HopperPlan 
 def _plan_mla(call: Attention) -> HopperPlan | None:
     extents, key, _ = call.cache.placement
     box = min(extents.block_size & -extents.block_size, _MLA_TILE.positions // 2)
-    side = _describe(call, key, call.query.shape[2], box, 64)
+    side = _describe(call, key, call.query.shape[2], box)
     if side is None:
         return None
     origin, descriptor = side
@@ -92,8 +92,8 @@ def _plan_many_rows(call: Attention) -> HopperPlan | None:
     extents, key, value = cache.placement
     box = min(extents.block_size & -extents.block_size, tile.positions)
     sides = []
-    for address, size, columns in ((key, call.query.shape[2], piece), (value, cache.head_size_v, cache.head_size_v)):
-        side = _describe(call, address, size, box, columns)
+    for address, size in ((key, call.query.shape[2]), (value, cache.head_size_v)):
+        side = _describe(call, address, size, box)
         if side is None:
             return None
         sides.append(side)
@@ -114,7 +114,7 @@ def _plan_many_rows(call: Attention) -> HopperPlan | None:
     return HopperPlan("hopper.attention", "hopper_attention_kernel", tile, constants, descriptors)
 
 
-def _describe(call: Attention, address: Address, size: int, box: int, columns: int) -> tuple[tuple, Descriptor] | None:
+def _describe(call: Attention, address: Address, size: int, box: int) -> tuple[tuple, Descriptor] | None:
     """The origin of K or V in an array, and the descriptor; None where TMA cannot copy it.
 
     A descriptor begins where the array does, as JAX has no other address. What comes before K or V, or between their
@@ -135,5 +135,5 @@ def _describe(call: Attention, address: Address, size: int, box: int, columns: i
     if any(s % 8 or 2 * s >= _LONGEST_STRIDE for s in strides[:4]) or origin[4] % 8 or max(shape) > _LONGEST_AXIS:
         return None
     axes = slice(0 if extents.num_layers is not None else 1, None)
-    block = (1, 1, 1, box, columns)
+    block = (1, 1, 1, box, 64)
     return tuple(origin), Descriptor(shape[axes], strides[axes], block[axes])

@@ -14,8 +14,9 @@ Shared memory, for stages s = 0 … STAGES - 1; W is H.piece, the columns of K t
     q_rows   [consumers * pieces, 64, W]         of each consumer, where its registers have no room for them
     barriers [4 * STAGES + 1 + consumers]        full_k, full_v, empty_k, empty_v of each stage; landed; copied, of each
 
-A box is the largest power of two of positions that lie in one block and fit in a tile. What does not exist (past the
-end, before the window, in a hole of the block table) is a box outside the cache: TMA fills it with zeros.
+A copy takes 64 columns of a box, which is the largest power of two of positions that lie in one block and fit in a
+tile. What does not exist (past the end, before the window, in a hole of the block table) is a box outside the cache:
+TMA fills it with zeros.
 
 P is kvcore.plan.attention_constants.AttentionConstants, H is kvcore.plan.hopper.HopperConstants.
 """

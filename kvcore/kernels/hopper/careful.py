@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..reduce import total
-from .shared import copied, empty_k, empty_v, expect_tile, load_keys, load_values
+from .shared import copied, empty_k, empty_v, expect_tile, find_blocks, load_keys, load_values
 from .tiles import as_operand, products, rows_of, shrunk, start_scores, weigh
 
 
@@ -40,8 +40,10 @@ def attend_carefully(query, arrays, head, work, holes, position, k_desc, v_desc,
         fence_async_shared()
         gl.barrier()
         expect_tile(arrived, H.pieces * H.piece + V.main, P)
-        load_keys(k_desc, shared, CONSUMER, arrived, arrays, work, head, tile, P, H)
-        load_values(v_desc, shared, CONSUMER, arrived, arrays, work, head, tile, P, H)
+        blocks = find_blocks(arrays, work, tile, H.k_origin, P, H)
+        load_keys(k_desc, shared, CONSUMER, arrived, blocks, arrays, head, tile, P, H)
+        blocks = find_blocks(arrays, work, tile, H.v_origin, P, H)
+        load_values(v_desc, shared, CONSUMER, arrived, blocks, arrays, head, tile, P, H)
         mbarrier.wait(arrived, i & 1)
 
         acc = _take_infinite(acc, shared.v_tiles.index(CONSUMER), arrays, work, tile, position, P)
