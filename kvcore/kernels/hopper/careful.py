@@ -30,11 +30,12 @@ def attend_carefully(query, arrays, head, work, holes, position, k_desc, v_desc,
     m = gl.full([ROWS], float("-inf"), gl.float32, rows_of(T.positions))
     l = gl.full([ROWS], 0.0, gl.float32, rows_of(T.positions))
     acc = gl.zeros([ROWS, V.main], gl.float32, products(V.main))
-    # Each consumer has a stage of its own. Both must have used it for the last time.
-    used = ((work.num_tiles - CONSUMER + T.stages - 1) // T.stages) & 1
-    mbarrier.wait(empty_k(shared, CONSUMER, P), used ^ 1)
-    mbarrier.wait(empty_v(shared, CONSUMER, P), used ^ 1)
-    arrived = copied(shared, CONSUMER, P)
+    # Each consumer has a stage of its own. All must have used it for the last time.
+    uses = (work.num_tiles - CONSUMER + T.stages - 1) // T.stages
+    mbarrier.wait(empty_k(shared, CONSUMER, P, H), uses & 1 ^ 1)
+    uses = (work.num_tiles - CONSUMER + H.v_stages - 1) // H.v_stages
+    mbarrier.wait(empty_v(shared, CONSUMER, P, H), uses & 1 ^ 1)
+    arrived = copied(shared, CONSUMER, P, H)
     for i in range(work.num_tiles):
         tile = work.first_tile + i
         fence_async_shared()

@@ -21,11 +21,12 @@ class Shared(NamedTuple):
 @gluon.jit
 def make_barriers(P: gl.constexpr, H: gl.constexpr):
     """Barriers that nothing has arrived at yet."""
-    STAGES: gl.constexpr = P.tile.stages
-    NUMBER: gl.constexpr = 4 * STAGES + 1 + H.consumers
+    K: gl.constexpr = 2 * P.tile.stages
+    V: gl.constexpr = 2 * H.v_stages
+    NUMBER: gl.constexpr = K + V + 1 + H.consumers
     barriers = gl.allocate_shared_memory(gl.int64, [NUMBER, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(NUMBER):
-        if i >= 2 * STAGES and i < 4 * STAGES:
+        if (i >= K // 2 and i < K) or (i >= K + V // 2 and i < K + V):
             mbarrier.init(barriers.index(i), count=H.consumers)
         else:
             mbarrier.init(barriers.index(i), count=1)
@@ -33,39 +34,39 @@ def make_barriers(P: gl.constexpr, H: gl.constexpr):
 
 
 @gluon.jit
-def full_k(shared, stage, P: gl.constexpr):
+def full_k(shared, stage, P: gl.constexpr, H: gl.constexpr):
     """Ends a phase when K of a stage has arrived."""
     return shared.barriers.index(stage)
 
 
 @gluon.jit
-def full_v(shared, stage, P: gl.constexpr):
-    """Ends a phase when V of a stage has arrived."""
+def empty_k(shared, stage, P: gl.constexpr, H: gl.constexpr):
+    """Ends a phase when all consumers have used K of a stage."""
     return shared.barriers.index(P.tile.stages + stage)
 
 
 @gluon.jit
-def empty_k(shared, stage, P: gl.constexpr):
-    """Ends a phase when all consumers have used K of a stage."""
+def full_v(shared, stage, P: gl.constexpr, H: gl.constexpr):
+    """Ends a phase when V of a stage has arrived."""
     return shared.barriers.index(2 * P.tile.stages + stage)
 
 
 @gluon.jit
-def empty_v(shared, stage, P: gl.constexpr):
+def empty_v(shared, stage, P: gl.constexpr, H: gl.constexpr):
     """Ends a phase when all consumers have used V of a stage."""
-    return shared.barriers.index(3 * P.tile.stages + stage)
+    return shared.barriers.index(2 * P.tile.stages + H.v_stages + stage)
 
 
 @gluon.jit
-def full_v_or_landed(shared, stage, cut, P: gl.constexpr):
+def full_v_or_landed(shared, stage, cut, P: gl.constexpr, H: gl.constexpr):
     """Ends a phase when V has arrived: that of its stage or, of a tile that the producer mends, one of its own."""
-    return shared.barriers.index(gl.where(cut, 4 * P.tile.stages, P.tile.stages + stage))
+    return shared.barriers.index(2 * P.tile.stages + gl.where(cut, 2 * H.v_stages, stage))
 
 
 @gluon.jit
-def copied(shared, CONSUMER: gl.constexpr, P: gl.constexpr):
+def copied(shared, CONSUMER: gl.constexpr, P: gl.constexpr, H: gl.constexpr):
     """Ends a phase when a consumer's own copies have arrived."""
-    return shared.barriers.index(4 * P.tile.stages + 1 + CONSUMER)
+    return shared.barriers.index(2 * P.tile.stages + 2 * H.v_stages + 1 + CONSUMER)
 
 
 @gluon.constexpr_function
