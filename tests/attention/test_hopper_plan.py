@@ -48,6 +48,12 @@ def test_a_decode_keeps_the_other_kernel():
     assert not is_for_hopper(plan_attention(call, H100, descriptors=True))
 
 
+@pytest.mark.parametrize(("max_blocks", "block_size", "long"), [(64, 16, False), (65, 16, True), (4, 256, False)])
+def test_short_contexts_keep_the_other_kernel(max_blocks, block_size, long):
+    plan = plan_attention(prefill(max_blocks=max_blocks, block_size=block_size), H100, descriptors=True)
+    assert is_for_hopper(plan) == long
+
+
 def test_heads_that_do_not_lie_in_16_bytes_keep_the_other_kernel():
     call = prefill()
     key = call.cache.placement.key

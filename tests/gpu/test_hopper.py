@@ -9,6 +9,8 @@ A kernel takes its compiler ten seconds and more: cases of the same one run in o
 import numpy as np
 import pytest
 
+from kvcore.plan import hopper
+from kvcore.plan.attention import plan_attention
 from tests.cases.gpu import HAS_GPU, shorter
 from tests.cases.gpu_reads import KERNELS, assert_kernels
 from tests.cases.hidden import POISONS, assert_as_oracle
@@ -16,6 +18,15 @@ from tests.cases.hopper import HEADS, is_for_hopper, plan_of
 from tests.cases.reads import make_read
 
 pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def short_contexts_too(monkeypatch):
+    """Cases are small: plans would keep the other kernel."""
+    monkeypatch.setattr(hopper, "SHORT", 0)
+    plan_attention.cache_clear()
+    yield
+    plan_attention.cache_clear()
 
 
 def read(seed, *, seq_lens, query_lens, dtype="bfloat16", head_size=128, group=4, block_size=16, **options):

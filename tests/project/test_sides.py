@@ -235,7 +235,7 @@ def test_right_answers_of_several_long_sequences():
 
 @pytest.mark.parametrize("case", [prefill.CASES[0], prefill.CASES[-1]], ids=lambda case: case.name)
 def test_the_plan_says_which_kernel_runs(case):
-    inputs = Inputs(case.divided(64))
+    inputs = Inputs(case.divided(4))
     names = [attention_torch.plan_of(inputs, H100, gluon=gluon).attend.name for gluon in (True, False)]
     assert names == ["hopper_attention_kernel" if has_gluon() else "paged_attention_kernel", "paged_attention_kernel"]
 

@@ -7,15 +7,19 @@ widest tiles, and gives the same meaning to every argument. Its warps have three
     consumers    2 or 3 × 4 warps: 64 rows each; scores, weights, sums                                     consumer.py
                  … and again, where a value is infinite or NaN that only some rows see                     careful.py
 
-Shared memory, for stages s = 0 … STAGES - 1; W is H.piece, the columns of K that one product takes:
+Shared memory; W is H.piece, the columns of K that one product takes. V has a stage more than K where there is room: it
+is needed sooner after a stage is free.
 
     k_tiles  [STAGES * pieces, POSITIONS, W]     K of a tile; stage s has pieces s·pieces … + pieces - 1
-    v_tiles  [STAGES, POSITIONS, head_size_v]    V of a tile
+    v_tiles  [V_STAGES, POSITIONS, head_size_v]  V of a tile
     q_rows   [consumers * pieces, 64, W]         of each consumer, where its registers have no room for them
-    barriers [4 * STAGES + 1 + consumers]        full_k, full_v, empty_k, empty_v of each stage; landed; copied, of each
+    barriers [2 * STAGES + 2 * V_STAGES + 1 + consumers]
+                                                 full_k, empty_k, full_v, empty_v of each stage; V has landed; copied,
+                                                 of each consumer
 
-A box is the largest power of two of positions that lie in one block and fit in a tile. What does not exist (past the
-end, before the window, in a hole of the block table) is a box outside the cache: TMA fills it with zeros.
+A copy takes 64 columns of a box, which is the largest power of two of positions that lie in one block and fit in a
+tile. What does not exist (past the end, before the window, in a hole of the block table) is a box outside the cache:
+TMA fills it with zeros.
 
 P is kvcore.plan.attention_constants.AttentionConstants, H is kvcore.plan.hopper.HopperConstants.
 """
@@ -160,7 +164,7 @@ def _allocate(dtype: gl.constexpr, P: gl.constexpr, H: gl.constexpr):
     V: gl.constexpr = P.v
     COUNT: gl.constexpr = T.stages * H.pieces
     k_tiles = gl.allocate_shared_memory(dtype, [COUNT, T.positions, H.piece], shared_layout(H.piece))
-    v_tiles = gl.allocate_shared_memory(dtype, [T.stages, T.positions, V.main], shared_layout(V.main))
+    v_tiles = gl.allocate_shared_memory(dtype, [H.v_stages, T.positions, V.main], shared_layout(V.main))
     q_rows = None
     if H.query_in_shared:
         ROWS: gl.constexpr = T.rows // H.consumers

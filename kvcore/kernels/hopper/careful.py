@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..reduce import total
-from .shared import copied, empty_k, empty_v, expect_tile, load_keys, load_values
+from .shared import copied, empty_k, empty_v, expect_tile, find_blocks, load_keys, load_values
 from .tiles import as_operand, products, rows_of, shrunk, start_scores, weigh
 
 
@@ -30,18 +30,21 @@ def attend_carefully(query, arrays, head, work, holes, position, k_desc, v_desc,
     m = gl.full([ROWS], float("-inf"), gl.float32, rows_of(T.positions))
     l = gl.full([ROWS], 0.0, gl.float32, rows_of(T.positions))
     acc = gl.zeros([ROWS, V.main], gl.float32, products(V.main))
-    # Each consumer has a stage of its own. Both must have used it for the last time.
-    used = ((work.num_tiles - CONSUMER + T.stages - 1) // T.stages) & 1
-    mbarrier.wait(empty_k(shared, CONSUMER, P), used ^ 1)
-    mbarrier.wait(empty_v(shared, CONSUMER, P), used ^ 1)
-    arrived = copied(shared, CONSUMER, P)
+    # Each consumer has a stage of its own. All must have used it for the last time.
+    uses = (work.num_tiles - CONSUMER + T.stages - 1) // T.stages
+    mbarrier.wait(empty_k(shared, CONSUMER, P, H), uses & 1 ^ 1)
+    uses = (work.num_tiles - CONSUMER + H.v_stages - 1) // H.v_stages
+    mbarrier.wait(empty_v(shared, CONSUMER, P, H), uses & 1 ^ 1)
+    arrived = copied(shared, CONSUMER, P, H)
     for i in range(work.num_tiles):
         tile = work.first_tile + i
         fence_async_shared()
         gl.barrier()
         expect_tile(arrived, H.pieces * H.piece + V.main, P)
-        load_keys(k_desc, shared, CONSUMER, arrived, arrays, work, head, tile, P, H)
-        load_values(v_desc, shared, CONSUMER, arrived, arrays, work, head, tile, P, H)
+        blocks = find_blocks(arrays, work, tile, H.k_origin, P, H)
+        load_keys(k_desc, shared, CONSUMER, arrived, blocks, arrays, head, tile, P, H)
+        blocks = find_blocks(arrays, work, tile, H.v_origin, P, H)
+        load_values(v_desc, shared, CONSUMER, arrived, blocks, arrays, head, tile, P, H)
         mbarrier.wait(arrived, i & 1)
 
         acc = _take_infinite(acc, shared.v_tiles.index(CONSUMER), arrays, work, tile, position, P)

@@ -57,30 +57,29 @@ def _use_nothing(work, shared, CONSUMER: gl.constexpr, P: gl.constexpr, H: gl.co
     """Leaves all stages to the other consumers."""
     T: gl.constexpr = P.tile
     for i in range(work.num_tiles):
-        stage = i % T.stages
-        phase = (i // T.stages) & 1
         take_turn(CONSUMER, H)
         give_turn(CONSUMER, H)
-        mbarrier.wait(full_k(shared, stage, P), phase)
-        mbarrier.arrive(empty_k(shared, stage, P), count=1)
-        mbarrier.wait(full_v(shared, stage, P), phase)
-        mbarrier.arrive(empty_v(shared, stage, P), count=1)
+        stage = i % T.stages
+        mbarrier.wait(full_k(shared, stage, P, H), (i // T.stages) & 1)
+        mbarrier.arrive(empty_k(shared, stage, P, H), count=1)
+        stage = i % H.v_stages
+        mbarrier.wait(full_v(shared, stage, P, H), (i // H.v_stages) & 1)
+        mbarrier.arrive(empty_v(shared, stage, P, H), count=1)
 
 
 @gluon.jit
 def _attend(query, arrays, work, holes, position, m, l, acc, shared, CONSUMER: gl.constexpr, P: gl.constexpr,
             H: gl.constexpr):  # fmt: skip
     """Takes all tiles into m, l and acc."""
-    T: gl.constexpr = P.tile
     OPTIONS: gl.constexpr = P.options
     dtype: gl.constexpr = arrays.query_ptr.dtype.element_ty
-    mbarrier.wait(full_k(shared, 0, P), 0)
+    mbarrier.wait(full_k(shared, 0, P, H), 0)
     if CONSUMER > 0:
         take_turn(CONSUMER, H)
     scores = start_scores(query, shared, work.num_tiles, 0, CONSUMER, P, H)
     give_turn(CONSUMER, H)
     scores = warpgroup_mma_wait(0, deps=(scores,))
-    mbarrier.arrive(empty_k(shared, 0, P), count=1)
+    mbarrier.arrive(empty_k(shared, 0, P, H), count=1)
     m, l, weights, _ = weigh(scores, m, l, arrays, work, holes, work.first_tile, position, True, P)
     state = (m, l, acc, as_operand(weights, dtype, P))
 
@@ -98,10 +97,10 @@ def _attend(query, arrays, work, holes, position, m, l, acc, shared, CONSUMER: g
     last = work.num_tiles - 1
     if CONSUMER == 0:  # so that there are as many turns as were given
         take_turn(CONSUMER, H)
-    mbarrier.wait(full_v(shared, last % T.stages, P), (last // T.stages) & 1)
-    acc = warpgroup_mma(weights, shared.v_tiles.index(last % T.stages), acc, is_async=True)
+    mbarrier.wait(full_v(shared, last % H.v_stages, P, H), (last // H.v_stages) & 1)
+    acc = warpgroup_mma(weights, shared.v_tiles.index(last % H.v_stages), acc, is_async=True)
     acc, _ = warpgroup_mma_wait(0, deps=(acc, weights))
-    mbarrier.arrive(empty_v(shared, last % T.stages, P), count=1)
+    mbarrier.arrive(empty_v(shared, last % H.v_stages, P, H), count=1)
     return m, l, acc
 
 
@@ -114,15 +113,15 @@ def _fold_tiles(state, begin, end, query, arrays, work, holes, position, shared,
     for i in range(begin, end):
         m, l, acc, weights = state
         stage = i % T.stages
-        before = (i - 1) % T.stages
-        mbarrier.wait(full_k(shared, stage, P), (i // T.stages) & 1)
+        before = (i - 1) % H.v_stages
+        mbarrier.wait(full_k(shared, stage, P, H), (i // T.stages) & 1)
         take_turn(CONSUMER, H)
         scores = start_scores(query, shared, i, stage, CONSUMER, P, H)
-        mbarrier.wait(full_v(shared, before, P), ((i - 1) // T.stages) & 1)
+        mbarrier.wait(full_v(shared, before, P, H), ((i - 1) // H.v_stages) & 1)
         acc = warpgroup_mma(weights, shared.v_tiles.index(before), acc, is_async=True)
         give_turn(CONSUMER, H)
         scores = warpgroup_mma_wait(1, deps=(scores,))
-        mbarrier.arrive(empty_k(shared, stage, P), count=1)
+        mbarrier.arrive(empty_k(shared, stage, P, H), count=1)
 
         m, l, new_weights, shrink = weigh(scores, m, l, arrays, work, holes, work.first_tile + i, position, MASKED, P)
         if H.consumers == 2:  # three have no registers for new weights beside the old ones
@@ -130,10 +129,10 @@ def _fold_tiles(state, begin, end, query, arrays, work, holes, position, shared,
         if H.weights_first:
             # ptxas would compute most weights after the product, which is to run beside them, but for a branch between
             # them. Here that is the branch of a barrier that was waited for above.
-            mbarrier.wait(full_v(shared, before, P), ((i - 1) // T.stages) & 1)
+            mbarrier.wait(full_v(shared, before, P, H), ((i - 1) // H.v_stages) & 1)
         # The old weights' registers are read until then.
         acc, _, new_weights, l = warpgroup_mma_wait(0, deps=(acc, weights, new_weights, l))
-        mbarrier.arrive(empty_v(shared, before, P), count=1)
+        mbarrier.arrive(empty_v(shared, before, P, H), count=1)
         if H.consumers > 2:
             new_weights = as_operand(new_weights, dtype, P)
         state = (m, l, shrunk(acc, shrink, P), new_weights)

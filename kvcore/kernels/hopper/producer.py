@@ -5,7 +5,17 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from ..sequences import cdiv
-from .shared import empty_k, empty_v, expect_tile, full_k, full_v, landed, load_keys, load_values
+from .shared import (
+    empty_k,
+    empty_v,
+    expect_tile,
+    find_blocks,
+    full_k,
+    full_v,
+    full_v_or_landed,
+    load_keys,
+    load_values,
+)
 
 
 @gluon.jit
@@ -13,37 +23,36 @@ def produce_keys(arrays, head, work, desc, shared, P: gl.constexpr, H: gl.conste
     """Fills stages with tiles of K, each as soon as all consumers have used what was there."""
     T: gl.constexpr = P.tile
     for i in range(work.num_tiles):
+        tile = work.first_tile + i
         stage = i % T.stages
-        mbarrier.wait(empty_k(shared, stage, P), (i // T.stages) & 1 ^ 1)
-        full = full_k(shared, stage, P)
+        blocks = find_blocks(arrays, work, tile, H.k_origin, P, H)
+        mbarrier.wait(empty_k(shared, stage, P, H), (i // T.stages) & 1 ^ 1)
+        full = full_k(shared, stage, P, H)
         expect_tile(full, H.pieces * H.piece, P)
-        load_keys(desc, shared, stage, full, arrays, work, head, work.first_tile + i, P, H)
+        load_keys(desc, shared, stage, full, blocks, arrays, head, tile, P, H)
 
 
 @gluon.jit
 def produce_values(arrays, head, work, desc, shared, P: gl.constexpr, H: gl.constexpr):
     """Fills stages with tiles of V, and clears what no row may see."""
-    T: gl.constexpr = P.tile
     V: gl.constexpr = P.v
     mended = 0
     for i in range(work.num_tiles):
         tile = work.first_tile + i
-        stage = i % T.stages
-        mbarrier.wait(empty_v(shared, stage, P), (i // T.stages) & 1 ^ 1)
-        full = full_v(shared, stage, P)
-        if _cuts_a_box(work, tile, P, H):
-            arrived = landed(shared, P)
-            expect_tile(arrived, V.main, P)
-            load_values(desc, shared, stage, arrived, arrays, work, head, tile, P, H)
+        stage = i % H.v_stages
+        blocks = find_blocks(arrays, work, tile, H.v_origin, P, H)
+        mbarrier.wait(empty_v(shared, stage, P, H), (i // H.v_stages) & 1 ^ 1)
+        cut = _cuts_a_box(work, tile, P, H)
+        arrived = full_v_or_landed(shared, stage, cut, P, H)
+        expect_tile(arrived, V.main, P)
+        load_values(desc, shared, stage, arrived, blocks, arrays, head, tile, P, H)
+        if cut:
             mbarrier.wait(arrived, mended & 1)
             mended += 1
             _clear_hidden(shared.v_tiles.index(stage), work, tile, P, H)
             fence_async_shared()
             gl.barrier()
-            mbarrier.arrive(full, count=1)
-        else:
-            expect_tile(full, V.main, P)
-            load_values(desc, shared, stage, full, arrays, work, head, tile, P, H)
+            mbarrier.arrive(full_v(shared, stage, P, H), count=1)
 
 
 @gluon.jit

@@ -6,6 +6,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
+STRIPE = gl.constexpr(64)  # columns that one copy takes: of 16 bits, as many as shared memory holds side by side
+
 
 class Shared(NamedTuple):
     """See `attention.py`."""
@@ -19,11 +21,12 @@ class Shared(NamedTuple):
 @gluon.jit
 def make_barriers(P: gl.constexpr, H: gl.constexpr):
     """Barriers that nothing has arrived at yet."""
-    STAGES: gl.constexpr = P.tile.stages
-    NUMBER: gl.constexpr = 4 * STAGES + 1 + H.consumers
+    K: gl.constexpr = 2 * P.tile.stages
+    V: gl.constexpr = 2 * H.v_stages
+    NUMBER: gl.constexpr = K + V + 1 + H.consumers
     barriers = gl.allocate_shared_memory(gl.int64, [NUMBER, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(NUMBER):
-        if i >= 2 * STAGES and i < 4 * STAGES:
+        if (i >= K // 2 and i < K) or (i >= K + V // 2 and i < K + V):
             mbarrier.init(barriers.index(i), count=H.consumers)
         else:
             mbarrier.init(barriers.index(i), count=1)
@@ -31,39 +34,39 @@ def make_barriers(P: gl.constexpr, H: gl.constexpr):
 
 
 @gluon.jit
-def full_k(shared, stage, P: gl.constexpr):
+def full_k(shared, stage, P: gl.constexpr, H: gl.constexpr):
     """Ends a phase when K of a stage has arrived."""
     return shared.barriers.index(stage)
 
 
 @gluon.jit
-def full_v(shared, stage, P: gl.constexpr):
-    """Ends a phase when V of a stage has arrived."""
+def empty_k(shared, stage, P: gl.constexpr, H: gl.constexpr):
+    """Ends a phase when all consumers have used K of a stage."""
     return shared.barriers.index(P.tile.stages + stage)
 
 
 @gluon.jit
-def empty_k(shared, stage, P: gl.constexpr):
-    """Ends a phase when all consumers have used K of a stage."""
+def full_v(shared, stage, P: gl.constexpr, H: gl.constexpr):
+    """Ends a phase when V of a stage has arrived."""
     return shared.barriers.index(2 * P.tile.stages + stage)
 
 
 @gluon.jit
-def empty_v(shared, stage, P: gl.constexpr):
+def empty_v(shared, stage, P: gl.constexpr, H: gl.constexpr):
     """Ends a phase when all consumers have used V of a stage."""
-    return shared.barriers.index(3 * P.tile.stages + stage)
+    return shared.barriers.index(2 * P.tile.stages + H.v_stages + stage)
 
 
 @gluon.jit
-def landed(shared, P: gl.constexpr):
-    """Ends a phase when V has arrived of a tile that the producer mends."""
-    return shared.barriers.index(4 * P.tile.stages)
+def full_v_or_landed(shared, stage, cut, P: gl.constexpr, H: gl.constexpr):
+    """Ends a phase when V has arrived: that of its stage or, of a tile that the producer mends, one of its own."""
+    return shared.barriers.index(2 * P.tile.stages + gl.where(cut, 2 * H.v_stages, stage))
 
 
 @gluon.jit
-def copied(shared, CONSUMER: gl.constexpr, P: gl.constexpr):
+def copied(shared, CONSUMER: gl.constexpr, P: gl.constexpr, H: gl.constexpr):
     """Ends a phase when a consumer's own copies have arrived."""
-    return shared.barriers.index(4 * P.tile.stages + 1 + CONSUMER)
+    return shared.barriers.index(2 * P.tile.stages + 2 * H.v_stages + 1 + CONSUMER)
 
 
 @gluon.constexpr_function
@@ -73,47 +76,85 @@ def shared_layout(columns):
 
 
 @gluon.jit
-def load_keys(desc, shared, stage, barrier, arrays, work, head, tile, P: gl.constexpr, H: gl.constexpr):
-    """Copies K of a tile into a stage."""
-    T: gl.constexpr = P.tile
-    for box in gl.static_range(T.positions // H.box):
-        block = _find_block(arrays, work, tile, box, H.k_origin, P, H)
-        for piece in gl.static_range(H.pieces):
-            target = shared.k_tiles.index(stage * H.pieces + piece)
-            _load_box(desc, target, barrier, block, arrays, head, tile, box, piece * H.piece, H.k_origin, P, H)
+def find_blocks(arrays, work, tile, ORIGIN: gl.constexpr, P: gl.constexpr, H: gl.constexpr):
+    """The coordinates of the blocks of a tile's boxes; -1, which no cache has, where nothing in a box exists.
 
-
-@gluon.jit
-def load_values(desc, shared, stage, barrier, arrays, work, head, tile, P: gl.constexpr, H: gl.constexpr):
-    """Copies V of a tile into a stage."""
-    T: gl.constexpr = P.tile
-    for box in gl.static_range(T.positions // H.box):
-        block = _find_block(arrays, work, tile, box, H.v_origin, P, H)
-        _load_box(desc, shared.v_tiles.index(stage), barrier, block, arrays, head, tile, box, 0, H.v_origin, P, H)
-
-
-@gluon.jit
-def _find_block(arrays, work, tile, BOX: gl.constexpr, ORIGIN: gl.constexpr, P: gl.constexpr, H: gl.constexpr):
-    """The coordinate of a box's block; -1, which no cache has, where nothing in the box exists."""
+    Entries are loaded all at once. Where blocks and tiles fit into each other, they lie at constant distances from the
+    first one, and no box takes a division.
+    """
     Q: gl.constexpr = P.query
     T: gl.constexpr = P.tile
-    n = tile * T.positions + BOX * H.box
-    exists = (n < work.limit) & (n + H.box > work.first)
-    block = gl.load(arrays.table_ptr + n // P.block_size * Q.table_step, mask=exists, other=-1)
-    exists = (block >= 0) & (block < arrays.num_blocks)
-    return gl.where(exists, block + ORIGIN[1], -1).to(gl.int32)
+    ALIGNED: gl.constexpr = T.positions % P.block_size == 0
+    OPTIONS: gl.constexpr = P.options
+    begin = tile * T.positions
+    first_ptr = arrays.table_ptr + begin // P.block_size * Q.table_step
+    blocks = ()
+    for box in gl.static_range(T.positions // H.box):
+        n = begin + box * H.box
+        exists = n < work.limit
+        if OPTIONS.sliding_window is not None:
+            exists = exists & (n + H.box > work.first)
+        entry_ptr = first_ptr
+        if ALIGNED:
+            entry_ptr = first_ptr + box * H.box // P.block_size * Q.table_step
+        elif P.block_size % T.positions != 0:
+            entry_ptr = arrays.table_ptr + n // P.block_size * Q.table_step
+        blocks = blocks + (gl.load(entry_ptr, mask=exists, other=-1),)
+    coordinates = ()
+    for box in gl.static_range(T.positions // H.box):
+        coordinates = coordinates + (_coordinate(blocks[box], arrays.num_blocks, ORIGIN[1]),)
+    return coordinates
 
 
 @gluon.jit
-def _load_box(desc, target, barrier, block, arrays, head, tile, BOX: gl.constexpr, DIM: gl.constexpr,
-              ORIGIN: gl.constexpr, P: gl.constexpr, H: gl.constexpr):  # fmt: skip
+def _coordinate(block, num_blocks, ORIGIN: gl.constexpr):
+    """A block's coordinate, or -1. The assembler's: LLVM would compute it after the wait that follows."""
+    if block.dtype == gl.int64:
+        block = gl.where((block >= 0) & (block < num_blocks), block, -1).to(gl.int32)
+    block = gl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.lo.u32 p, $1, $2; selp.b32 $0, $1, -1, p; }", "=r,r,r", [block, num_blocks],
+        dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+    if ORIGIN > 0:
+        block = gl.where(block >= 0, block + ORIGIN, -1)
+    return block
+
+
+@gluon.jit
+def load_keys(desc, shared, stage, barrier, blocks, arrays, head, tile, P: gl.constexpr, H: gl.constexpr):
+    """Copies K of a tile, whose blocks were found, into a stage."""
+    _load_tile(desc, shared.k_tiles, stage, H.pieces, barrier, blocks, arrays, head, tile, H.k_origin, P, H)
+
+
+@gluon.jit
+def load_values(desc, shared, stage, barrier, blocks, arrays, head, tile, P: gl.constexpr, H: gl.constexpr):
+    """Copies V of a tile, whose blocks were found, into a stage."""
+    _load_tile(desc, shared.v_tiles, stage, 1, barrier, blocks, arrays, head, tile, H.v_origin, P, H)
+
+
+@gluon.jit
+def _load_tile(desc, tiles, stage, PIECES: gl.constexpr, barrier, blocks, arrays, head, tile, ORIGIN: gl.constexpr,
+               P: gl.constexpr, H: gl.constexpr):  # fmt: skip
+    """Copies a tile, in stripes of 64 columns, as rows lie in shared memory."""
     T: gl.constexpr = P.tile
-    place = (tile * T.positions + BOX * H.box) % P.block_size + ORIGIN[3]
-    if H.layered:
-        coordinates = [arrays.layer + ORIGIN[0], block, head + ORIGIN[2], place, DIM + ORIGIN[4]]
-    else:
-        coordinates = [block, head + ORIGIN[2], place, DIM + ORIGIN[4]]
-    tma.async_load(desc, coordinates, barrier, target.slice(BOX * H.box, H.box, 0))
+    COLUMNS: gl.constexpr = tiles.shape[2]
+    STRIPES: gl.constexpr = PIECES * COLUMNS // STRIPE
+    targets = tiles.reinterpret(tiles.dtype, [tiles.shape[0] * COLUMNS // STRIPE, T.positions, STRIPE], tiles.layout)
+    # tile >> 30 is 0, but the compiler does not know: else it would make one row of copies of the loop, and ptxas would
+    # prepare all of them at once, for which it has no registers.
+    for stripe in range(STRIPES + (tile >> 30)):
+        target = targets.index(stage * STRIPES + stripe)
+        for box in gl.static_range(T.positions // H.box):
+            if T.positions % P.block_size == 0:
+                place = gl.to_tensor(box * H.box % P.block_size + ORIGIN[3])
+            else:
+                place = (tile * T.positions + box * H.box) % P.block_size + ORIGIN[3]
+            dim = stripe * STRIPE + ORIGIN[4]
+            if H.layered:
+                coordinates = [arrays.layer + ORIGIN[0], blocks[box], head + ORIGIN[2], place, dim]
+            else:
+                coordinates = [blocks[box], head + ORIGIN[2], place, dim]
+            tma.async_load(desc, coordinates, barrier, target.slice(box * H.box, H.box, 0))
 
 
 @gluon.jit
