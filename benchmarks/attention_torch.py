@@ -11,10 +11,10 @@ from benchmarks.attention_inputs import Inputs
 from benchmarks.peers import Calls
 from kvcore.plan.attention import AttentionPlan
 from kvcore.plan.kernel import Target
+from kvcore.run.gluon import launches_gluon
 from torchkv._arguments import as_pattern, as_scale_pattern
 from torchkv._call import AttentionCall
 from torchkv._triton import attention
-from torchkv._triton.launch import launches_gluon
 
 
 def ours(inputs: Inputs) -> Calls:

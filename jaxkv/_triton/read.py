@@ -12,6 +12,7 @@ from kvcore.contract.read import Attention, Gather
 from kvcore.plan import attention as plan_attention
 from kvcore.plan import gather as plan_gather
 from kvcore.plan.kernel import Target
+from kvcore.run.gluon import launches_gluon
 
 
 def launch_read(
@@ -31,8 +32,9 @@ def _launch_attention(
     call: Attention, options: ReadOptions, operands: ReadOperands, target: Target, launch: Callable[..., Any]
 ) -> Any:
     cache = operands.cache
+    # XLA's arrays begin at multiples of 16.
     plan = plan_attention.plan_attention(
-        call, target, layer_is_pointer=cache.layer is not None, descriptors=_launches_gluon(target)
+        call, target, layer_is_pointer=cache.layer is not None, descriptors=launches_gluon(target)
     )
     inputs = plan_attention.arguments(
         call, array_of(operands.query), cache.caches, operands.block_tables, operands.seq_lens,
@@ -49,15 +51,6 @@ def _launch_attention(
     part, part_lse = launch(plan.attend, plan.grid, inputs, target, partial_results)
     inputs = plan_attention.merge_arguments(part, part_lse, operands.sinks, plan.splits)
     return launch(plan.merge, plan.merge_grid, inputs, target, results)
-
-
-def _launches_gluon(target: Target) -> bool:
-    """Whether kernels in Gluon can be launched. XLA's arrays begin at multiples of 16."""
-    if target.backend != "cuda":
-        return False
-    from kvcore.run.compiler import has_gluon
-
-    return has_gluon()
 
 
 def _launch_gather(

@@ -8,11 +8,11 @@ from kvcore.placement import Address
 from kvcore.plan.attention_constants import Tile
 from kvcore.plan.kernel import Descriptor, Target
 
-_HEADS = {  # head sizes of K and V: the tile, V's stages, columns of a piece of K, whether query lies in shared memory
-    (64, 64): (Tile(192, 128, 3), 3, 64, True),
-    (128, 128): (Tile(128, 128, 2), 3, 128, True),
-    (192, 128): (Tile(128, 128, 2), 2, 64, True),
-    (256, 256): (Tile(128, 64, 2), 3, 64, True),
+_HEADS = {  # head sizes of K and V: the tile, columns of a piece of K
+    (64, 64): (Tile(128, 128, 2), 64),
+    (128, 128): (Tile(128, 128, 2), 128),
+    (192, 128): (Tile(128, 128, 2), 64),
+    (256, 256): (Tile(128, 64, 2), 64),
 }
 
 _MLA_HEADS, _MLA_TILE = (576, 512), Tile(64, 128, 2)
@@ -33,14 +33,9 @@ _LONGEST_STRIDE = 2**40
 class HopperConstants(NamedTuple):
     """Constants of `hopper_attention_kernel`, beside `AttentionConstants`."""
 
-    consumers: int  # warp groups that attend, with 64 rows each
-    v_stages: int  # of the pipeline of V; K has the tile's
     box: int  # positions that one copy takes: of one block, and a power of two
     piece: int  # columns of K that are multiplied at once
     pieces: int  # of a head of K
-    query_in_shared: bool  # whether query lies in shared memory, not in registers
-    weights_first: bool  # whether a tile's weights must be there before the last one's product with V is waited for
-    turns: bool  # whether consumers issue products by turns
     layered: bool  # whether descriptors have an axis of layers
     k_origin: tuple[int, int, int, int, int]  # coordinates of K's first element: layer, block, head, slot, dim
     v_origin: tuple[int, int, int, int, int]
@@ -96,7 +91,7 @@ def _plan_many_rows(call: Attention) -> HopperPlan | None:
     cache = call.cache
     if call.block_tables.shape[1] * cache.extents.block_size <= SHORT:
         return None
-    tile, v_stages, piece, query_in_shared = _HEADS[call.query.shape[2], cache.head_size_v]
+    tile, piece = _HEADS[call.query.shape[2], cache.head_size_v]
     extents, key, value = cache.placement
     box = min(extents.block_size & -extents.block_size, tile.positions)
     sides = []
@@ -107,14 +102,9 @@ def _plan_many_rows(call: Attention) -> HopperPlan | None:
         sides.append(side)
     (k_origin, key_box), (v_origin, value_box) = sides
     constants = HopperConstants(
-        consumers=tile.rows // 64,
-        v_stages=v_stages,
         box=box,
         piece=piece,
         pieces=call.query.shape[2] // piece,
-        query_in_shared=query_in_shared,
-        weights_first=True,
-        turns=False,
         layered=extents.num_layers is not None,
         k_origin=k_origin,
         v_origin=v_origin,

@@ -8,10 +8,11 @@ from torch import Tensor
 from kvcore.contract.read import Attention
 from kvcore.plan import attention as plan_attention
 from kvcore.plan.kernel import Target
+from kvcore.run.gluon import launches_gluon
 from torchkv._arguments import dtype_name
 from torchkv._call import AttentionCall, Results, layer_of
 from torchkv._memory import address_of
-from torchkv._triton.launch import Empty, Load, Runner, aligned_pointers, empty, launches_gluon, pointees
+from torchkv._triton.launch import Empty, Load, Runner, aligned_pointers, empty, pointees
 from torchkv._triton.launches import Launch
 from torchkv._triton.read import Reads
 

@@ -138,15 +138,6 @@ def target() -> Target:
     return Target(gpu.backend, gpu.arch, gpu.warp_size)
 
 
-def launches_gluon(target: Target) -> bool:
-    """Whether kernels in Gluon can be launched on a target."""
-    if target.backend != "cuda":
-        return False
-    from kvcore.run.compiler import has_gluon
-
-    return has_gluon()
-
-
 def interpret(kernel: KernelPlan, grid: Grid, arguments: Sequence[Any]) -> None:
     """Runs a kernel in Triton's interpreter, on the memory of CPU tensors."""
     from kvcore.run import interpreter

@@ -15,27 +15,25 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..reduce import total
-from .shared import copied, empty_k, empty_v, expect_tile, find_blocks, load_keys, load_values
+from .shared import ROWS, copied, empty_k, empty_v, expect_tile, find_blocks, load_keys, load_values
 from .tiles import as_operand, products, rows_of, shrunk, start_scores, weigh
 
 
 @gluon.jit
-def attend_carefully(query, arrays, head, work, holes, position, k_desc, v_desc, shared, CONSUMER: gl.constexpr,
+def attend_carefully(arrays, head, work, holes, position, k_desc, v_desc, shared, CONSUMER: gl.constexpr,
                      P: gl.constexpr, H: gl.constexpr):  # fmt: skip
     """The running maximum, the normalizer and the sums of 64 rows, as `consumer._attend` gives them."""
     T: gl.constexpr = P.tile
     V: gl.constexpr = P.v
-    ROWS: gl.constexpr = T.rows // H.consumers
     dtype: gl.constexpr = arrays.query_ptr.dtype.element_ty
     m = gl.full([ROWS], float("-inf"), gl.float32, rows_of(T.positions))
     l = gl.full([ROWS], 0.0, gl.float32, rows_of(T.positions))
     acc = gl.zeros([ROWS, V.main], gl.float32, products(V.main))
-    # Each consumer has a stage of its own. All must have used it for the last time.
-    uses = (work.num_tiles - CONSUMER + T.stages - 1) // T.stages
-    mbarrier.wait(empty_k(shared, CONSUMER, P, H), uses & 1 ^ 1)
-    uses = (work.num_tiles - CONSUMER + H.v_stages - 1) // H.v_stages
-    mbarrier.wait(empty_v(shared, CONSUMER, P, H), uses & 1 ^ 1)
-    arrived = copied(shared, CONSUMER, P, H)
+    # Each consumer has a stage of its own. Both must have used it for the last time.
+    used = ((work.num_tiles - CONSUMER + T.stages - 1) // T.stages) & 1
+    mbarrier.wait(empty_k(shared, CONSUMER, P), used ^ 1)
+    mbarrier.wait(empty_v(shared, CONSUMER, P), used ^ 1)
+    arrived = copied(shared, CONSUMER, P)
     for i in range(work.num_tiles):
         tile = work.first_tile + i
         fence_async_shared()
@@ -47,8 +45,8 @@ def attend_carefully(query, arrays, head, work, holes, position, k_desc, v_desc,
         load_values(v_desc, shared, CONSUMER, arrived, blocks, arrays, head, tile, P, H)
         mbarrier.wait(arrived, i & 1)
 
-        acc = _take_infinite(acc, shared.v_tiles.index(CONSUMER), arrays, work, tile, position, P)
-        scores = start_scores(query, shared, i, CONSUMER, CONSUMER, P, H)
+        acc = take_infinite(acc, None, shared.v_tiles.index(CONSUMER), arrays, work, tile * T.positions, position, P)
+        scores = start_scores(shared, i, CONSUMER, CONSUMER, P, H)
         scores = warpgroup_mma_wait(0, deps=(scores,))
         m, l, weights, shrink = weigh(scores, m, l, arrays, work, holes, tile, position, True, P)
         weights = as_operand(weights, dtype, P)
@@ -61,26 +59,43 @@ def attend_carefully(query, arrays, head, work, holes, position, k_desc, v_desc,
 
 
 @gluon.jit
-def _take_infinite(acc, values, arrays, work, tile, position, P: gl.constexpr):
-    """Adds what is not finite to the sums of the rows that see it, and clears it in shared memory."""
-    T: gl.constexpr = P.tile
-    V: gl.constexpr = P.v
-    position = gl.convert_layout(position, rows_of(V.main))
-    for place in range(T.positions):
-        # In the layout of sums, [1, head_size_v]: each thread has its columns.
-        index = gl.full([V.main], place, gl.int32, gl.SliceLayout(0, products(V.main)))[None, :]
+def take_infinite(acc, weights, values, arrays, work, begin, position, P: gl.constexpr):
+    """Adds what is not finite to the sums of the rows that see it, and clears it in shared memory.
+
+    Args:
+        acc: Sums, `[64, columns]`.
+        weights: `[64, positions]`: of a value that is a part of K, too, and then the weight may be 0, the sum NaN. None
+            where weights are above 0.
+        values: `[positions, columns]`.
+        arrays: As all below, of the program.
+        work: Its tiles.
+        begin: The first of values' positions.
+        position: That of each row's token.
+        P: All constants.
+    """
+    POSITIONS: gl.constexpr = values.shape[0]
+    COLUMNS: gl.constexpr = values.shape[1]
+    position = gl.convert_layout(position, rows_of(COLUMNS))
+    for place in range(POSITIONS):
+        # In the layout of sums, [1, COLUMNS]: each thread has its columns.
+        index = gl.full([COLUMNS], place, gl.int32, gl.SliceLayout(0, products(COLUMNS)))[None, :]
         v = values.gather(index, axis=0)
         infinite = ~(gl.abs(v.to(gl.float32)) < float("inf"))
         if total(total(infinite.to(gl.int32), 1), 0) > 0:
-            seen = sees(tile * T.positions + place, position, arrays, work, P)
-            acc = gl.where(seen[:, None] & infinite, acc + v.to(gl.float32), acc)
+            weighted = v.to(gl.float32)
+            if weights is not None:
+                column = gl.arange(0, POSITIONS, layout=gl.SliceLayout(0, products(POSITIONS)))
+                weight = total(gl.where((column == place)[None, :], weights, 0.0), 1)
+                weighted = gl.convert_layout(weight, rows_of(COLUMNS))[:, None] * weighted
+            seen = _sees(begin + place, position, arrays, work, P)
+            acc = gl.where(seen[:, None] & infinite, acc + weighted, acc)
             gl.barrier()  # all have read it
             values.scatter(gl.where(infinite, gl.zeros_like(v), v), index, axis=0)
     return acc
 
 
 @gluon.jit
-def sees(n, position, arrays, work, P: gl.constexpr):
+def _sees(n, position, arrays, work, P: gl.constexpr):
     """Which rows see position n, `[64]`."""
     Q: gl.constexpr = P.query
     OPTIONS: gl.constexpr = P.options

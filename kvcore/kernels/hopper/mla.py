@@ -23,11 +23,10 @@ P is kvcore.plan.attention_constants.AttentionConstants, H is kvcore.plan.hopper
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from ..sequences import CHUNK, find_rows, find_span
-from .attention import Arrays, _find_layer, _find_work
-from .mla_consumer import attend_left, attend_right
+from .mla_consumer import attend
 from .mla_producer import produce
 from .mla_shared import CONSUMER_REGISTERS, PRODUCER_REGISTERS, allocate
+from .program import find_program
 
 
 @gluon.jit
@@ -54,25 +53,17 @@ def hopper_mla_kernel(
     H: gl.constexpr,      # kvcore.plan.hopper.LatentConstants
 ):  # fmt: skip
     """Attention of 64 query rows over one split of the positions."""
-    T: gl.constexpr = P.tile
     Q: gl.constexpr = P.query
-    index: gl.constexpr = gl.BlockedLayout([8], [32], [gl.num_warps()], [0])
-    lanes = gl.arange(0, CHUNK, layout=index)
-    layer_id = gl.to_tensor(0)
-    layer_exists = None
-    if layer is not None:
-        layer_id, layer_exists = _find_layer(layer, num_layers, P)
-    rows, end, seq_len = find_rows(query_start_loc_ptr, seq_lens_ptr, num_tokens, num_seqs, lanes, P, T)
+    rows, work, arrays = find_program(
+        query_ptr, block_tables_ptr, seq_lens_ptr, query_start_loc_ptr, sinks_ptr, layer, num_tokens, num_seqs,
+        max_blocks, table_stride, num_blocks, num_layers, out_ptr, lse_ptr, P,
+    )  # fmt: skip
     if rows.first < rows.length * Q.q_per_kv:
-        span = find_span(rows, end, seq_len, max_blocks, layer_exists, P, T)
-        table_ptr = block_tables_ptr + rows.seq.to(gl.int64) * table_stride
-        work = _find_work(rows, span, P, T)
-        arrays = Arrays(query_ptr, sinks_ptr, table_ptr, num_blocks, layer_id, out_ptr, lse_ptr)
         shared = allocate(key_cache_ptr.dtype)
         gl.warp_specialize(
             [
-                (attend_left, (arrays, rows, work, key_cache_ptr, shared, P, H)),
-                (attend_right, (arrays, rows, work, key_cache_ptr, shared, P, H)),
+                (attend, (arrays, rows, work, key_cache_ptr, shared, 0, P, H)),
+                (attend, (arrays, rows, work, key_cache_ptr, shared, 1, P, H)),
                 (produce, (arrays, work, key_cache_ptr, shared, 0, P, H)),
                 (produce, (arrays, work, key_cache_ptr, shared, 1, P, H)),
             ],

@@ -23,36 +23,29 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..reduce import total
-from ..softmax import LN2, finish, origin_of
+from ..softmax import origin_of
 from .mla_careful import attend_carefully
-from .mla_shared import BLOCK, CHUNK, HALF, ROWS, empty, query_loaded, summed, weighed
+from .mla_shared import BLOCK, HALF, ROWS, STRIPE, empty, query_loaded, summed, weighed
 from .mla_tiles import shrunk, start_scores, weigh
-from .tiles import has_holes, operands, products, row_offsets, rows_of
+from .result import store_result
+from .tiles import has_holes, load_rows, operands, products, rows_of
 
 
 @gluon.jit
-def attend_left(arrays, rows, work, desc, shared, P: gl.constexpr, H: gl.constexpr):
-    """Loads query, attends, and stores columns 0 … 255 of the result, and the logarithm of the normalizers."""
-    _load_query(arrays, rows, shared, P)
+def attend(arrays, rows, work, desc, shared, SIDE: gl.constexpr, P: gl.constexpr, H: gl.constexpr):
+    """Attends, and stores a side's half of the columns; left (0) loads query, and stores logarithms of normalizers."""
+    if SIDE == 0:
+        _load_query(arrays, rows, shared, P)
     m, l, acc, position = _begin(rows, work, P)
     holes = has_holes(arrays, work, P)
     if work.num_tiles > 0:
         mbarrier.wait(query_loaded(shared), 0)
         for i in range(work.num_tiles):
-            m, l, acc = _fold_left(m, l, acc, arrays, work, holes, i, position, shared, P)
-    _end(m, l, acc, arrays, rows, work, holes, position, desc, shared, 0, P, H)
-
-
-@gluon.jit
-def attend_right(arrays, rows, work, desc, shared, P: gl.constexpr, H: gl.constexpr):
-    """Attends, and stores columns 256 … 511 of the result."""
-    m, l, acc, position = _begin(rows, work, P)
-    holes = has_holes(arrays, work, P)
-    if work.num_tiles > 0:
-        mbarrier.wait(query_loaded(shared), 0)
-        for i in range(work.num_tiles):
-            m, l, acc = _fold_right(m, l, acc, arrays, work, holes, i, position, shared, P)
-    _end(m, l, acc, arrays, rows, work, holes, position, desc, shared, 1, P, H)
+            if SIDE == 0:
+                m, l, acc = _fold_left(m, l, acc, arrays, work, holes, i, position, shared, P)
+            else:
+                m, l, acc = _fold_right(m, l, acc, arrays, work, holes, i, position, shared, P)
+    _end(m, l, acc, arrays, rows, work, holes, position, desc, shared, SIDE, P, H)
 
 
 @gluon.jit
@@ -70,29 +63,15 @@ def _begin(rows, work, P: gl.constexpr):
 def _load_query(arrays, rows, shared, P: gl.constexpr):
     """Copies query into shared memory, and says so."""
     halves: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
-    chunks: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    left = _load_part(arrays, rows, 0, HALF, halves, P)
-    right = _load_part(arrays, rows, HALF, HALF, halves, P)
-    rotary = _load_part(arrays, rows, 2 * HALF, CHUNK, chunks, P)
+    stripes: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    left = load_rows(arrays, rows, rows.first, 0, HALF, halves, P)
+    right = load_rows(arrays, rows, rows.first, HALF, HALF, halves, P)
+    rotary = load_rows(arrays, rows, rows.first, 2 * HALF, STRIPE, stripes, P)
     shared.query.left.index(0).store(left)
     shared.query.right.index(0).store(right)
     shared.query.rotary.index(0).store(rotary)
     fence_async_shared()
     mbarrier.arrive(query_loaded(shared), count=1)
-
-
-@gluon.jit
-def _load_part(arrays, rows, FIRST: gl.constexpr, COLUMNS: gl.constexpr, layout: gl.constexpr, P: gl.constexpr):
-    """Columns FIRST … FIRST + COLUMNS - 1 of the rows of query, zeros where there are no rows."""
-    Q: gl.constexpr = P.query
-    OPTIONS: gl.constexpr = P.options
-    row = rows.first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
-    dim = FIRST + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))
-    offset = row_offsets(rows, row, Q)[:, None] + dim[None, :] * Q.dim_stride
-    q = gl.load(arrays.query_ptr + offset, mask=(row < rows.length * Q.q_per_kv)[:, None], other=0)
-    if OPTIONS.scale < 0:  # the sign goes to query: the largest score is found before it is scaled
-        q = -q
-    return q
 
 
 @gluon.jit
@@ -159,32 +138,4 @@ def _end(
         spoilt = total(total(acc * 0.0, 1), 0)
         if spoilt != 0.0:
             m, l, acc = attend_carefully(arrays, work, holes, position, desc, shared, SIDE, P, H)
-    _store_result(m, l, acc, arrays, rows, SIDE, P)
-
-
-@gluon.jit
-def _store_result(m, l, acc, arrays, rows, SIDE: gl.constexpr, P: gl.constexpr):
-    Q: gl.constexpr = P.query
-    V: gl.constexpr = P.v
-    m = gl.convert_layout(m, rows_of(HALF))
-    l = gl.convert_layout(l, rows_of(HALF))
-    row = rows.first + gl.arange(0, ROWS, layout=rows_of(HALF))
-    inside = row < rows.length * Q.q_per_kv
-    q_head = rows.head * Q.q_per_kv + row % Q.q_per_kv
-    sink = None
-    if arrays.sinks_ptr is not None and not P.split:
-        sink = gl.load(arrays.sinks_ptr + q_head * Q.sink_stride, mask=inside, other=0)
-    WEIGHT: gl.constexpr = 2.0**-P.weight_bits
-    factor, log = finish(m, l * WEIGHT, sink)
-    factor = gl.where(l == 0, 0.0, factor * WEIGHT)
-
-    result = (rows.start + row // Q.q_per_kv).to(gl.int64) * Q.num_heads + q_head
-    if P.split:
-        result = result * gl.num_programs(1) + gl.program_id(1)
-    else:
-        log = log * LN2
-    if SIDE == 0:
-        gl.store(arrays.lse_ptr + result, log, mask=inside)
-    dim = SIDE * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(0, products(HALF)))
-    out = arrays.out_ptr + (result * V.words)[:, None] + dim[None, :]
-    gl.store(out, (acc * factor[:, None]).to(arrays.out_ptr.dtype.element_ty), mask=inside[:, None])
+    store_result(m, l, acc, arrays, rows, rows.first, SIDE * HALF, SIDE == 0, P)

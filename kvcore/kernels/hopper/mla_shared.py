@@ -6,14 +6,14 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
+from .shared import ROWS, STRIPE
+
 CONSUMER_REGISTERS = gl.constexpr(232)  # of a thread
 PRODUCER_REGISTERS = gl.constexpr(40)
 
-ROWS = gl.constexpr(64)  # of query
 BLOCK = gl.constexpr(64)  # positions; a tile is a pair of blocks
 HALF = gl.constexpr(256)  # columns of V that a warpgroup sums
-CHUNK = gl.constexpr(64)  # columns that are copied at a time, and waited for
-CHUNKS = gl.constexpr(9)  # of a head of K; the last is the rotary one
+STRIPES = gl.constexpr(9)  # of a head of K; the last is the rotary one
 
 
 class Heads(NamedTuple):
@@ -46,8 +46,8 @@ _NUMBER = gl.constexpr(31)
 
 @gluon.jit
 def full(shared, S, C):
-    """Ends a phase when a chunk of block S of a pair has arrived."""
-    return shared.barriers.index(_FULL + S * CHUNKS + C)
+    """Ends a phase when a stripe of block S of a pair has arrived."""
+    return shared.barriers.index(_FULL + S * STRIPES + C)
 
 
 @gluon.jit
@@ -104,26 +104,26 @@ def _allocate_heads(dtype: gl.constexpr, COUNT: gl.constexpr, SIZE: gl.constexpr
     layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     left = gl.allocate_shared_memory(dtype, [COUNT, SIZE, HALF], layout)
     right = gl.allocate_shared_memory(dtype, [COUNT, SIZE, HALF], layout)
-    return Heads(left, right, gl.allocate_shared_memory(dtype, [COUNT, SIZE, CHUNK], layout))
+    return Heads(left, right, gl.allocate_shared_memory(dtype, [COUNT, SIZE, STRIPE], layout))
 
 
 @gluon.jit
-def chunks_of(half):
-    """Halves of heads, `[COUNT, 64, 256]`, as chunks, `[COUNT * 4, 64, 64]`: so they lie in shared memory."""
-    COUNT: gl.constexpr = half.shape[0] * (HALF // CHUNK)
-    return half.reinterpret(half.dtype, [COUNT, half.shape[1], CHUNK], half.layout)
+def stripes_of(half):
+    """Halves of heads, `[COUNT, 64, 256]`, as stripes, `[COUNT * 4, 64, 64]`: so they lie in shared memory."""
+    COUNT: gl.constexpr = half.shape[0] * (HALF // STRIPE)
+    return half.reinterpret(half.dtype, [COUNT, half.shape[1], STRIPE], half.layout)
 
 
 @gluon.jit
-def chunk(heads, S, C: gl.constexpr):
+def stripe(heads, S, C: gl.constexpr):
     """Columns C * 64 … C * 64 + 63 of heads S, `[64, 64]`."""
-    SIDE_CHUNKS: gl.constexpr = HALF // CHUNK
-    if C == CHUNKS - 1:
+    SIDE_STRIPES: gl.constexpr = HALF // STRIPE
+    if C == STRIPES - 1:
         part = heads.rotary.index(S)
-    elif C < SIDE_CHUNKS:
-        part = chunks_of(heads.left).index(S * SIDE_CHUNKS + C)
+    elif C < SIDE_STRIPES:
+        part = stripes_of(heads.left).index(S * SIDE_STRIPES + C)
     else:
-        part = chunks_of(heads.right).index(S * SIDE_CHUNKS + C - SIDE_CHUNKS)
+        part = stripes_of(heads.right).index(S * SIDE_STRIPES + C - SIDE_STRIPES)
     return part
 
 
@@ -142,9 +142,9 @@ def find_blocks(arrays, work, begin, P: gl.constexpr, H: gl.constexpr):
 
 
 @gluon.jit
-def load_chunk(desc, target, barrier, blocks, C, arrays, begin, P: gl.constexpr, H: gl.constexpr):
-    """Copies chunk C of 64 positions from begin on to a target."""
-    dim = C * CHUNK + H.origin[4]
+def load_stripe(desc, target, barrier, blocks, C, arrays, begin, P: gl.constexpr, H: gl.constexpr):
+    """Copies stripe C of 64 positions from begin on to a target."""
+    dim = C * STRIPE + H.origin[4]
     for box in gl.static_range(BLOCK // H.box):
         place = (begin + box * H.box) % P.block_size + H.origin[3]
         if H.layered:
@@ -155,6 +155,6 @@ def load_chunk(desc, target, barrier, blocks, C, arrays, begin, P: gl.constexpr,
 
 
 @gluon.jit
-def expect_chunks(barrier, NUMBER: gl.constexpr):
-    """Has a barrier wait for chunks of 16-bit elements. Boxes outside the cache arrive, too."""
-    mbarrier.expect(barrier, NUMBER * BLOCK * CHUNK * 2)
+def expect_stripes(barrier, NUMBER: gl.constexpr):
+    """Has a barrier wait for stripes of 16-bit elements. Boxes outside the cache arrive, too."""
+    mbarrier.expect(barrier, NUMBER * BLOCK * STRIPE * 2)

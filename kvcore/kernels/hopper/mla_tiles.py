@@ -5,15 +5,15 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma
 
 from ..softmax import LOG2E, fold_logits
-from .mla_shared import BLOCK, CHUNKS, HALF, ROWS, chunk, full
+from .mla_shared import BLOCK, HALF, ROWS, STRIPES, full, stripe
 from .tiles import cap, masked, products, rows_of, seen_by
 
 
 @gluon.jit
 def start_scores(shared, i, S: gl.constexpr, WAITS: gl.constexpr):
-    """Issues the product of query with K in block S of shared memory; WAITS: as chunks of pair i arrive."""
+    """Issues the product of query with K in block S of shared memory; WAITS: as stripes of pair i arrive."""
     scores = gl.zeros([ROWS, BLOCK], gl.float32, products(BLOCK))
-    for k in gl.static_range(CHUNKS):
+    for k in gl.static_range(STRIPES):
         scores = _add_product(scores, shared, i, S, k, WAITS)
     return scores
 
@@ -22,9 +22,9 @@ def start_scores(shared, i, S: gl.constexpr, WAITS: gl.constexpr):
 def _add_product(scores, shared, i, S: gl.constexpr, C: gl.constexpr, WAITS: gl.constexpr):
     if WAITS:
         mbarrier.wait(full(shared, S, C), i & 1)
-    # i >> 30 is 0, but the compiler does not know: else it would keep descriptors of all chunks in registers.
-    keys = chunk(shared.keys, S + (i >> 30), C).permute((1, 0))
-    return warpgroup_mma(chunk(shared.query, i >> 30, C), keys, scores, use_acc=C > 0, is_async=True)
+    # i >> 30 is 0, but the compiler does not know: else it would keep descriptors of all stripes in registers.
+    keys = stripe(shared.keys, S + (i >> 30), C).permute((1, 0))
+    return warpgroup_mma(stripe(shared.query, i >> 30, C), keys, scores, use_acc=C > 0, is_async=True)
 
 
 @gluon.jit

@@ -26,8 +26,8 @@ def produce_keys(arrays, head, work, desc, shared, P: gl.constexpr, H: gl.conste
         tile = work.first_tile + i
         stage = i % T.stages
         blocks = find_blocks(arrays, work, tile, H.k_origin, P, H)
-        mbarrier.wait(empty_k(shared, stage, P, H), (i // T.stages) & 1 ^ 1)
-        full = full_k(shared, stage, P, H)
+        mbarrier.wait(empty_k(shared, stage, P), (i // T.stages) & 1 ^ 1)
+        full = full_k(shared, stage, P)
         expect_tile(full, H.pieces * H.piece, P)
         load_keys(desc, shared, stage, full, blocks, arrays, head, tile, P, H)
 
@@ -35,15 +35,16 @@ def produce_keys(arrays, head, work, desc, shared, P: gl.constexpr, H: gl.conste
 @gluon.jit
 def produce_values(arrays, head, work, desc, shared, P: gl.constexpr, H: gl.constexpr):
     """Fills stages with tiles of V, and clears what no row may see."""
+    T: gl.constexpr = P.tile
     V: gl.constexpr = P.v
     mended = 0
     for i in range(work.num_tiles):
         tile = work.first_tile + i
-        stage = i % H.v_stages
+        stage = i % T.stages
         blocks = find_blocks(arrays, work, tile, H.v_origin, P, H)
-        mbarrier.wait(empty_v(shared, stage, P, H), (i // H.v_stages) & 1 ^ 1)
+        mbarrier.wait(empty_v(shared, stage, P), (i // T.stages) & 1 ^ 1)
         cut = _cuts_a_box(work, tile, P, H)
-        arrived = full_v_or_landed(shared, stage, cut, P, H)
+        arrived = full_v_or_landed(shared, stage, cut, P)
         expect_tile(arrived, V.main, P)
         load_values(desc, shared, stage, arrived, blocks, arrays, head, tile, P, H)
         if cut:
@@ -52,7 +53,7 @@ def produce_values(arrays, head, work, desc, shared, P: gl.constexpr, H: gl.cons
             _clear_hidden(shared.v_tiles.index(stage), work, tile, P, H)
             fence_async_shared()
             gl.barrier()
-            mbarrier.arrive(full_v(shared, stage, P, H), count=1)
+            mbarrier.arrive(full_v(shared, stage, P), count=1)
 
 
 @gluon.jit

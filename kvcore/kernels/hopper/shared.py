@@ -9,70 +9,77 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 STRIPE = gl.constexpr(64)  # columns that one copy takes: of 16 bits, as many as shared memory holds side by side
 
 
+CONSUMERS = gl.constexpr(2)
+ROWS = gl.constexpr(64)  # of query, of a consumer
+
+
 class Shared(NamedTuple):
     """See `attention.py`."""
 
     k_tiles: gl.shared_memory_descriptor
     v_tiles: gl.shared_memory_descriptor
-    q_rows: gl.shared_memory_descriptor  # or None
+    q_rows: gl.shared_memory_descriptor
     barriers: gl.shared_memory_descriptor  # one array, as each would take a register
 
 
 @gluon.jit
-def make_barriers(P: gl.constexpr, H: gl.constexpr):
-    """Barriers that nothing has arrived at yet."""
-    K: gl.constexpr = 2 * P.tile.stages
-    V: gl.constexpr = 2 * H.v_stages
-    NUMBER: gl.constexpr = K + V + 1 + H.consumers
+def allocate(dtype: gl.constexpr, P: gl.constexpr, H: gl.constexpr):
+    """Shared memory, with barriers that nothing has arrived at."""
+    T: gl.constexpr = P.tile
+    V: gl.constexpr = P.v
+    k_tiles = gl.allocate_shared_memory(dtype, [T.stages * H.pieces, T.positions, H.piece], _layout(H.piece))
+    v_tiles = gl.allocate_shared_memory(dtype, [T.stages, T.positions, V.main], _layout(V.main))
+    q_rows = gl.allocate_shared_memory(dtype, [CONSUMERS * H.pieces, ROWS, H.piece], _layout(H.piece))
+    NUMBER: gl.constexpr = 4 * T.stages + 1 + CONSUMERS
     barriers = gl.allocate_shared_memory(gl.int64, [NUMBER, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(NUMBER):
-        if (i >= K // 2 and i < K) or (i >= K + V // 2 and i < K + V):
-            mbarrier.init(barriers.index(i), count=H.consumers)
+        if i >= 2 * T.stages and i < 4 * T.stages:
+            mbarrier.init(barriers.index(i), count=CONSUMERS)
         else:
             mbarrier.init(barriers.index(i), count=1)
-    return barriers
+    return Shared(k_tiles, v_tiles, q_rows, barriers)
+
+
+@gluon.constexpr_function
+def _layout(columns):
+    """The layout of rows of 16-bit elements, as TMA writes them and wgmma reads them: in stripes of up to 128 bytes."""
+    return gl.NVMMASharedLayout(swizzle_byte_width=min(128, 2 * columns), element_bitwidth=16, rank=2)
 
 
 @gluon.jit
-def full_k(shared, stage, P: gl.constexpr, H: gl.constexpr):
+def full_k(shared, stage, P: gl.constexpr):
     """Ends a phase when K of a stage has arrived."""
     return shared.barriers.index(stage)
 
 
 @gluon.jit
-def empty_k(shared, stage, P: gl.constexpr, H: gl.constexpr):
-    """Ends a phase when all consumers have used K of a stage."""
+def full_v(shared, stage, P: gl.constexpr):
+    """Ends a phase when V of a stage has arrived."""
     return shared.barriers.index(P.tile.stages + stage)
 
 
 @gluon.jit
-def full_v(shared, stage, P: gl.constexpr, H: gl.constexpr):
-    """Ends a phase when V of a stage has arrived."""
+def empty_k(shared, stage, P: gl.constexpr):
+    """Ends a phase when all consumers have used K of a stage."""
     return shared.barriers.index(2 * P.tile.stages + stage)
 
 
 @gluon.jit
-def empty_v(shared, stage, P: gl.constexpr, H: gl.constexpr):
+def empty_v(shared, stage, P: gl.constexpr):
     """Ends a phase when all consumers have used V of a stage."""
-    return shared.barriers.index(2 * P.tile.stages + H.v_stages + stage)
+    return shared.barriers.index(3 * P.tile.stages + stage)
 
 
 @gluon.jit
-def full_v_or_landed(shared, stage, cut, P: gl.constexpr, H: gl.constexpr):
+def full_v_or_landed(shared, stage, cut, P: gl.constexpr):
     """Ends a phase when V has arrived: that of its stage or, of a tile that the producer mends, one of its own."""
-    return shared.barriers.index(2 * P.tile.stages + gl.where(cut, 2 * H.v_stages, stage))
+    return shared.barriers.index(gl.where(cut, 4 * P.tile.stages, P.tile.stages + stage))
 
 
 @gluon.jit
-def copied(shared, CONSUMER: gl.constexpr, P: gl.constexpr, H: gl.constexpr):
+def copied(shared, CONSUMER: gl.constexpr, P: gl.constexpr):
     """Ends a phase when a consumer's own copies have arrived."""
-    return shared.barriers.index(2 * P.tile.stages + 2 * H.v_stages + 1 + CONSUMER)
-
-
-@gluon.constexpr_function
-def shared_layout(columns):
-    """The layout of rows of 16-bit elements, as TMA writes them and wgmma reads them: in stripes of up to 128 bytes."""
-    return gl.NVMMASharedLayout(swizzle_byte_width=min(128, 2 * columns), element_bitwidth=16, rank=2)
+    return shared.barriers.index(4 * P.tile.stages + 1 + CONSUMER)
 
 
 @gluon.jit
@@ -162,28 +169,3 @@ def expect_tile(barrier, COLUMNS: gl.constexpr, P: gl.constexpr):
     """Has a barrier wait for a tile of 16-bit elements. Boxes outside the cache arrive, too."""
     T: gl.constexpr = P.tile
     mbarrier.expect(barrier, T.positions * COLUMNS * 2)
-
-
-@gluon.jit
-def take_turn(CONSUMER: gl.constexpr, H: gl.constexpr):
-    """Waits until the consumer before this one has issued its products."""
-    if H.turns:
-        _barrier("bar.sync", CONSUMER, H)
-
-
-@gluon.jit
-def give_turn(CONSUMER: gl.constexpr, H: gl.constexpr):
-    """Lets the next consumer issue its products."""
-    if H.turns:
-        _barrier("bar.arrive", (CONSUMER + 1) % H.consumers, H)
-
-
-@gluon.jit
-def _barrier(INSTRUCTION: gl.constexpr, TURN: gl.constexpr, H: gl.constexpr):
-    """At a barrier in hardware that Triton uses none of: it counts from 0. The instruction's result is of no use."""
-    gl.inline_asm_elementwise(_at_barrier(INSTRUCTION, TURN), "=r,r", [0], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.constexpr_function
-def _at_barrier(instruction, turn):
-    return f"{instruction} {15 - turn}, 256; mov.u32 $0, $1;"

@@ -14,6 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from ..address import head_offset
 from ..sequences import CHUNK, all_blocks_exist, cdiv
 from ..softmax import LOG2E, fold_logits, tanh
+from .shared import ROWS
 
 _RECIPROCALS = gl.constexpr("""{
     .reg .f32 a, b, c, d, ab, cd, all;
@@ -54,38 +55,28 @@ def rows_of(columns):
 
 
 @gluon.jit
-def row_offsets(rows, row, Q: gl.constexpr):
-    """Where rows begin in query; of the shape of `row`."""
-    token = row // Q.q_per_kv
-    q_head = rows.head * Q.q_per_kv + row % Q.q_per_kv
-    return Q.offset + (rows.start + token).to(gl.int64) * Q.token_stride + head_offset(q_head, Q)
-
-
-@gluon.jit
 def load_query(arrays, rows, first_row, shared, CONSUMER: gl.constexpr, P: gl.constexpr, H: gl.constexpr):
-    """Rows of query, [64, piece] each: in registers, or in shared memory, and then the result is empty."""
-    BLOCKED: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    pieces = ()
+    """Copies 64 rows of query into shared memory."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     for piece in gl.static_range(H.pieces):
-        if H.query_in_shared:
-            q = _load_piece(arrays, rows, first_row, piece, BLOCKED, P, H)
-            shared.q_rows.index(CONSUMER * H.pieces + piece).store(q)
-        else:
-            pieces = pieces + (_load_piece(arrays, rows, first_row, piece, operands(P.tile.positions), P, H),)
-    if H.query_in_shared:
-        fence_async_shared()
-        gl.barrier()
-    return pieces
+        q = load_rows(arrays, rows, first_row, piece * H.piece, H.piece, layout, P)
+        shared.q_rows.index(CONSUMER * H.pieces + piece).store(q)
+    fence_async_shared()
+    gl.barrier()
 
 
 @gluon.jit
-def _load_piece(arrays, rows, first_row, PIECE: gl.constexpr, layout: gl.constexpr, P: gl.constexpr, H: gl.constexpr):
+def load_rows(arrays, rows, first_row, FIRST: gl.constexpr, COLUMNS: gl.constexpr, layout: gl.constexpr,
+              P: gl.constexpr):  # fmt: skip
+    """Columns FIRST … FIRST + COLUMNS - 1 of 64 rows of query, zeros where there are no rows."""
     Q: gl.constexpr = P.query
     OPTIONS: gl.constexpr = P.options
-    T: gl.constexpr = P.tile
-    row = first_row + gl.arange(0, T.rows // H.consumers, layout=gl.SliceLayout(1, layout))
-    dim = PIECE * H.piece + gl.arange(0, H.piece, layout=gl.SliceLayout(0, layout))
-    offset = row_offsets(rows, row, Q)[:, None] + dim[None, :] * Q.dim_stride
+    row = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    dim = FIRST + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))
+    token = row // Q.q_per_kv
+    q_head = rows.head * Q.q_per_kv + row % Q.q_per_kv
+    offset = Q.offset + (rows.start + token).to(gl.int64) * Q.token_stride + head_offset(q_head, Q)
+    offset = offset[:, None] + dim[None, :] * Q.dim_stride
     q = gl.load(arrays.query_ptr + offset, mask=(row < rows.length * Q.q_per_kv)[:, None], other=0)
     if OPTIONS.scale < 0:  # the sign goes to query: the largest score is found before it is scaled
         q = -q
@@ -93,16 +84,13 @@ def _load_piece(arrays, rows, first_row, PIECE: gl.constexpr, layout: gl.constex
 
 
 @gluon.jit
-def start_scores(query, shared, i, stage, CONSUMER: gl.constexpr, P: gl.constexpr, H: gl.constexpr):
+def start_scores(shared, i, stage, CONSUMER: gl.constexpr, P: gl.constexpr, H: gl.constexpr):
     """Issues the product of query with K of tile i, which is in a stage."""
     T: gl.constexpr = P.tile
-    scores = gl.zeros([T.rows // H.consumers, T.positions], gl.float32, products(T.positions))
+    scores = gl.zeros([ROWS, T.positions], gl.float32, products(T.positions))
     for piece in gl.static_range(H.pieces):
-        if H.query_in_shared:
-            # i >> 30 is 0, but the compiler does not know: else it would keep descriptors of all of query in registers.
-            q = shared.q_rows.index(CONSUMER * H.pieces + piece + (i >> 30))
-        else:
-            q = query[piece]
+        # i >> 30 is 0, but the compiler does not know: else it would keep descriptors of all of query in registers.
+        q = shared.q_rows.index(CONSUMER * H.pieces + piece + (i >> 30))
         k = shared.k_tiles.index(stage * H.pieces + piece).permute((1, 0))
         scores = warpgroup_mma(q, k, scores, use_acc=piece > 0, is_async=True)
     return scores
