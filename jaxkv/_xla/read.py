@@ -4,6 +4,7 @@ Attention takes tiles of queries, each of one sequence, all at once, and tiles o
 memory for what a tile of positions holds, however long the sequences are.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -182,7 +183,8 @@ def _online_softmax(call: Attention, source: Source, layer: jax.Array, queries: 
             # A value that only some rows see spoils others if it is not finite: 0 · NaN.
             rows_see = jnp.repeat(seen, rows // width, axis=1)[:, None]
             is_finite = jnp.isfinite(weighted).all()
-            weighted = lax.cond(is_finite, lambda *_: weighted, _sum_of_seen, weight, rows_see, value)
+            sum_of_seen = functools.partial(_sum_of_seen, cache.layout.latent)
+            weighted = lax.cond(is_finite, lambda *_: weighted, sum_of_seen, weight, rows_see, value)
         return new_maximum, normalizer * shrink + jnp.sum(weight, axis=-1), out + weighted
 
     front = (tiles, heads, rows)
@@ -221,7 +223,7 @@ def _seen(call: Attention, queries: _Queries, position: jax.Array, exists: jax.A
     return exists, seen
 
 
-def _sum_of_seen(weight: jax.Array, seen: jax.Array, value: jax.Array) -> jax.Array:
+def _sum_of_seen(latent: bool, weight: jax.Array, seen: jax.Array, value: jax.Array) -> jax.Array:
     """Sums of values by weights, where infinities and NaN reach only the rows that see them."""
 
     def product(weight: jax.Array, value: jax.Array) -> jax.Array:
@@ -232,6 +234,9 @@ def _sum_of_seen(weight: jax.Array, seen: jax.Array, value: jax.Array) -> jax.Ar
     for infinity in (jnp.inf, -jnp.inf):  # NaN is both
         meets = product(sees, (jnp.isnan(value) | (value == infinity)).astype(value.dtype)) > 0
         total = jnp.where(meets, total + infinity, total)
+    if latent:  # the value is a part of the key: it may have made its own weight 0, and 0 times infinity is NaN
+        meets = product(jnp.where(weight == 0, sees, 0), (~jnp.isfinite(value)).astype(value.dtype)) > 0
+        total = jnp.where(meets, jnp.nan, total)
     return total
 
 

@@ -53,8 +53,8 @@ def add_seen_values(acc, weights, seen, words, word_scales, v_scale, shrink, C: 
     """What `add_values` does, for values that may be infinite or NaN: they change only rows that see them.
 
     Finite values are multiplied as usual. Infinite ones and NaN are counted, row by row, where the row sees them: one
-    is enough to make the sum infinite or NaN, whatever its weight. A sum that is not finite is not shrunk, as 0 times
-    it would be NaN.
+    is enough to make the sum infinite or NaN, whatever its weight. But one that is a part of the key (MLA) may have
+    made its own weight 0, and then the sum is NaN. A sum that is not finite is not shrunk, as 0 times it would be NaN.
 
     Args:
         acc: The sums so far, `[ROWS, words]` for each element of a word.
@@ -86,5 +86,10 @@ def add_seen_values(acc, weights, seen, words, word_scales, v_scale, shrink, C: 
         above = tl.dot(saw, narrow(tl.where(nan | (scaled == infinity), 1.0, 0.0), COMPUTE), input_precision="ieee")
         below = tl.dot(saw, narrow(tl.where(nan | (scaled == -infinity), 1.0, 0.0), COMPUTE), input_precision="ieee")
         updated = tl.where(above > 0, updated + infinity, updated)
-        sums = sums + (tl.where(below > 0, updated - infinity, updated),)
+        updated = tl.where(below > 0, updated - infinity, updated)
+        if P.v_in_k:
+            unweighted = narrow(tl.where(seen & (weights == 0), 1.0, 0.0), COMPUTE)
+            spoilt = tl.dot(unweighted, narrow(tl.where(finite, 0.0, 1.0), COMPUTE), input_precision="ieee")
+            updated = tl.where(spoilt > 0, float("nan"), updated)
+        sums = sums + (updated,)
     return sums

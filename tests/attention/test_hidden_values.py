@@ -42,6 +42,7 @@ def test_hidden_values_touch_nothing(name, lengths):
 
 ON_A_GPU = {  # by kernels
     "auto": ("NaN", "infinity", "minus infinity", "NaN in K", "infinity in K"),
+    "latent": ("NaN in a latent", "infinity in a latent", "minus infinity in a latent"),
     "fp8": ("NaN of e4m3",),
     "fp8_e5m2": ("infinity of e5m2",),
     "int8": ("scale NaN", "scale infinite", "scale huge"),

@@ -21,6 +21,13 @@ def of_key(number):
     return poison
 
 
+def of_latent(number):
+    def poison(case, at):
+        case.caches[0][at][..., 1] = number
+
+    return poison
+
+
 def of_scale(number):
     def poison(case, at):
         case.options["v_scale"][at][..., 0] = number
@@ -46,6 +53,7 @@ def of_mla_scale(number):
 
 
 MLA = dict(layout="MLA", head_size=576, head_size_v=512, kv_cache_dtype="fp8_ds_mla")
+LATENT = dict(layout="MLA", head_size=576, head_size_v=512)
 PER_TOKEN = dict(granularity="token_head", kv_cache_dtype="int8")
 POISONS = {
     "NaN": (of_value(np.nan), {}),
@@ -60,6 +68,9 @@ POISONS = {
     "scale huge": (of_scale(1e30), PER_TOKEN),
     "scale of int4 NaN": (of_scale(np.nan), PER_TOKEN | dict(kv_cache_dtype="int4")),
     "block scale NaN": (of_block_scale(0x7F), dict(kv_cache_dtype="nvfp4")),
+    "NaN in a latent": (of_latent(np.nan), LATENT),
+    "infinity in a latent": (of_latent(np.inf), LATENT),
+    "minus infinity in a latent": (of_latent(-np.inf), LATENT),
     "MLA scale NaN": (of_mla_scale(np.nan), MLA),
     "MLA scale infinite": (of_mla_scale(np.inf), MLA),
 }

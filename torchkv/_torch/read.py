@@ -217,19 +217,22 @@ def _online_softmax(described: Attention, call: AttentionCall, queries: _Queries
             # A value that only some rows see spoils others if it is not finite: 0 · NaN.
             rows_see = seen.repeat_interleave(query_rows // width, 1).unsqueeze(1)
             weighted = (weighted * shrink).where(weighted.isfinite(), weighted)
-            weighted.add_(_sum_of_seen(weight, rows_see, value))
+            weighted.add_(_sum_of_seen(weight, rows_see, value, cache.layout.latent))
         else:
             weighted.mul_(shrink).add_(added)
     return _Softmax(maximum, normalizer, weighted)
 
 
-def _sum_of_seen(weight: Tensor, seen: Tensor, value: Tensor) -> Tensor:
+def _sum_of_seen(weight: Tensor, seen: Tensor, value: Tensor, latent: bool) -> Tensor:
     """`weight @ value`, where infinities and NaN reach only the rows that see them."""
     saw, nan = seen.expand_as(weight).to(value.dtype), value.isnan()
     total = weight @ value.masked_fill(~value.isfinite(), 0)
     for infinity in (torch.inf, -torch.inf):  # NaN is both
         meets = saw @ (nan | (value == infinity)).to(value.dtype) > 0
         total = (total + infinity).where(meets, total)
+    if latent:  # the value is a part of the key: it may have made its own weight 0, and 0 times infinity is NaN
+        meets = saw.where(weight == 0, 0) @ (~value.isfinite()).to(value.dtype) > 0
+        total = total.masked_fill(meets, torch.nan)
     return total
 
 
