@@ -12,10 +12,10 @@ Cached and empty blocks are free: `allocate` takes empty ones first, then the ca
 from collections import Counter, OrderedDict
 from collections.abc import Hashable, Iterable, Sequence
 from secrets import randbits
-from typing import NamedTuple
 
 from kvcore.contents import Contents
 from kvcore.integers import integer
+from kvcore.pool_statistics import PoolStatistics
 
 
 class OutOfBlocks(RuntimeError):  # noqa: N818, what a server expects, then waits or preempts
@@ -34,30 +34,6 @@ class OutOfBlocks(RuntimeError):  # noqa: N818, what a server expects, then wait
     def __str__(self) -> str:
         kept = f", {self.kept} of them kept by the watermark" if self.kept else ""
         return f"{self.asked} blocks were asked for, {self.free} are free{kept}"
-
-
-class PoolStatistics(NamedTuple):
-    """Where the blocks of a pool are, and what sharing has spared.
-
-    Attributes:
-        num_blocks: All blocks: used, cached and empty ones.
-        used: Blocks that someone holds.
-        cached: Free blocks that keep what they hold.
-        empty: The other free blocks.
-        evicted: Cached blocks that were taken for something else, so far.
-        prompt_tokens: Tokens of all prompts, so far: counted when a `Sequence` is first appended to.
-        shared_tokens: Of these, tokens that were there already.
-        hit_rate: shared_tokens / prompt_tokens, or 0.
-    """
-
-    num_blocks: int
-    used: int
-    cached: int
-    empty: int
-    evicted: int
-    prompt_tokens: int
-    shared_tokens: int
-    hit_rate: float
 
 
 class BlockPool:
@@ -189,14 +165,22 @@ class BlockPool:
             TypeError: a number is no integer.
         """
         size, holders = self.block_size, self._holders
-        length, n = integer("length", length, 0), integer("n", n, 0)
+        if type(length) is not int or type(n) is not int or length < 0 or n < 0:
+            length, n = integer("length", length, 0), integer("n", n, 0)
         if length > len(table) * size:
             raise ValueError(f"length must be at most {len(table) * size}, the slots of the table, got {length}")
+        if not n:
+            return []
         first, stop = length // size, -(-(length + n) // size)
-        written = self._check_held("table", table[first:stop], first) if n and first < len(table) else []
+        if stop == first + 1 == len(table):  # in the last block, as most steps of decoding
+            block = table[first]
+            if type(block) is int and 0 <= block < self.num_blocks and holders[block] == 1:
+                self._contents.drop(block)
+                return []
+        written = self._check_held("table", table[first:stop], first) if first < len(table) else []
         shared = [first + i for i, block in enumerate(written) if holders[block] > 1]
-        missing = max(0, stop - len(table)) if n else 0
-        new = self._take(len(shared) + missing, self.watermark if admit else 0) if shared or missing else []
+        needed = len(shared) + max(0, stop - len(table))
+        new = self._take(needed, self.watermark if admit else 0) if needed else []
         for block in written:
             if holders[block] == 1:  # the caller's own, which is overwritten
                 self._contents.drop(block)

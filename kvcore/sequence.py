@@ -55,9 +55,9 @@ class Sequence:
             raise TypeError(f"salt must be hashable, got {salt!r}") from error
         self._pool, self._salt, self._generation = pool, salt, pool.generation
         self._prompt_tokens: int | None = len(known)  # until they are counted
-        self._freed = False
+        self._freed, self._size = False, pool.block_size
         self.table = pool.match(known[:-1], salt)
-        self.num_shared = self.length = len(self.table) * pool.block_size
+        self.num_shared = self.length = len(self.table) * self._size
         self.tokens = known[: self.length]
 
     def append(self, n: int = 1) -> tuple[list[int], list[tuple[int, int]]]:
@@ -76,13 +76,15 @@ class Sequence:
             TypeError: n is no integer.
         """
         self._check()
-        start, starts = self.length, self._prompt_tokens is not None
-        copies = self._pool.append(self.table, start, n, admit=starts)
+        start, admit = self.length, self._prompt_tokens is not None
+        copies = self._pool.append(self.table, start, n, admit=admit)
         if self._prompt_tokens is not None:
             self._pool.count_prompt(self._prompt_tokens, self.num_shared)
             self._prompt_tokens = None
         self.length = start + int(n)
-        return self.slots(start), copies
+        if n == 1:
+            return [self.table[-1] * self._size + start % self._size], copies
+        return self._slots(start, self.length), copies
 
     def commit(self, tokens: Iterable[int]) -> None:
         """Says what the first tokens were that have slots and were not committed before.
@@ -92,12 +94,12 @@ class Sequence:
             TypeError: tokens holds no integers.
         """
         self._check()
-        new, known, size = integers("tokens", tokens), len(self.tokens), self._pool.block_size
+        new, known = integers("tokens", tokens), len(self.tokens)
         if known + len(new) > self.length:
             raise ValueError(f"tokens must be at most {self.length - known}, which have slots, got {len(new)}")
         self.tokens += new
-        start = known // size
-        if start < len(self.tokens) // size and self._generation == self._pool.generation:
+        start = known // self._size
+        if start < len(self.tokens) // self._size and self._generation == self._pool.generation:
             self._pool.remember(self.table, self.tokens, start, self._salt)
 
     def slots(self, start: int = 0, stop: int | None = None) -> list[int]:
@@ -107,23 +109,13 @@ class Sequence:
             ValueError: start or stop is none of its positions, or they are in the wrong order.
             TypeError: they are no integers.
         """
-        size, table = self._pool.block_size, self.table
         stop = self.length if stop is None else integer("stop", stop, 0)
         start = integer("start", start, 0)
         if stop > self.length:
             raise ValueError(f"stop must be at most {self.length}, the sequence's length, got {stop}")
         if start > stop:
             raise ValueError(f"start must be at most stop, {stop}, got {start}")
-        if stop - start == 1:
-            return [table[start // size] * size + start % size]
-        found: list[int] = []
-        while start < stop:
-            place = start % size
-            count = min(size - place, stop - start)
-            slot = table[start // size] * size + place
-            found.extend(range(slot, slot + count))
-            start += count
-        return found
+        return self._slots(start, stop)
 
     def fork(self) -> "Sequence":
         """Another sequence with the committed tokens of this one, in the same blocks.
@@ -137,7 +129,7 @@ class Sequence:
         new = Sequence(self._pool, salt=self._salt)
         new.tokens, new.length = list(self.tokens), len(self.tokens)
         new.num_shared, new._generation, new._prompt_tokens = new.length, self._generation, None
-        new.table = self._pool.fork(self.table[: -(-new.length // self._pool.block_size)])
+        new.table = self._pool.fork(self.table[: -(-new.length // self._size)])
         return new
 
     def truncate(self, length: int) -> None:
@@ -151,7 +143,7 @@ class Sequence:
         length = integer("length", length, 0)
         if length > self.length:
             raise ValueError(f"length must be at most {self.length}, the sequence's, got {length}")
-        count = -(-length // self._pool.block_size)
+        count = -(-length // self._size)
         self._pool.free(self.table[count:])
         del self.table[count:], self.tokens[length:]
         self.length, self.num_shared = length, min(self.num_shared, length)
@@ -165,6 +157,15 @@ class Sequence:
         self._check()
         self._pool.free(self.table)
         self.table, self.length, self.num_shared, self._freed = [], 0, 0, True
+
+    def _slots(self, start: int, stop: int) -> list[int]:
+        size, table, found = self._size, self.table, []
+        while start < stop:
+            place = start % size
+            slot, count = table[start // size] * size + place, min(size - place, stop - start)
+            found += range(slot, slot + count)
+            start += count
+        return found
 
     def _check(self) -> None:
         if self._freed:

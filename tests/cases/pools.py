@@ -168,6 +168,10 @@ class World:
         assert self.pool.num_free == self.pool.num_blocks
         rest = self.pool.allocate(self.pool.num_blocks - self.pool.watermark)
         assert len(set(rest)) == len(rest)
+        contents = self.pool._contents
+        uses = Counter(id(content) for content in contents._of if content is not None)
+        uses.update(id(content.parent) for content in contents._by_code.values())
+        assert all(content.uses == uses[id(content)] > 0 for content in contents._by_code.values())
 
     # ---- how
 

@@ -322,6 +322,21 @@ def test_nothing_is_left_of_what_was_evicted():
     for start in range(0, 1000, 4):
         remembered(pool, [start, start + 1, start + 2, start + 3])
     assert len(pool._contents._by_code) == 5  # with the root
+    pool.forget()
+    assert not pool._contents._by_code
+
+
+def test_nothing_is_left_of_texts_that_fill_no_block_or_cannot_be_found(monkeypatch):
+    pool = BlockPool(4, 2)
+    for salt in range(3):
+        pool.remember(pool.allocate(1), [salt], salt=salt)
+        assert pool.match([salt, salt], salt=salt) == []
+    assert not pool._contents._by_code
+    monkeypatch.setattr(contents, "hash", lambda value: value[1] if len(value[1]) == 1 else 7, raising=False)
+    remembered(pool, [1, 1])
+    for salt in range(3):  # all have the first one's hash
+        pool.remember([0], [2, 2], salt=salt)
+        assert len(pool._contents._by_code) == 2  # the first one's, and its root
 
 
 def test_printed():

@@ -22,7 +22,7 @@ LEVELS = {
         "installed",
         "kvcore",
         "integers",
-        "arrays nbytes contents",
+        "arrays nbytes contents pool_statistics",
         "pool",
         "sequence",
         "formats",
