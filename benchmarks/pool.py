@@ -1,7 +1,7 @@
 """What the host's side costs: blocks handed out, shared, copied and evicted, by BlockPool and Sequence.
 
-`uv run python -m benchmarks pool [--json FILE]`. Plain Python on one core; the cache itself is not there. An operation
-is a block that is handed out, shared or given back; or a call that moves none, as most of decoding.
+`uv run python -m benchmarks pool [--json FILE]`. Plain Python on one core, in seconds of CPU time; the cache itself is
+not there. An operation is a block that is handed out, shared or given back; or a call that moves none, as when decoding.
 
     allocate, free      64 blocks at a time, of a pool that is half full
     decode              256 sequences, a token each: append, commit; at 528 tokens another takes a sequence's place
@@ -51,10 +51,10 @@ def measure(name: str, operations: int, num_blocks: int) -> dict[str, str | int 
     pool = BlockPool(num_blocks, BLOCK_SIZE, seed=0)
     steps = CASES[name](pool, random.Random(0))
     next(steps)  # to begin with
-    done, start = 0, time.perf_counter()
+    done, start = 0, time.process_time()
     while done < operations:
         done += next(steps)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     now = pool.statistics
     return {
         "case": name, "operations": done, "seconds": seconds, "ns/operation": seconds / done * 1e9,

@@ -144,8 +144,10 @@ class Sequence:
         if length > self.length:
             raise ValueError(f"length must be at most {self.length}, the sequence's, got {length}")
         count = -(-length // self._size)
-        self._pool.free(self.table[count:])
-        del self.table[count:], self.tokens[length:]
+        if count < len(self.table):
+            self._pool.free(self.table[count:])
+            del self.table[count:]
+        del self.tokens[length:]
         self.length, self.num_shared = length, min(self.num_shared, length)
 
     def free(self) -> None:

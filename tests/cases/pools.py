@@ -10,6 +10,17 @@ from kvcore.sequence import Sequence
 POISON = -1
 
 
+def remembered(pool, *texts):
+    """Tables of texts that were written and given back, in this order. Each is of full blocks."""
+    tables = []
+    for text in texts:
+        tables.append(pool.allocate(len(text) // pool.block_size))
+        pool.remember(tables[-1], text)
+    for table in tables:
+        pool.free(table)
+    return tables
+
+
 class Texts:
     """A number for each text: what keys and values depend on, namely a token and all tokens before it."""
 
