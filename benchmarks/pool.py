@@ -1,7 +1,7 @@
 """What the host's side costs: blocks handed out, shared, copied and evicted, by BlockPool and Sequence.
 
 `uv run python -m benchmarks pool [--json FILE]`. Plain Python on one core, in seconds of CPU time; the cache itself is
-not there. An operation is a block that is handed out, shared or given back; or a call that moves none, as when decoding.
+not there. An operation is a block that is handed out, shared or given back; or a call that moves none, as in decoding.
 
     allocate, free      64 blocks at a time, of a pool that is half full
     decode              256 sequences, a token each: append, commit; at 528 tokens another takes a sequence's place
