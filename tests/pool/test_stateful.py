@@ -140,7 +140,7 @@ def a_day(world, steps, chance):
 def test_a_server_that_is_always_full(num_blocks, block_size, codes, monkeypatch):
     collide(monkeypatch, codes)
     world = World(num_blocks, block_size, watermark=num_blocks // 16)
-    a_day(world, 7000, random.Random(num_blocks + block_size))
+    a_day(world, 8000, random.Random(num_blocks + block_size))
     assert world.pool.statistics.evicted > 100
     assert world.copied > 50 or block_size == 1  # where each block is full
     assert world.shared > 100
