@@ -136,6 +136,15 @@ def test_what_is_overwritten_is_not_found():
     assert pool.match([1, 1, 2, 2]) == old
 
 
+@pytest.mark.parametrize(("length", "n", "left"), [(1, 2, 0), (2, 2, 1), (3, 5, 1), (4, 1, 2)])
+def test_blocks_that_are_overwritten_together_are_not_found(length, n, left):
+    pool = BlockPool(6, 2)
+    table = pool.allocate(3)
+    pool.remember(table, [1, 1, 2, 2, 3, 3])
+    assert pool.append(table, length, n) == []
+    assert pool.match([1, 1, 2, 2, 3, 3]) == table[:left]
+
+
 def test_a_block_that_is_remembered_anew():
     pool = BlockPool(4, 2)
     table = pool.allocate(1)
