@@ -35,12 +35,19 @@ from jaxkv.scales import kv_scales
 from jaxkv.tables import rope_table
 from jaxkv.views import heads
 from jaxkv.write import reshape_and_cache_flash, reshape_and_cache_flash_diffkv
+from kvcore.fitting import blocks_that_fit
 from kvcore.layout import CacheLayout
+from kvcore.pool import BlockPool, OutOfBlocks
+from kvcore.sequence import Sequence
 from kvcore.slots import check_tables, find_duplicate_slots
 
 __all__ = [
+    "BlockPool",
     "CacheLayout",
+    "OutOfBlocks",
     "PagedKVCache",
+    "Sequence",
+    "blocks_that_fit",
     "check_tables",
     "concat_and_cache_mla",
     "find_duplicate_slots",

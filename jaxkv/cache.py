@@ -53,7 +53,8 @@ class PagedKVCache(Described):
     def create(
         cls,
         *,
-        num_blocks: int,
+        num_blocks: int | None = None,
+        memory: int | str | None = None,
         block_size: int,
         num_heads: int | None = None,
         num_kv_heads: int | None = None,
@@ -73,6 +74,7 @@ class PagedKVCache(Described):
 
         Args:
             num_blocks: Blocks, per layer.
+            memory: In place of num_blocks: bytes that all arrays may have together, or text such as `"2GiB"`.
             block_size: Slots per block.
             num_heads: KV heads.
             num_kv_heads: Another name of num_heads; one of the two is given.
@@ -85,8 +87,7 @@ class PagedKVCache(Described):
                 knows; with the layout `block slot latent`, that `concat_and_cache_mla` knows.
             k_scale: What quantised keys are divided by: float32 of one element or `[num_heads]`, or a number; None
                 means 1. `kv_scales` computes good ones.
-            v_scale: What quantised values are divided by, of the same kind. With `block slot latent`,
-                k_scale is for both.
+            v_scale: The same for quantised values. With `block slot latent`, k_scale is for both.
             per_token_head: Whether each head of a token has a scale of its own, which `write` computes.
             scale_layout: With these, the pattern of the scale caches; None means `block slot head`, or
                 `layer block slot head`.
@@ -95,12 +96,12 @@ class PagedKVCache(Described):
                 the arrays where JAX puts them.
 
         Raises:
-            ValueError: an extent, layout or choice does not fit.
-            TypeError: a dtype or type does not fit.
+            ValueError: an extent, layout or choice does not fit, or memory has no room for a block.
+            TypeError: a dtype or type does not fit, or num_blocks and memory, or both names of num_heads, are given.
         """
         spec = CacheSpec.create(
             num_layers, num_blocks, block_size, num_heads, head_size, head_size_v, dtype_name(dtype), layout,
-            kv_cache_dtype, per_token_head, scale_layout, num_kv_heads,
+            kv_cache_dtype, per_token_head, scale_layout, num_kv_heads, memory,
         )  # fmt: skip
         spec.check_scales(k_scale, v_scale)
         caches, scales = allocate(spec, k_scale, v_scale, sharding)

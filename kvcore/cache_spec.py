@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -10,6 +10,7 @@ from kvcore.arrays import ArraySpec, array_names, check_integers, python_integer
 from kvcore.contract.checks import check_kv_cache_dtype, either
 from kvcore.formats import DS_MLA_LATENT, FLOATS, FP8_DS_MLA, KV_CACHE_DTYPES, PER_TOKEN_HEAD, stored_size
 from kvcore.layout import CacheLayout
+from kvcore.nbytes import bytes_of, readable
 from kvcore.scales import place_stored, scale_layout_of
 
 
@@ -45,7 +46,7 @@ class CacheSpec:
     def create(
         cls,
         num_layers: int | None,
-        num_blocks: int,
+        num_blocks: int | None,
         block_size: int,
         num_heads: int | None,
         head_size: int,
@@ -56,13 +57,19 @@ class CacheSpec:
         per_token_head: bool = False,
         scale_layout: str | None = None,
         num_kv_heads: int | None = None,
+        memory: int | str | None = None,
     ) -> "CacheSpec":
         """The description that `PagedKVCache.create` asks for.
 
         Raises:
-            ValueError: an extent, layout or choice does not fit.
-            TypeError: dtype is no float, layout no layout, an extent no integer, or num_heads given twice or not.
+            ValueError: an extent, layout or choice does not fit, or memory has no room for a block.
+            TypeError: dtype is no float, layout no layout, an extent no integer, or num_heads, or num_blocks or memory,
+                given twice or not.
         """
+        room = None if memory is None else bytes_of("memory", memory)
+        if (num_blocks is None) == (memory is None):
+            got = "neither" if memory is None else f"both: {num_blocks!r} and {memory!r}"
+            raise TypeError(f"num_blocks or memory must be given, and not both, got {got}")
         check_kv_cache_dtype(kv_cache_dtype)
         if dtype not in FLOATS:
             formats = (n for n, f in KV_CACHE_DTYPES.items() if f is not None and dtype in (n, f.name))
@@ -99,7 +106,7 @@ class CacheSpec:
         spec = cls(
             chosen,
             num_layers,
-            num_blocks,
+            1 if num_blocks is None else num_blocks,
             block_size,
             heads,
             head_size,
@@ -111,7 +118,13 @@ class CacheSpec:
         arrays = [ArraySpec(shape, spec.dtype) for shape in spec.shapes]  # raises where an extent does not fit
         names = array_names(len(arrays))
         place_stored(chosen, arrays, stored, head_size, spec.head_size_v if chosen.latent else None, names)
-        return spec
+        return spec if room is None else spec._filling(room)
+
+    def _filling(self, room: int) -> "CacheSpec":
+        """This spec, of one block, with as many as fit into so many bytes: each has as many as the first."""
+        if room < self.nbytes:
+            raise ValueError(f"memory must be at least {self.nbytes} bytes, which one block has, got {room}")
+        return replace(self, num_blocks=room // self.nbytes)
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -226,7 +239,7 @@ class CacheSpec:
         holds += "" if self.scale_layout is None else " with scales"
         return (
             f"{layers}{self.num_blocks} blocks × {self.block_size} slots, {self.num_heads} heads × {sizes}, {holds}, "
-            f"'{self.layout}', {_readable(self.nbytes)}"
+            f"'{self.layout}', {readable(self.nbytes)}"
         )
 
 
@@ -269,11 +282,3 @@ class Described:
     def nbytes(self) -> int:
         """Bytes of the arrays."""
         return self.spec.nbytes
-
-
-def _readable(nbytes: int) -> str:
-    """Bytes in the largest unit that leaves at least one of it."""
-    for power, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if nbytes >= 1024**power:
-            return f"{nbytes / 1024**power:.1f} {unit}"
-    return f"{nbytes} bytes"

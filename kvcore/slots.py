@@ -4,6 +4,8 @@ from typing import Any
 
 import numpy as np
 
+from kvcore.integers import integer
+
 
 def find_duplicate_slots(slot_mapping: Any) -> np.ndarray:
     """Slots that more than one token would be written to, so that the result is unspecified.
@@ -69,7 +71,7 @@ def check_tables(
         Traceback (most recent call last):
         ValueError: seq_lens[0] must be at most 4, the positions of 2 blocks of 2, got 5
     """
-    num_blocks, block_size = _extent("num_blocks", num_blocks), _extent("block_size", block_size)
+    num_blocks, block_size = integer("num_blocks", num_blocks, 1), integer("block_size", block_size, 1)
     tables = _integers("block_tables", block_tables, ("num_seqs", "max_blocks"))
     num_seqs, max_blocks = tables.shape
     lengths = _integers("seq_lens", seq_lens, (num_seqs,))
@@ -205,15 +207,6 @@ def _check_writers(tables: np.ndarray, used: np.ndarray, written: np.ndarray, nu
 def _first(wrong: np.ndarray) -> int | None:
     """The index of the first True, counted in C order; None where there is none."""
     return int(wrong.argmax()) if wrong.any() else None
-
-
-def _extent(name: str, number: Any) -> int:
-    """A size of the cache as Python's integer."""
-    if isinstance(number, bool) or not hasattr(number, "__index__"):
-        raise TypeError(f"{name} must be an int, got {number!r}")
-    if number < 1:
-        raise ValueError(f"{name} must be at least 1, got {number}")
-    return int(number)
 
 
 def _integers(name: str, argument: Any, shape: tuple[int | str, ...]) -> np.ndarray:

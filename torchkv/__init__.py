@@ -13,7 +13,10 @@ from kvcore import installed
 with installed.needed("torch", installed.TORCH):
     import torch as _  # noqa: F401, the parts below import it without a word
 
+from kvcore.fitting import blocks_that_fit
 from kvcore.layout import CacheLayout
+from kvcore.pool import BlockPool, OutOfBlocks
+from kvcore.sequence import Sequence
 from kvcore.slots import check_tables, find_duplicate_slots
 from torchkv.ahead import precompile
 from torchkv.cache import PagedKVCache
@@ -37,8 +40,12 @@ from torchkv.tables import rope_table
 from torchkv.write import reshape_and_cache_flash, reshape_and_cache_flash_diffkv
 
 __all__ = [
+    "BlockPool",
     "CacheLayout",
+    "OutOfBlocks",
     "PagedKVCache",
+    "Sequence",
+    "blocks_that_fit",
     "check_tables",
     "concat_and_cache_mla",
     "find_duplicate_slots",

@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("jax")
 
-from benchmarks import attention, decode, gather, loop, loop_forms, write
+from benchmarks import attention, decode, gather, loop, loop_forms, pool, write
 
 
 @pytest.mark.parametrize(
@@ -169,6 +169,21 @@ def test_loop(tmp_path, capsys):
         }  # they need a GPU; the others went on
         assert all(row[key] > 0 for key in ("bytes", "copy_us", "fused_ratio", "separate_ratio"))
     assert capsys.readouterr().out.count("vs_xla") == 2
+
+
+def test_pool(tmp_path, capsys):
+    path = tmp_path / "pool.json"
+    pool.main(["--operations", "4000", "--num-blocks", "2048", "--json", str(path)])
+    found = json.loads(path.read_text())
+    assert found["benchmark"] == "pool"
+    rows = {row["case"]: row for row in found["rows"]}
+    assert list(rows) == list(pool.CASES)
+    for row in rows.values():
+        assert row["operations"] >= 4000
+        assert row["ns/operation"] == pytest.approx(row["seconds"] / row["operations"] * 1e9)
+    assert rows["prompts"]["hit_rate"] > 0
+    assert rows["prompts"]["evicted"] > 0
+    assert len(capsys.readouterr().out.splitlines()) == len(rows) + 1
 
 
 def test_writing_something_else_is_no_result(monkeypatch):

@@ -12,11 +12,17 @@ import torch
 
 import jaxkv
 import torchkv
+from kvcore.fitting import blocks_that_fit
 from kvcore.layout import CacheLayout
+from kvcore.pool import BlockPool, OutOfBlocks
+from kvcore.sequence import Sequence
 from kvcore.slots import check_tables, find_duplicate_slots
 
 TWINS = {"jax": jaxkv, "torch": torchkv}
-SHARED = {"CacheLayout": CacheLayout, "check_tables": check_tables, "find_duplicate_slots": find_duplicate_slots}
+SHARED = {
+    each.__name__: each
+    for each in (BlockPool, CacheLayout, OutOfBlocks, Sequence, blocks_that_fit, check_tables, find_duplicate_slots)
+}
 JAX_ONLY = ["heads"]
 OPS = sorted(set(jaxkv.__all__) - set(SHARED) - {"PagedKVCache", *JAX_ONLY})
 METHODS = ["create", "write", "rope_and_cache", "attend", "gather"]
@@ -54,11 +60,19 @@ def test_examples_of_torch(name):
     assert run_examples(public("torch", name), name, torchkv=torchkv, torch=torch) > 2
 
 
-@pytest.mark.parametrize("name", ["CacheLayout.describe", "check_tables", "find_duplicate_slots"])
+@pytest.mark.parametrize(
+    "name",
+    ["BlockPool", "CacheLayout.describe", "Sequence", "blocks_that_fit", "check_tables", "find_duplicate_slots"],
+)
 def test_examples_of_both(name):
     owner, _, method = name.partition(".")
     found = getattr(SHARED[owner], method) if method else SHARED[owner]
     assert run_examples(found, name, np=np, **SHARED) > 0
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_what_both_have_is_one_object(name):
+    assert public("jax", name) is public("torch", name) is SHARED[name]
 
 
 # ---- the same sentences

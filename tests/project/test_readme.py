@@ -5,12 +5,13 @@ import pytest
 from tests.cases.readme import BLOCKS, README
 
 
-def test_there_is_a_quickstart_for_each_framework():
-    assert [block.count("import jaxkv") for block in BLOCKS] == [1, 0]
-    assert [block.count("import torchkv") for block in BLOCKS] == [0, 1]
+def test_there_is_a_quickstart_for_each_framework_and_one_for_both():
+    assert [block.count("import jaxkv") for block in BLOCKS] == [1, 0, 0]
+    assert [block.count("import torchkv") for block in BLOCKS] == [0, 1, 0]
+    assert [block.count("from jaxkv import BlockPool") for block in BLOCKS] == [0, 0, 1]
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=["jax", "torch"])
+@pytest.mark.parametrize("block", BLOCKS, ids=["jax", "torch", "blocks"])
 def test_quickstart(block):
     exec(compile(block, str(README), "exec"), {})
 

@@ -85,6 +85,26 @@ def jax_cache(key: jax.Array, tables: jax.Array, kv_cache_dtype: KVCacheDtype) -
     print(layout.describe(num_layers=2, num_blocks=8, block_size=16, num_heads=8, head_size=128))
 
 
+def host(prompt: list[int]) -> None:
+    pool = jaxkv.BlockPool(64, 16, watermark=2, seed=1)
+    sequence = torchkv.Sequence(pool, prompt, salt="adapter")
+    try:
+        slots, copies = sequence.append(len(prompt) - sequence.length)
+    except jaxkv.OutOfBlocks as error:
+        print(error.asked, error.free)
+        return
+    assert_type(slots, list[int])
+    assert_type(copies, list[tuple[int, int]])
+    sequence.commit(prompt[sequence.num_shared :])
+    assert_type(sequence.fork(), jaxkv.Sequence)
+    assert_type(pool.statistics.hit_rate, float)
+    pool.free(pool.allocate(3))
+    blocks = torchkv.blocks_that_fit("2GiB", block_size=16, num_heads=8, head_size=128, dtype=torch.float16)
+    assert_type(blocks, int)
+    jaxkv.PagedKVCache.create(memory=2**31, block_size=16, num_heads=8, head_size=128)
+    torchkv.PagedKVCache.create(memory="2GiB", block_size=16, num_heads=8, head_size=128)
+
+
 def torch_writers(key: Tensor, cache: Tensor, slots: Tensor, scales: Tensor) -> None:
     torchkv.reshape_and_cache_flash(key, key, cache, cache, slots, "fp8", 0.5, scales, layout="HND", layer=slots)
     torchkv.reshape_and_cache_flash_diffkv(key, key, cache, slots, layout="block slot head k+v", backend="torch")

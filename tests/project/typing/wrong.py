@@ -36,6 +36,9 @@ def with_jax(x: jax.Array, ref: jax.Ref, cache: jaxkv.PagedKVCache) -> None:
     cache.gather(x, x, 9, head_size=8)  # wrong
     cache.gather(x, x, 9, backend="torch")  # wrong
     jaxkv.CacheLayout.HND.describe(num_blocks=1, block_size=1, num_heads=1, head_sise=8)  # wrong
+    jaxkv.BlockPool(8, 16, watermark=0.1)  # wrong
+    jaxkv.Sequence(cache, [1, 2])  # wrong
+    jaxkv.blocks_that_fit("2GiB", block_size=16, num_heads=8, head_size=128, kv_cache_dtype="fp9")  # wrong
 
 
 def with_torch(x: Tensor, cache: torchkv.PagedKVCache) -> None:
