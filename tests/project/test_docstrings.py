@@ -54,7 +54,17 @@ def test_examples_of_torch(name):
     assert run_examples(public("torch", name), name, torchkv=torchkv, torch=torch) > 2
 
 
-@pytest.mark.parametrize("name", ["CacheLayout.describe", "check_tables", "find_duplicate_slots"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "CacheLayout.describe",
+        "CacheLayout.from_vllm",
+        "CacheLayout.to_json",
+        "CacheLayout.from_json",
+        "check_tables",
+        "find_duplicate_slots",
+    ],
+)
 def test_examples_of_both(name):
     owner, _, method = name.partition(".")
     found = getattr(SHARED[owner], method) if method else SHARED[owner]

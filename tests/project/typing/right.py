@@ -83,6 +83,7 @@ def jax_cache(key: jax.Array, tables: jax.Array, kv_cache_dtype: KVCacheDtype) -
         assert_type(value, jax.Array)
     layout = jaxkv.CacheLayout.of("layer block head slot dim")
     print(layout.describe(num_layers=2, num_blocks=8, block_size=16, num_heads=8, head_size=128))
+    assert_type(jaxkv.CacheLayout.from_json(jaxkv.CacheLayout.from_vllm("BLHNC").to_json()), jaxkv.CacheLayout)
 
 
 def torch_writers(key: Tensor, cache: Tensor, slots: Tensor, scales: Tensor) -> None:

@@ -26,6 +26,7 @@ def with_jax(x: jax.Array, ref: jax.Ref, cache: jaxkv.PagedKVCache) -> None:
     jaxkv.rope_table({}, 9, "full_attention")  # wrong
     jaxkv.PagedKVCache.create(num_blocks=1, block_size=1, num_heads=1, head_size=8, kv_cache_dtype="fp9")  # wrong
     jaxkv.PagedKVCache.create(num_blocks=1, block_size=1, num_heads=1, head_sise=8)  # wrong
+    jaxkv.CacheLayout.from_json({"version": 1})  # wrong
     jaxkv.heads(x, 0, 4, 128)  # wrong
     jaxkv.heads(x, 0)  # wrong
     jaxkv.reshape_and_cache_flash(x, x, x, x, jaxkv.heads(x, 0, 4))  # wrong
