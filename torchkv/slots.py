@@ -6,7 +6,7 @@ from torch._C._functorch import is_batchedtensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from kvcore.choices import TorchBackend
-from kvcore.contract.checks import check_backend
+from kvcore.contract.checks import check_backend, is_bool
 from kvcore.contract.slots import check_slot_mapping
 from torchkv._arguments import BACKENDS, check_tensors, spec_of
 from torchkv._library import slots as _library
@@ -70,6 +70,9 @@ def slot_mapping(
     Sequence 0 has its new tokens at positions 3 to 5: the last slot of block 2, and the first two of block 7.
     """
     check_backend(backend, BACKENDS)
+    for name, number in (("block_size", block_size), ("num_tokens", num_tokens)):
+        if is_bool(number):  # which torch's dispatcher takes for an integer
+            raise TypeError(f"{name} must be an int, got {number!r}")
     if num_tokens is None and out is not None:
         check_tensors(out=out)
         num_tokens = out.shape[0] if out.dim() else None  # a scalar is for the contract to refuse
