@@ -44,7 +44,8 @@ def slot_mapping(
             of 2³¹ or more count as 2³¹ - 1.
         block_size: Slots of a block.
         num_tokens: Entries of the result: tokens, and padding after them. None: one a sequence without query_start_loc,
-            else where that ends, which is read on the host and cannot be under jit and vmap.
+            else where that ends, which is read on the host; an error under jit, vmap and torch.compile, and while a
+            CUDA graph is captured.
         backend: None runs "triton" on CUDA and ROCm, "xla" elsewhere. "interpret" runs the Triton kernel in its
             interpreter, through a host callback, for tests.
 

@@ -45,11 +45,11 @@ def slot_mapping(
         seq_lens: `[num_seqs]` of int32 or int64: tokens of each sequence, the new ones among them. Lengths and starts
             of 2³¹ or more count as 2³¹ - 1.
         block_size: Slots of a block.
-        num_tokens: Entries of the result: tokens, and padding after them. None: those of out, or one a sequence without
-            query_start_loc, else where that ends, which is read on the host, waiting for the device, and cannot be
-            under torch.compile and vmap and while a CUDA graph is captured.
+        num_tokens: Entries of the result: tokens, and padding after them. None: one a sequence without query_start_loc,
+            else where that ends, which is read on the host; an error under jit, vmap and torch.compile, and while a
+            CUDA graph is captured.
         out: A contiguous tensor of int32 that the result is written to, and that is returned; it must not overlap the
-            arguments. None: a new one.
+            arguments. Without num_tokens, its length is that. None: a new one.
         backend: None runs "triton" on CUDA and ROCm, "torch" elsewhere. "interpret" runs the Triton kernel in its
             interpreter, on CPU tensors, for tests.
 

@@ -83,6 +83,7 @@ WORDS = [
     (r"on CPU arrays, for tests", "through a host callback, for tests"),
     (r"a shape, layout, choice or device does", "a shape, layout or choice does"),
     (r"a shape, choice, address or device does", "a shape or choice does"),
+    (r"a shape, number or device does", "a shape or number does"),
     (r"a shape or a device does not fit, or out or lse overlaps.*", "a shape does not fit."),
     (r"[Aa] Tensor of one integer, on the (?:caches'|cache's) device,", "A traced integer"),
     (r"in a Tensor, nothing", "in a traced integer, nothing"),
@@ -125,6 +126,7 @@ ONLY = {
         "NotImplementedError: on differentiation.",  # of writers: in torch they are followed by no gradient, silently
         "(On a GPU XLA's division is approximate",
         "It runs inside jit, scan, while_loop, vmap and shard_map",
+        "With operands that are split over devices, each device gets all of them",
         "With the cache split over heads, each device attends with its own.",
         "A pytree: donate it",
     ],
