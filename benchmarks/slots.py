@@ -61,8 +61,9 @@ def arrays_of(case: Case, seed: int) -> tuple[np.ndarray, np.ndarray | None, np.
     return tables, starts, lens
 
 
-def in_torch(tables: Any, starts: Any, lens: Any, num_tokens: int) -> Any:
+def in_torch(arrays: Any, num_tokens: int) -> Any:
     """What users write without the op: a dozen kernels, as many again with starts."""
+    tables, starts, lens = arrays
     if starts is None:
         seq, position = torch.arange(num_tokens, device=lens.device), lens - 1
     else:
@@ -74,15 +75,19 @@ def in_torch(tables: Any, starts: Any, lens: Any, num_tokens: int) -> Any:
 
 def torch_times(case: Case, sets: list[Any]) -> dict[str, float]:
     device, count = ("cuda" if torch.cuda.is_available() else "cpu"), sum(case.query_lens)
-    inputs = [[None if a is None else torch.from_numpy(a).to(device) for a in arrays] for arrays in sets]
-    tables, starts, lens = inputs[0]
-    check(case, sets[0], torchkv.slot_mapping(tables, starts, lens, BLOCK_SIZE, count))
-    check(case, sets[0], in_torch(tables, starts, lens, count))
+    inputs: list[Any] = [[None if a is None else torch.from_numpy(a).to(device) for a in arrays] for arrays in sets]
+
+    def by_op(arrays: Any) -> torch.Tensor:
+        tables, starts, lens = arrays
+        return torchkv.slot_mapping(tables, starts, lens, BLOCK_SIZE, count)
+
+    check(case, sets[0], by_op(inputs[0]))
+    check(case, sets[0], in_torch(inputs[0], count))
     out = torch.zeros(count, dtype=torch.int32, device=device)
     return {
         "empty": torch_time([out.zero_] * SETS),
-        "torch": torch_time([lambda x=x: torchkv.slot_mapping(*x, BLOCK_SIZE, count) for x in inputs]),
-        "torch_ops": torch_time([lambda x=x: in_torch(*x, count) for x in inputs]),
+        "torch": torch_time([lambda x=x: by_op(x) for x in inputs]),
+        "torch_ops": torch_time([lambda x=x: in_torch(x, count) for x in inputs]),
     }
 
 
@@ -95,20 +100,21 @@ def jax_times(case: Case, sets: list[Any], estimate: float) -> dict[str, float]:
     count, again = sum(case.query_lens), 8 if torch.cuda.is_available() else 1
     inputs = [tuple(None if a is None else jnp.asarray(a) for a in arrays) for arrays in sets]
 
+    def by_op(arrays: Any, backend: Any, added: Any = 0) -> Any:
+        tables, starts, lens = arrays
+        return jaxkv.slot_mapping(tables, starts, lens + added, BLOCK_SIZE, count, backend=backend)
+
     def step_of(backend: Any) -> Any:
         def step(carry: Any, given: Any) -> Any:
-            for _ in range(again):
-                for tables, starts, lens in given:  # each call waits for the last one: its lengths depend on it
-                    lens = lens + jnp.minimum(carry, 0)
-                    carry = jaxkv.slot_mapping(tables, starts, lens, BLOCK_SIZE, count, backend=backend)[0]
+            for _ in range(again):  # the next calls depend on these, whose slots are 0 or more; once a round: kernels
+                found = [by_op(arrays, backend, carry) for arrays in given]
+                carry = sum(jnp.minimum(slots[0], 0) for slots in found)
             return carry
 
         return step
 
     for backend in (None, "xla"):
-        found = jax.jit(lambda *x, backend=backend: jaxkv.slot_mapping(*x, BLOCK_SIZE, count, backend=backend))(
-            *inputs[0]
-        )
+        found = jax.jit(by_op, static_argnums=1)(inputs[0], backend)
         check(case, sets[0], torch.from_numpy(np.asarray(found).copy()))
     calls = again * len(inputs)
     return {
@@ -119,7 +125,8 @@ def jax_times(case: Case, sets: list[Any], estimate: float) -> dict[str, float]:
 
 def check(case: Case, arrays: Any, found: torch.Tensor) -> None:
     """Raises unless the slots are the oracle's."""
-    want = oracle_mapping(*arrays, BLOCK_SIZE, sum(case.query_lens))
+    tables, starts, lens = arrays
+    want = oracle_mapping(tables, starts, lens, BLOCK_SIZE, sum(case.query_lens))
     if not np.array_equal(found.cpu().numpy(), want):
         raise ValueError(f"{case.name}: the slots are others than the oracle's")
 

@@ -75,10 +75,11 @@ def slot_mapping(
             raise TypeError(f"{name} must be an int, got {number!r}")
     if num_tokens is None and out is not None:
         check_tensors(out=out)
-        num_tokens = out.shape[0] if out.dim() else None  # a scalar is for the contract to refuse
+        num_tokens = out.shape[0] if out.dim() else 1  # a scalar is for the contract to refuse
     elif num_tokens is None and query_start_loc is not None:
         check_tensors(block_tables=block_tables, query_start_loc=query_start_loc, seq_lens=seq_lens)
-        check_slot_mapping(*map(spec_of, (block_tables, query_start_loc, seq_lens)), block_size, 0)
+        specs = spec_of(block_tables), spec_of(query_start_loc), spec_of(seq_lens)
+        check_slot_mapping(*specs, block_size, num_tokens=0)
         num_tokens = _end_of(query_start_loc)
     arguments = (block_tables, query_start_loc, seq_lens, block_size, num_tokens, backend)
     if out is None:

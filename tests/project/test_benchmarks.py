@@ -95,7 +95,7 @@ def test_slots(tmp_path, capsys):
 
 
 def test_other_slots_are_no_result(monkeypatch):
-    monkeypatch.setattr(slots, "in_torch", lambda tables, starts, lens, count: lens)
+    monkeypatch.setattr(slots, "in_torch", lambda arrays, count: arrays[2])
     with pytest.raises(ValueError, match="the slots are others than the oracle's"):
         slots.main(["--divide", "64", "--cases", "no starts"])
 
