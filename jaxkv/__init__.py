@@ -32,6 +32,7 @@ from jaxkv.quantize import (
 from jaxkv.read import gather_kv, paged_attention
 from jaxkv.rope import rope_and_cache
 from jaxkv.scales import kv_scales
+from jaxkv.slots import slot_mapping
 from jaxkv.tables import rope_table
 from jaxkv.views import heads
 from jaxkv.write import reshape_and_cache_flash, reshape_and_cache_flash_diffkv
@@ -63,6 +64,7 @@ __all__ = [
     "reshape_and_cache_flash_per_token_head_quant",
     "rope_and_cache",
     "rope_table",
+    "slot_mapping",
 ]
 
 __version__: str

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import ClassVar
 
-from kvcore.arrays import array_names, check_integers, contiguous_strides, python_integers
-from kvcore.pattern import AXES, CONSTANTS, Axis, parse, spell, validate
-from kvcore.placement import Extents, Placement, address_of, axis_table
+from kvcore.arrays import check_integers, contiguous_strides, python_integers
+from kvcore.pattern import AXES, CONSTANTS, VLLM, Axis, from_json, parse, spell, to_json, validate
+from kvcore.placement import Placement, place
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,12 @@ class CacheLayout:
     def __post_init__(self) -> None:
         if not isinstance(self.pattern, str):
             raise TypeError(f"layout must be a pattern string or a CacheLayout, got {self.pattern!r}")
-        normal = ", ".join(spell(parse(p)) for p in self.pattern.split(","))
+        patterns = [spell(parse(p)) for p in self.pattern.split(",")]
+        normal = ", ".join(patterns)
         object.__setattr__(self, "pattern", normal)
         validate(normal, self.arrays)
+        if patterns[1:] == patterns[:1]:  # said twice of two arrays, which one pattern means too
+            object.__setattr__(self, "pattern", patterns[0])
 
     @classmethod
     def of(cls, layout: "str | CacheLayout") -> "CacheLayout":
@@ -68,6 +71,52 @@ class CacheLayout:
         if isinstance(layout, CacheLayout):
             return layout
         return _from_pattern(layout) if isinstance(layout, str) else cls(layout)
+
+    @classmethod
+    def from_vllm(cls, name: str) -> "CacheLayout":
+        """The layout that vLLM calls so: one array for all layers, with K and V side by side along its last axis.
+
+        Args:
+            name: The order of layers (L), blocks (B), heads (H), slots (N) and K and V (C): "LBHNC", which is vLLM's
+                default, "LBNHC", "LHBNC", "BLHNC", "BLNHC" or "BHLNC", in any case.
+
+        Raises:
+            ValueError: vLLM has no layout of that name.
+            TypeError: `name` is no string.
+
+        >>> CacheLayout.from_vllm("BLHNC")
+        CacheLayout('block layer head slot k+v')
+        """
+        if not isinstance(name, str):
+            raise TypeError(f"name must be a string, got {name!r}")
+        if name.strip().upper() not in VLLM:
+            raise ValueError(f"name must be one of {', '.join(VLLM)}, got {name!r}")
+        return _from_pattern(VLLM[name.strip().upper()])
+
+    def to_json(self) -> str:
+        """The layout as JSON, for other programs, and for `from_json`.
+
+        An object of two keys. `version` is 1; what that means will not change. `arrays` has a list for the one array of
+        K and V, or one for the key and one for the value cache: their axes from the slowest to the fastest, each a list
+        of names. An axis of two names is two joined ones, the second varies faster. The names are those of patterns.
+
+        >>> CacheLayout.INTERLEAVED.to_json()
+        '{"version": 1, "arrays": [[["block"], ["slot"], ["head", "kv"], ["dim"]]]}'
+        """
+        return to_json(self.arrays)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> "CacheLayout":
+        """The layout that `to_json` gave the JSON of.
+
+        Raises:
+            ValueError: it is no JSON, or of no layout, or of another version.
+            TypeError: `text` is no text.
+
+        >>> CacheLayout.from_json('{"version": 1, "arrays": [[["block"], ["slot"], ["latent"]]]}')
+        CacheLayout.MLA
+        """
+        return cls(from_json(text))
 
     @cached_property
     def arrays(self) -> tuple[tuple[Axis, ...], ...]:
@@ -193,46 +242,7 @@ class CacheLayout:
         Raises:
             ValueError: a rank or an extent does not fit, or elements overlap; the message names the axis.
         """
-        names = names or array_names(len(self.arrays))
-        if len(shapes) != len(self.arrays):
-            raise ValueError(f"layout '{self}' describes {len(self.arrays)} arrays, got {len(shapes)} shapes")
-        tables = [
-            axis_table(name, axes, tuple(shape), tuple(stride or contiguous_strides(shape)), apart or stride is None)
-            for name, axes, shape, stride in zip(
-                names, self.arrays, shapes, strides or [None] * len(shapes), strict=True
-            )
-        ]
-        key_sizes, key = tables[0]
-        value_sizes, value = tables[-1]
-        dims = [sizes["dim"] if "dim" in sizes else sizes["dim/x"] * sizes["x"] for sizes in (key_sizes, value_sizes)]
-        offset_v = 0
-        if self.packed:
-            if head_size is None:
-                raise ValueError(f"layout '{self}' needs head_size to split axis k+v, got None")
-            if head_size < 1:
-                raise ValueError(f"head_size must be positive, got {head_size}")
-            if head_size >= dims[0]:
-                raise ValueError(f"{names[0]} axis k+v must have a size above head_size = {head_size}, got {dims[0]}")
-            offset_v = head_size * key["dim"]
-            dims = [head_size, dims[0] - head_size]
-        elif self.latent:
-            if head_size_v is None:
-                raise ValueError(f"layout '{self}' needs head_size_v, the part of axis latent that is V, got None")
-            if not 1 <= head_size_v <= dims[0]:
-                raise ValueError(
-                    f"head_size_v must be from 1 to {dims[0]}, {names[0]}'s axis latent, got {head_size_v}"
-                )
-            dims[1] = head_size_v
-        elif self.single_array:
-            offset_v = key["kv"]
-        for axis in ("layer", "block", "slot", "head"):
-            if key_sizes.get(axis) != value_sizes.get(axis):
-                raise ValueError(
-                    f"{names[-1]} axis {axis} must have size {key_sizes[axis]}, as in {names[0]}, "
-                    f"got {value_sizes[axis]}"
-                )
-        extents = Extents(key_sizes.get("layer"), key_sizes["block"], key_sizes["slot"], key_sizes["head"], *dims)
-        return Placement(extents, address_of(key_sizes, key, 0), address_of(value_sizes, value, offset_v))
+        return place(self.pattern, self.arrays, shapes, strides, head_size, head_size_v, names, apart)
 
     def __str__(self) -> str:
         return self.pattern

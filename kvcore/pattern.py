@@ -1,12 +1,18 @@
-"""Patterns of layouts: what they may say, and the ones that have a name."""
+"""Patterns of layouts: what they may say, the ones that have a name, and how they are written as JSON."""
 
+import json
 import re
 from collections.abc import Sequence
+from typing import Any
 
 AXES = ("layer", "block", "slot", "head", "kv", "dim", "dim/x", "x", "k+v", "latent")
 """Names of axes."""
 
+JSON_VERSION = 1
+"""Of the JSON of layouts. What version 1 says stays as it is; what it cannot say takes a new one."""
+
 _AXIS = re.compile(r"\(\s*([^()]*?)\s*\)|(\S+)")
+_WORD = re.compile(r"[^\s(),]+")  # what may stand for an axis's name in a pattern
 
 Axis = tuple[str, ...]
 """One axis of an array: a single name, or `kv` and another name in the order in which they vary."""
@@ -26,6 +32,16 @@ CONSTANTS = {
 }
 """Names and patterns of the layouts in use."""
 
+VLLM = {
+    "LBHNC": "layer block head slot k+v",
+    "LBNHC": "layer block slot head k+v",
+    "LHBNC": "layer head block slot k+v",
+    "BLHNC": "block layer head slot k+v",
+    "BLNHC": "block layer slot head k+v",
+    "BHLNC": "block head layer slot k+v",
+}
+"""vLLM's names of its layouts, and their patterns: layers, blocks, heads, slots (N), and K and V side by side (C)."""
+
 
 def parse(pattern: str) -> tuple[Axis, ...]:
     """Axes of one array's pattern, slowest first."""
@@ -35,6 +51,46 @@ def parse(pattern: str) -> tuple[Axis, ...]:
 def spell(axes: Sequence[Axis]) -> str:
     """The pattern of these axes, with single spaces."""
     return " ".join(axis[0] if len(axis) == 1 else f"({' '.join(axis)})" for axis in axes)
+
+
+def to_json(arrays: Sequence[Sequence[Axis]]) -> str:
+    """The JSON of a layout, which `CacheLayout.to_json` documents.
+
+    Args:
+        arrays: Axes of the one array, or of the key and of the value cache.
+    """
+    return json.dumps({"version": JSON_VERSION, "arrays": [[list(axis) for axis in axes] for axes in arrays]})
+
+
+def from_json(text: Any) -> str:
+    """The pattern that JSON of `to_json` stands for. Whether it describes a cache is for `validate` to say.
+
+    Raises:
+        ValueError: it is no such JSON, or of another version.
+        TypeError: it is no text.
+    """
+    if not isinstance(text, (str, bytes, bytearray)):
+        raise TypeError(f"text must be JSON as from CacheLayout.to_json, got {text!r}")
+    try:
+        layout = json.loads(text)
+    except ValueError as error:  # also of bytes that are no UTF-8
+        raise ValueError(f"text must be JSON as from CacheLayout.to_json, got {text!r}") from error
+    if not isinstance(layout, dict) or set(layout) != {"version", "arrays"}:
+        raise ValueError(f"text must be an object of version and arrays, got {text!r}")
+    if type(layout["version"]) is not int or layout["version"] != JSON_VERSION:
+        raise ValueError(f"version must be {JSON_VERSION}, got {layout['version']!r}")
+    arrays = layout["arrays"]
+    if not isinstance(arrays, list) or len(arrays) not in (1, 2) or not all(_are_axes(axes) for axes in arrays):
+        raise ValueError(f"arrays must be one list or two, of axes, each a list of names, got {arrays!r}")
+    return ", ".join(spell([tuple(axis) for axis in axes]) for axes in arrays)
+
+
+def _are_axes(axes: Any) -> bool:
+    """Whether these are lists of words, one or two in each."""
+    return isinstance(axes, list) and all(
+        isinstance(axis, list) and len(axis) in (1, 2) and all(isinstance(n, str) and _WORD.fullmatch(n) for n in axis)
+        for axis in axes
+    )
 
 
 def validate(pattern: str, arrays: tuple[tuple[Axis, ...], ...]) -> None:

@@ -3,8 +3,10 @@
 Every layout is affine, so eight integers say where all elements of K, or of V, are, to all kernels and both frameworks.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+from kvcore.arrays import array_names, contiguous_strides
 from kvcore.pattern import Axis, spell
 
 
@@ -68,6 +70,68 @@ class Placement(NamedTuple):
     extents: Extents
     key: Address
     value: Address
+
+
+def place(
+    pattern: str,
+    arrays: Sequence[tuple[Axis, ...]],
+    shapes: Sequence[Sequence[int]],
+    strides: Sequence[Sequence[int] | None] | None,
+    head_size: int | None,
+    head_size_v: int | None,
+    names: Sequence[str] | None,
+    apart: bool,
+) -> Placement:
+    """Finds K and V in arrays of these shapes: `CacheLayout.place`, where the arguments are described.
+
+    Args:
+        pattern: What errors call the layout.
+        arrays: Its axes, of each array.
+        shapes: A shape for each array.
+        strides: Strides of each array, in elements; None means C order.
+        head_size: Elements of a key head, or None.
+        head_size_v: Elements of a value head, or None.
+        names: What errors call the arrays.
+        apart: Whether the strides are known to keep elements apart.
+
+    Raises:
+        ValueError: a rank or an extent does not fit, or elements overlap; the message names the axis.
+    """
+    names = names or array_names(len(arrays))
+    if len(shapes) != len(arrays):
+        raise ValueError(f"layout '{pattern}' describes {len(arrays)} arrays, got {len(shapes)} shapes")
+    tables = [
+        axis_table(name, axes, tuple(shape), tuple(stride or contiguous_strides(shape)), apart or stride is None)
+        for name, axes, shape, stride in zip(names, arrays, shapes, strides or [None] * len(shapes), strict=True)
+    ]
+    key_sizes, key = tables[0]
+    value_sizes, value = tables[-1]
+    dims = [sizes["dim"] if "dim" in sizes else sizes["dim/x"] * sizes["x"] for sizes in (key_sizes, value_sizes)]
+    offset_v = 0
+    if ("k+v",) in arrays[0]:
+        if head_size is None:
+            raise ValueError(f"layout '{pattern}' needs head_size to split axis k+v, got None")
+        if head_size < 1:
+            raise ValueError(f"head_size must be positive, got {head_size}")
+        if head_size >= dims[0]:
+            raise ValueError(f"{names[0]} axis k+v must have a size above head_size = {head_size}, got {dims[0]}")
+        offset_v = head_size * key["dim"]
+        dims = [head_size, dims[0] - head_size]
+    elif ("latent",) in arrays[0]:
+        if head_size_v is None:
+            raise ValueError(f"layout '{pattern}' needs head_size_v, the part of axis latent that is V, got None")
+        if not 1 <= head_size_v <= dims[0]:
+            raise ValueError(f"head_size_v must be from 1 to {dims[0]}, {names[0]}'s axis latent, got {head_size_v}")
+        dims[1] = head_size_v
+    elif len(arrays) == 1:
+        offset_v = key["kv"]
+    for axis in ("layer", "block", "slot", "head"):
+        if key_sizes.get(axis) != value_sizes.get(axis):
+            raise ValueError(
+                f"{names[-1]} axis {axis} must have size {key_sizes[axis]}, as in {names[0]}, got {value_sizes[axis]}"
+            )
+    extents = Extents(key_sizes.get("layer"), key_sizes["block"], key_sizes["slot"], key_sizes["head"], *dims)
+    return Placement(extents, address_of(key_sizes, key, 0), address_of(value_sizes, value, offset_v))
 
 
 def axis_table(

@@ -36,6 +36,7 @@ from torchkv.quantize import (
 from torchkv.read import gather_kv, paged_attention
 from torchkv.rope import rope_and_cache
 from torchkv.scales import kv_scales
+from torchkv.slots import slot_mapping
 from torchkv.tables import rope_table
 from torchkv.write import reshape_and_cache_flash, reshape_and_cache_flash_diffkv
 
@@ -61,6 +62,7 @@ __all__ = [
     "reshape_and_cache_flash_per_token_head_quant",
     "rope_and_cache",
     "rope_table",
+    "slot_mapping",
     "triton_reshape_and_cache_flash",
     "triton_reshape_and_cache_flash_diffkv",
     "triton_reshape_and_cache_flash_per_token_head_quant",

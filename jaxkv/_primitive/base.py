@@ -13,17 +13,22 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
 
 from jaxkv._call import ReadOperands, ReadOptions, WriteOperands, WriteOptions
 from jaxkv._mesh import vary, varying_axes
 from jaxkv._rotated import RotatedWriteOperands, RotatedWriteOptions
+from jaxkv._slots import SlotOperands, SlotOptions
 from jaxkv._views import array_of
 from kvcore.contract.checks import no_triton_error
 
-Options = WriteOptions | RotatedWriteOptions | ReadOptions
-Operands = WriteOperands | RotatedWriteOperands | ReadOperands
+CacheOpOptions = WriteOptions | RotatedWriteOptions | ReadOptions
+CacheOpOperands = WriteOperands | RotatedWriteOperands | ReadOperands
+
+Options = CacheOpOptions | SlotOptions
+Operands = CacheOpOperands | SlotOperands
 
 PLATFORMS = ("cpu", "tpu", "cuda", "rocm")
 
@@ -140,6 +145,21 @@ def batch_by(primitive: Primitive, batched: Callable[[Any, Any, Any, int], list[
         return new, [0] * len(new)
 
     batching.primitive_batchers[primitive] = rule
+
+
+def loop_over(primitive: Primitive) -> Callable[[Any, Any, Any, int], list[jax.Array]]:
+    """A rule for `batch_by`: a loop over the batch. Operands that are not batched are not copied."""
+
+    def batched(options: Any, operands: Any, is_batched: Any, batch: int) -> list[jax.Array]:
+        leaves, tree = jax.tree.flatten(operands)
+        items = {i: leaf for i, leaf in enumerate(leaves) if jax.tree.leaves(is_batched)[i]}
+
+        def one(item: dict[int, jax.Array]) -> list[jax.Array]:
+            return primitive.bind(*(item.get(i, leaf) for i, leaf in enumerate(leaves)), tree=tree, options=options)
+
+        return lax.map(one, items)
+
+    return batched
 
 
 def refuse_derivatives(primitive: Primitive, message: Callable[[Any], str]) -> None:

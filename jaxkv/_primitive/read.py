@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from jaxkv._call import ReadOperands, ReadOptions, read_results
@@ -16,7 +15,7 @@ from jaxkv._mesh import (
     heads_share_regions,
     replicated,
 )
-from jaxkv._primitive.base import batch_by, lower_by_platform, make_primitives, refuse_derivatives
+from jaxkv._primitive.base import batch_by, loop_over, lower_by_platform, make_primitives, refuse_derivatives
 from jaxkv._primitive.sharding import Rule, bind_sharded, lower_by_heads
 from jaxkv._triton import interpret
 from jaxkv._views import Heads, array_of, sliced
@@ -129,17 +128,6 @@ def query_factors(query: Any, num_heads: int, heads: str | None) -> tuple[str | 
     return factors, head_specs(query, "h" if groups == num_heads > 1 else None), q_heads // num_heads
 
 
-def _batched(options: ReadOptions, operands: ReadOperands, is_batched: ReadOperands, batch: int) -> list[jax.Array]:
-    """A loop over the batch. Operands that are not batched are not copied."""
-    leaves, tree = jax.tree.flatten(operands)
-    batched = {i: leaf for i, leaf in enumerate(leaves) if jax.tree.leaves(is_batched)[i]}
-
-    def read_one(item: dict[int, jax.Array]) -> list[jax.Array]:
-        return read_p.bind(*(item.get(i, leaf) for i, leaf in enumerate(leaves)), tree=tree, options=options)
-
-    return lax.map(read_one, batched)
-
-
 def _derivatives(options: ReadOptions) -> str:
     name = "gather_kv" if options.attention is None else "paged_attention"
     return f"jaxkv.{name} is not differentiable: apply jax.lax.stop_gradient to its arguments"
@@ -148,5 +136,5 @@ def _derivatives(options: ReadOptions) -> str:
 read_p, local_p = make_primitives("paged_read", _result_types)
 lower_by_platform(local_p, _compute)
 lower_by_heads(read_p, local_p, _specs, _rule)
-batch_by(read_p, _batched)
+batch_by(read_p, loop_over(read_p))
 refuse_derivatives(read_p, _derivatives)

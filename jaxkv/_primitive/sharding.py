@@ -23,8 +23,10 @@ from jax.interpreters import mlir
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxkv._mesh import check_split_views, explicit_axes, head_mesh_axes, used_spec, vary, varying_axes
-from jaxkv._primitive.base import Operands, Options, bind, compute_capability
+from jaxkv._mesh import check_split_views, explicit_axes, head_mesh_axes, replicated, used_spec, vary, varying_axes
+from jaxkv._primitive.base import CacheOpOperands as Operands
+from jaxkv._primitive.base import CacheOpOptions as Options
+from jaxkv._primitive.base import bind, compute_capability
 
 
 class Rule(NamedTuple):
@@ -152,6 +154,33 @@ def _partitioned(local_p: Primitive, specs: Specs, rule: Rule, tree: Any, option
     sizes: Any = rule.needed_sizes
     partitioned.def_partition(partition, sharding_rule=_spell(rule), **sizes)
     return partitioned
+
+
+def lower_replicated(primitive: Primitive, local_p: Primitive) -> None:
+    """Lowers a primitive to a custom partitioning in which each device has all operands, and computes all results.
+
+    Args:
+        primitive: The one that users bind.
+        local_p: The one that computes on a single device.
+    """
+
+    def lower(ctx: Any, *values: Any, tree: Any, options: Any) -> Any:
+        options = options._replace(compute_capability=compute_capability(ctx.module_context.axis_context))
+
+        def local(*leaves: Any) -> tuple[Any, ...]:
+            return tuple(local_p.bind(*leaves, tree=tree, options=options))
+
+        def partition(mesh: Any, leaves: Any, results: Any) -> Any:
+            whole = [NamedSharding(mesh, P(*(None,) * len(array.shape))) for array in (*results, *leaves)]
+            return mesh, local, tuple(whole[: len(results)]), tuple(whole[len(results) :])
+
+        rule = Rule(replicated(ctx.avals_in), [P(*(None,) * len(aval.shape)) for aval in ctx.avals_out])
+        partitioned = custom_partitioning(local)
+        partitioned.def_partition(partition, sharding_rule=_spell(rule))
+        return mlir.lower_fun(lambda *leaves: list(partitioned(*leaves)), multiple_results=True)(ctx, *values)
+
+    dispatch.prim_requires_devices_during_lowering.add(primitive)
+    mlir.register_lowering(primitive, lower)
 
 
 def _spell(rule: Rule) -> str:

@@ -10,11 +10,14 @@ import numpy as np
 
 from jaxkv._call import ReadOperands, ReadOptions, WriteOperands, WriteOptions, read_results
 from jaxkv._rotated import RotatedWriteOperands, RotatedWriteOptions
+from jaxkv._slots import SlotOperands, slots_result
 from jaxkv._triton.read import launch_read
 from jaxkv._triton.rope import launch_rope
+from jaxkv._triton.slots import launch_slot_mapping
 from jaxkv._triton.write import launch_write
 from kvcore.contract.read import Attention, Gather
 from kvcore.contract.rope import Rope
+from kvcore.contract.slots import SlotMapping
 from kvcore.contract.write import Write
 from kvcore.plan.kernel import INTERPRETER, KernelPlan, Target
 
@@ -51,6 +54,15 @@ def read(call: Attention | Gather, options: ReadOptions, operands: ReadOperands)
         return launch_read(call, options, host, INTERPRETER, launch)
 
     return _call_on_host(on_host, read_results(call), operands)
+
+
+def slot_mapping(call: SlotMapping, operands: SlotOperands) -> jax.Array:
+    """The slot of each token."""
+
+    def on_host(host: SlotOperands) -> np.ndarray:
+        return launch_slot_mapping(call, host, INTERPRETER, launch)
+
+    return _call_on_host(on_host, slots_result(call), operands)
 
 
 def launch(

@@ -10,13 +10,16 @@ from jax import lax
 
 from jaxkv._call import ReadOperands, ReadOptions, WriteOperands, WriteOptions
 from jaxkv._rotated import RotatedWriteOperands, RotatedWriteOptions
+from jaxkv._slots import SlotOperands
 from jaxkv._triton.compat import import_jax_triton
 from jaxkv._triton.read import launch_read
 from jaxkv._triton.rope import launch_rope
+from jaxkv._triton.slots import launch_slot_mapping
 from jaxkv._triton.write import launch_write
 from kvcore import installed
 from kvcore.contract.read import Attention, Gather
 from kvcore.contract.rope import Rope
+from kvcore.contract.slots import SlotMapping
 from kvcore.contract.write import Write
 from kvcore.formats import FP8
 from kvcore.plan.kernel import Descriptor, KernelPlan, Target
@@ -57,6 +60,11 @@ def read(
 ) -> tuple[jax.Array, jax.Array]:
     """Result and log-sum-exp of attention, key and value of a gather."""
     return launch_read(call, options, operands, target, launch)
+
+
+def slot_mapping(call: SlotMapping, operands: SlotOperands, target: Target) -> jax.Array:
+    """The slot of each token."""
+    return launch_slot_mapping(call, operands, target, launch)
 
 
 def launch(

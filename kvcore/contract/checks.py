@@ -29,6 +29,11 @@ def check_options(
         number = isinstance(layer, int) or hasattr(layer, "__index__")  # in this order for torch.compile's integers
         if is_bool(layer) or not (number or hasattr(layer, "shape")):
             raise TypeError(f"layer must be an int or an integer scalar, got {layer!r}")
+    check_backend(backend, backends)
+
+
+def check_backend(backend: Any, backends: Sequence[str]) -> None:
+    """Checks that a backend is one of these, or None."""
     if backend is not None and backend not in backends:
         raise ValueError(f"backend must be None, {either(map(repr, backends))}, got {backend!r}")
 

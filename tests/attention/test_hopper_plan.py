@@ -11,6 +11,7 @@ from kvcore.plan.attention import plan_attention
 from kvcore.plan.hopper import plan_hopper
 from kvcore.plan.kernel import INTERPRETER, Target
 from tests.cases.hopper import H100, HEADS, is_for_hopper, prefill
+from tests.cases.layouts import VLLM
 
 
 @pytest.mark.parametrize("head_sizes", HEADS)
@@ -66,7 +67,7 @@ def test_heads_that_do_not_lie_in_16_bytes_keep_the_other_kernel():
 AFFINE = [name for name in LAYOUTS if name not in ("MLA", "HEAD_MAJOR")]
 
 
-@pytest.mark.parametrize(("layout", "layers"), [*product(AFFINE, (None, 3))])
+@pytest.mark.parametrize(("layout", "layers"), [*product(AFFINE, (None, 3)), *product(VLLM.values(), (1, 3))])
 def test_coordinates_reach_what_addresses_do(layout, layers):
     call = prefill(layout=layout, layers=layers, blocks=5, num_heads=3, block_size=16)
     plan = plan_hopper(call, H100, True)

@@ -15,6 +15,7 @@ import torch
 from tests.cases.arrays import run_torch, write_jax
 from tests.cases.gathers import gather, gather_torch
 from tests.cases.reads import attend_torch
+from tests.cases.slots import map_torch
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
@@ -71,6 +72,13 @@ def gather_kv(case, max_len, dtype):
         return gather(case, jaxkv, jnp.asarray, lambda x: x, max_len, dtype, None)
 
     return lowered(call, gather_torch(case, max_len, dtype, "torch"))
+
+
+def slot_mapping(case):
+    import jaxkv
+
+    (want,) = lowered(lambda: [case.call(jaxkv.slot_mapping, np.copy)], [map_torch(case, "torch")])
+    return want
 
 
 def lowered(call, want):

@@ -15,3 +15,14 @@ CONSTANTS = {
 
 
 WITH_LAYER = [", ".join(f"layer {array.strip()}" for array in p.split(",")) for p in CONSTANTS.values()]
+
+
+VLLM = {
+    "LBHNC": "layer block head slot k+v",
+    "LBNHC": "layer block slot head k+v",
+    "LHBNC": "layer head block slot k+v",
+    "BLHNC": "block layer head slot k+v",
+    "BLNHC": "block layer slot head k+v",
+    "BHLNC": "block head layer slot k+v",
+}
+"""vLLM's, all of one array for all layers."""

@@ -4,10 +4,13 @@ from tests.cases.launches import OnHost
 from torchkv._library import base
 from torchkv._library import read as _read_ops
 from torchkv._library import rope as _rope_ops
+from torchkv._library import slots as _slot_ops
 from torchkv._library import write as _write_ops
+from torchkv._slots import SlotCall
 from torchkv._triton import attention as _attention
 from torchkv._triton import gather as _gather
 from torchkv._triton import rope as _rope
+from torchkv._triton import slots as _slots
 from torchkv._triton import write as _write
 
 
@@ -27,6 +30,8 @@ def ops():
     yield read.gather_out, read._gather_out_call, _gather.Gathers(results=True), read._GATHER_BACKENDS
     yield rope.rope_and_cache, rope._call, _rope.Ropes(gives=True), rope._BACKENDS
     yield rope.rope_and_cache_out, rope._out_call, _rope.Ropes(gives=False), rope._BACKENDS
+    yield _slot_ops.slot_mapping, SlotCall, _slots.Slots(), _slot_ops._BACKENDS
+    yield _slot_ops.slot_mapping_out, _slot_ops._out_call, _slots.Slots(), _slot_ops._BACKENDS
 
 
 class Seen(OnHost):

@@ -111,3 +111,19 @@ def test_one_kv_head_for_query_heads_on_many_devices():
     compiled = jax.jit(attend).lower(query, cache, tables, lens).compile()
     assert not re.findall(r"all-gather|all-reduce|all-to-all|collective-permute", compiled.as_text())
     assert compiled.output_shardings.spec == P(None, "tp")
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_slots_of_new_tokens(devices):
+    """One kernel, on every device, from what all devices have; and a write that takes what it gives."""
+    mesh = h100s(devices)
+    cache, _, key, value, _, tables, lens = arguments(mesh)
+    starts = array(mesh, (TOKENS + 1,), "int32")
+
+    def step(cache, key, value, tables, starts, lens):
+        slots = jaxkv.slot_mapping(tables, starts, lens, 16, TOKENS)
+        return cache.write(key, value, slots, layer=1), slots
+
+    compiled = jax.jit(step, donate_argnums=0).lower(cache, key, value, tables, starts, lens).compile()
+    assert_in_place(compiled, cache, devices)
+    assert len(re.findall(r"custom-call\(.*triton_kernel_call_ffi", compiled.as_text())) == 2

@@ -15,11 +15,13 @@ from kvcore.layout import CONSTANTS as LAYOUTS
 from tests.cases.gathers import assert_gathers, gather_jax, gather_torch
 from tests.cases.gpu import DEVICE, HAS_GPU, captured, needs_gpu, params, shorter
 from tests.cases.gpu_reads import GATHERS, KERNELS, PORTABLE, assert_kernels
+from tests.cases.layouts import VLLM
 from tests.cases.reads import BOUNDS, CASTS, LENGTHS, MEANINGS, assert_near_oracle, attend_torch, make_read, oracle
 
 pytestmark = pytest.mark.gpu
 
 IN_LAYOUTS = [*product(LAYOUTS, [False], [1]), *product(("NHD", "HEAD_MAJOR", "PALLAS", "MLA"), [True], [None])]
+IN_LAYOUTS += product([VLLM[name] for name in ("LHBNC", "BLHNC", "BHLNC")], [False, True], [1])
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import pytest
 from tests.cases import gpu
 from tests.cases.arrays import LAYOUTS, assert_equals_oracle, bits, make_case, run_jax, run_oracle, run_torch
 from tests.cases.gpu import DEVICE, HAS_GPU, params
+from tests.cases.layouts import VLLM
 from tests.cases.write_grid import (
     BLOCK_SIZES,
     CONVERSIONS,
@@ -53,6 +54,7 @@ IN_LAYOUTS = [
     for layout, (i, conversion), layer in product(LAYOUTS, enumerate(CONVERSIONS.args[1]), (None, 2))
     if layout == "NHD" or (i, layer) in ((0, 2), (2, None))
 ]
+IN_LAYOUTS += [(VLLM[name], *CONVERSIONS.args[1][0], 2) for name in ("LHBNC", "BLNHC", "BHLNC")]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from kvcore.arrays import contiguous_strides
 from kvcore.layout import CacheLayout
 from kvcore.placement import Address
-from tests.cases.layouts import CONSTANTS, WITH_LAYER
+from tests.cases.layouts import CONSTANTS, VLLM, WITH_LAYER
 
 # ---- addresses, against NumPy
 
@@ -68,7 +68,7 @@ def assert_places(pattern, arrays, *, head_size, strides):
     assert placement.extents == (layers if layout.has_layer else None, *rest, head_size, size)
 
 
-@pytest.mark.parametrize("pattern", [*CONSTANTS.values(), *WITH_LAYER])
+@pytest.mark.parametrize("pattern", [*CONSTANTS.values(), *WITH_LAYER, *VLLM.values()])
 def test_addresses_of_every_pattern(pattern):
     layout = CacheLayout(pattern)
     shapes = layout.shapes(
@@ -161,7 +161,7 @@ def test_address_counts_runs_of_x():
     assert at.of(1, 2, 3, 4, 9) == 1000 + 500 + 200 + 60 + 40 + 2 * 7 + 1 * 2
 
 
-@pytest.mark.parametrize("pattern", [*CONSTANTS.values(), *WITH_LAYER])
+@pytest.mark.parametrize("pattern", [*CONSTANTS.values(), *WITH_LAYER, *VLLM.values()])
 def test_caches_without_blocks_do_not_overlap(pattern):
     layout = CacheLayout(pattern)
     shapes = layout.shapes(

@@ -1,12 +1,13 @@
 """Patterns of layouts: what they may say, what they are called, and the errors of the others."""
 
 import dataclasses
+import json
 import pickle
 
 import pytest
 
 from kvcore.layout import CacheLayout
-from tests.cases.layouts import CONSTANTS, WITH_LAYER
+from tests.cases.layouts import CONSTANTS, VLLM, WITH_LAYER
 
 
 @pytest.mark.parametrize(("name", "pattern"), CONSTANTS.items())
@@ -181,3 +182,80 @@ def test_a_pattern_is_a_string(make, pattern, shown):
     with pytest.raises(TypeError) as error:
         make(pattern)
     assert str(error.value) == f"layout must be a pattern string or a CacheLayout, got {shown}"
+
+
+# ---- as JSON
+
+
+@pytest.mark.parametrize("pattern", [*CONSTANTS.values(), "block slot latent", *WITH_LAYER, *VLLM.values()])
+def test_json_and_back(pattern):
+    layout = CacheLayout(pattern)
+    text = layout.to_json()
+    assert CacheLayout.from_json(text) == layout
+    assert CacheLayout.from_json(text.encode()) == layout
+    assert CacheLayout.from_json(json.dumps(json.loads(text), indent=2)) == layout
+    parsed = json.loads(text)
+    assert parsed["version"] == 1
+    assert parsed["arrays"] == [[list(axis) for axis in axes] for axes in layout.arrays]
+
+
+def test_json_is_what_it_was():
+    """Other programs have read it."""
+    assert CacheLayout.HEAD_MAJOR.to_json() == (
+        '{"version": 1, "arrays": [[["block"], ["head"], ["dim/x"], ["slot"], ["x"]], '
+        '[["block"], ["head"], ["dim"], ["slot"]]]}'
+    )
+    assert CacheLayout.NHD.to_json() == (
+        '{"version": 1, "arrays": [[["block"], ["slot"], ["head"], ["dim"]], [["block"], ["slot"], ["head"], ["dim"]]]}'
+    )
+    assert CacheLayout("block slot (kv head) dim").to_json() == (
+        '{"version": 1, "arrays": [[["block"], ["slot"], ["kv", "head"], ["dim"]]]}'
+    )
+
+
+def test_two_arrays_of_one_order_are_one_pattern():
+    twice = CacheLayout("block slot head dim,  block slot head dim")
+    assert twice == CacheLayout.NHD
+    assert twice.pattern == "block slot head dim"
+    assert twice.arrays == CacheLayout.NHD.arrays
+
+
+AXES_TEXT = "arrays must be one list or two, of axes, each a list of names, got "
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "text must be JSON as from CacheLayout.to_json, got ''"),
+        ("block slot head dim", "text must be JSON as from CacheLayout.to_json, got 'block slot head dim'"),
+        (b"\xff", "text must be JSON as from CacheLayout.to_json, got b'\\xff'"),
+        ("[1]", "text must be an object of version and arrays, got '[1]'"),
+        ('{"version": 1}', "text must be an object of version and arrays, got '{\"version\": 1}'"),
+        ('{"version": 2, "arrays": []}', "version must be 1, got 2"),
+        ('{"version": true, "arrays": []}', "version must be 1, got True"),
+        ('{"version": "1", "arrays": []}', "version must be 1, got '1'"),
+        ('{"version": 1, "arrays": []}', AXES_TEXT + "[]"),
+        ('{"version": 1, "arrays": {"0": []}}', AXES_TEXT + "{'0': []}"),
+        ('{"version": 1, "arrays": [["block", "slot"]]}', AXES_TEXT + "[['block', 'slot']]"),
+        ('{"version": 1, "arrays": [[["block, slot"]]]}', AXES_TEXT + "[[['block, slot']]]"),
+        ('{"version": 1, "arrays": [[["block slot"]]]}', AXES_TEXT + "[[['block slot']]]"),
+        ('{"version": 1, "arrays": [[["block"], []]]}', AXES_TEXT + "[[['block'], []]]"),
+        ('{"version": 1, "arrays": [[["block"], [3]]]}', AXES_TEXT + "[[['block'], [3]]]"),
+        ('{"version": 1, "arrays": [[["block"], ["dim"]]]}', "layout 'block dim' must name axis slot"),
+        (
+            '{"version": 1, "arrays": [[["block"], ["slot", "head"], ["dim"]]]}',
+            "layout 'block (slot head) dim' may join only kv with one other axis, got (slot head)",
+        ),
+    ],
+)
+def test_wrong_json(text, message):
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        CacheLayout.from_json(text)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize("text", [None, 3, {"version": 1}])
+def test_json_is_text(text):
+    with pytest.raises(TypeError) as error:
+        CacheLayout.from_json(text)
+    assert str(error.value) == f"text must be JSON as from CacheLayout.to_json, got {text!r}"

@@ -18,7 +18,7 @@ OPS = {
     for name in (
         "paged_attention", "gather_kv", "reshape_and_cache_flash", "reshape_and_cache_flash_diffkv",
         "reshape_and_cache_flash_per_token_head_quant", "reshape_and_cache_flash_diffkv_per_token_head_quant",
-        "concat_and_cache_mla", "rope_and_cache",
+        "concat_and_cache_mla", "rope_and_cache", "slot_mapping",
     )
 }  # fmt: skip
 BLOCKS, BLOCK_SIZE, HEADS, SIZE, LAYERS = 5, 4, 2, 16, 2
@@ -104,9 +104,19 @@ CALLS = {
         v_scale_cache=scales(BLOCKS, BLOCK_SIZE, HEADS), kv_cache_dtype="int8", rope="gptj", mrope_section=(1, 3, 4),
         positions=tensor(np.arange(15, dtype=np.int32).reshape(3, 5) % 10), **ROTATED, **ROWS,
     )),
+    "slots": ("slot_mapping", dict(
+        query_start_loc=tensor(np.array([0, 3, 5], np.int32)), num_tokens=6, **READING,
+    )),
 }  # fmt: skip
 DEFAULTS = dict(
-    kv_cache_dtype="auto", causal=True, max_len=10, head_size=SIZE, layer=None, scale=None, sliding_window=None
+    kv_cache_dtype="auto",
+    causal=True,
+    max_len=10,
+    head_size=SIZE,
+    block_size=BLOCK_SIZE,
+    layer=None,
+    scale=None,
+    sliding_window=None,
 )
 
 
@@ -227,6 +237,7 @@ def test_every_stride_is_read(name, backend):
 
 ON_A_GPU = (
     "attention", "attention over int8", "gather of fp8", "write of fp8", "write with scales", "rotated write of fp8",
+    "slots",
 )  # fmt: skip
 OPERANDS = [(name, argument) for name in ON_A_GPU for argument in dict(t[0] for t in tensors_of(*op_and_call(name)))]
 
@@ -257,6 +268,7 @@ def test_the_ops_are_all_there_are():
         n.split("::")[1].split(".")[0] for n in torch._C._dispatch_get_all_op_names() if n.startswith("torchkv::")
     }
     results = {"paged_attention": ["out", "lse"], "gather_kv": ["key", "value"], "rope_and_cache": ["out"]}
+    results["slot_mapping"] = ["out"]
     for name, given in results.items():  # twins with results of the caller's, and the same operands
         twin = getattr(torch.ops.torchkv, f"{name}_out").default
         assert [x.name for x in twin._schema.arguments] == given + [x.name for x in OPS[name]._schema.arguments]

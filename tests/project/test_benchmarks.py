@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("jax")
 
-from benchmarks import attention, decode, gather, loop, loop_forms, pool, write
+from benchmarks import attention, decode, gather, loop, loop_forms, pool, slots, write
 
 
 @pytest.mark.parametrize(
@@ -81,6 +81,23 @@ def test_gather(tmp_path, capsys):
         assert row["failed"] == {}
         assert all(row[key] > 0 for key in ("bytes", "copy_us", "torch_ratio", "jax_ratio"))
     assert "torch_ratio" in capsys.readouterr().out.splitlines()[-len(found["rows"]) - 1]
+
+
+def test_slots(tmp_path, capsys):
+    path = tmp_path / "slots.json"
+    slots.main(["--divide", "64", "--json", str(path)])
+    found = json.loads(path.read_text())
+    assert found["benchmark"] == "slots"
+    assert len(found["rows"]) == len(slots.CASES)
+    for row in found["rows"]:
+        assert all(row[f"{name}_us"] > 0 for name in ("empty", "torch", "torch_ops", "jax", "jax_xla"))
+    assert "jax_xla_us" in capsys.readouterr().out.splitlines()[-len(found["rows"]) - 1]
+
+
+def test_other_slots_are_no_result(monkeypatch):
+    monkeypatch.setattr(slots, "in_torch", lambda arrays, count: arrays[2])
+    with pytest.raises(ValueError, match="the slots are others than the oracle's"):
+        slots.main(["--divide", "64", "--cases", "no starts"])
 
 
 def test_gathering_something_else_is_no_result(monkeypatch, tmp_path):

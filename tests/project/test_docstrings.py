@@ -62,7 +62,17 @@ def test_examples_of_torch(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["BlockPool", "CacheLayout.describe", "Sequence", "blocks_that_fit", "check_tables", "find_duplicate_slots"],
+    [
+        "BlockPool",
+        "CacheLayout.describe",
+        "CacheLayout.from_vllm",
+        "CacheLayout.to_json",
+        "CacheLayout.from_json",
+        "Sequence",
+        "blocks_that_fit",
+        "check_tables",
+        "find_duplicate_slots",
+    ],
 )
 def test_examples_of_both(name):
     owner, _, method = name.partition(".")
@@ -87,6 +97,7 @@ WORDS = [
     (r"on CPU arrays, for tests", "through a host callback, for tests"),
     (r"a shape, layout, choice or device does", "a shape, layout or choice does"),
     (r"a shape, choice, address or device does", "a shape or choice does"),
+    (r"a shape, number or device does", "a shape or number does"),
     (r"a shape or a device does not fit, or out or lse overlaps.*", "a shape does not fit."),
     (r"[Aa] Tensor of one integer, on the (?:caches'|cache's) device,", "A traced integer"),
     (r"in a Tensor, nothing", "in a traced integer, nothing"),
@@ -129,6 +140,7 @@ ONLY = {
         "NotImplementedError: on differentiation.",  # of writers: in torch they are followed by no gradient, silently
         "(On a GPU XLA's division is approximate",
         "It runs inside jit, scan, while_loop, vmap and shard_map",
+        "With operands that are split over devices, each device gets all of them",
         "With the cache split over heads, each device attends with its own.",
         "A pytree: donate it",
     ],

@@ -46,6 +46,7 @@ def jax_readers(query: jax.Array, cache: jax.Array, tables: jax.Array, lens: np.
     merged = jaxkv.merge_attention(jnp.stack([out, out]), jnp.stack([sums, sums]))
     assert_type(merged, tuple[jax.Array, jax.Array])
     assert_type(jaxkv.rope_table({"head_dim": 64}, 9, dtype=jnp.bfloat16), jax.Array)
+    assert_type(jaxkv.slot_mapping(tables, [0, 1, 4], lens, 16, 64), jax.Array)
     pair = jaxkv.gather_kv([cache, cache], tables, lens, 32, dtype=jnp.float32, kv_cache_dtype="int8")
     assert_type(pair, tuple[jax.Array, jax.Array])
 
@@ -83,6 +84,7 @@ def jax_cache(key: jax.Array, tables: jax.Array, kv_cache_dtype: KVCacheDtype) -
         assert_type(value, jax.Array)
     layout = jaxkv.CacheLayout.of("layer block head slot dim")
     print(layout.describe(num_layers=2, num_blocks=8, block_size=16, num_heads=8, head_size=128))
+    assert_type(jaxkv.CacheLayout.from_json(jaxkv.CacheLayout.from_vllm("BLHNC").to_json()), jaxkv.CacheLayout)
 
 
 def host(prompt: list[int]) -> None:
@@ -128,6 +130,7 @@ def torch_readers(query: Tensor, cache: Tensor, tables: Tensor, lens: Tensor, ls
         torchkv.rope_table({"head_dim": 64}, layer_type="full_attention", dtype="float16", device="cpu"), Tensor
     )
     assert_type(torchkv.gather_kv([cache, cache], tables, lens, 32, dtype=torch.float32), tuple[Tensor, Tensor])
+    assert_type(torchkv.slot_mapping(tables, None, lens, 16, out=lens, backend="torch"), Tensor)
 
 
 def torch_cache(key: Tensor, tables: Tensor, kv_cache_dtype: KVCacheDtype) -> None:

@@ -23,9 +23,11 @@ def with_jax(x: jax.Array, ref: jax.Ref, cache: jaxkv.PagedKVCache) -> None:
     jaxkv.paged_attention(x, (x, x), x, x, slding_window=9)  # wrong
     jaxkv.paged_attention(x, (x, x), x, x, kv_cache_dtype="fp9")  # wrong
     jaxkv.gather_kv(x, x, x, 9, kv_cache_dtype="fp9")  # wrong
+    jaxkv.slot_mapping(x, x, x, 4, backend="torch")  # wrong
     jaxkv.rope_table({}, 9, "full_attention")  # wrong
     jaxkv.PagedKVCache.create(num_blocks=1, block_size=1, num_heads=1, head_size=8, kv_cache_dtype="fp9")  # wrong
     jaxkv.PagedKVCache.create(num_blocks=1, block_size=1, num_heads=1, head_sise=8)  # wrong
+    jaxkv.CacheLayout.from_json({"version": 1})  # wrong
     jaxkv.heads(x, 0, 4, 128)  # wrong
     jaxkv.heads(x, 0)  # wrong
     jaxkv.reshape_and_cache_flash(x, x, x, x, jaxkv.heads(x, 0, 4))  # wrong
@@ -52,6 +54,7 @@ def with_torch(x: Tensor, cache: torchkv.PagedKVCache) -> None:
     torchkv.paged_attention(x, (x, x), x, x, return_lse=True).shape  # wrong
     torchkv.paged_attention(x, (x, x), x, x, slding_window=9)  # wrong
     torchkv.gather_kv(x, x, x, 9, dtype="int8")  # wrong
+    torchkv.slot_mapping(x, [0, 1], x, 4)  # wrong
     torchkv.rope_table({}, 9, dtype="int8")  # wrong
     torchkv.PagedKVCache.create(num_blocks=1, block_size=1, num_heads=1, head_size=8, dtype="fp8")  # wrong
     cache.write(x, x, x, backend="xla")  # wrong

@@ -1,0 +1,84 @@
+"""The public function that finds the slots of new tokens."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from jaxkv._arguments import BACKENDS, ArrayLike, as_indices, as_static
+from jaxkv._primitive import slots as primitive
+from jaxkv._slots import SlotOperands, SlotOptions
+from kvcore.choices import JaxBackend
+from kvcore.contract.checks import check_backend
+
+
+def slot_mapping(
+    block_tables: ArrayLike,
+    query_start_loc: ArrayLike | None,
+    seq_lens: ArrayLike,
+    block_size: int,
+    num_tokens: int | None = None,
+    *,
+    backend: JaxBackend | None = None,
+) -> jax.Array:
+    """The slot of each new token, as the ops that write take it, out of what `paged_attention` takes.
+
+    The last n positions of a sequence are those of its new tokens, n being `query_start_loc[s + 1] -
+    query_start_loc[s]`: token t of sequence s stands at `position = seq_lens[s] - query_start_loc[s + 1] + t`, and its
+    slot is `block_tables[s, position // block_size] * block_size + position % block_size`.
+
+    A token has no slot, -1, where it is none of a sequence's (padding), where its position is negative (left padding)
+    or beyond the table, where the table has a negative block, and where int32 cannot hold the slot, of caches with 2³¹
+    slots or more. Nothing past a sequence's length is read. How many blocks a cache has is not known here: what writes
+    skips slots beyond it.
+
+    It runs inside jit, scan, while_loop, vmap and shard_map; what is launched depends on shapes only, never on lengths.
+    With operands that are split over devices, each device gets all of them, and has the whole result.
+
+    Args:
+        block_tables: `[num_seqs, max_blocks]` of int32 or int64: the blocks of each sequence, in order.
+        query_start_loc: `[num_seqs + 1]` of int32 or int64: sequence s has the tokens from `query_start_loc[s]` to
+            below `query_start_loc[s + 1]`; a pair that descends is an empty sequence, and no sequence has tokens before
+            an earlier start. None: one token each.
+        seq_lens: `[num_seqs]` of int32 or int64: tokens of each sequence, the new ones among them. Lengths and starts
+            of 2³¹ or more count as 2³¹ - 1.
+        block_size: Slots of a block.
+        num_tokens: Entries of the result: tokens, and padding after them. None: one a sequence without query_start_loc,
+            else where that ends, which is read on the host; an error under jit, vmap and torch.compile, and while a
+            CUDA graph is captured.
+        backend: None runs "triton" on CUDA and ROCm, "xla" elsewhere. "interpret" runs the Triton kernel in its
+            interpreter, through a host callback, for tests.
+
+    Returns:
+        `[num_tokens]` of int32.
+
+    Raises:
+        ValueError: a shape or number does not fit, or num_tokens cannot be read.
+        TypeError: a dtype does not fit, or a number is no int.
+
+    Example:
+        >>> block_tables = jnp.array([[2, 7], [5, -1]])  # blocks of 4 slots
+        >>> query_start_loc = jnp.array([0, 3, 4])  # 3 tokens for sequence 0, 1 for sequence 1
+        >>> seq_lens = jnp.array([6, 2])
+        >>> jaxkv.slot_mapping(block_tables, query_start_loc, seq_lens, block_size=4, num_tokens=6).tolist()
+        [11, 28, 29, 21, -1, -1]
+
+    Sequence 0 has its new tokens at positions 3 to 5: the last slot of block 2, and the first two of block 7.
+    """
+    check_backend(backend, BACKENDS)
+    starts = None if query_start_loc is None else as_indices(query_start_loc, lengths=True)
+    operands = SlotOperands(as_indices(block_tables), starts, as_indices(seq_lens, lengths=True))
+    options = SlotOptions(as_static("block_size", block_size), as_static("num_tokens", num_tokens), backend)
+    if options.num_tokens is None and starts is not None:
+        options._replace(num_tokens=0).describe(operands)
+        options = options._replace(num_tokens=_end_of(starts))
+    options.describe(operands)
+    return primitive.slot_mapping(options, jax.tree.map(jnp.asarray, operands))
+
+
+def _end_of(starts: jax.Array | np.ndarray) -> int | None:
+    """Where the last sequence ends: at the furthest start, as those of padding may be anything before it.
+
+    None where the starts have no value: the contract refuses the call then.
+    """
+    return None if isinstance(starts, Tracer) else max(0, int(np.max(np.asarray(starts))))
