@@ -23,6 +23,7 @@ with installed.needed("jax", installed.JAX):
 
 from jaxkv.ahead import precompile
 from jaxkv.cache import PagedKVCache
+from jaxkv.dlpack import from_dlpack
 from jaxkv.merge import merge_attention
 from jaxkv.mla import concat_and_cache_mla
 from jaxkv.quantize import (
@@ -52,6 +53,7 @@ __all__ = [
     "check_tables",
     "concat_and_cache_mla",
     "find_duplicate_slots",
+    "from_dlpack",
     "gather_kv",
     "heads",
     "kv_scales",

@@ -20,6 +20,7 @@ from kvcore.sequence import Sequence
 from kvcore.slots import check_tables, find_duplicate_slots
 from torchkv.ahead import precompile
 from torchkv.cache import PagedKVCache
+from torchkv.dlpack import from_dlpack
 from torchkv.integrations.vllm import (
     merge_attn_states,
     triton_reshape_and_cache_flash,
@@ -50,6 +51,7 @@ __all__ = [
     "check_tables",
     "concat_and_cache_mla",
     "find_duplicate_slots",
+    "from_dlpack",
     "gather_kv",
     "kv_scales",
     "merge_attention",
