@@ -45,9 +45,11 @@ class Writable:
         return self._with(zero_blocks(self._memory, blocks, backend=backend, **self._layouts))
 
     @property
-    def _memory(self) -> tuple[Any, ...]:
+    def _memory(self) -> tuple[jax.Array, ...]:
         """Caches and scale caches."""
-        return self.caches if self.spec.scale_layout is None else (*self.caches, self.k_scale, self.v_scale)
+        if self.spec.scale_layout is None:
+            return self.caches
+        return *self.caches, *(scale for scale in (self.k_scale, self.v_scale) if scale is not None)
 
     @property
     def _layouts(self) -> dict[str, Any]:
@@ -55,6 +57,6 @@ class Writable:
 
     def _with(self, memory: Sequence[jax.Array]) -> Self:
         """The cache with new caches and scale caches."""
-        count, cache = len(self.caches), self
+        count, cache = len(self.caches), self  # a dataclass has these
         scales = dict(zip(("k_scale", "v_scale"), memory[count:], strict=False))
-        return replace(cache, caches=tuple(memory[:count]), **scales)  # type: ignore  # a dataclass has these
+        return replace(cache, caches=tuple(memory[:count]), **scales)  # type: ignore
