@@ -77,7 +77,7 @@ class BlocksPlan(NamedTuple):
 
 def pairs_class(n: int) -> int:
     """0 for few pairs, 2 for many, else 1: calls of one class have one plan."""
-    return (n > FEW_PAIRS) + (n > MANY_PAIRS)
+    return 2 if n > MANY_PAIRS else int(n > FEW_PAIRS)
 
 
 def index_name(call: Blocks) -> str:

@@ -1,6 +1,6 @@
 """The ops that move whole blocks, in place, as torch.library knows them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -38,7 +38,9 @@ def _vmap(op: Any, batch_size: int, in_dims: Sequence[Any], args: Sequence[Any])
 _BACKENDS = Backends(torch_blocks.move_blocks, _fake)
 
 
-def _define(name: str, indices: str) -> Any:
+def _call_of(name: str, indices: str) -> Callable[..., BlocksCall]:
+    """What makes a call of the arguments of an op of this name."""
+
     def call_of(
         key_cache: Tensor,
         value_cache: Tensor | None,
@@ -55,7 +57,9 @@ def _define(name: str, indices: str) -> Any:
         pairs, blocks = (given, None) if indices == "pairs" else (None, given)
         return BlocksCall(caches, scale_caches, pairs, blocks, layout, scale_layout, backend)
 
-    return define(f"{name}({_CACHES}, Tensor {indices}, {_REST}) -> ()", call_of, Moves(), _BACKENDS, _vmap)
+    return call_of
 
 
-copy_blocks, zero_blocks = _define("copy_blocks", "pairs"), _define("zero_blocks", "blocks")
+_copy_call, _zero_call = _call_of("copy_blocks", "pairs"), _call_of("zero_blocks", "blocks")
+copy_blocks = define(f"copy_blocks({_CACHES}, Tensor pairs, {_REST}) -> ()", _copy_call, Moves(), _BACKENDS, _vmap)
+zero_blocks = define(f"zero_blocks({_CACHES}, Tensor blocks, {_REST}) -> ()", _zero_call, Moves(), _BACKENDS, _vmap)
