@@ -71,7 +71,7 @@ def copy_blocks(
         The new caches, in the same order; None for Refs.
 
     Raises:
-        ValueError: a shape, layout or choice does not fit, a Ref is passed twice, or an array is split over blocks.
+        ValueError: a shape, layout or choice does not fit, an array is split over blocks, or a Ref is passed twice.
         TypeError: a dtype does not fit.
         NotImplementedError: on differentiation; `jax.lax.stop_gradient` says that none is wanted.
 
@@ -134,7 +134,7 @@ def zero_blocks(
         The new caches, in the same order; None for Refs.
 
     Raises:
-        ValueError: a shape, layout or choice does not fit, a Ref is passed twice, or an array is split over blocks.
+        ValueError: a shape, layout or choice does not fit, an array is split over blocks, or a Ref is passed twice.
         TypeError: a dtype does not fit.
         NotImplementedError: on differentiation; `jax.lax.stop_gradient` says that none is wanted.
 

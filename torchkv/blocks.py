@@ -8,7 +8,7 @@ from torch import Tensor
 from kvcore.choices import Layout, TorchBackend
 from kvcore.contract.checks import check_options
 from kvcore.layout import CacheLayout
-from torchkv._arguments import BACKENDS, as_memory, as_pattern, as_scale_pattern, refuse_gradients
+from torchkv._arguments import BACKENDS, as_memory, as_pattern, as_scale_pattern, check_tensors, refuse_gradients
 from torchkv._library import blocks as _library
 from torchkv._library.base import call, call_again
 
@@ -37,7 +37,7 @@ def copy_blocks(
     Args:
         caches: `(key_cache, value_cache)`, or `(kv_cache,)` for layouts that hold both, of any dtype of a cache; then
             `k_scale_cache, v_scale_cache` where each token's head has a scale.
-        pairs: `[n, 2]` of int32 or int64, on the caches' device: source and destination.
+        pairs: `[n, 2]` of int32 or int64: source and destination.
         layout: Pattern, constant's name or `CacheLayout`. None means NHD or any other order with `block` in front:
             4 axes, or 5 of a head-major key cache; of one array, 3 or 4.
         scale_layout: Pattern of the scale caches; None means `block slot head`, or `layer block slot head`.
@@ -45,9 +45,9 @@ def copy_blocks(
             interpreter, on CPU tensors, for tests.
 
     Raises:
-        ValueError: a shape, layout, choice or device does not fit, or caches overlap.
+        ValueError: a shape, layout, choice or device does not fit, or caches or scale caches overlap.
         TypeError: a dtype does not fit.
-        NotImplementedError: grad mode is on, and a cache requires gradients.
+        NotImplementedError: grad mode is on, and an argument requires gradients.
 
     Example:
         >>> key_cache, value_cache = torch.arange(8.0).reshape(2, 4, 1, 1, 1)  # 4 blocks of 1 slot, 1 head of 1 element
@@ -79,7 +79,7 @@ def zero_blocks(
     Args:
         caches: `(key_cache, value_cache)`, or `(kv_cache,)` for layouts that hold both, of any dtype of a cache; then
             `k_scale_cache, v_scale_cache` where each token's head has a scale.
-        blocks: `[n]` of int32 or int64, on the caches' device.
+        blocks: `[n]` of int32 or int64.
         layout: Pattern, constant's name or `CacheLayout`. None means NHD or any other order with `block` in front:
             4 axes, or 5 of a head-major key cache; of one array, 3 or 4.
         scale_layout: Pattern of the scale caches; None means `block slot head`, or `layer block slot head`.
@@ -87,9 +87,9 @@ def zero_blocks(
             interpreter, on CPU tensors, for tests.
 
     Raises:
-        ValueError: a shape, layout, choice or device does not fit, or caches overlap.
+        ValueError: a shape, layout, choice or device does not fit, or caches or scale caches overlap.
         TypeError: a dtype does not fit.
-        NotImplementedError: grad mode is on, and a cache requires gradients.
+        NotImplementedError: grad mode is on, and an argument requires gradients.
 
     Example:
         >>> kv_cache = torch.arange(1.0, 5.0).reshape(4, 1, 1, 1)  # 4 blocks of 1 slot, 1 head of 1 element
@@ -105,5 +105,6 @@ def _move(op: Any, name: str, caches: Any, indices: Any, layout: Any, scale_layo
     arguments = (*as_memory(caches), indices, as_pattern(layout), as_scale_pattern(scale_layout), backend)
     if call_again(op, arguments) is None:
         check_options("auto", None, None, None, backend, BACKENDS)
+        check_tensors(**{"pairs" if op is _library.copy_blocks else "blocks": indices})
         refuse_gradients(name, *arguments[:4])
         call(op, arguments)

@@ -77,7 +77,7 @@ class Moves(Launches[BlocksKernels]):
             aligned |= {"nodes_ptr"}  # a new tensor
             pointed["nodes_ptr"] = "int32"
             of_nodes = {name: pointed[name] for name in ("pairs_ptr", "nodes_ptr")}
-            nodes = load(plan.nodes, of_nodes, aligned & of_nodes.keys())
+            nodes = load(plan.nodes, of_nodes, aligned & frozenset(of_nodes))
         count = len(call.written)
         return Launch(
             BlocksKernels(described, plan, load(plan.kernel, pointed, aligned), nodes),
