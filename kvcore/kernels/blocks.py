@@ -199,14 +199,6 @@ def _copy_slice(
 
 
 @triton.jit
-def _pairs_of(pairs_ptr, nodes_ptr, batch, n, num_blocks, S: tl.constexpr):
-    """The pairs of one item of a batch."""
-    if nodes_ptr is not None:
-        nodes_ptr = nodes_ptr + batch.to(tl.int64) * n * 4
-    return Pairs(pairs_ptr + batch.to(tl.int64) * S.batch, nodes_ptr, n, num_blocks)
-
-
-@triton.jit
 def find_nodes_kernel(
     pairs_ptr,   # [batch, n, 2] int32 or int64
     n,           # pairs of one item of the batch
@@ -218,7 +210,8 @@ def find_nodes_kernel(
 ):  # fmt: skip
     """Store the nodes of many pairs, which every slice would find anew otherwise."""
     batch, i = tl.program_id(1), tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    pairs = _pairs_of(pairs_ptr, nodes_ptr, batch, n, num_blocks, S)
+    nodes_ptr = nodes_ptr + batch.to(tl.int64) * n * 4
+    pairs = Pairs(pairs_ptr + batch.to(tl.int64) * S.batch, nodes_ptr, n, num_blocks)
     node = _find_nodes(pairs, i, S, SCAN)
     at, mask = pairs.nodes_ptr + i.to(tl.int64) * 4, i < n
     tl.store(at, node.live.to(tl.int32), mask=mask)
@@ -250,7 +243,9 @@ def copy_blocks_kernel(
     """Copy blocks to blocks."""
     program = tl.program_id(0)
     part, i, batch = program % SLICES, program // SLICES % n, program // SLICES // n
-    pairs = _pairs_of(pairs_ptr, nodes_ptr, batch, n, num_blocks, S)
+    if nodes_ptr is not None:
+        nodes_ptr = nodes_ptr + batch.to(tl.int64) * n * 4
+    pairs = Pairs(pairs_ptr + batch.to(tl.int64) * S.batch, nodes_ptr, n, num_blocks)
     source, target, exists = _load_pair(pairs, i, S)
     if exists:
         none = i * 0 - 1

@@ -115,7 +115,7 @@ def test_as_many_programs_fit_as_copies_need(n, tmp_path):
         nodes, kernel = compile_for(H100, call)
         report = ptxas(kernel, tmp_path)
         assert int(re.findall(r"Used (\d+) registers", report)[0]) <= 64
-        assert spilled(report) <= 16
+        assert spilled(report) <= 64  # of what walks from pair to pair
         if nodes is not None:
             assert spilled(ptxas(nodes, tmp_path)) == 0
         assert (nodes is not None) == (n > 1024)
