@@ -41,7 +41,7 @@ def test_pairs(classes, pairs):
     assert_equals_oracle(make_blocks(np.random.default_rng(0), pairs))
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 @CLASSES
 def test_any_pairs(classes, seed):
     """Trees and circles as they come."""
@@ -155,6 +155,13 @@ def test_of_two_pairs_with_one_destination_each_element_is_one_of_the_two(name):
         for block, source in enumerate([0, 1, None, None, 4, 2, 6]):
             if source is not None:
                 np.testing.assert_array_equal(got[block], old[source])
+
+
+@pytest.mark.parametrize("name", ["jax interpret", "torch interpret"])
+def test_of_such_pairs_the_kernel_always_takes_the_last(name):
+    """More than is promised: the same bits in each run, whether or not others read the block."""
+    pairs = [[0, 2], [4, 3], [1, 2], [2, 5], [5, 3], [0, 6], [1, 6]]
+    assert_equals_oracle(make_blocks(np.random.default_rng(6), pairs), {name: CPU_IMPLEMENTATIONS[name]})
 
 
 @pytest.mark.parametrize("name", CPU_IMPLEMENTATIONS)
