@@ -5,6 +5,7 @@ from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxkv._arguments import BACKENDS, ArrayLike, as_indices
 from jaxkv._blocks import BlocksOperands, BlocksOptions
@@ -159,6 +160,8 @@ def _move(
     """Checks a call, whose indices have this name, and carries it out."""
     check_options("auto", None, None, None, backend, BACKENDS)
     arrays, scale_caches = split_caches(caches if isinstance(caches, Sequence) else (caches,))
+    if name == "pairs" and isinstance(indices, (list, tuple)) and not indices:  # whose axis of 2 does not show
+        indices = np.zeros((0, 2), np.int32)
     indices, memory = as_indices(indices), as_memories(arrays, scale_caches)
     specs = [spec_of(array) for array in memory]
     described = check_blocks(name, spec_of(indices), specs[: len(arrays)], specs[len(arrays) :], layout, scale_layout)

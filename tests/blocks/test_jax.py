@@ -198,6 +198,7 @@ def test_lists_and_numpy():
     for indices in (case.indices.tolist(), case.indices.astype(np.uint8), tuple(map(tuple, case.indices.tolist()))):
         assert_same(jaxkv.copy_blocks(case.memory, indices), want)
     assert_same(jaxkv.copy_blocks(case.memory, np.zeros((0, 2), np.int32)), case.memory)
+    assert_same(jaxkv.copy_blocks(case.memory, []), case.memory)
     assert_same(jaxkv.zero_blocks(case.memory, []), case.memory)
     assert_same(jaxkv.zero_blocks(case.caches[0], [1])[0][1:2], [np.zeros_like(case.caches[0][1])])
 
