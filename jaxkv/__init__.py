@@ -22,6 +22,7 @@ with installed.needed("jax", installed.JAX):
     import jax as _  # noqa: F401, the parts below import it without a word
 
 from jaxkv.ahead import precompile
+from jaxkv.blocks import copy_blocks, zero_blocks
 from jaxkv.cache import PagedKVCache
 from jaxkv.dlpack import from_dlpack
 from jaxkv.merge import merge_attention
@@ -52,6 +53,7 @@ __all__ = [
     "blocks_that_fit",
     "check_tables",
     "concat_and_cache_mla",
+    "copy_blocks",
     "find_duplicate_slots",
     "from_dlpack",
     "gather_kv",
@@ -67,6 +69,7 @@ __all__ = [
     "rope_and_cache",
     "rope_table",
     "slot_mapping",
+    "zero_blocks",
 ]
 
 __version__: str

@@ -123,6 +123,7 @@ JAX_WORDS = [
     (r"; `jax\.lax\.stop_gradient` says that none is wanted", ""),
     (r"; by \"xla\" on CPUs only, where numbers below 2\^-126 may become zeros on the way", ""),
     (r"; then the new caches, unless they are Refs", ""),
+    (r", an array is split over blocks, or", ", or"),
     (r"The rotated query, and the new cache: .*", "The rotated query."),
     (
         r", a Ref is passed twice, or a list or NumPy array of positions has one past the table",
@@ -146,6 +147,7 @@ ONLY = {
         "With operands that are split over devices, each device gets all of them",
         "With the cache split over heads, each device attends with its own.",
         "A pytree: donate it",
+        "Arrays may be split over devices along any axis but `block`.",
     ],
     "torch": [
         "Everything runs on the current stream",
