@@ -12,8 +12,8 @@ def from_dlpack(cache: AnyCache) -> PagedKVCache:
 
     Both read and write it. torch writes in place, and JAX sees it. For JAX to write in place, its cache has to be
     donated, and that needs all of torch's tensors of this memory to be gone: `del` this cache, and what was made of it,
-    before the next call that donates. Else XLA raises on a GPU ("Donation requested for buffer with external reference"), and copies the cache
-    on a CPU, so that this one is left with the old memory.
+    before the next call that donates. Else XLA raises on a GPU ("Donation requested for buffer with external
+    reference"), and copies the cache on a CPU, so that this one is left with the old memory.
 
     JAX takes an array for constant: have torch write only once what JAX was told to do is done
     (`jax.block_until_ready`), and on a GPU have JAX read after `torch.cuda.synchronize()`.
