@@ -10,7 +10,7 @@ from jaxkv._call import spec_of
 from jaxkv._views import as_head, split_columns
 from jaxkv._write import as_memory, write_caches
 from kvcore.choices import JaxBackend, KVCacheDtype
-from kvcore.contract.checks import check_options, check_scale, check_scale_type
+from kvcore.contract.checks import check_options, check_scale_type
 from kvcore.contract.write import check_mla, in_latent_order, split_of_latent, with_latent_head
 from kvcore.formats import DS_MLA_ROPE
 from kvcore.layout import CacheLayout
@@ -129,9 +129,10 @@ def write_latent(
     check_scale_type("scale", scale)
     kv_c, k_pe, kv_cache = as_rows(kv_c), as_rows(k_pe), as_memory(kv_cache)
     spec = spec_of(kv_cache)
-    check_mla(spec_of(kv_c), spec_of(k_pe), in_latent_order(layout, spec), kv_cache_dtype, layer)
-    if scale is not None:
-        check_scale("scale", spec_of(scale), 1)
+    check_mla(
+        spec_of(kv_c), spec_of(k_pe), in_latent_order(layout, spec), kv_cache_dtype, layer,
+        scale=None if scale is None else spec_of(scale),
+    )  # fmt: skip
     if not k_pe.shape[1]:
         if kv_cache_dtype == "fp8_ds_mla":
             k_pe = jnp.zeros((k_pe.shape[0], DS_MLA_ROPE), k_pe.dtype)
