@@ -84,8 +84,8 @@ def concat_and_cache_mla(
             float32 scale for each group of 128 of them, and k_pe in bfloat16, or zeros where it has no columns. Such a
             scale is the first power of two not below `absmax / 448` and 1e-4, as in vLLM. NaN counts as 0 for absmax,
             and is stored as NaN; with an infinity among the 128, the scale is infinite, and all are read as NaN.
-        scale: What elements are divided by: float32 of one element, also traced; or a number. None means 1. Not read
-            for "auto" and "fp8_ds_mla".
+        scale: What elements are divided by: float32 of one element, or `[num_layers, 1]`, of which the layer's counts,
+            also traced; or a number. None means 1. Not read for "auto" and "fp8_ds_mla".
         layer: Index into kv_cache's first axis. A traced integer is read by the kernel; out of range there, nothing is
             written.
         backend: None runs "triton" on CUDA and ROCm, "xla" elsewhere. "interpret" runs the Triton kernel in its
