@@ -23,6 +23,7 @@ with installed.needed("jax", installed.JAX):
 
 from jaxkv.ahead import precompile
 from jaxkv.cache import PagedKVCache
+from jaxkv.devices import context_attention, context_lens, context_slots, local_indices
 from jaxkv.merge import merge_attention
 from jaxkv.mla import concat_and_cache_mla
 from jaxkv.quantize import (
@@ -51,10 +52,14 @@ __all__ = [
     "blocks_that_fit",
     "check_tables",
     "concat_and_cache_mla",
+    "context_attention",
+    "context_lens",
+    "context_slots",
     "find_duplicate_slots",
     "gather_kv",
     "heads",
     "kv_scales",
+    "local_indices",
     "merge_attention",
     "paged_attention",
     "precompile",
