@@ -23,7 +23,6 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from jaxkv._arguments import ArrayLike, TokenRows, as_array, as_indices
-from jaxkv._views import array_of
 from jaxkv.merge import merge_attention
 from kvcore.contract.devices import check_window
 from kvcore.pattern import MeshAxes

@@ -50,9 +50,9 @@ class Devices:
             num_heads=num_kv_heads * (config.num_heads // config.num_kv_heads),
         )
 
-    def put(self, tree: Any, spec: P = P()) -> Any:
+    def put(self, tree: Any, spec: P | None = None) -> Any:
         """Arrays as every device, or its part of the mesh, has them."""
-        return tree if self.mesh is None else jax.device_put(tree, NamedSharding(self.mesh, spec))
+        return tree if self.mesh is None else jax.device_put(tree, NamedSharding(self.mesh, spec or P()))
 
     def put_matrix(self, name: str, matrix: jax.Array) -> jax.Array:
         """One of the matrices in `SPECS`.

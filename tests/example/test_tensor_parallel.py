@@ -2,7 +2,6 @@
 
 import re
 
-import jax
 import numpy as np
 import pytest
 
@@ -16,6 +15,10 @@ from tests.cases.examples import generate, open_session, some_prompts
 @pytest.fixture(scope="module")
 def pair(small):
     return JaxLlama(small, tp=2)
+
+
+def pointers(cache):
+    return [s.data.unsafe_buffer_pointer() for array in cache.caches for s in array.addressable_shards]
 
 
 @pytest.mark.parametrize("cache", [
@@ -52,7 +55,9 @@ def test_decode_is_in_place_on_two_devices(pair):
     assert sizes
     assert max(sizes) <= 258 + 64  # the vocabulary, or hidden states
     session.prefill()
-    before = [s.data.unsafe_buffer_pointer() for a in jax.tree.leaves(session.state.cache) for s in a.addressable_shards]
+    before = [
+        s.data.unsafe_buffer_pointer() for a in jax.tree.leaves(session.state.cache) for s in a.addressable_shards
+    ]
     session.decode(30)
     after = [s.data.unsafe_buffer_pointer() for a in jax.tree.leaves(session.state.cache) for s in a.addressable_shards]
     assert after == before

@@ -33,7 +33,7 @@ def test_indices_of_each_device():
         local = jax.shard_map(
             lambda x: jaxkv.local_indices(x, count, name)[None], mesh=mesh, in_specs=P(), out_specs=P(name)
         )
-        return local(jnp.array([0, 5, 7, 15, 16, -1, -2**31, 2**31 - 1])).tolist()
+        return local(jnp.array([0, 5, 7, 15, 16, -1, -(2**31), 2**31 - 1])).tolist()
 
     none = [-1] * 4
     assert own("a", 8) == [[0, 5, 7, -1, *none], [-1, -1, -1, 7, *none]]
