@@ -116,6 +116,42 @@ def _split_axes(axes: Sequence[Axis], spec: P) -> list[tuple[Axis, Any]]:
     return [(axis, mesh_axes) for axis, mesh_axes in zip(axes, padded, strict=True) if mesh_axes is not None]
 
 
+def check_whole_blocks(options: CacheOptions, specs: Sequence[P]) -> None:
+    """Checks that no array of a cache is split over blocks.
+
+    Args:
+        options: Of the cache.
+        specs: Of its arrays, without a batch's axis: of the caches, then of the scale caches.
+
+    Raises:
+        ValueError: one is.
+    """
+    for axes, spec in zip(options.arrays, specs, strict=True):
+        for axis, mesh_axes in _split_axes(axes, spec):
+            if "block" in axis:
+                raise _split_blocks_error(axis, mesh_axes)
+
+
+def check_block_parts(options: CacheOptions, operands: Any) -> None:
+    """As `check_whole_blocks`, of operands that are types with shardings of XLA's, maybe with a batch in front.
+
+    Raises:
+        ValueError: an array is split over blocks.
+    """
+    for axes, array in zip(options.arrays, operands.cache.memory, strict=True):
+        parts = _num_parts(array)[-len(axes) :]
+        for axis, count in zip(axes, parts, strict=True):
+            if "block" in axis and count > 1:
+                raise _split_blocks_error(axis, f"{count} devices")
+
+
+def _split_blocks_error(axis: Axis, split: Any) -> ValueError:
+    return ValueError(
+        f"a cache whose blocks are moved must not be split over them, got axis {' '.join(axis)} split over {split}; "
+        "jax.shard_map can give each device blocks of its own"
+    )
+
+
 def heads_share_regions(options: CacheOptions) -> bool:
     """Whether blocks hold the elements of all heads, then the scales of all, so that no part of one has some heads."""
     if options.kv_cache_dtype != NVFP4.name:

@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from jaxkv._arguments import ArrayLike, Index, Scale, TokenRows, as_rows, dtype_name
 from jaxkv._memory import allocate
 from jaxkv._sharded import Sharded
+from jaxkv._writable import Writable
 from jaxkv._write import write_caches
 from jaxkv.mla import write_latent
 from jaxkv.read import AttendOptions, gather_kv, paged_attention
@@ -22,7 +23,7 @@ from kvcore.choices import JaxBackend, KVCacheDtype, Layout, RopeName
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["caches", "k_scale", "v_scale"], meta_fields=["spec"])
 @dataclass(frozen=True)
-class PagedKVCache(Sharded):
+class PagedKVCache(Sharded, Writable):
     """A paged KV cache: arrays, layout and scales. A pytree: donate it, carry it through loops, shard it, return it.
 
     Attributes:
@@ -305,12 +306,6 @@ class PagedKVCache(Sharded):
             "kv_cache_dtype": spec.kv_cache_dtype, "k_scale": k_scale, "v_scale": v_scale, "layout": spec.layout,
             "scale_layout": spec.scale_layout,
         }  # fmt: skip
-
-    def _with(self, memory: Sequence[jax.Array]) -> "PagedKVCache":
-        """The cache with new caches and scale caches."""
-        count = len(self.caches)
-        scales = dict(zip(("k_scale", "v_scale"), memory[count:], strict=False))
-        return replace(self, caches=tuple(memory[:count]), **scales)
 
     @property
     def _reading(self) -> dict[str, Any]:

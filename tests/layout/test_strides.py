@@ -18,7 +18,7 @@ OPS = {
     for name in (
         "paged_attention", "gather_kv", "reshape_and_cache_flash", "reshape_and_cache_flash_diffkv",
         "reshape_and_cache_flash_per_token_head_quant", "reshape_and_cache_flash_diffkv_per_token_head_quant",
-        "concat_and_cache_mla", "rope_and_cache", "slot_mapping",
+        "concat_and_cache_mla", "rope_and_cache", "slot_mapping", "copy_blocks", "zero_blocks",
     )
 }  # fmt: skip
 BLOCKS, BLOCK_SIZE, HEADS, SIZE, LAYERS = 5, 4, 2, 16, 2
@@ -51,6 +51,7 @@ LAYER = dict(layer_index=tensor(np.array([1], np.int32)), layout="layer block sl
 FP8_SCALES = dict(k_scale=scales(HEADS), v_scale=scales(HEADS))
 ROTATED = dict(query=normal(5, 4, SIZE), cos_sin=normal(10, SIZE), q_norm=normal(SIZE), k_norm=normal(SIZE), eps=1e-6)
 SCALE_CACHES = [scales(BLOCKS, BLOCK_SIZE, HEADS) for _ in range(2)]
+PAIRS = dict(pairs=tensor(np.array([[1, 2], [2, 3], [3, 1], [-1, 4], [0, 4]], np.int32)))
 CALLS = {
     "attention": ("paged_attention", dict(
         query=normal(4, 4, SIZE), caches=CACHES, query_start_loc=tensor(np.array([0, 3, 4], np.int32)),
@@ -106,6 +107,20 @@ CALLS = {
     )),
     "slots": ("slot_mapping", dict(
         query_start_loc=tensor(np.array([0, 3, 5], np.int32)), num_tokens=6, **READING,
+    )),
+    "copied blocks": ("copy_blocks", dict(
+        key_cache=poison(LAYERS, BLOCKS, BLOCK_SIZE, HEADS, SIZE, dtype="bfloat16"),
+        value_cache=poison(LAYERS, BLOCKS, BLOCK_SIZE, HEADS, SIZE, dtype="bfloat16"), **PAIRS,
+        layout="layer block slot head dim",
+    )),
+    "copied blocks with scales": ("copy_blocks", dict(
+        key_cache=poison(BLOCKS, BLOCK_SIZE, HEADS, 2 * SIZE), k_scale_cache=scales(BLOCKS, BLOCK_SIZE, HEADS),
+        v_scale_cache=scales(BLOCKS, BLOCK_SIZE, HEADS), **PAIRS,
+    )),
+    "zeroed blocks": ("zero_blocks", dict(
+        key_cache=poison(BLOCKS, BLOCK_SIZE, HEADS, SIZE), value_cache=poison(BLOCKS, BLOCK_SIZE, HEADS, SIZE),
+        k_scale_cache=scales(BLOCKS, BLOCK_SIZE, HEADS), v_scale_cache=scales(BLOCKS, BLOCK_SIZE, HEADS),
+        blocks=tensor(np.array([3, -1, 0], np.int64)),
     )),
 }  # fmt: skip
 DEFAULTS = dict(
@@ -172,8 +187,8 @@ def variants(op, given):
         for variant, axis in itertools.product(VARIANTS, range(t.dim())):
             if variant == "offset" and axis:
                 continue
-            if variant == "expanded" and (name == "slot_mapping" or t.shape[axis] == 1):
-                continue  # several tokens for one slot
+            if variant == "expanded" and (name in ("slot_mapping", "pairs") or t.shape[axis] == 1):
+                continue  # several tokens for one slot, several blocks for one
             yield name, i, variant, axis
 
 
