@@ -194,6 +194,24 @@ def head_factor(rows: Any, factor: str | None) -> Any:
     return head_specs(rows, factor if one_a_head else None)
 
 
+def query_mesh_axes(mesh_axes: Any, spec: P, query: Any, num_heads: int) -> Any:
+    """The mesh axes over which attention splits query heads: those of the KV heads, `mesh_axes`, and maybe more.
+
+    Devices that have one KV head may have it in common, and take query heads of their own.
+
+    Args:
+        mesh_axes: Over which the KV heads of the cache are split; None if they are not.
+        spec: That query has.
+        query: An array with a mesh.
+        num_heads: KV heads of the cache.
+    """
+    present, needed = _names((*spec, None, None)[1]), _names(mesh_axes)
+    mesh = jax.typeof(query).sharding.mesh
+    if present[: len(needed)] == needed and num_heads == (_num_devices(mesh, mesh_axes) if needed else 1):
+        return present if len(present) > 1 else present[0] if present else None
+    return mesh_axes
+
+
 def check_views(operands: Any, specs: Any, mesh_axes: Any) -> None:
     """Checks that views of heads can be split as the heads of the caches are, and are not split in a way of their own.
 
@@ -251,8 +269,12 @@ def _views(operands: Any) -> list[tuple[str, Heads]]:
 
 def _num_devices(mesh: Any, mesh_axes: Any) -> int:
     """Devices along mesh axes."""
-    names = mesh_axes if isinstance(mesh_axes, tuple) else () if mesh_axes is None else (mesh_axes,)
-    return math.prod(mesh.shape[name] for name in names)
+    return math.prod(mesh.shape[name] for name in _names(mesh_axes))
+
+
+def _names(mesh_axes: Any) -> tuple[str, ...]:
+    """Mesh axes as a tuple of their names."""
+    return mesh_axes if isinstance(mesh_axes, tuple) else () if mesh_axes is None else (mesh_axes,)
 
 
 def _scale_spec(scale: Any | None, mesh_axes: Any) -> P | None:

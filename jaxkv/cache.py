@@ -11,18 +11,19 @@ from jax.typing import DTypeLike
 
 from jaxkv._arguments import ArrayLike, Index, Scale, TokenRows, as_rows, dtype_name
 from jaxkv._memory import allocate
+from jaxkv._sharded import Sharded
 from jaxkv._writable import Writable
 from jaxkv._write import write_caches
 from jaxkv.mla import write_latent
 from jaxkv.read import AttendOptions, gather_kv, paged_attention
 from jaxkv.rope import rope_and_cache
-from kvcore.cache_spec import CacheSpec, Described
+from kvcore.cache_spec import CacheSpec
 from kvcore.choices import JaxBackend, KVCacheDtype, Layout, RopeName
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["caches", "k_scale", "v_scale"], meta_fields=["spec"])
 @dataclass(frozen=True)
-class PagedKVCache(Described, Writable):
+class PagedKVCache(Sharded, Writable):
     """A paged KV cache: arrays, layout and scales. A pytree: donate it, carry it through loops, shard it, return it.
 
     Attributes:

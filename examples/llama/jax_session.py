@@ -15,24 +15,30 @@ from kvcore.choices import Granularity, ScaledDtype
 
 from . import jax_model
 from .gguf_model import LlamaModel
+from .jax_parts import Devices
 from .paging import Batch
 from .session import Progress, Sampling, Scales, cache_arguments, piece_length
 
 
 class JaxLlama:
-    """A model on JAX's default device, and the programs compiled for it so far.
+    """A model on JAX's default device or on several, and the programs compiled for it so far.
 
     Args:
         model: The model.
         dtype: Of weights and activations: "float32", "bfloat16" or "float16".
+        tp: Devices that share heads, MLPs and vocabulary.
+
+    Raises:
+        InputError: there are fewer devices, or they cannot divide the model.
     """
 
     framework = "jax"
 
-    def __init__(self, model: LlamaModel, dtype: str = "float32"):
-        self.model, self.dtype = model, dtype
-        self.weights = jax_model.load_weights(model, dtype)
-        self.device = str(jax.devices()[0].device_kind)
+    def __init__(self, model: LlamaModel, dtype: str = "float32", tp: int = 1):
+        self.model, self.dtype, self.devices = model, dtype, Devices(tp)
+        self.config = self.devices.config(model.config)
+        self.weights = jax_model.load_weights(model, dtype, self.devices)
+        self.device = ("" if tp == 1 else f"{tp} × ") + str(jax.devices()[0].device_kind)
         self._programs: dict[tuple[Any, ...], Compiled] = {}
 
     @staticmethod
@@ -72,7 +78,7 @@ class JaxLlama:
         session.prefill()
         cache, longest = session.state.cache, int(batch.lengths.max())
         scales = []
-        for layer in range(self.model.config.num_layers):
+        for layer in range(self.config.num_layers):
             key, value = cache.gather(session.tables, session.prompts, longest, layer=jnp.int32(layer))
             key, value = (x.reshape(-1, *x.shape[2:]) for x in (key, value))  # with zeros past each prompt
             scales.append(kv_scales(key, value, kv_cache_dtype, granularity))
@@ -84,7 +90,10 @@ class JaxLlama:
         leaves, tree = jax.tree.flatten(arguments)  # the cache's layout is part of the tree
         key = (function, tree, *((leaf.shape, leaf.dtype) for leaf in leaves))
         if key not in self._programs:
-            jitted = jax.jit(partial(function, self.model.config), donate_argnames="state")
+            state = arguments[-2 if function is jax_model.decode else -3]
+            # It leaves a program as it came into it: the next one is compiled for that.
+            kept = None if self.devices.mesh is None else jax.tree.map(lambda array: array.sharding, state)
+            jitted = jax.jit(partial(function, self.config), donate_argnames="state", out_shardings=kept)
             # float32 means float32: a GPU would round factors to TF32 otherwise.
             with jax.default_matmul_precision("highest" if self.dtype == "float32" else "default"):
                 self._programs[key] = jitted.lower(*arguments).compile()
@@ -105,20 +114,20 @@ class JaxSession:
     ):
         if scales is not None:  # the state is donated, and they may be asked for again
             scales = jnp.array(scales[0]), jnp.array(scales[1])
-        arguments = cache_arguments(llama.model.config, batch, llama.dtype, layout, kv_cache_dtype, scales)
-        cache = PagedKVCache.create(**arguments)
+        arguments = cache_arguments(llama.config, batch, llama.dtype, layout, kv_cache_dtype, scales)
+        cache, put = llama.devices.cache(partial(PagedKVCache.create, **arguments)), llama.devices.put
         self.batch, self.spec = batch, cache.spec
         self.weights = llama.weights | {
-            "cos_sin": jnp.asarray(llama.model.rope_table(batch.context)),
+            "cos_sin": put(jnp.asarray(llama.model.rope_table(batch.context))),
             "sampling": sampling and (np.float32(sampling.temperature), np.uint32(sampling.seed)),
         }
-        self.tables = jnp.asarray(batch.block_tables)
-        self.prompts = jnp.asarray(batch.lengths)
+        self.tables = put(jnp.asarray(batch.block_tables))
+        self.prompts = put(jnp.asarray(batch.lengths))
         self.state = jax_model.State(
-            tokens=jnp.asarray(batch.tokens),
-            lengths=jnp.asarray(batch.lengths),
-            finished=jnp.zeros(len(batch.lengths), bool),
-            step=jnp.int32(1),
+            tokens=put(jnp.asarray(batch.tokens)),
+            lengths=put(jnp.asarray(batch.lengths)),
+            finished=put(jnp.zeros(len(batch.lengths), bool)),
+            step=put(jnp.int32(1)),
             cache=cache,
         )
         self.piece = piece_length(batch)
