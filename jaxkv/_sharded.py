@@ -49,4 +49,5 @@ def _of_scale(scale: jax.Array | None, heads: MeshAxes, layers: MeshAxes) -> P |
     """The spec of a static scale: of one element or one a head, maybe for each layer."""
     if scale is None:
         return None
-    return P(*((layers,) if scale.ndim == 2 else ()), heads if scale.shape[-1] > 1 else None)
+    axes = layers, heads if scale.shape[-1:] > (1,) else None
+    return P(*axes[2 - scale.ndim :])
