@@ -200,7 +200,7 @@ def what_does_not_fit_is_made_to_or_refused(mesh, heads_axis, placements):
     raises(ValueError, "^a cache may be split over heads only, got axis block split over", write, blocks, blocks)
     partial = DTensor.from_local(whole.caches[0], mesh, [*replicated[1:], Partial()], run_check=False)
     raises(
-        ValueError, "^key_cache must be split over heads or replicated, got Partial",
+        ValueError, "^key_cache must be split over heads or replicated, got P",
         torchkv.reshape_and_cache_flash, key, value, partial, partial, slots,
     )  # fmt: skip
     whole_key = distribute_tensor(key, mesh, replicated)
