@@ -14,10 +14,10 @@ from jax.sharding import PartitionSpec as P
 
 from jaxkv._call import CacheOperands, CacheOptions
 from jaxkv._views import Heads
+from kvcore import scales
 from kvcore.contract.views import groups_error, split_error
 from kvcore.formats import NVFP4
 from kvcore.pattern import Axis
-from kvcore.scales import region_start
 
 
 def used_spec(sharding: NamedSharding) -> P:
@@ -154,10 +154,7 @@ def _split_blocks_error(axis: Axis, split: Any) -> ValueError:
 
 def heads_share_regions(options: CacheOptions) -> bool:
     """Whether blocks hold the elements of all heads, then the scales of all, so that no part of one has some heads."""
-    if options.kv_cache_dtype != NVFP4.name:
-        return False
-    regions = (axes[region_start(axes) :] for axes in options.layout.arrays)
-    return any("head" in axis for region in regions for axis in region)
+    return options.kv_cache_dtype == NVFP4.name and scales.heads_share_regions(options.layout)
 
 
 # ---- specs
