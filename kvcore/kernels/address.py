@@ -114,7 +114,7 @@ def scales_of_layer(scale_ptr, layer, num_layers, LAYER_IS_POINTER: tl.constexpr
 
     Of a layer that the cache does not have, it is the nearest one's: they are read before that is known.
     """
-    if scale_ptr is not None and STRIDE != 0:
+    if STRIDE != 0:
         index = layer
         if LAYER_IS_POINTER:
             index = tl.load(layer)

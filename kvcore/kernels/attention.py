@@ -186,8 +186,10 @@ def paged_attention_kernel(
     """Attention of a tile of rows over one split of the positions."""
     TILE: tl.constexpr = P.tile
     Q: tl.constexpr = P.query
-    k_scale_ptr = scales_of_layer(k_scale_ptr, layer, num_layers, P.layer_is_pointer, Q.k_layer_scale_stride)
-    v_scale_ptr = scales_of_layer(v_scale_ptr, layer, num_layers, P.layer_is_pointer, Q.v_layer_scale_stride)
+    if k_scale_ptr is not None:
+        k_scale_ptr = scales_of_layer(k_scale_ptr, layer, num_layers, P.layer_is_pointer, Q.k_layer_scale_stride)
+    if v_scale_ptr is not None:
+        v_scale_ptr = scales_of_layer(v_scale_ptr, layer, num_layers, P.layer_is_pointer, Q.v_layer_scale_stride)
     lanes = tl.arange(0, CHUNK)
     rows, end, seq_len = find_rows(query_start_loc_ptr, seq_lens_ptr, num_tokens, num_seqs, lanes, P, TILE)
     if rows.first < rows.length * Q.q_per_kv:

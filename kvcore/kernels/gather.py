@@ -146,8 +146,10 @@ def gather_kv_kernel(
     block = tl.load(block_tables_ptr + entry, mask=exists, other=-1).to(tl.int64)
     exists = exists & (block >= 0) & (block < num_blocks)
     place = n % BLOCK_SIZE
-    k_scale_ptr = scales_of_layer(k_scale_ptr, layer, num_layers, LAYER_IS_POINTER, K.layer_scale_stride)
-    v_scale_ptr = scales_of_layer(v_scale_ptr, layer, num_layers, LAYER_IS_POINTER, V.layer_scale_stride)
+    if k_scale_ptr is not None:
+        k_scale_ptr = scales_of_layer(k_scale_ptr, layer, num_layers, LAYER_IS_POINTER, K.layer_scale_stride)
+    if v_scale_ptr is not None:
+        v_scale_ptr = scales_of_layer(v_scale_ptr, layer, num_layers, LAYER_IS_POINTER, V.layer_scale_stride)
     token = seq * max_len + n
     in_array = n < max_len
     _gather(

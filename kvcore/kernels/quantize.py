@@ -190,8 +190,10 @@ def quantize_and_cache_kernel(
     written = (slot >= 0) & (slot < num_slots)
     index = layer_index(layer, LAYER_IS_POINTER)
     written = in_layer(written, layer, index, num_layers)
-    k_scale_ptr = scales_of_layer(k_scale_ptr, layer, num_layers, LAYER_IS_POINTER, K.layer_scale_stride)
-    v_scale_ptr = scales_of_layer(v_scale_ptr, layer, num_layers, LAYER_IS_POINTER, V.layer_scale_stride)
+    if k_scale_ptr is not None:
+        k_scale_ptr = scales_of_layer(k_scale_ptr, layer, num_layers, LAYER_IS_POINTER, K.layer_scale_stride)
+    if v_scale_ptr is not None:
+        v_scale_ptr = scales_of_layer(v_scale_ptr, layer, num_layers, LAYER_IS_POINTER, V.layer_scale_stride)
     write_rows(
         key_ptr, key_cache_ptr, k_scale_cache_ptr, k_scale_ptr, token, head, slot, index, in_batch, written,
         K, KS, FORMAT, HARDWARE_CAST, HARDWARE_SCALES, BLOCK_SIZE, ROWS,

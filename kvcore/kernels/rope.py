@@ -209,7 +209,8 @@ def _write_side(
     written = (slot >= 0) & (slot < num_slots)
     index = layer_index(layer, LAYER_IS_POINTER)
     written = in_layer(written, layer, index, num_layers)
-    scale_ptr = scales_of_layer(scale_ptr, layer, num_layers, LAYER_IS_POINTER, R.layer_scale_stride)
+    if scale_ptr is not None:
+        scale_ptr = scales_of_layer(scale_ptr, layer, num_layers, LAYER_IS_POINTER, R.layer_scale_stride)
     if norm_ptr is None and not ROTATES:
         x, in_head = load_rows(array_ptr, token, head, in_batch, R)
     else:
