@@ -124,7 +124,7 @@ def generate(options: argparse.Namespace) -> None:
     static = options.granularity in ("tensor", "head")
     spec = CacheSpec.create(
         **cache_arguments(
-            file.config, batch, options.dtype, options.layout, options.kv_cache_dtype, () if static else None
+            file.config, batch.num_blocks, options.dtype, options.layout, options.kv_cache_dtype, () if static else None
         )
     )
     twin = load_framework(options.framework)

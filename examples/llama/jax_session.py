@@ -102,7 +102,7 @@ class JaxSession:
         scales: Scales | None,
         sampling: Sampling | None,
     ):
-        arguments = cache_arguments(llama.model.config, batch, llama.dtype, layout, kv_cache_dtype, scales)
+        arguments = cache_arguments(llama.model.config, batch.num_blocks, llama.dtype, layout, kv_cache_dtype, scales)
         cache = PagedKVCache.create(**arguments)
         self.batch, self.spec = batch, cache.spec
         self.weights = llama.weights | {

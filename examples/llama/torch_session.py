@@ -93,7 +93,7 @@ class TorchSession:
     ):
         self.config, self.weights, self.scales = llama.model.config, llama.weights, scales
         self.sampling = sampling
-        arguments = cache_arguments(self.config, batch, llama.dtype, layout, kv_cache_dtype, scales)
+        arguments = cache_arguments(self.config, batch.num_blocks, llama.dtype, layout, kv_cache_dtype, scales)
         self.cache = PagedKVCache.create(**arguments, device=llama.torch_device)
         self.batch, self.spec = batch, self.cache.spec
 
