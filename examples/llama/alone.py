@@ -10,6 +10,7 @@ from jax import Array
 from jaxkv import PagedKVCache
 
 from . import jax_model
+from .gguf_model import LlamaConfig
 from .jax_batching import scores
 from .jax_session import JaxLlama
 from .paging import BLOCK_SIZE, Batch, plan_batch, round_up
@@ -96,15 +97,22 @@ def scores_after(llama: JaxLlama, tokens: list[int], request: Request, context: 
     weights = llama.weights | {"cos_sin": jnp.asarray(llama.model.rope_table(context)), "scales": None}
     padded = np.zeros(context, np.int32)
     padded[: len(tokens)] = tokens
-    length, drawn = np.int32([len(tokens)]), (np.float32([request.temperature]), np.uint32([request.seed]))
-    program = llama.program(_score, weights, padded, length, drawn, cache)
-    return program(weights, padded, length, drawn, cache)[0]
+    length, temperature = np.array([len(tokens)], np.int32), np.array([request.temperature], np.float32)
+    arguments = weights, padded, length, temperature, np.array([request.seed], np.uint32), cache
+    return llama.program(_score, *arguments)(*arguments)[0]
 
 
-def _score(config, weights, tokens, length, drawn, state) -> tuple[Array, PagedKVCache]:
-    positions = jnp.arange(len(tokens))
-    table, starts = (positions[::BLOCK_SIZE] // BLOCK_SIZE)[None], jnp.array([0, len(tokens)])
-    x, cache = jax_model.run_layers(
-        config, weights, state, tokens, positions, positions, table, jnp.array([len(tokens)]), starts
-    )
-    return scores(jax_model.logits(config, weights, x[length - 1]), *drawn, length)[0], cache
+def _score(
+    config: LlamaConfig,
+    weights: jax_model.Weights,
+    tokens: Array,  # int32 [context]
+    length: Array,  # int32 [1]: how many of them there are
+    temperature: Array,
+    seed: Array,
+    state: PagedKVCache,
+) -> tuple[Array, PagedKVCache]:
+    positions = jnp.arange(len(tokens))  # which are their slots, too
+    table, end = (positions[::BLOCK_SIZE] // BLOCK_SIZE)[None], jnp.array([len(tokens)])
+    starts = jnp.array([0, len(tokens)])
+    x, cache = jax_model.run_layers(config, weights, state, tokens, positions, positions, table, end, starts)
+    return scores(jax_model.logits(config, weights, x[length - 1]), temperature, seed, length)[0], cache

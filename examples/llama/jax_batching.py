@@ -2,13 +2,12 @@
 
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.typing import ArrayLike
+from jax.stages import Compiled
 
 from jaxkv import BlockPool, CacheLayout, PagedKVCache, blocks_that_fit, check_tables, slot_mapping
 
@@ -21,14 +20,14 @@ from .session import cache_arguments
 
 
 class Step(NamedTuple):
-    """What a step is told. Sequences and tokens that are not there are padding: -1, 0, empty."""
+    """What a step is told, in arrays of NumPy, or of JAX in the program. Padding is -1, 0 or empty."""
 
-    tokens: ArrayLike  # int32 [num_tokens]: of all sequences, one after another
-    block_tables: ArrayLike  # int32 [num_seqs, max_blocks]
-    seq_lens: ArrayLike  # int32 [num_seqs], these tokens among them
-    query_start_loc: ArrayLike | None  # int32 [num_seqs + 1]; None: one token each, all decode
-    temperatures: ArrayLike  # float32 [num_seqs]
-    seeds: ArrayLike  # uint32 [num_seqs]
+    tokens: Any  # int32 [num_tokens]: of all sequences, one after another
+    block_tables: Any  # int32 [num_seqs, max_blocks]
+    seq_lens: Any  # int32 [num_seqs], these tokens among them
+    query_start_loc: Any  # int32 [num_seqs + 1]; None: one token each, all decode
+    temperatures: Any  # float32 [num_seqs]
+    seeds: Any  # uint32 [num_seqs]
 
 
 def run_step(
@@ -73,7 +72,10 @@ def scores(logits: Array, temperatures: Array, seeds: Array, positions: Array) -
 
 
 class JaxBatcher:
-    """A cache, and the two programs that work on it: one for steps that only decode, one for all.
+    """A cache, and the few programs that work on it.
+
+    One is for steps that only decode, the others have room for a quarter of `num_tokens` and for all: a program takes
+    as long for padding as for tokens.
 
     Args:
         llama: The model.
@@ -115,15 +117,17 @@ class JaxBatcher:
         if not num_blocks:
             raise InputError(f"memory must hold a block of {BLOCK_SIZE} slots of all layers, got {memory}")
         self.pool = BlockPool(num_blocks, BLOCK_SIZE)
-        self.cache = PagedKVCache.create(**arguments | {"num_blocks": num_blocks})
+        arguments["num_blocks"] = num_blocks
+        self.cache = PagedKVCache.create(**arguments)
         rope_table = jnp.asarray(llama.model.rope_table(self.max_blocks * BLOCK_SIZE))
         self.weights = llama.weights | {"cos_sin": rope_table, "scales": None}
         self.seconds, started = 0.0, time.perf_counter()
-        self._programs = {}
-        for decode in (True, False):
-            arrays = self._arrays([], decode)
-            self._programs[decode] = llama.program(run_step, self.weights, arrays, self.cache)
-            _, _, self.cache = self._programs[decode](self.weights, arrays, self.cache)  # once, with nothing to do
+        self._programs: dict[int | None, Compiled] = {}
+        self._rooms = sorted({max(num_seqs, num_tokens // 4), num_tokens})
+        for room in (None, *self._rooms):
+            arrays = self._arrays([], room)
+            self._programs[room] = llama.program(run_step, self.weights, arrays, self.cache)
+            _, _, self.cache = self._programs[room](self.weights, arrays, self.cache)  # once, with nothing to do
         self.compile_seconds = time.perf_counter() - started
 
     def run(self, pieces: Sequence[Piece]) -> list[int]:
@@ -133,23 +137,25 @@ class JaxBatcher:
             ValueError: the step is checked, and its tables, lengths, starts or slots do not agree.
         """
         started = time.perf_counter()
-        decode = all(len(piece.tokens) == 1 for piece in pieces)
-        arrays = self._arrays(pieces, decode)
         wanted = [slot for piece in pieces for slot in piece.slots]
+        decode = len(wanted) == len(pieces)
+        room = None if decode else next(room for room in self._rooms if room >= len(wanted))
+        arrays = self._arrays(pieces, room)
         if self.check:
             padded = wanted + [-1] * (len(arrays.tokens) - len(wanted))
             sizes = {"num_blocks": self.pool.num_blocks, "block_size": BLOCK_SIZE}
             check_tables(arrays.block_tables, arrays.seq_lens, padded, arrays.query_start_loc, **sizes)
-        new, slots, self.cache = self._programs[decode](self.weights, arrays, self.cache)
+        new, slots, self.cache = self._programs[room](self.weights, arrays, self.cache)
         if self.check and slots[: len(wanted)].tolist() != wanted:
             raise ValueError(f"slot_mapping must give the pool's slots, {wanted}, got {slots.tolist()}")
         found = np.asarray(new)[: len(pieces)].tolist()  # waits for the device
         self.seconds += time.perf_counter() - started
         return found
 
-    def _arrays(self, pieces: Sequence[Piece], decode: bool) -> Step:
+    def _arrays(self, pieces: Sequence[Piece], room: int | None) -> Step:
+        """A step with room for so many tokens; None: for one of each sequence."""
         rows = self.num_seqs
-        tokens = np.zeros(rows if decode else self.num_tokens, np.int32)
+        tokens = np.zeros(room or rows, np.int32)
         tables = np.full((rows, self.max_blocks), -1, np.int32)
         seq_lens, starts = np.zeros(rows, np.int32), np.zeros(rows + 1, np.int32)
         temperatures, seeds = np.zeros(rows, np.float32), np.zeros(rows, np.uint32)
@@ -162,4 +168,4 @@ class JaxBatcher:
             seq_lens[row] = sequence.length
             temperatures[row], seeds[row] = job.request.temperature, job.request.seed
         starts[len(pieces) + 1 :] = end
-        return Step(tokens, tables, seq_lens, None if decode else starts, temperatures, seeds)
+        return Step(tokens, tables, seq_lens, None if room is None else starts, temperatures, seeds)

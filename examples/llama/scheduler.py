@@ -2,8 +2,8 @@
 
 A step has room for a fixed number of sequences and of tokens. Each sequence that runs gets a token at least, so that a
 long prompt never stops those that decode: it takes what they leave, and goes on in the next step. Where blocks run out,
-the youngest sequence is preempted: it gives its blocks back, and begins again when there is room, with all its tokens as
-a prompt, most of whose blocks it may find as it left them.
+the youngest sequence is preempted: it gives its blocks back, and begins again when there is room, with all its tokens
+as a prompt, most of whose blocks it may find as it left them.
 """
 
 from collections import deque

@@ -82,7 +82,12 @@ class Report:
 
 
 def cache_arguments(
-    config: LlamaConfig, num_blocks: int, dtype: str, layout: str | CacheLayout, kv_cache_dtype: str, scales: Scales | None
+    config: LlamaConfig,
+    num_blocks: int,
+    dtype: str,
+    layout: str | CacheLayout,
+    kv_cache_dtype: str,
+    scales: Scales | None,
 ) -> dict[str, Any]:
     """A cache, as either `PagedKVCache.create` takes it.
 

@@ -1,8 +1,8 @@
 """The scheduler with a model that is a hash, so that millions of steps can be checked.
 
-The model writes to each slot a number that stands for all tokens up to it, makes the next token of it, and looks, at each
-step, whether all slots of a sequence hold what they must: a block that two sequences write, that was evicted too early, or
-that was found for another text, is seen at once.
+The model writes to each slot a number that stands for all tokens up to it, makes the next token of it, and looks, at
+each step, whether all slots of a sequence hold what they must: a block that two sequences write, that was evicted too
+early, or that was found for another text, is seen at once.
 """
 
 import random
