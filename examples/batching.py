@@ -46,15 +46,13 @@ if __name__ == "__main__":  # Ctrl-C while the modules below are imported is a l
     compiled = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jaxkv"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compiled))
 
-from kvcore.nbytes import bytes_of
-
 try:
     from llama.alone import compare
     from llama.arrivals import FIELDS, Arrival, Arrivals, Refusal
     from llama.chat import encode
     from llama.command import EXIT_CODES, REFUSED, run_command, say
     from llama.gguf_model import InputError, ModelFile, find_model, open_model
-    from llama.jax_batching import JaxBatcher
+    from llama.jax_batching import JaxBatcher, memory_of
     from llama.jax_session import JaxLlama
     from llama.memory import check_host_memory, free_host_memory
     from llama.options import layout_option
@@ -124,7 +122,7 @@ def answer_all(options: argparse.Namespace) -> int:
     file = open_model(find_model(options.model))
     context = min(options.context, file.config.context_length)
     if JaxLlama.on_host():  # weights as loaded, and as JAX has them
-        check_host_memory(2 * 4 * file.num_weights + _bytes_of(options.memory), free_host_memory())
+        check_host_memory(2 * 4 * file.num_weights + memory_of(options.memory), free_host_memory())
     llama = JaxLlama(file.load(), options.dtype)
     say("compiling ...", end="\r")
     server = Server(file, llama, context, options)
@@ -236,19 +234,10 @@ class Server:
         if not found.tokens:
             return
         rate, batch = found.tokens / found.seconds, self.scheduler.counts.made / self.report.seconds
-        say(
-            f"alone    {found.tokens:6d} tokens  {rate:8.1f} tokens/s; the batch makes {batch / rate:.2f} times as many"
-        )
+        say(f"alone    {found.tokens:6d} tokens  {rate:8.1f} tokens/s; all at once {batch / rate:.2f} times as many")
         say(f"equal    {found.equal:6d} answers, {found.near_ties} near ties, {len(found.different)} others")
         if found.different:
             raise RuntimeError(f"answers must be those of each request alone, got others to {found.different}")
-
-
-def _bytes_of(memory: str) -> int:
-    try:
-        return bytes_of("memory", memory)
-    except ValueError as error:
-        raise InputError(str(error)) from error
 
 
 def _lines(name: str) -> Iterable[str]:

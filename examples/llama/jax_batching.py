@@ -10,6 +10,7 @@ from jax import Array, lax
 from jax.stages import Compiled
 
 from jaxkv import BlockPool, CacheLayout, PagedKVCache, blocks_that_fit, check_tables, slot_mapping
+from kvcore.nbytes import bytes_of
 
 from . import jax_model
 from .gguf_model import InputError, LlamaConfig
@@ -71,6 +72,14 @@ def scores(logits: Array, temperatures: Array, seeds: Array, positions: Array) -
     return lax.cond(jnp.any(temperatures > 0), draw, lambda: logits)
 
 
+def memory_of(memory: int | str) -> int:
+    """Bytes that text such as "256MiB" says. Raises InputError where it says none."""
+    try:
+        return bytes_of("memory", memory)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
 class JaxBatcher:
     """A cache, and the few programs that work on it.
 
@@ -110,10 +119,8 @@ class JaxBatcher:
         self.llama, self.num_seqs, self.num_tokens, self.check = llama, num_seqs, num_tokens, check
         self.max_blocks = round_up(context, BLOCK_SIZE) // BLOCK_SIZE
         arguments = cache_arguments(llama.model.config, 1, llama.dtype, layout, kv_cache_dtype, None)
-        try:
-            num_blocks = blocks_that_fit(memory, **{k: v for k, v in arguments.items() if k != "num_blocks"})
-        except ValueError as error:
-            raise InputError(str(error)) from error
+        shape = {name: value for name, value in arguments.items() if name != "num_blocks"}
+        num_blocks = blocks_that_fit(memory_of(memory), **shape)
         if not num_blocks:
             raise InputError(f"memory must hold a block of {BLOCK_SIZE} slots of all layers, got {memory}")
         self.pool = BlockPool(num_blocks, BLOCK_SIZE)
@@ -138,8 +145,8 @@ class JaxBatcher:
         """
         started = time.perf_counter()
         wanted = [slot for piece in pieces for slot in piece.slots]
-        decode = len(wanted) == len(pieces)
-        room = None if decode else next(room for room in self._rooms if room >= len(wanted))
+        count = sum(len(piece.tokens) for piece in pieces)
+        room = None if count == len(pieces) else next(room for room in self._rooms if room >= count)
         arrays = self._arrays(pieces, room)
         if self.check:
             padded = wanted + [-1] * (len(arrays.tokens) - len(wanted))

@@ -146,7 +146,7 @@ def check_books(scheduler: Scheduler) -> None:
     for job in running:
         assert job.sequence is not None
         assert job.sequence.length < len(job.tokens)
-        assert job.sequence.tokens == job.tokens[: job.sequence.length]
+        assert job.sequence.tokens == job.tokens[: job.sequence.length], "what is committed is what the job has"
         assert len(job.sequence.table) == -(-job.sequence.length // pool.block_size)
         held.update(job.sequence.table)
     assert len(held) + pool.num_free == pool.num_blocks, "no block is lost, none is in two hands"
