@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks batching", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--num-seqs", type=int, nargs="+", default=[4, 8, 16, 32], metavar="N", help="of a step")
+    parser.add_argument("--num-seqs", type=int, nargs="+", default=[8, 16, 32], metavar="N", help="of a step")
     parser.add_argument("--num-tokens", type=int, default=256, metavar="N", help="of a step")
     parser.add_argument("--requests", type=int, default=32, metavar="N")
     parser.add_argument("--new-tokens", type=int, default=64, metavar="N")
