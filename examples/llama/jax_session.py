@@ -114,7 +114,7 @@ class JaxSession:
     ):
         if scales is not None:  # the state is donated, and they may be asked for again
             scales = jnp.array(scales[0]), jnp.array(scales[1])
-        arguments = cache_arguments(llama.config, batch, llama.dtype, layout, kv_cache_dtype, scales)
+        arguments = cache_arguments(llama.config, batch.num_blocks, llama.dtype, layout, kv_cache_dtype, scales)
         cache, put = llama.devices.cache(partial(PagedKVCache.create, **arguments)), llama.devices.put
         self.batch, self.spec = batch, cache.spec
         self.weights = llama.weights | {

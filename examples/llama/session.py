@@ -83,15 +83,20 @@ class Report:
 
 
 def cache_arguments(
-    config: LlamaConfig, batch: Batch, dtype: str, layout: str | CacheLayout, kv_cache_dtype: str, scales: Scales | None
+    config: LlamaConfig,
+    num_blocks: int,
+    dtype: str,
+    layout: str | CacheLayout,
+    kv_cache_dtype: str,
+    scales: Scales | None,
 ) -> dict[str, Any]:
-    """The cache for a batch, as either `PagedKVCache.create` takes it.
+    """A cache, as either `PagedKVCache.create` takes it.
 
     Raises:
         InputError: the format does not fit the layout or the model's heads.
     """
     arguments = {
-        "num_blocks": batch.num_blocks,
+        "num_blocks": num_blocks,
         "block_size": BLOCK_SIZE,
         "num_heads": config.num_kv_heads,
         "head_size": config.head_size,

@@ -93,7 +93,7 @@ class TorchSession:
         sampling: Sampling | None,
     ):
         self.config, self.weights, self.sampling = llama.model.config, llama.weights, sampling
-        arguments = cache_arguments(self.config, batch, llama.dtype, layout, kv_cache_dtype, scales)
+        arguments = cache_arguments(self.config, batch.num_blocks, llama.dtype, layout, kv_cache_dtype, scales)
         self.cache = PagedKVCache.create(**arguments, device=llama.torch_device)
         self.batch, self.spec = batch, self.cache.spec
 
