@@ -5,10 +5,10 @@ Each checks its part of what ops did against what one process does with everythi
 """
 
 import os
-import re
 import sys
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -62,12 +62,8 @@ def same(got, want, exact=True):
 
 
 def raises(error, text, function, *args, **options):
-    try:
+    with pytest.raises(error, match=text):
         function(*args, **options)
-    except error as caught:
-        assert re.search(text, str(caught)), str(caught)
-    else:
-        raise AssertionError(f"no error: {text}")
 
 
 def writes_and_attention(mesh, heads_axis, placements):
