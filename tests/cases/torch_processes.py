@@ -58,7 +58,8 @@ def same(got, want, exact=True):
     if exact:
         assert torch.equal(mine, part)
     else:
-        torch.testing.assert_close(mine, part, rtol=1e-5, atol=2e-6)
+        near = 1e-5 if DEVICE == "cpu" else 1e-3  # a GPU's products are rounded otherwise
+        torch.testing.assert_close(mine, part, rtol=near, atol=near)
 
 
 def raises(error, text, function, *args, **options):
