@@ -276,4 +276,7 @@ def _names(mesh_axes: Any) -> tuple[str, ...]:
 
 def _scale_spec(scale: Any | None, mesh_axes: Any) -> P | None:
     """The spec of a static scale: where each head has one, they are split with the heads."""
-    return None if scale is None else P(mesh_axes if scale.shape[0] > 1 else None)
+    if scale is None:
+        return None
+    *layers, heads = scale.shape
+    return P(*(None for _ in layers), mesh_axes if heads > 1 else None)

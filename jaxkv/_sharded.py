@@ -39,14 +39,15 @@ class Sharded(Described):
         split: dict[str, MeshAxes] = {"heads": heads, "blocks": blocks, "layers": layers}
         caches = tuple(P(*spec) for spec in self.spec.layout.partition_spec(**split))
         if self.spec.scale_layout is None:
-            scales = [_of_scale(scale, heads) for scale in (self.k_scale, self.v_scale)]
+            scales = [_of_scale(scale, heads, layers) for scale in (self.k_scale, self.v_scale)]
         else:  # a scale cache has all the axes of its layout but the last
             scales = [P(*spec[:-1]) for spec in self.spec.scale_layout.partition_spec(**split)]
         return replace(self, caches=caches, k_scale=scales[0], v_scale=scales[1])  # type: ignore  # a dataclass
 
 
-def _of_scale(scale: jax.Array | None, heads: MeshAxes) -> P | None:
-    """The spec of a static scale, of one element or of one a head."""
+def _of_scale(scale: jax.Array | None, heads: MeshAxes, layers: MeshAxes) -> P | None:
+    """The spec of a static scale: of one element or one a head, maybe for each layer."""
     if scale is None:
         return None
-    return P(heads) if scale.ndim == 1 and scale.shape[0] > 1 else P()
+    axes = layers, heads if scale.shape[-1:] > (1,) else None
+    return P(*axes[2 - scale.ndim :])

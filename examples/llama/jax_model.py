@@ -1,7 +1,6 @@
 """Llama in JAX: prefill, and a decode loop that is one program."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -113,12 +112,10 @@ def forward(
     seq_lens = positions[:, -1] + 1
     starts = None if count == 1 else jnp.arange(batch + 1) * count
     places, cos_sin = positions.reshape(-1), weights["cos_sin"]
-    layers, scales = weights["layers"], weights["scales"]
+    layers = weights["layers"]
 
     def one_layer(carry: tuple[Array, PagedKVCache], index: int | Array) -> tuple[tuple[Array, PagedKVCache], None]:
         x, cache = carry
-        if scales is not None:
-            cache = replace(cache, k_scale=scales[0][index], v_scale=scales[1][index])
         normed = rms_norm(x, layers["attention_norm"][index], config.norm_epsilon)
         qkv = multiply(normed, layers["qkv"], index)
         qkv = qkv.reshape(batch * count, config.num_kv_heads, group + 2, config.head_size)
@@ -130,8 +127,6 @@ def forward(
         normed = rms_norm(x, layers["mlp_norm"][index], config.norm_epsilon)
         gate_up = multiply(normed, layers["gate_up"], index)
         x = x + multiply(jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :], layers["down"], index)
-        if scales is not None:  # a loop's carry ends as it began
-            cache = replace(cache, k_scale=None, v_scale=None)
         return (x, cache), None
 
     carry = weights["embedding"][tokens], cache

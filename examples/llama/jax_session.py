@@ -60,7 +60,7 @@ class JaxLlama:
             batch: Prompts and blocks.
             layout: Of the cache.
             kv_cache_dtype: What the cache holds.
-            scales: Static scales of each layer's keys and values, from `calibrate`. None: each token's head has a scale
+            scales: Static scales of all layers' keys and values, from `calibrate`. None: each token's head has a scale
                 of its own, where the cache is quantised.
             sampling: How tokens are drawn. None: each is the likeliest.
 
@@ -82,7 +82,8 @@ class JaxLlama:
             key, value = cache.gather(session.tables, session.prompts, longest, layer=jnp.int32(layer))
             key, value = (x.reshape(-1, *x.shape[2:]) for x in (key, value))  # with zeros past each prompt
             scales.append(kv_scales(key, value, kv_cache_dtype, granularity))
-        return scales
+        k_scale, v_scale = (jnp.stack(each).reshape(len(scales), -1) for each in zip(*scales, strict=True))
+        return k_scale, v_scale
 
     def program(self, function: Any, *arguments: Any) -> Compiled:
         """The program of `function(config, *arguments)`, in which the argument `state` is donated."""
@@ -111,14 +112,13 @@ class JaxSession:
         scales: Scales | None,
         sampling: Sampling | None,
     ):
+        if scales is not None:  # the state is donated, and they may be asked for again
+            scales = jnp.array(scales[0]), jnp.array(scales[1])
         arguments = cache_arguments(llama.config, batch, llama.dtype, layout, kv_cache_dtype, scales)
         cache, put = llama.devices.cache(partial(PagedKVCache.create, **arguments)), llama.devices.put
         self.batch, self.spec = batch, cache.spec
         self.weights = llama.weights | {
             "cos_sin": put(jnp.asarray(llama.model.rope_table(batch.context))),
-            "scales": None
-            if scales is None
-            else put(tuple(map(jnp.stack, zip(*scales, strict=True)))),  # each [layers, ...]
             "sampling": sampling and (np.float32(sampling.temperature), np.uint32(sampling.seed)),
         }
         self.tables = put(jnp.asarray(batch.block_tables))

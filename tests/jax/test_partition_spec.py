@@ -51,6 +51,7 @@ SIZES = dict(num_blocks=4, block_size=4, num_heads=4, head_size=32, num_layers=2
     {}, {"layout": "KV_NHD"}, {"layout": "MLA", "num_heads": 1, "head_size_v": 16},
     {"kv_cache_dtype": "int8", "per_token_head": True, "scale_layout": "block head layer slot"},
     {"kv_cache_dtype": "fp8", "k_scale": 0.5, "v_scale": np.ones(4, np.float32)},
+    {"kv_cache_dtype": "fp8", "k_scale": np.ones((2, 1), np.float32), "v_scale": np.ones((2, 4), np.float32)},
 ])  # fmt: skip
 def test_specs_of_caches_are_what_the_arrays_can_have(options):
     mesh = jax.make_mesh((2, 2, 2), ("pp", "dp", "tp"), axis_types=(AxisType.Auto,) * 3)
@@ -62,12 +63,14 @@ def test_specs_of_caches_are_what_the_arrays_can_have(options):
         named = {name for name in spec if name is not None}
         parts = 2 ** len(named)
         assert array.addressable_shards[0].data.size * parts == array.size
-        if array.ndim > 1:
+        if array.ndim > 2:  # no static scale
             assert named == {"pp", "dp"} | (set() if cache.spec.layout.latent else {"tp"})
     if options.get("per_token_head"):
         assert specs.k_scale == P("dp", "tp", "pp", None)
     if "v_scale" in options:
-        assert (specs.k_scale, specs.v_scale) == (P(), P("tp"))
+        of_layers = np.ndim(options["v_scale"]) == 2
+        assert tuple(specs.k_scale) == (("pp", None) if of_layers else ())
+        assert tuple(specs.v_scale) == (("pp",) if of_layers else ()) + ("tp",)
 
 
 def test_a_cache_is_made_where_it_is_to_be():
