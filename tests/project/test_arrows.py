@@ -56,7 +56,7 @@ LEVELS = {
         "_arguments _call _memory _rotated _slots _blocks",
         "_triton _torch",
         "_library",
-        "_state ahead",
+        "_state ahead distributed",
         "write quantize mla rope blocks read slots merge scales tables",
         "_writable",
         "cache",

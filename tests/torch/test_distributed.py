@@ -33,7 +33,7 @@ def test_ranks_that_share_dtensors(count):
             process.kill()
     for rank, (process, (out, err)) in enumerate(zip(ranks, results, strict=True)):
         assert process.returncode == 0, err
-        checks = ("writes_and_attention", "other_ops", "what_does_not_fit_is_made_to_or_refused")
+        checks = ("writes_and_attention", "other_ops", "what_does_not_fit_is_made_to_or_refused", "the_same_text")
         assert [line for line in out.splitlines() if line.startswith("rank")] == [
             f"rank {rank}: {name} on {count} ranks" for name in checks
         ]
