@@ -143,6 +143,17 @@ def other_ops(mesh, heads_axis, placements):
             torchkv.paged_attention(query, whole.caches, tables, lens, query_start_loc=starts, **options), exact=False,
         )  # fmt: skip
 
+    whole = whole_caches("HND", heads, kv_cache_dtype="fp8", num_layers=2)
+    layout = whole.spec.layout
+    caches = split(mesh, whole.caches, torchkv.distributed.placements(layout, mesh, heads=heads_axis))
+    for of_layers in (torch.rand(2, heads, device=DEVICE) + 0.5, torch.rand(2, 1, device=DEVICE) + 0.5):
+        dist.broadcast(of_layers, 0)
+        options = dict(kv_cache_dtype="fp8", k_scale=of_layers, v_scale=of_layers, layout=layout, layer=1)
+        torchkv.reshape_and_cache_flash(key, value, *whole.caches, slots, **options)
+        torchkv.reshape_and_cache_flash(k, v, *caches, slots, **options)
+        for got, w in zip(caches, whole.caches, strict=True):
+            same(got, w)
+
     whole = whole_caches("NHD", heads, kv_cache_dtype="int8", per_token_head=True)
     scales = [Shard(2) if isinstance(p, Shard) else p for p in rank_heads]
     memory = (*whole.caches, whole.k_scale, whole.v_scale)

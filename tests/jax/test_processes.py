@@ -27,7 +27,7 @@ def test_processes_that_share_a_mesh(count):
         for index in range(count)
     ]  # fmt: skip
     try:
-        results = [process.communicate(timeout=240) for process in processes]
+        results = [process.communicate(timeout=420) for process in processes]
     finally:
         for process in processes:
             process.kill()

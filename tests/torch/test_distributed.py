@@ -27,7 +27,7 @@ def test_ranks_that_share_dtensors(count):
         for rank in range(count)
     ]  # fmt: skip
     try:
-        results = [process.communicate(timeout=240) for process in ranks]
+        results = [process.communicate(timeout=420) for process in ranks]
     finally:
         for process in ranks:
             process.kill()
