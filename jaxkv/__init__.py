@@ -22,7 +22,10 @@ with installed.needed("jax", installed.JAX):
     import jax as _  # noqa: F401, the parts below import it without a word
 
 from jaxkv.ahead import precompile
+from jaxkv.blocks import copy_blocks, zero_blocks
 from jaxkv.cache import PagedKVCache
+from jaxkv.devices import context_attention, context_lens, context_slots, local_indices
+from jaxkv.dlpack import from_dlpack
 from jaxkv.merge import merge_attention
 from jaxkv.mla import concat_and_cache_mla
 from jaxkv.quantize import (
@@ -51,10 +54,16 @@ __all__ = [
     "blocks_that_fit",
     "check_tables",
     "concat_and_cache_mla",
+    "context_attention",
+    "context_lens",
+    "context_slots",
+    "copy_blocks",
     "find_duplicate_slots",
+    "from_dlpack",
     "gather_kv",
     "heads",
     "kv_scales",
+    "local_indices",
     "merge_attention",
     "paged_attention",
     "precompile",
@@ -65,6 +74,7 @@ __all__ = [
     "rope_and_cache",
     "rope_table",
     "slot_mapping",
+    "zero_blocks",
 ]
 
 __version__: str

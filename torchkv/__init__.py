@@ -19,7 +19,9 @@ from kvcore.pool import BlockPool, OutOfBlocks
 from kvcore.sequence import Sequence
 from kvcore.slots import check_tables, find_duplicate_slots
 from torchkv.ahead import precompile
+from torchkv.blocks import copy_blocks, zero_blocks
 from torchkv.cache import PagedKVCache
+from torchkv.dlpack import from_dlpack
 from torchkv.integrations.vllm import (
     merge_attn_states,
     triton_reshape_and_cache_flash,
@@ -49,7 +51,9 @@ __all__ = [
     "blocks_that_fit",
     "check_tables",
     "concat_and_cache_mla",
+    "copy_blocks",
     "find_duplicate_slots",
+    "from_dlpack",
     "gather_kv",
     "kv_scales",
     "merge_attention",
@@ -67,6 +71,7 @@ __all__ = [
     "triton_reshape_and_cache_flash_diffkv",
     "triton_reshape_and_cache_flash_per_token_head_quant",
     "unified_attention",
+    "zero_blocks",
 ]
 
 __version__: str

@@ -9,6 +9,7 @@ from kvcore.cache_spec import CacheSpec
 from kvcore.choices import RopeName, TorchBackend
 from kvcore.contract.write import latent_order
 from torchkv._arguments import check_tensors
+from torchkv.blocks import copy_blocks, zero_blocks
 from torchkv.mla import concat_and_cache_mla
 from torchkv.quantize import (
     reshape_and_cache_flash_diffkv_per_token_head_quant,
@@ -120,6 +121,33 @@ class Writable:
             mrope_section=mrope_section, q_norm=q_norm, k_norm=k_norm, eps=eps, layer=layer, out=out, backend=backend,
             **options,
         )  # fmt: skip
+
+    def copy_blocks(self, pairs: Tensor, *, backend: TorchBackend | None = None) -> None:
+        """Copies blocks to other blocks, in all layers, with their scales. The function `copy_blocks` tells more.
+
+        Args:
+            pairs: `[n, 2]` of int32 or int64: source and destination. All are read before one is written.
+            backend: None, "triton", "torch" or "interpret".
+        """
+        copy_blocks(self._memory, pairs, backend=backend, **self._layouts)
+
+    def zero_blocks(self, blocks: Tensor, *, backend: TorchBackend | None = None) -> None:
+        """Fills blocks with zeros, in all layers, with their scales. The function `zero_blocks` tells more.
+
+        Args:
+            blocks: `[n]` of int32 or int64.
+            backend: None, "triton", "torch" or "interpret".
+        """
+        zero_blocks(self._memory, blocks, backend=backend, **self._layouts)
+
+    @property
+    def _memory(self) -> tuple[Any, ...]:
+        """Caches and scale caches."""
+        return self.caches if self.spec.scale_layout is None else (*self.caches, self.k_scale, self.v_scale)
+
+    @property
+    def _layouts(self) -> dict[str, Any]:
+        return {"layout": self.spec.layout, "scale_layout": self.spec.scale_layout}
 
     def _check_rows(self, key: Tensor, value: Tensor) -> None:
         try:

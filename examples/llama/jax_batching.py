@@ -127,7 +127,7 @@ class JaxBatcher:
         arguments["num_blocks"] = num_blocks
         self.cache = PagedKVCache.create(**arguments)
         rope_table = jnp.asarray(llama.model.rope_table(self.max_blocks * BLOCK_SIZE))
-        self.weights = llama.weights | {"cos_sin": rope_table, "scales": None}
+        self.weights = llama.weights | {"cos_sin": rope_table}
         self.seconds, started = 0.0, time.perf_counter()
         self._programs: dict[int | None, Compiled] = {}
         self._rooms = sorted({max(num_seqs, num_tokens // 4), num_tokens})

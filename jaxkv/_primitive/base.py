@@ -17,6 +17,7 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
 
+from jaxkv._blocks import BlocksOperands, BlocksOptions
 from jaxkv._call import ReadOperands, ReadOptions, WriteOperands, WriteOptions
 from jaxkv._mesh import vary, varying_axes
 from jaxkv._rotated import RotatedWriteOperands, RotatedWriteOptions
@@ -24,8 +25,8 @@ from jaxkv._slots import SlotOperands, SlotOptions
 from jaxkv._views import array_of
 from kvcore.contract.checks import no_triton_error
 
-CacheOpOptions = WriteOptions | RotatedWriteOptions | ReadOptions
-CacheOpOperands = WriteOperands | RotatedWriteOperands | ReadOperands
+CacheOpOptions = WriteOptions | RotatedWriteOptions | ReadOptions | BlocksOptions
+CacheOpOperands = WriteOperands | RotatedWriteOperands | ReadOperands | BlocksOperands
 
 Options = CacheOpOptions | SlotOptions
 Operands = CacheOpOperands | SlotOperands

@@ -23,6 +23,7 @@ from jax.interpreters import mlir
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxkv._call import CacheOptions
 from jaxkv._mesh import check_split_views, explicit_axes, head_mesh_axes, replicated, used_spec, vary, varying_axes
 from jaxkv._primitive.base import CacheOpOperands as Operands
 from jaxkv._primitive.base import CacheOpOptions as Options
@@ -59,15 +60,21 @@ Specs = Callable[[Any, Any, Any], tuple[Any, list[P]]]
 specs that operands have, and operands, of which only shapes count."""
 
 
-def bind_sharded(primitive: Primitive, specs: Specs, options: Options, operands: Operands) -> list[Any]:
-    """Binds a primitive to a call, whatever the sharding of its operands.
+Check = Callable[[Any, Sequence[P]], Any]
+"""Raises, given options of a cache and the specs of its arrays, if these are split in a way that the op cannot use."""
+
+
+def bind_sharded(
+    primitive: Primitive, specs: Specs, options: Options, operands: Operands, check: Check = head_mesh_axes
+) -> list[Any]:
+    """Binds a primitive to a call, whatever the sharding of its operands, which `check` may refuse.
 
     Inside shard_map, operands become varying where any of them is that the same results depend on.
     """
     memory = operands.cache.memory
     if explicit_axes(memory[0])[1]:
         return _bind_explicit(primitive, specs, options, operands)
-    _check_concrete(options, memory)
+    _check_concrete(options, memory, check)
     return bind(primitive, options, _varying_alike(operands))
 
 
@@ -98,40 +105,58 @@ def _bind_explicit(primitive: Primitive, specs: Specs, options: Options, operand
     return local(jax.tree.map(lambda array, s: jax.sharding.reshard(array, NamedSharding(mesh, s)), operands, in_specs))
 
 
-def _check_concrete(options: Options, memory: Sequence[Any]) -> None:
+def _check_concrete(options: Options, memory: Sequence[Any], check: Check) -> None:
     """Raises, before anything is compiled, if caches and scale caches are split in a way that no op can use.
 
     Within jit, XLA's partitioner is the first to know how they are: see `_remembering_refusals`.
     """
     if any(isinstance(array, Tracer) or not isinstance(array.sharding, NamedSharding) for array in memory):
         return
-    head_mesh_axes(options.cache, [used_spec(array.sharding) for array in memory])
+    check(options.cache, [used_spec(array.sharding) for array in memory])
 
 
 # ---- XLA's partitioner
 
 
-def lower_by_heads(primitive: Primitive, local_p: Primitive, specs: Specs, rule: Callable[[Any, Any], Rule]) -> None:
-    """Lowers a primitive to a custom partitioning by heads.
+def lower_by_heads(
+    primitive: Primitive,
+    local_p: Primitive,
+    specs: Specs,
+    rule: Callable[[Any, Any], Rule],
+    check_parts: Callable[[CacheOptions, Any], None] = check_split_views,
+) -> None:
+    """Lowers a primitive to a custom partitioning by heads, or by what else `specs` says.
 
     Args:
         primitive: The one that users bind.
         local_p: The one that computes on a single device.
         specs: Of operands and results.
         rule: Makes the rule by which shardings spread, of options, and of operands that are types.
+        check_parts: Raises, given options of the cache and operands, where XLA has split arrays, by shardings without
+            specs, in a way that the op cannot use.
     """
 
     def lower(ctx: Any, *values: Any, tree: Any, options: Any) -> Any:
         options = options._replace(compute_capability=compute_capability(ctx.module_context.axis_context))
-        partitioned = _partitioned(local_p, specs, rule(options, jax.tree.unflatten(tree, ctx.avals_in)), tree, options)
+        if _nothing_left(ctx.module_context.axis_context):
+            local = functools.partial(local_p.bind, tree=tree, options=options)
+            return mlir.lower_fun(local, multiple_results=True)(ctx, *values)
+        spread = rule(options, jax.tree.unflatten(tree, ctx.avals_in))
+        partitioned = _partitioned(local_p, specs, spread, tree, options, check_parts)
         return mlir.lower_fun(lambda *leaves: list(partitioned(*leaves)), multiple_results=True)(ctx, *values)
 
     dispatch.prim_requires_devices_during_lowering.add(primitive)
     mlir.register_lowering(primitive, lower)
 
 
-def _partitioned(local_p: Primitive, specs: Specs, rule: Rule, tree: Any, options: Options) -> Any:
-    """The call as a function of the operands' leaves, which XLA's partitioner splits by heads."""
+def _nothing_left(axis_context: Any) -> bool:
+    """Whether a shard_map leaves XLA only mesh axes of one device, for which jax has no partitioning of ours."""
+    manual = getattr(axis_context, "manual_axes", frozenset())
+    return bool(manual) and all(size == 1 or name in manual for name, size in axis_context.mesh.shape.items())
+
+
+def _partitioned(local_p: Primitive, specs: Specs, rule: Rule, tree: Any, options: Options, check_parts: Any) -> Any:
+    """The call as a function of the operands' leaves, which XLA's partitioner splits as the rule has it."""
 
     def local(*leaves: Any) -> tuple[Any, ...]:
         return tuple(local_p.bind(*leaves, tree=tree, options=options))
@@ -141,7 +166,7 @@ def _partitioned(local_p: Primitive, specs: Specs, rule: Rule, tree: Any, option
         operands = jax.tree.unflatten(tree, leaves)
         if not all(isinstance(array.sharding, NamedSharding) for array in operands.cache.memory):
             # Within a shard_map over some of the mesh's axes. XLA's shardings there have no spec to look at.
-            check_split_views(options.cache, operands)
+            check_parts(options.cache, operands)
             results = [*results[: len(rule.results)], *(operands.cache.memory if rule.updates else ())]
             return mesh, local, tuple(array.sharding for array in results), tuple(array.sharding for array in leaves)
         in_specs, out_specs = specs(options, jax.tree.map(lambda array: array.sharding.spec, operands), operands)
@@ -166,6 +191,10 @@ def lower_replicated(primitive: Primitive, local_p: Primitive) -> None:
 
     def lower(ctx: Any, *values: Any, tree: Any, options: Any) -> Any:
         options = options._replace(compute_capability=compute_capability(ctx.module_context.axis_context))
+
+        if _nothing_left(ctx.module_context.axis_context):
+            one = functools.partial(local_p.bind, tree=tree, options=options)
+            return mlir.lower_fun(one, multiple_results=True)(ctx, *values)
 
         def local(*leaves: Any) -> tuple[Any, ...]:
             return tuple(local_p.bind(*leaves, tree=tree, options=options))

@@ -8,13 +8,16 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxkv._blocks import BlocksOperands, BlocksOptions
 from jaxkv._call import ReadOperands, ReadOptions, WriteOperands, WriteOptions, read_results
 from jaxkv._rotated import RotatedWriteOperands, RotatedWriteOptions
 from jaxkv._slots import SlotOperands, slots_result
+from jaxkv._triton.blocks import launch_blocks
 from jaxkv._triton.read import launch_read
 from jaxkv._triton.rope import launch_rope
 from jaxkv._triton.slots import launch_slot_mapping
 from jaxkv._triton.write import launch_write
+from kvcore.contract.blocks import Blocks
 from kvcore.contract.read import Attention, Gather
 from kvcore.contract.rope import Rope
 from kvcore.contract.slots import SlotMapping
@@ -44,6 +47,18 @@ def rope_and_cache(call: Rope, options: RotatedWriteOptions, operands: RotatedWr
         return [launch_rope(call, options, host, INTERPRETER, launch), *memory]
 
     results = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in operands.updated]
+    return _call_on_host(on_host, results, operands)
+
+
+def move_blocks(call: Blocks, options: BlocksOptions, operands: BlocksOperands) -> list[jax.Array]:
+    """The new caches and scale caches."""
+
+    def on_host(host: BlocksOperands) -> list[np.ndarray]:
+        memory = [array.copy() for array in host.cache.memory]
+        launch_blocks(call, host._replace(cache=host.cache.with_memory(memory)), INTERPRETER, launch)
+        return memory
+
+    results = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in operands.cache.memory]
     return _call_on_host(on_host, results, operands)
 
 

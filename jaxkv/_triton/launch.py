@@ -8,15 +8,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxkv._blocks import BlocksOperands, BlocksOptions
 from jaxkv._call import ReadOperands, ReadOptions, WriteOperands, WriteOptions
 from jaxkv._rotated import RotatedWriteOperands, RotatedWriteOptions
 from jaxkv._slots import SlotOperands
+from jaxkv._triton.blocks import launch_blocks
 from jaxkv._triton.compat import import_jax_triton
 from jaxkv._triton.read import launch_read
 from jaxkv._triton.rope import launch_rope
 from jaxkv._triton.slots import launch_slot_mapping
 from jaxkv._triton.write import launch_write
 from kvcore import installed
+from kvcore.contract.blocks import Blocks
 from kvcore.contract.read import Attention, Gather
 from kvcore.contract.rope import Rope
 from kvcore.contract.slots import SlotMapping
@@ -53,6 +56,14 @@ def rope_and_cache(
     operands = operands._replace(cache=operands.cache.with_memory(refs))
     query = launch_rope(call, options, operands, target, launch)
     return [query, *_freeze(refs, memory)]
+
+
+def move_blocks(call: Blocks, options: BlocksOptions, operands: BlocksOperands, target: Target) -> list[jax.Array]:
+    """The new caches and scale caches: the same buffers, updated in place."""
+    memory = operands.cache.memory
+    refs = _refs_of(memory)
+    launch_blocks(call, operands._replace(cache=operands.cache.with_memory(refs)), target, launch)
+    return _freeze(refs, memory)
 
 
 def read(

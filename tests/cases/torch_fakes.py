@@ -115,8 +115,22 @@ def rope_in_place(make):
     return op, arguments, options | {"out": arguments[0]}
 
 
+def copy_blocks(make):
+    return torchkv.copy_blocks, (pair(make), integers(make, TOKENS, 2)), {}
+
+
+def copy_many_blocks(make):
+    return torchkv.copy_blocks, (pair(make), integers(make, 1025, 2)), {}
+
+
+def zero_blocks(make):
+    scales = make(6, 4, HEADS), make(6, 4, HEADS)
+    return torchkv.zero_blocks, ((*pair(make, torch.int8), *scales), integers(make, TOKENS)), {}
+
+
 KERNELS = {
     flash: 1, flash_fp8: 1, diffkv: 1, per_token_head: 1, mla: 1, attention: 1, attention_split: 2, attention_out: 1,
     unified: 1, gather: 1, gather_out: 1, rope: 1, rope_in_place: 1,
+    copy_blocks: 1, copy_many_blocks: 2, zero_blocks: 1,
 }  # fmt: skip
 """How many kernels each call launches."""

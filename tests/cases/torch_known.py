@@ -2,12 +2,14 @@
 
 from tests.cases.launches import OnHost
 from torchkv._library import base
+from torchkv._library import blocks as _blocks_ops
 from torchkv._library import read as _read_ops
 from torchkv._library import rope as _rope_ops
 from torchkv._library import slots as _slot_ops
 from torchkv._library import write as _write_ops
 from torchkv._slots import SlotCall
 from torchkv._triton import attention as _attention
+from torchkv._triton import blocks as _blocks
 from torchkv._triton import gather as _gather
 from torchkv._triton import rope as _rope
 from torchkv._triton import slots as _slots
@@ -32,6 +34,9 @@ def ops():
     yield rope.rope_and_cache_out, rope._out_call, _rope.Ropes(gives=False), rope._BACKENDS
     yield _slot_ops.slot_mapping, SlotCall, _slots.Slots(), _slot_ops._BACKENDS
     yield _slot_ops.slot_mapping_out, _slot_ops._out_call, _slots.Slots(), _slot_ops._BACKENDS
+    blocks = _blocks_ops
+    yield blocks.copy_blocks, blocks._copy_call, _blocks.Moves(), blocks._BACKENDS
+    yield blocks.zero_blocks, blocks._zero_call, _blocks.Moves(), blocks._BACKENDS
 
 
 class Seen(OnHost):

@@ -2,12 +2,13 @@
 
 import json
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch")
 pytest.importorskip("jax")
 
-from benchmarks import attention, batching, decode, gather, loop, loop_forms, pool, slots, write
+from benchmarks import attention, batching, blocks, decode, gather, loop, loop_forms, pool, slots, write
 
 
 @pytest.mark.parametrize(
@@ -100,6 +101,46 @@ def test_other_slots_are_no_result(monkeypatch):
         slots.main(["--divide", "64", "--cases", "no starts"])
 
 
+def test_blocks(tmp_path, capsys):
+    path = tmp_path / "blocks.json"
+    blocks.main(["--divide", "512", "--json", str(path)])
+    found = json.loads(path.read_text())
+    assert found["benchmark"] == "blocks"
+    assert len(found["rows"]) == len(blocks.CASES)
+    for row in found["rows"]:
+        assert row["failed"] == {}
+        assert all(row[key] > 0 for key in ("bytes", "copy_us", "torch_ratio", "jax_ratio"))
+    assert "torch_ratio" in capsys.readouterr().out.splitlines()[-len(found["rows"]) - 1]
+
+
+def test_copying_something_else_is_no_result(monkeypatch, tmp_path):
+    path, indices, asked = tmp_path / "blocks.json", blocks.Case.indices, []
+
+    def other(case, turn):
+        asked.append(turn)
+        return indices(case, turn + (len(asked) > blocks.SETS))  # the check asks last
+
+    monkeypatch.setattr(blocks.Case, "indices", other)
+    blocks.main(["--divide", "512", "--json", str(path), "--cases", "few", "--no-jax"])
+    (row,) = json.loads(path.read_text())["rows"]
+    assert "something else was copied" in row["failed"]["torch"]
+
+
+def test_blocks_that_are_copied():
+    cases = {case.name: case for case in blocks.CASES}
+    assert blocks.moved(cases["1 layer"]) == 1024 * 16 * 8 * 128 * 2 * 2 == 2**26
+    assert blocks.moved(cases["32 layers"]) == 64 * 32 * 16 * 8 * 128 * 2 * 2
+    assert blocks.moved(cases["32 layers, int8, token head"]) == 64 * 32 * 16 * 8 * (128 + 4) * 2
+    for case in cases.values():
+        case = case._replace(n=8)
+        found = [case.indices(turn) for turn in range(blocks.SETS)]
+        assert len({*np.concatenate(found).ravel().tolist()}) == sum(len({*each.ravel().tolist()}) for each in found)
+        if case.how != "zero":
+            written, read = ({*each.tolist()} for each in found[0].T[::-1])
+            assert len(written) == len(read) == 8
+            assert len(written & read) == {"apart": 0, "chain": 7, "swap": 8}[case.how]
+
+
 def test_gathering_something_else_is_no_result(monkeypatch, tmp_path):
     path = tmp_path / "gather.json"
     gathered = gather.Inputs.gathered
@@ -145,16 +186,20 @@ def test_the_copies_move_what_writes_and_gathers_move():
     assert moved == {name: heads * (size + 256) for name, size in read.items()}
 
 
-def test_decode(tmp_path):
+@pytest.mark.parametrize(("devices", "more"), [("1", ["--divide", "16"]), ("2", ["--divide", "4", "--no-parts"])])
+@pytest.mark.parametrize("weights", ["out-in", "in-out"])
+def test_decode(devices, more, weights, tmp_path):
     path = tmp_path / "decode.json"
-    options = ["--divide", "16", "--layers", "1", "--batches", "2", "--context", "48", "--json", str(path)]
-    decode.main(options)
+    options = ["--layers", "1", "--batches", "2", "--context", "48", "--json", str(path), "--weights", weights]
+    decode.main([*options, "--devices", devices, *more])
     found = json.loads(path.read_text())
     assert found["benchmark"] == "decode"
     (row,) = found["rows"]
     assert row["failed"] == {}
     assert row["finite"]
-    for key in ("step_ms", "limit_ms", "ratio", "tokens_s", "no_attention_ms", "no_rope_and_cache_ms", "no_head_ms"):
+    assert row["devices"] == int(devices)
+    parts = () if "--no-parts" in more else ("no_attention_ms", "no_rope_and_cache_ms", "no_head_ms")
+    for key in ("step_ms", "limit_ms", "ratio", "tokens_s", *parts):
         assert row[key] > 0
 
 

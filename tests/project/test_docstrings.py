@@ -23,10 +23,13 @@ SHARED = {
     each.__name__: each
     for each in (BlockPool, CacheLayout, OutOfBlocks, Sequence, blocks_that_fit, check_tables, find_duplicate_slots)
 }
-JAX_ONLY = ["heads"]
+JAX_ONLY = ["heads", "local_indices", "context_attention", "context_lens", "context_slots"]
 OPS = sorted(set(jaxkv.__all__) - set(SHARED) - {"PagedKVCache", *JAX_ONLY})
 METHODS = ["create", "write", "rope_and_cache", "attend", "gather"]
-UNLIKE = ["precompile"]  # what the frameworks do is so different that only the first sentence is the same
+UNLIKE = [
+    "from_dlpack",
+    "precompile",
+]  # they do things so different that only the first sentence is the same
 NAMES = [*sorted(set(OPS) - set(UNLIKE)), "PagedKVCache", *(f"PagedKVCache.{method}" for method in METHODS)]
 
 
@@ -120,6 +123,7 @@ JAX_WORDS = [
     (r"; `jax\.lax\.stop_gradient` says that none is wanted", ""),
     (r"; by \"xla\" on CPUs only, where numbers below 2\^-126 may become zeros on the way", ""),
     (r"; then the new caches, unless they are Refs", ""),
+    (r", an array is split over blocks, or", ", or"),
     (r"The rotated query, and the new cache: .*", "The rotated query."),
     (
         r", a Ref is passed twice, or a list or NumPy array of positions has one past the table",
@@ -143,6 +147,7 @@ ONLY = {
         "With operands that are split over devices, each device gets all of them",
         "With the cache split over heads, each device attends with its own.",
         "A pytree: donate it",
+        "Arrays may be split over devices along any axis but `block`.",
     ],
     "torch": [
         "Everything runs on the current stream",

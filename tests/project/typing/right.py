@@ -30,6 +30,9 @@ def jax_writers(key: jax.Array, cache: jax.Array, slots: np.ndarray, scales: jax
     assert_type(three, tuple[jax.Array, jax.Array, jax.Array])
     assert_type(jaxkv.concat_and_cache_mla(key, key, cache, slots, "fp8_ds_mla", layer=jnp.int32(1)), jax.Array)
     jaxkv.concat_and_cache_mla(key, key, ref, slots, scale=0.5)
+    assert_type(jaxkv.copy_blocks((cache, cache), [[1, 2]], layout="HND"), tuple[jax.Array, ...])
+    assert_type(jaxkv.zero_blocks([cache], slots, scale_layout="block head slot", backend="xla"), tuple[jax.Array, ...])
+    jaxkv.copy_blocks((ref, jax.new_ref(cache)), slots)
 
 
 def jax_readers(query: jax.Array, cache: jax.Array, tables: jax.Array, lens: np.ndarray, lse: bool) -> None:
@@ -78,6 +81,7 @@ def jax_cache(key: jax.Array, tables: jax.Array, kv_cache_dtype: KVCacheDtype) -
         )  # fmt: skip
         cache = cache.write(key, key, np.arange(8), layer=0)
         assert_type(cache, jaxkv.PagedKVCache)
+        assert_type(cache.copy_blocks([[1, 2]]).zero_blocks(tables, backend="interpret"), jaxkv.PagedKVCache)
         assert_type(cache.attend(key, tables, tables[:, 0], layer=0, sliding_window=9), jax.Array)
         assert_type(cache.attend(key, tables, tables, return_lse=True), tuple[jax.Array, jax.Array])
         key, value = cache.gather(tables, tables, 32, dtype="float32", layer=jnp.int32(0), backend="xla")
@@ -115,6 +119,8 @@ def torch_writers(key: Tensor, cache: Tensor, slots: Tensor, scales: Tensor) -> 
         key, key, cache, scales, scales, slots, "fp8", scale_layout="block head slot"
     )
     torchkv.concat_and_cache_mla(key, key, cache, slots, "fp8_ds_mla", layer=1)
+    torchkv.copy_blocks((cache, cache, scales, scales), slots, scale_layout="block head slot")
+    torchkv.zero_blocks(cache, slots, layout="KV_NHD", backend="torch")
 
 
 def torch_readers(query: Tensor, cache: Tensor, tables: Tensor, lens: Tensor, lse: bool) -> None:
@@ -139,6 +145,8 @@ def torch_cache(key: Tensor, tables: Tensor, kv_cache_dtype: KVCacheDtype) -> No
         num_layers=2, kv_cache_dtype=kv_cache_dtype, device="cpu",
     )  # fmt: skip
     cache.write(key, key, tables[0], layer=0)
+    cache.copy_blocks(tables)
+    cache.zero_blocks(tables[0], backend="interpret")
     assert_type(cache.attend(key, tables, tables[:, 0], layer=0, sliding_window=9), Tensor)
     assert_type(cache.attend(key, tables, tables, return_lse=True), tuple[Tensor, Tensor])
     assert_type(cache.gather(tables, tables, 32, dtype=torch.float32, backend="torch"), tuple[Tensor, Tensor])

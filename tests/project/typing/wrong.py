@@ -25,6 +25,11 @@ def with_jax(x: jax.Array, ref: jax.Ref, cache: jaxkv.PagedKVCache) -> None:
     jaxkv.gather_kv(x, x, x, 9, kv_cache_dtype="fp9")  # wrong
     jaxkv.slot_mapping(x, x, x, 4, backend="torch")  # wrong
     jaxkv.rope_table({}, 9, "full_attention")  # wrong
+    jaxkv.copy_blocks((x, x), x, backend="torch")  # wrong
+    jaxkv.copy_blocks((x, x), x, layer=0)  # wrong
+    jaxkv.copy_blocks((ref, x), x)  # wrong
+    jaxkv.zero_blocks((x, x), x).shape  # wrong
+    cache.copy_blocks(x, layer=0)  # wrong
     jaxkv.PagedKVCache.create(num_blocks=1, block_size=1, num_heads=1, head_size=8, kv_cache_dtype="fp9")  # wrong
     jaxkv.PagedKVCache.create(num_blocks=1, block_size=1, num_heads=1, head_sise=8)  # wrong
     jaxkv.CacheLayout.from_json({"version": 1})  # wrong
@@ -56,6 +61,9 @@ def with_torch(x: Tensor, cache: torchkv.PagedKVCache) -> None:
     torchkv.gather_kv(x, x, x, 9, dtype="int8")  # wrong
     torchkv.slot_mapping(x, [0, 1], x, 4)  # wrong
     torchkv.rope_table({}, 9, dtype="int8")  # wrong
+    torchkv.copy_blocks((x, x), x, backend="xla")  # wrong
+    torchkv.zero_blocks((x, x), [1])  # wrong
+    cache.zero_blocks(x, layer=0)  # wrong
     torchkv.PagedKVCache.create(num_blocks=1, block_size=1, num_heads=1, head_size=8, dtype="fp8")  # wrong
     cache.write(x, x, x, backend="xla")  # wrong
     cache.attend(x, x, x, slding_window=9)  # wrong
