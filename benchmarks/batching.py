@@ -76,7 +76,7 @@ def measure(
     config, context = llama.model.config, -(-length // BLOCK_SIZE) * BLOCK_SIZE
     blocks = num_seqs * context // BLOCK_SIZE
     blocks = blocks // 2 if scarce else 2 * blocks
-    spec = CacheSpec.create(**cache_arguments(config, blocks, llama.dtype, "NHD", "auto", None))
+    spec = CacheSpec.create(**cache_arguments(config, blocks, llama.dtype, "NHD", "auto"))
     batcher = JaxBatcher(llama, memory=spec.nbytes, num_seqs=num_seqs, num_tokens=num_tokens, context=context)
     batch, alone, compared = 0.0, 0.0, Comparison()
     row: dict[str, Any] = {}

@@ -93,9 +93,7 @@ def generate(options: argparse.Namespace) -> None:
     batch = plan_batch(prompt_ids, options.max_new_tokens, context_length=file.config.context_length)
     static = options.granularity in ("tensor", "head")
     spec = CacheSpec.create(
-        **cache_arguments(
-            file.config, batch.num_blocks, options.dtype, options.layout, options.kv_cache_dtype, () if static else None
-        )
+        **cache_arguments(file.config, batch.num_blocks, options.dtype, options.layout, options.kv_cache_dtype, static)
     )
     twin = load_framework(options.framework)
     if twin.on_host():

@@ -92,7 +92,7 @@ def scores_after(llama: JaxLlama, tokens: list[int], request: Request, context: 
     """The score of each token after some, all computed at once: float32 [vocabulary]."""
     context = round_up(context, BLOCK_SIZE)
     cache = PagedKVCache.create(
-        **cache_arguments(llama.model.config, context // BLOCK_SIZE, llama.dtype, "NHD", "auto", None)
+        **cache_arguments(llama.model.config, context // BLOCK_SIZE, llama.dtype, "NHD", "auto")
     )
     weights = llama.weights | {"cos_sin": jnp.asarray(llama.model.rope_table(context)), "scales": None}
     padded = np.zeros(context, np.int32)

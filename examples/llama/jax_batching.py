@@ -118,7 +118,7 @@ class JaxBatcher:
     ):
         self.llama, self.num_seqs, self.num_tokens, self.check = llama, num_seqs, num_tokens, check
         self.max_blocks = round_up(context, BLOCK_SIZE) // BLOCK_SIZE
-        arguments = cache_arguments(llama.model.config, 1, llama.dtype, layout, kv_cache_dtype, None)
+        arguments = cache_arguments(llama.model.config, 1, llama.dtype, layout, kv_cache_dtype)
         shape = {name: value for name, value in arguments.items() if name != "num_blocks"}
         num_blocks = blocks_that_fit(memory_of(memory), **shape)
         if not num_blocks:
