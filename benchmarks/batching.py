@@ -48,10 +48,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--new-tokens", type=int, default=64, metavar="N")
     parser.add_argument("--rounds", type=int, default=2, metavar="N")
     parser.add_argument("--model", metavar="FILE.gguf", help="in place of random weights")
+    parser.add_argument("--small", action="store_true", help="fewer random weights, which a processor's cache holds")
     parser.add_argument("--steps", type=int, default=0, metavar="N", help="of the scheduler alone, checked")
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args(argv)
-    model = random_model() if options.model is None else load_model(options.model)
+    model = random_model(options.small) if options.model is None else load_model(options.model)
     model = replace(model, config=replace(model.config, stop_ids=()))
     llama = JaxLlama(model)
     requests = some_requests(options.requests, options.new_tokens, len(model.embedding))
@@ -122,10 +123,13 @@ def some_requests(count: int, new_tokens: int, vocabulary: int) -> list[Request]
     return [Request(i, (*prefix, *chance.integers(0, vocabulary, OWN).tolist()), new_tokens) for i in range(count)]
 
 
-def random_model() -> LlamaModel:
-    """4 layers of 512, 8 query heads and 2 KV heads of 64, an MLP of 1408, 4096 tokens: 15 million weights."""
+def random_model(small: bool = False) -> LlamaModel:
+    """4 layers of 512, 8 query heads and 2 KV heads of 64, an MLP of 1408, 4096 tokens: 15 million weights.
+
+    A small one: of 128, 4 and 2 heads of 32, 352, 512: 1 million weights, which a cache of the processor holds.
+    """
     chance = np.random.default_rng(0)
-    hidden, heads, kv_heads, size, mlp, vocabulary = 512, 8, 2, 64, 1408, 4096
+    hidden, heads, kv_heads, size, mlp, vocabulary = (128, 4, 2, 32, 352, 512) if small else (512, 8, 2, 64, 1408, 4096)
 
     def matrix(rows: int, columns: int) -> np.ndarray:
         return (chance.standard_normal((rows, columns)) * columns**-0.5).astype(np.float32)
@@ -139,7 +143,7 @@ def random_model() -> LlamaModel:
         for _ in range(4)
     )  # fmt: skip
     return LlamaModel(
-        name="random weights",
+        name=f"{'few ' if small else ''}random weights",
         config=LlamaConfig(4, hidden, heads, kv_heads, size, 1e-5, 4096, ()),
         tokenizer=Tokenizer(BPE()),
         embedding=matrix(vocabulary, hidden),
