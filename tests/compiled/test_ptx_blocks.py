@@ -50,6 +50,12 @@ def compile_for(target, call, aligned=True):
     return nodes, compile_kernel(plan.kernel, target, pointees, sixteen)
 
 
+def test_no_pairs():
+    """NumPy and torch give an empty array steps of 0, and kernels are compiled for it all the same."""
+    call = describe(n=0)
+    compile_for(H100, call._replace(indices=call.indices._replace(strides=(0, 0))))
+
+
 def accesses(kernel):
     """Widths in bits of (loads, stores); loads of 32 bits, of pairs, are left out."""
     if "ptx" in kernel.asm:
