@@ -7,7 +7,8 @@ from torch import Tensor
 
 from kvcore.cache_spec import CacheSpec, Described
 from kvcore.choices import FloatDtype, KVCacheDtype, Layout, TorchBackend
-from torchkv._arguments import check_tensors
+from kvcore.contract.checks import check_scale, check_scale_type
+from torchkv._arguments import check_tensors, spec_of
 from torchkv._state import Stateful
 from torchkv._writable import Writable
 from torchkv.read import AttendOptions, gather_kv, paged_attention
@@ -86,7 +87,7 @@ class PagedKVCache(Described, Writable, Stateful):
             device: Where; None means torch's default.
 
         Raises:
-            ValueError: an extent, layout or choice does not fit, or memory has no room for a block.
+            ValueError: an extent, layout, choice or scale's shape does not fit, or memory has no room for a block.
             TypeError: a dtype or type does not fit, or num_blocks and memory, or both names of num_heads, are given.
         """
         name = str(dtype).removeprefix("torch.")
@@ -99,11 +100,15 @@ class PagedKVCache(Described, Writable, Stateful):
         scale_caches = [torch.zeros(shape, dtype=torch.float32, device=device) for shape in spec.scale_shapes]
         if scale_caches:
             return cls(caches, spec, *scale_caches)
-        k_scale, v_scale = (
-            None if scale is None else torch.as_tensor(scale, dtype=torch.float32, device=caches[0].device)
-            for scale in (k_scale, v_scale)
-        )
-        return cls(caches, spec, k_scale, v_scale)
+        scales: list[Tensor | None] = [None, None]
+        for index, (name, scale) in enumerate((("k_scale", k_scale), ("v_scale", v_scale))):
+            if scale is not None:
+                if not isinstance(scale, (list, tuple)):
+                    check_scale_type(name, scale)
+                made = torch.as_tensor(scale, dtype=torch.float32, device=caches[0].device)
+                check_scale(name, spec_of(made), spec.num_heads, spec.num_layers)
+                scales[index] = made
+        return cls(caches, spec, *scales)
 
     @overload
     def attend(

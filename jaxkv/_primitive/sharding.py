@@ -28,6 +28,7 @@ from jaxkv._mesh import check_split_views, explicit_axes, head_mesh_axes, replic
 from jaxkv._primitive.base import CacheOpOperands as Operands
 from jaxkv._primitive.base import CacheOpOptions as Options
 from jaxkv._primitive.base import bind, compute_capability
+from kvcore.contract.devices import split_interpreter_error
 
 
 class Rule(NamedTuple):
@@ -163,6 +164,7 @@ def _partitioned(local_p: Primitive, specs: Specs, rule: Rule, tree: Any, option
 
     @_remembering_refusals
     def partition(mesh: Any, leaves: Any, results: Any) -> Any:
+        _refuse_interpreter(options)
         operands = jax.tree.unflatten(tree, leaves)
         if not all(isinstance(array.sharding, NamedSharding) for array in operands.cache.memory):
             # Within a shard_map over some of the mesh's axes. XLA's shardings there have no spec to look at.
@@ -199,7 +201,9 @@ def lower_replicated(primitive: Primitive, local_p: Primitive) -> None:
         def local(*leaves: Any) -> tuple[Any, ...]:
             return tuple(local_p.bind(*leaves, tree=tree, options=options))
 
+        @_remembering_refusals
         def partition(mesh: Any, leaves: Any, results: Any) -> Any:
+            _refuse_interpreter(options)
             whole = [NamedSharding(mesh, P(*(None,) * len(array.shape))) for array in (*results, *leaves)]
             return mesh, local, tuple(whole[: len(results)]), tuple(whole[len(results) :])
 
@@ -210,6 +214,12 @@ def lower_replicated(primitive: Primitive, local_p: Primitive) -> None:
 
     dispatch.prim_requires_devices_during_lowering.add(primitive)
     mlir.register_lowering(primitive, lower)
+
+
+def _refuse_interpreter(options: Any) -> None:
+    """Raises where the interpreter is to run: XLA would lose the host callback of a part, and crash."""
+    if options.backend == "interpret":
+        raise split_interpreter_error()
 
 
 def _spell(rule: Rule) -> str:

@@ -161,6 +161,8 @@ def check_layer(layer: int | ArraySpec | None, layout: CacheLayout, num_layers: 
             raise ValueError(f"layer must have shape () or (1,), got {shape_of(layer)}")
         if layer.dtype not in ("int32", "int64"):
             raise TypeError(f"layer must have dtype int32 or int64, got {layer.dtype}")
+        if num_layers == 0:
+            raise ValueError(f"layer must be that of a cache, and the caches have 0 layers, got {_say(layer)}")
     elif not 0 <= layer < num_layers:
         raise ValueError(f"layer must be at least 0 and below {num_layers}, got {layer}")
 

@@ -54,6 +54,14 @@ def region_error(layout: CacheLayout, over: Any) -> ValueError:
     )
 
 
+def split_interpreter_error() -> ValueError:
+    """The error for the interpreter in a program that XLA splits over devices."""
+    return ValueError(
+        "backend 'interpret' must have one device, or be within a shard_map over all axes of the mesh, got a program "
+        "that XLA splits over several"
+    )
+
+
 def no_dtensor_error(name: str) -> TypeError:
     """The error for a plain tensor that is written, or is a cache, where others are DTensors."""
     return TypeError(f"{name} must be a DTensor, as other arguments are, got a plain tensor")

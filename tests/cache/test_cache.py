@@ -125,6 +125,16 @@ def test_packed_rows_split_in_another_place_are_refused(layout):
             cache.attend(convert(QUERY), convert(TABLES), convert(LENS), layer=0)
 
 
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (2, 2), (3, 2, 1)], ids=str)
+@pytest.mark.parametrize("name", ["k_scale", "v_scale"])
+def test_a_scale_that_fits_no_layer_or_head_is_refused_before_its_first_use(name, shape):
+    for module, convert in ((jaxkv, jnp.asarray), (torchkv, to_torch)):
+        with pytest.raises(ValueError, match=rf"^{name} must have shape .* got {re.escape(str(shape))}$"):
+            create(module, kv_cache_dtype="fp8", **{name: convert(np.ones(shape, np.float32))})
+        with pytest.raises(TypeError, match=rf"^{name} must be a number or an array of float32, got 'one'$"):
+            create(module, kv_cache_dtype="fp8", **{name: "one"})
+
+
 @pytest.mark.parametrize("layout", ["MLA", "PACKED_NHD", "HEAD_MAJOR", "NHD"])
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
 def test_description(layout, kv_cache_dtype):

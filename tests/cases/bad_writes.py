@@ -295,6 +295,10 @@ BAD = {
     "layer too large": (
         "flash", stacked | {"layer": 2}, ValueError, "layer must be at least 0 and below 2, got 2",
     ),
+    "layer in memory, of none": (
+        "flash", {"layout": STACKED} | caches((0, 6, 4, 3, 16)) | {"layer": array((), "int32")}, ValueError,
+        "layer must be that of a cache, and the caches have 0 layers, got an array of shape ()",
+    ),
     "layer below 0": (
         "flash", stacked | {"layer": -1}, ValueError, "layer must be at least 0 and below 2, got -1",
     ),

@@ -1,5 +1,6 @@
 """Caches split by heads over eight devices, without a collective. (CPU devices; test_compiled.py has GPU programs.)"""
 
+import functools
 import re
 
 import jax
@@ -294,3 +295,17 @@ def test_heads_left_to_the_compiler_inside_a_shard_map_over_blocks():
     slots = jnp.asarray(case.slot_mapping, jnp.int32)
     assert_same(call(*inputs, slots), run_oracle(case))
     assert not re.findall(r"all-gather|all-reduce|all-to-all", call.lower(*inputs, slots).compile().as_text())
+
+
+def test_the_interpreter_is_refused_where_xla_splits_and_runs_within_a_shard_map():
+    mesh, case = mesh_of(AxisType.Auto), case_for("NHD")
+    write = functools.partial(jaxkv.reshape_and_cache_flash, backend="interpret")
+    with pytest.raises(ValueError, match="backend 'interpret' must have one device, or be within a shard_map"):
+        jax.jit(write)(*place(case, mesh))
+    tables, starts, lens = (jax.device_put(x, NamedSharding(mesh, P())) for x in (np.ones((1, 1), int), [0, 1], [1]))
+    map_slots = jax.jit(lambda *x: jaxkv.slot_mapping(*x, 2, 1, backend="interpret"))
+    with pytest.raises(ValueError, match="backend 'interpret' must have one device"):
+        map_slots(tables, starts, lens)
+    specs = P(None, "tp"), P(None, "tp"), *(P(None, None, "tp"),) * 2, P()
+    split = jax.jit(jax.shard_map(write, mesh=mesh, in_specs=specs, out_specs=specs[2:4]))
+    assert_same(split(*place(case, mesh)), run_oracle(case))
