@@ -98,7 +98,7 @@ class PagedKVCache(Sharded, Writable):
                 the arrays where JAX puts them.
 
         Raises:
-            ValueError: an extent, layout or choice does not fit, or memory has no room for a block.
+            ValueError: an extent, layout, choice or scale's shape does not fit, or memory has no room for a block.
             TypeError: a dtype or type does not fit, or num_blocks and memory, or both names of num_heads, are given.
         """
         spec = CacheSpec.create(
