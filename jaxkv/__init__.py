@@ -33,7 +33,7 @@ from jaxkv.quantize import (
 from jaxkv.read import gather_kv, paged_attention
 from jaxkv.rope import rope_and_cache
 from jaxkv.scales import kv_scales
-from jaxkv.slots import slot_mapping
+from jaxkv.slots import gather_slots, slot_mapping
 from jaxkv.tables import rope_table
 from jaxkv.views import heads
 from jaxkv.write import reshape_and_cache_flash, reshape_and_cache_flash_diffkv
@@ -55,6 +55,7 @@ __all__ = [
     "copy_blocks",
     "find_duplicate_slots",
     "gather_kv",
+    "gather_slots",
     "heads",
     "kv_scales",
     "merge_attention",

@@ -37,7 +37,7 @@ from torchkv.quantize import (
 from torchkv.read import gather_kv, paged_attention
 from torchkv.rope import rope_and_cache
 from torchkv.scales import kv_scales
-from torchkv.slots import slot_mapping
+from torchkv.slots import gather_slots, slot_mapping
 from torchkv.tables import rope_table
 from torchkv.write import reshape_and_cache_flash, reshape_and_cache_flash_diffkv
 
@@ -53,6 +53,7 @@ __all__ = [
     "copy_blocks",
     "find_duplicate_slots",
     "gather_kv",
+    "gather_slots",
     "kv_scales",
     "merge_attention",
     "merge_attn_states",

@@ -76,7 +76,8 @@ def _split_queries(specs: ReadOperands, mesh_axes: Any, query: Any) -> tuple[Rea
         query: The spec of query, which may be a view.
     """
     if specs.query is None:
-        return specs, [P(None, None, mesh_axes, None)] * 2
+        sequences = () if specs.seq_lens is None else (None,)
+        return specs, [P(*sequences, None, mesh_axes, None)] * 2
     sinks = None if specs.sinks is None else P(mesh_axes)
     specs = specs._replace(query=query, sinks=sinks)
     return specs, [P(None, mesh_axes, None), P(None, mesh_axes)]
@@ -129,7 +130,8 @@ def query_factors(query: Any, num_heads: int, heads: str | None) -> tuple[str | 
 
 
 def _derivatives(options: ReadOptions) -> str:
-    name = "gather_kv" if options.attention is None else "paged_attention"
+    gather = "gather_slots" if options.max_len is None else "gather_kv"
+    name = gather if options.attention is None else "paged_attention"
     return f"jaxkv.{name} is not differentiable: apply jax.lax.stop_gradient to its arguments"
 
 

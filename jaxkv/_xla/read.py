@@ -288,21 +288,27 @@ def _known(number: int, otherwise: int) -> int:
 
 
 def gather(call: Gather, options: ReadOptions, operands: ReadOperands) -> tuple[jax.Array, jax.Array]:
-    """Keys and values, `[num_seqs, max_len, num_heads, dim]`. Bits as the oracle's."""
+    """Keys and values, `[num_seqs, max_len, num_heads, dim]`, or `[n, num_heads, dim]`. Bits as the oracle's."""
     operands, extents = _with_int32(operands), call.cache.extents
     if 0 in (*call.shapes[0], extents.num_blocks, call.block_tables.shape[1]):
         key, value = (jnp.zeros(shape, call.format.name) for shape in call.shapes)
         return key, value
     layer = _layer(options.cache, operands.cache)
-    position = jnp.arange(call.max_len, dtype=jnp.int32)
-    block = operands.block_tables.at[:, position // extents.block_size].get(mode="fill", fill_value=-1)
-    exists = (block >= 0) & (block < extents.num_blocks) & (position[None] < operands.seq_lens[:, None])
+    if operands.seq_lens is None:
+        slots = operands.block_tables
+        block, place = jnp.where(slots < 0, -1, slots // extents.block_size), slots % extents.block_size
+        exists = (block >= 0) & (block < extents.num_blocks)
+    else:
+        position = jnp.arange(call.max_len, dtype=jnp.int32)
+        block = operands.block_tables.at[:, position // extents.block_size].get(mode="fill", fill_value=-1)
+        exists = (block >= 0) & (block < extents.num_blocks) & (position[None] < operands.seq_lens[:, None])
+        place = position % extents.block_size
     exists = exists & (layer >= 0) & (layer < (extents.num_layers or 1))
     indices = {
         "layer": layer,
         # A block that does not exist becomes one outside, and gives zeros.
         "block": jnp.where(exists, block, extents.num_blocks),
-        "slot": position % extents.block_size,
+        "slot": place,
     }
     source = Source.of(call.cache, options.cache, operands.cache)
 
