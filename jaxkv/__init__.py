@@ -24,6 +24,7 @@ with installed.needed("jax", installed.JAX):
 from jaxkv.ahead import precompile
 from jaxkv.blocks import copy_blocks, zero_blocks
 from jaxkv.cache import PagedKVCache
+from jaxkv.dlpack import from_dlpack
 from jaxkv.merge import merge_attention
 from jaxkv.mla import concat_and_cache_mla
 from jaxkv.quantize import (
@@ -54,6 +55,7 @@ __all__ = [
     "concat_and_cache_mla",
     "copy_blocks",
     "find_duplicate_slots",
+    "from_dlpack",
     "gather_kv",
     "gather_slots",
     "heads",

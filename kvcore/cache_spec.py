@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 from kvcore.arrays import ArraySpec, array_names, check_integers, python_integers
 from kvcore.contract.checks import check_kv_cache_dtype, either
@@ -282,3 +282,37 @@ class Described:
     def nbytes(self) -> int:
         """Bytes of the arrays."""
         return self.spec.nbytes
+
+
+class AnyCache(Protocol):
+    """`PagedKVCache` of either framework."""
+
+    @property
+    def spec(self) -> CacheSpec:
+        """What the arrays are."""
+        ...
+
+    @property
+    def caches(self) -> tuple[Any, ...]:
+        """The arrays."""
+        ...
+
+    @property
+    def k_scale(self) -> Any:
+        """Scales of keys, or None."""
+        ...
+
+    @property
+    def v_scale(self) -> Any:
+        """Scales of values, or None."""
+        ...
+
+
+def check_any_cache(cache: Any) -> None:
+    """Raises unless `cache` is a PagedKVCache of either framework.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if not isinstance(cache, Described):
+        raise TypeError(f"cache must be a PagedKVCache of jaxkv or torchkv, got {type(cache).__name__}")

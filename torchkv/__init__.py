@@ -21,6 +21,7 @@ from kvcore.slots import check_tables, find_duplicate_slots
 from torchkv.ahead import precompile
 from torchkv.blocks import copy_blocks, zero_blocks
 from torchkv.cache import PagedKVCache
+from torchkv.dlpack import from_dlpack
 from torchkv.integrations.vllm import (
     merge_attn_states,
     triton_reshape_and_cache_flash,
@@ -52,6 +53,7 @@ __all__ = [
     "concat_and_cache_mla",
     "copy_blocks",
     "find_duplicate_slots",
+    "from_dlpack",
     "gather_kv",
     "gather_slots",
     "kv_scales",

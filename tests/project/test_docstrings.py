@@ -26,7 +26,10 @@ SHARED = {
 JAX_ONLY = ["heads"]
 OPS = sorted(set(jaxkv.__all__) - set(SHARED) - {"PagedKVCache", *JAX_ONLY})
 METHODS = ["create", "write", "rope_and_cache", "attend", "gather"]
-UNLIKE = ["precompile"]  # what the frameworks do is so different that only the first sentence is the same
+UNLIKE = [
+    "from_dlpack",
+    "precompile",
+]  # they do things so different that only the first sentence is the same
 NAMES = [*sorted(set(OPS) - set(UNLIKE)), "PagedKVCache", *(f"PagedKVCache.{method}" for method in METHODS)]
 
 
