@@ -225,5 +225,5 @@ def test_lengths_must_be_given_to_gather_kv():
         torchkv.gather_kv(caches, torch.tensor([1]), None, 0)  # type: ignore
     with pytest.raises(TypeError, match=r"^slots must be a torch.Tensor, got list$"):
         torchkv.gather_slots(caches, [1])  # type: ignore
-    with pytest.raises(TypeError):
+    with pytest.raises(ValueError, match=r"^seq_lens must have shape \(1,\), got \(\)$"):
         jaxkv.gather_kv([c.numpy() for c in caches], np.zeros((1, 1), np.int32), None, 0)  # type: ignore

@@ -51,6 +51,7 @@ def jax_readers(query: jax.Array, cache: jax.Array, tables: jax.Array, lens: np.
     assert_type(jaxkv.rope_table({"head_dim": 64}, 9, dtype=jnp.bfloat16), jax.Array)
     assert_type(jaxkv.slot_mapping(tables, [0, 1, 4], lens, 16, 64), jax.Array)
     pair = jaxkv.gather_kv([cache, cache], tables, lens, 32, dtype=jnp.float32, kv_cache_dtype="int8")
+    pair = jaxkv.gather_slots([cache, cache], [1, 2], dtype=jnp.float32, layout="HND")
     assert_type(pair, tuple[jax.Array, jax.Array])
 
 
@@ -136,6 +137,7 @@ def torch_readers(query: Tensor, cache: Tensor, tables: Tensor, lens: Tensor, ls
         torchkv.rope_table({"head_dim": 64}, layer_type="full_attention", dtype="float16", device="cpu"), Tensor
     )
     assert_type(torchkv.gather_kv([cache, cache], tables, lens, 32, dtype=torch.float32), tuple[Tensor, Tensor])
+    assert_type(torchkv.gather_slots([cache, cache], lens, layer=1), tuple[Tensor, Tensor])
     assert_type(torchkv.slot_mapping(tables, None, lens, 16, out=lens, backend="torch"), Tensor)
 
 
