@@ -27,6 +27,7 @@ from jaxkv.cache import PagedKVCache
 from jaxkv.dlpack import from_dlpack
 from jaxkv.merge import merge_attention
 from jaxkv.mla import concat_and_cache_mla
+from jaxkv.move import relayout
 from jaxkv.quantize import (
     reshape_and_cache_flash_diffkv_per_token_head_quant,
     reshape_and_cache_flash_per_token_head_quant,
@@ -63,6 +64,7 @@ __all__ = [
     "merge_attention",
     "paged_attention",
     "precompile",
+    "relayout",
     "reshape_and_cache_flash",
     "reshape_and_cache_flash_diffkv",
     "reshape_and_cache_flash_diffkv_per_token_head_quant",

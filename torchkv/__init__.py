@@ -31,6 +31,7 @@ from torchkv.integrations.vllm import (
 )
 from torchkv.merge import merge_attention
 from torchkv.mla import concat_and_cache_mla
+from torchkv.move import relayout
 from torchkv.quantize import (
     reshape_and_cache_flash_diffkv_per_token_head_quant,
     reshape_and_cache_flash_per_token_head_quant,
@@ -61,6 +62,7 @@ __all__ = [
     "merge_attn_states",
     "paged_attention",
     "precompile",
+    "relayout",
     "reshape_and_cache_flash",
     "reshape_and_cache_flash_diffkv",
     "reshape_and_cache_flash_diffkv_per_token_head_quant",

@@ -27,7 +27,7 @@ MODULES = {
 }
 
 
-def wanted(case, slots, dtype):
+def wanted_slots(case, slots, dtype):
     return oracle.gather_slots(
         case.caches, slots, dtype=DTYPES[dtype], head_size=case.query.shape[2], head_size_v=case.head_size_v,
         **case.options,
@@ -47,7 +47,7 @@ def read(case, slots, dtype, module, convert, back, backend):
 
 def assert_reads(case, dtype="bfloat16", slots=SLOTS, index_dtype=np.int32):
     slots = np.array(slots, index_dtype)
-    want = wanted(case, slots, dtype)
+    want = wanted_slots(case, slots, dtype)
     for name, way in MODULES.items():
         for got, array in zip(read(case, slots, dtype, *way), want, strict=True):
             assert got.shape == array.shape
@@ -121,7 +121,7 @@ def test_transforms(backend):
 
     for got in (jax.vmap(gather)(slots), jax.jit(jax.vmap(gather))(slots), jax.lax.map(gather, slots)):
         for i, row in enumerate(np.asarray(slots)):
-            for side, want in zip(got, wanted(case, row, "float32"), strict=True):
+            for side, want in zip(got, wanted_slots(case, row, "float32"), strict=True):
                 np.testing.assert_array_equal(bits(np.asarray(side[i])), bits(want))
 
 
@@ -132,7 +132,7 @@ def test_export_of_any_number_of_slots():
     call = jax.export.export(jax.jit(lambda k, v, slots: jaxkv.gather_slots((k, v), slots)))
     exported = call(*shapes, jax.ShapeDtypeStruct(n, np.int32))
     for slots in (np.array([5], np.int32), np.array(SLOTS, np.int32)):
-        for got, want in zip(exported.call(*case.caches, slots), wanted(case, slots, "float32"), strict=True):
+        for got, want in zip(exported.call(*case.caches, slots), wanted_slots(case, slots, "float32"), strict=True):
             np.testing.assert_array_equal(bits(np.asarray(got)), bits(want))
 
 
@@ -146,7 +146,7 @@ def test_heads_on_eight_devices(axis_type):
         compiled = jax.jit(lambda k, v, slots: jaxkv.gather_slots((k, v), slots)).lower(*caches, slots).compile()
         got = compiled(*caches, slots)
     assert not re.findall(r"all-gather|all-reduce|all-to-all|collective-permute", compiled.as_text())
-    for side, want in zip(got, wanted(case, np.array(SLOTS), "float32"), strict=True):
+    for side, want in zip(got, wanted_slots(case, np.array(SLOTS), "float32"), strict=True):
         assert side.sharding.spec[1] == "tp"
         np.testing.assert_array_equal(bits(np.asarray(side)), bits(want))
 
@@ -173,7 +173,7 @@ def test_strided_slots():
     slots = torch.tensor(SLOTS).repeat_interleave(2).view(-1, 2)[:, 0]
     for backend in ("torch", "interpret"):
         got = torchkv.gather_slots([to_torch(c) for c in case.caches], slots, backend=backend)
-        for side, want in zip(got, wanted(case, np.array(SLOTS), "float32"), strict=True):
+        for side, want in zip(got, wanted_slots(case, np.array(SLOTS), "float32"), strict=True):
             np.testing.assert_array_equal(bits(from_torch(side)), bits(want))
 
 

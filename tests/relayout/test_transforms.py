@@ -1,0 +1,204 @@
+"""relayout under JAX's transformations and shardings, and as torch knows it."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxkv
+import torchkv
+from tests.cases.arrays import bits, from_torch
+from tests.cases.relayouts import PAIRS, SIZES, arrays_of, cache_of, memory_of, wanted
+
+PAIRS = np.array(PAIRS, np.int32)
+
+
+def two(rng, **extents):
+    source = arrays_of(rng, **(SIZES | dict(num_blocks=4, block_size=4) | extents))
+    return source, arrays_of(rng, **(SIZES | dict(num_blocks=5, block_size=3, layout="HND") | extents))
+
+
+def assert_same(cache, want):
+    for got, array in zip(memory_of(cache), want, strict=True):
+        np.testing.assert_array_equal(bits(got), bits(array))
+
+
+# ---- JAX
+
+
+@pytest.mark.parametrize("new", [{}, dict(kv_cache_dtype="fp8")], ids=["bits", "numbers"])
+@pytest.mark.parametrize("layers", [None, 2])
+def test_in_place_where_donated(layers, new):
+    source = jaxkv.PagedKVCache.create(**SIZES, num_blocks=64, block_size=16, num_layers=layers)
+    destination = jaxkv.PagedKVCache.create(**(SIZES | new), num_blocks=128, block_size=8, num_layers=layers)
+    step = jax.jit(lambda new, old, pairs: old.relayout(new, pairs), donate_argnums=0)
+    compiled = step.lower(destination, source, PAIRS).compile()
+    memory = compiled.memory_analysis()
+    nbytes = sum(array.nbytes for array in destination.caches)
+    assert memory.alias_size_in_bytes >= nbytes
+    assert memory.temp_size_in_bytes < nbytes // 2
+    before = [array.unsafe_buffer_pointer() for array in destination.caches]
+    got = compiled(destination, source, PAIRS)
+    assert [array.unsafe_buffer_pointer() for array in got.caches] == before
+
+
+@pytest.mark.parametrize("backend", ["xla", "interpret"])
+def test_vmap(backend):
+    source, destination = two(np.random.default_rng(0), num_layers=2)
+    old, new = cache_of(jaxkv, *source), cache_of(jaxkv, *destination)
+    pairs = np.stack([PAIRS, np.roll(PAIRS, 1, axis=1)])
+    got = jax.vmap(lambda some: old.relayout(new, some, backend=backend))(jnp.asarray(pairs))
+    for i, some in enumerate(pairs):
+        for array, want in zip(got.caches, wanted(source, destination, some), strict=True):
+            np.testing.assert_array_equal(bits(np.asarray(array[i])), bits(want))
+
+
+def test_scan_and_export_of_any_number_of_pairs():
+    source, destination = two(np.random.default_rng(1))
+    spec, target = source[0], destination[0]
+
+    def call(key, value, key_cache, value_cache, pairs):
+        old = jaxkv.PagedKVCache((key, value), spec)
+        return old.relayout(jaxkv.PagedKVCache((key_cache, value_cache), target), pairs).caches
+
+    arrays = [*source[1], *destination[1]]
+    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays]
+    n = jax.export.symbolic_shape("n, 2")
+    exported = jax.export.export(jax.jit(call))(*shapes, jax.ShapeDtypeStruct(n, np.int32))
+    for pairs in (PAIRS, PAIRS[:3]):
+        for got, want in zip(exported.call(*arrays, pairs), wanted(source, destination, pairs), strict=True):
+            np.testing.assert_array_equal(bits(np.asarray(got)), bits(want))
+    old, new = cache_of(jaxkv, *source), cache_of(jaxkv, *destination)
+    scanned, _ = jax.lax.scan(lambda new, some: (old.relayout(new, some[None]), None), new, jnp.asarray(PAIRS))
+    assert_same(scanned, wanted(source, destination, PAIRS))
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("per_token_head", [False, True])
+def test_heads_on_eight_devices(axis_type, per_token_head):
+    options = dict(kv_cache_dtype="int8", per_token_head=True) if per_token_head else {}
+    source, destination = two(np.random.default_rng(2), num_heads=8, num_layers=2, **options)
+    mesh = jax.make_mesh((8,), ("tp",), axis_types=(axis_type,))
+
+    def put(spec, arrays):
+        axes = [*spec.layout.arrays, *([a[:-1] for a in spec.scale_layout.arrays] if per_token_head else [])]
+        return cache_of(
+            jaxkv,
+            spec,
+            [
+                jax.device_put(array, NamedSharding(mesh, P(*("tp" if "head" in axis else None for axis in names))))
+                for array, names in zip(arrays, axes, strict=True)
+            ],
+        )
+
+    with jax.set_mesh(mesh):
+        old, new = put(*source), put(*destination)
+        pairs = jax.device_put(PAIRS, NamedSharding(mesh, P(None, None)))
+        step = jax.jit(lambda new, old, pairs: old.relayout(new, pairs), donate_argnums=0)
+        compiled = step.lower(new, old, pairs).compile()
+        got = compiled(new, old, pairs)
+    assert not re.findall(r"all-gather|all-reduce|all-to-all|collective-permute", compiled.as_text())
+    assert_same(got, wanted(source, destination, PAIRS))
+
+
+def test_splits_that_are_refused():
+    source, destination = two(np.random.default_rng(3), num_blocks=8)
+    mesh = jax.make_mesh((8,), ("tp",), axis_types=(AxisType.Auto,))
+    split = [jax.device_put(a, NamedSharding(mesh, P("tp"))) for a in destination[1]]
+    with pytest.raises(ValueError, match=r"^a cache may be split over heads only, got axis block split over tp"):
+        cache_of(jaxkv, *source).relayout(cache_of(jaxkv, destination[0], split), PAIRS)
+
+
+def test_no_gradients_in_jax():
+    source, destination = two(np.random.default_rng(4), dtype="float32")
+    old, new = cache_of(jaxkv, *source), cache_of(jaxkv, *destination)
+
+    def loss(key):
+        return jaxkv.PagedKVCache((key, old.caches[1]), old.spec).relayout(new, PAIRS).caches[0].sum()
+
+    with pytest.raises(NotImplementedError, match=r"^jaxkv.relayout is not differentiable"):
+        jax.grad(loss)(old.caches[0])
+
+
+# ---- torch
+
+
+def arguments(old, new, pairs):
+    return (
+        *new.caches, None, None, list(old.caches), pairs, "auto", new.spec.layout.pattern, None,
+        old.spec.layout.pattern, None, old.spec.head_size, None, None,
+    )  # fmt: skip
+
+
+def test_torch_knows_the_op():
+    source, destination = two(np.random.default_rng(5), dtype="float32")
+    old, new = cache_of(torchkv, *source), cache_of(torchkv, *destination)
+    op = torch.ops.torchkv.relayout.default
+    for pairs in (torch.tensor(PAIRS), None):
+        if pairs is None:
+            old = cache_of(
+                torchkv,
+                *arrays_of(np.random.default_rng(6), **SIZES | dict(dtype="float32"), num_blocks=2, block_size=4),
+            )
+        results = torch.library.opcheck(op, arguments(old, new, pairs))
+        assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("new", [{}, dict(kv_cache_dtype="fp8")], ids=["bits", "numbers"])
+def test_compiled_in_one_graph(new):
+    rng = np.random.default_rng(7)
+    source = arrays_of(rng, **SIZES, num_blocks=4, block_size=4, num_layers=2)
+    target = torchkv.PagedKVCache.create(**SIZES, **new, num_blocks=5, block_size=3, num_layers=2, layout="HND")
+    old, like = cache_of(torchkv, *source), cache_of(torchkv, target.spec, memory_of(target))
+    pairs = torch.tensor(PAIRS)
+
+    def step(key, value, key_cache, value_cache, pairs):
+        ours = torchkv.PagedKVCache((key, value), old.spec)
+        ours.relayout(torchkv.PagedKVCache((key_cache, value_cache), target.spec), pairs)
+
+    torch.compile(step, fullgraph=True, backend="aot_eager")(*old.caches, *target.caches, pairs)
+    old.relayout(like, pairs)
+    assert any(array.astype(np.float32).any() for array in memory_of(like))
+    assert_same(target, memory_of(like))
+
+
+def test_vmap_of_caches():
+    sets = [two(np.random.default_rng(8 + i)) for i in range(2)]
+    olds, news = ([cache_of(torchkv, *pair[i]) for pair in sets] for i in (0, 1))
+    stacks = [torch.stack([c.caches[i] for c in caches]) for caches in (olds, news) for i in (0, 1)]
+    spec, target = olds[0].spec, news[0].spec
+
+    def one(key, value, key_cache, value_cache):
+        torchkv.PagedKVCache((key, value), spec).relayout(
+            torchkv.PagedKVCache((key_cache, value_cache), target), torch.tensor(PAIRS)
+        )
+        return key_cache
+
+    torch.func.vmap(one)(*stacks)
+    for i, pair in enumerate(sets):
+        for got, want in zip(stacks[2:], wanted(*pair, PAIRS), strict=True):
+            np.testing.assert_array_equal(bits(from_torch(got[i])), bits(want))
+
+
+def test_no_gradients_in_torch():
+    source, destination = two(np.random.default_rng(10))
+    old, new = cache_of(torchkv, *source), cache_of(torchkv, *destination)
+    old.caches[0].requires_grad_()
+    with pytest.raises(NotImplementedError, match=r"^torchkv.relayout is not differentiable"):
+        old.relayout(new, torch.tensor(PAIRS))
+    with torch.no_grad():
+        old.relayout(new, torch.tensor(PAIRS))
+
+
+def test_versions_tell_autograd_what_changed():
+    source, destination = two(np.random.default_rng(11))
+    for backend in ("torch", "interpret"):
+        old, new = cache_of(torchkv, *source), cache_of(torchkv, *destination)
+        old.relayout(new, torch.tensor(PAIRS), backend=backend)
+        assert all(t._version > 0 for t in new.caches)
+        assert all(t._version == 0 for t in old.caches)
