@@ -65,7 +65,8 @@ class Writable:
             The new destination: the same memory, where it was donated or is not used again.
         """
         cache: Any = self  # a PagedKVCache, which can read and write, too
-        return relayout(cache, destination, pairs, requantise=requantise, backend=backend)
+        other: Any = destination
+        return relayout(cache, other, pairs, requantise=requantise, backend=backend)
 
     @property
     def _memory(self) -> tuple[jax.Array, ...]:

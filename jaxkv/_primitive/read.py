@@ -19,6 +19,7 @@ from jaxkv._primitive.base import batch_by, loop_over, lower_by_platform, make_p
 from jaxkv._primitive.sharding import Rule, bind_sharded, lower_by_heads
 from jaxkv._triton import interpret
 from jaxkv._views import Heads, array_of, sliced
+from jaxkv._xla import gather as xla_gather
 from jaxkv._xla import read as xla
 from kvcore.contract.read import Attention, Gather
 from kvcore.pattern import Axis
@@ -47,7 +48,7 @@ def _compute(
 ) -> tuple[jax.Array, ...]:
     if backend == "xla":
         if isinstance(call, Gather):
-            return xla.gather(call, options, operands)
+            return xla_gather.gather(call, options, operands)
         return xla.attention(call, options, sliced(operands))
     if backend == "interpret":
         return interpret.read(call, options, operands)

@@ -10,7 +10,7 @@ from kvcore.contract.cache import Cache, CacheArguments, check_cache
 from kvcore.contract.checks import check_devices, check_indices
 from kvcore.formats import DS_MLA_ROW
 from kvcore.layout import CacheLayout
-from kvcore.placement import Address
+from kvcore.placement import Address, Placement
 
 
 class Run(NamedTuple):
@@ -63,14 +63,14 @@ class Relayout(NamedTuple):
             sides = (0,)
         runs = []
         for side in sides:
-            addresses = tuple(cache.placement[1 + side] for cache in both)
+            addresses = tuple(_address(cache.placement, side) for cache in both)
             units = (extents.head_units, extents.head_units_v)[side] if self.source.rope is None else DS_MLA_ROW
             runs.append(self._run(tuple(_array(cache, side) for cache in both), addresses, units, bits))
         if self.source.scales is None or self.source.rope is not None:
             return tuple(runs)
         for side in sides:
             scales = [cache.scales for cache in both if cache.scales is not None]
-            addresses = tuple(s.placement[1 + side] for s in scales)
+            addresses = tuple(_address(s.placement, side) for s in scales)
             units = (scales[0].placement.extents.head_units, scales[0].placement.extents.head_units_v)[side]
             arrays = tuple(
                 _array(cache, side) if s.inside else len(cache.layout.arrays) + side
@@ -148,6 +148,10 @@ def _scale_kind(cache: Cache) -> str:
     if cache.scales is None:
         return "of tensors or heads"
     return "among elements" if cache.scales.inside else "of each token and head"
+
+
+def _address(placement: Placement, side: int) -> Address:
+    return placement.value if side else placement.key
 
 
 def _array(cache: Cache, side: int) -> int:

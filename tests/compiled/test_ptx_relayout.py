@@ -12,7 +12,7 @@ from kvcore.plan.kernel import Target
 from kvcore.plan.relayout import POINTERS, arguments, plan_relayout
 from kvcore.run.compiler import compile_kernel
 from tests.cases.hopper_ptx import ptxas, spilled
-from tests.compiled.test_ptx_blocks import TARGETS, accesses
+from tests.cases.widths import TARGETS, accesses
 
 
 def describe(source="NHD", destination="HND", n=4096, num_layers=None, pairs=True, dtype="bfloat16", target_size=32):

@@ -14,11 +14,11 @@ import jaxkv
 import torchkv
 from kvcore.layout import CONSTANTS as LAYOUTS
 from kvcore.oracle import read as oracle
-from tests.cases.arrays import DTYPES, bits, from_torch, to_torch
+from tests.cases.arrays import bits, from_torch, to_torch
+from tests.cases.gathers import SLOTS, read_slots, wanted_slots
 from tests.cases.reads import make_read
 from tests.cases.torch_ops import gather_arguments
 
-SLOTS = (3, -1, 0, 11, 10**9, 17, 11, -(2**31), 5)
 MODULES = {
     "jax xla": (jaxkv, jnp.asarray, np.asarray, "xla"),
     "jax interpret": (jaxkv, jnp.asarray, np.asarray, "interpret"),
@@ -27,29 +27,11 @@ MODULES = {
 }
 
 
-def wanted_slots(case, slots, dtype):
-    return oracle.gather_slots(
-        case.caches, slots, dtype=DTYPES[dtype], head_size=case.query.shape[2], head_size_v=case.head_size_v,
-        **case.options,
-    )  # fmt: skip
-
-
-def read(case, slots, dtype, module, convert, back, backend):
-    caches = [convert(c) for c in case.caches]
-    options = {k: convert(v) if isinstance(v, np.ndarray) else v for k, v in case.options.items()}
-    head_size_v = case.head_size_v if case.layout.latent else None
-    out = module.gather_slots(
-        caches[0] if len(caches) == 1 else caches, convert(slots), dtype=dtype, head_size=case.query.shape[2],
-        head_size_v=head_size_v, backend=backend, **options,
-    )  # fmt: skip
-    return [back(x) for x in out]
-
-
 def assert_reads(case, dtype="bfloat16", slots=SLOTS, index_dtype=np.int32):
     slots = np.array(slots, index_dtype)
     want = wanted_slots(case, slots, dtype)
     for name, way in MODULES.items():
-        for got, array in zip(read(case, slots, dtype, *way), want, strict=True):
+        for got, array in zip(read_slots(case, slots, dtype, *way), want, strict=True):
             assert got.shape == array.shape
             np.testing.assert_array_equal(bits(got), bits(array), err_msg=name)
     return want

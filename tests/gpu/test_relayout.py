@@ -6,11 +6,10 @@ import pytest
 from kvcore.layout import CONSTANTS as LAYOUTS
 from kvcore.layout import CacheLayout
 from tests.cases.arrays import bits
+from tests.cases.gathers import SLOTS, read_slots, wanted_slots
 from tests.cases.gpu import DEVICE, HAS_GPU, captured
 from tests.cases.reads import make_read
 from tests.cases.relayouts import FORMATS, PAIRS, SIZES, arrays_of, assert_moves, cache_of, memory_of, wanted
-from tests.gather.test_slots import SLOTS, wanted_slots
-from tests.gather.test_slots import read as read_slots
 
 pytestmark = pytest.mark.gpu
 
