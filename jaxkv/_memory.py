@@ -33,7 +33,7 @@ def allocate(
         check_options(spec.kv_cache_dtype, *scales, None, None, BACKENDS)
         for name, scale in zip(("k_scale", "v_scale"), scales, strict=True):
             if scale is not None:
-                check_scale(name, spec_of(scale), spec.num_heads)
+                check_scale(name, spec_of(scale), spec.num_heads, spec.num_layers)
         return caches, jax.tree.map(jnp.asarray, scales)
     shardings = [sharding] * 2
     if isinstance(sharding, NamedSharding):

@@ -14,10 +14,10 @@ from jax.sharding import PartitionSpec as P
 
 from jaxkv._call import CacheOperands, CacheOptions
 from jaxkv._views import Heads
+from kvcore import scales
 from kvcore.contract.views import groups_error, split_error
 from kvcore.formats import NVFP4
 from kvcore.pattern import Axis
-from kvcore.scales import region_start
 
 
 def used_spec(sharding: NamedSharding) -> P:
@@ -154,10 +154,7 @@ def _split_blocks_error(axis: Axis, split: Any) -> ValueError:
 
 def heads_share_regions(options: CacheOptions) -> bool:
     """Whether blocks hold the elements of all heads, then the scales of all, so that no part of one has some heads."""
-    if options.kv_cache_dtype != NVFP4.name:
-        return False
-    regions = (axes[region_start(axes) :] for axes in options.layout.arrays)
-    return any("head" in axis for region in regions for axis in region)
+    return options.kv_cache_dtype == NVFP4.name and scales.heads_share_regions(options.layout)
 
 
 # ---- specs
@@ -192,6 +189,24 @@ def head_factor(rows: Any, factor: str | None) -> Any:
     """As `head_specs`, for a factor of heads in place of mesh axes: without it where no axis has one entry a head."""
     one_a_head = not isinstance(rows, Heads) or rows.num_groups == rows.shape[1]
     return head_specs(rows, factor if one_a_head else None)
+
+
+def query_mesh_axes(mesh_axes: Any, spec: P, query: Any, num_heads: int) -> Any:
+    """The mesh axes over which attention splits query heads: those of the KV heads, `mesh_axes`, and maybe more.
+
+    Devices that have one KV head may have it in common, and take query heads of their own.
+
+    Args:
+        mesh_axes: Over which the KV heads of the cache are split; None if they are not.
+        spec: That query has.
+        query: An array with a mesh.
+        num_heads: KV heads of the cache.
+    """
+    present, needed = _names((*spec, None, None)[1]), _names(mesh_axes)
+    mesh = jax.typeof(query).sharding.mesh
+    if present[: len(needed)] == needed and num_heads == (_num_devices(mesh, mesh_axes) if needed else 1):
+        return present if len(present) > 1 else present[0] if present else None
+    return mesh_axes
 
 
 def check_views(operands: Any, specs: Any, mesh_axes: Any) -> None:
@@ -251,10 +266,17 @@ def _views(operands: Any) -> list[tuple[str, Heads]]:
 
 def _num_devices(mesh: Any, mesh_axes: Any) -> int:
     """Devices along mesh axes."""
-    names = mesh_axes if isinstance(mesh_axes, tuple) else () if mesh_axes is None else (mesh_axes,)
-    return math.prod(mesh.shape[name] for name in names)
+    return math.prod(mesh.shape[name] for name in _names(mesh_axes))
+
+
+def _names(mesh_axes: Any) -> tuple[str, ...]:
+    """Mesh axes as a tuple of their names."""
+    return mesh_axes if isinstance(mesh_axes, tuple) else () if mesh_axes is None else (mesh_axes,)
 
 
 def _scale_spec(scale: Any | None, mesh_axes: Any) -> P | None:
     """The spec of a static scale: where each head has one, they are split with the heads."""
-    return None if scale is None else P(mesh_axes if scale.shape[0] > 1 else None)
+    if scale is None:
+        return None
+    *layers, heads = scale.shape
+    return P(*(None for _ in layers), mesh_axes if heads > 1 else None)

@@ -10,7 +10,7 @@ from jaxkv._call import spec_of
 from jaxkv._views import as_head, split_columns
 from jaxkv._write import as_memory, write_caches
 from kvcore.choices import JaxBackend, KVCacheDtype
-from kvcore.contract.checks import check_options, check_scale, check_scale_type
+from kvcore.contract.checks import check_options, check_scale_type
 from kvcore.contract.write import check_mla, in_latent_order, split_of_latent, with_latent_head
 from kvcore.formats import DS_MLA_ROPE
 from kvcore.layout import CacheLayout
@@ -84,8 +84,8 @@ def concat_and_cache_mla(
             float32 scale for each group of 128 of them, and k_pe in bfloat16, or zeros where it has no columns. Such a
             scale is the first power of two not below `absmax / 448` and 1e-4, as in vLLM. NaN counts as 0 for absmax,
             and is stored as NaN; with an infinity among the 128, the scale is infinite, and all are read as NaN.
-        scale: What elements are divided by: float32 of one element, also traced; or a number. None means 1. Not read
-            for "auto" and "fp8_ds_mla".
+        scale: What elements are divided by: float32 of one element, or `[num_layers, 1]`, of which the layer's counts,
+            also traced; or a number. None means 1. Not read for "auto" and "fp8_ds_mla".
         layer: Index into kv_cache's first axis. A traced integer is read by the kernel; out of range there, nothing is
             written.
         backend: None runs "triton" on CUDA and ROCm, "xla" elsewhere. "interpret" runs the Triton kernel in its
@@ -129,9 +129,10 @@ def write_latent(
     check_scale_type("scale", scale)
     kv_c, k_pe, kv_cache = as_rows(kv_c), as_rows(k_pe), as_memory(kv_cache)
     spec = spec_of(kv_cache)
-    check_mla(spec_of(kv_c), spec_of(k_pe), in_latent_order(layout, spec), kv_cache_dtype, layer)
-    if scale is not None:
-        check_scale("scale", spec_of(scale), 1)
+    check_mla(
+        spec_of(kv_c), spec_of(k_pe), in_latent_order(layout, spec), kv_cache_dtype, layer,
+        scale=None if scale is None else spec_of(scale),
+    )  # fmt: skip
     if not k_pe.shape[1]:
         if kv_cache_dtype == "fp8_ds_mla":
             k_pe = jnp.zeros((k_pe.shape[0], DS_MLA_ROPE), k_pe.dtype)

@@ -132,8 +132,9 @@ def paged_attention(
         soft_cap: A logit x becomes `soft_cap * tanh(x / soft_cap)`; None or 0 means no cap.
         sinks: `[num_q_heads]`: one more logit of each head in the softmax's denominator.
         kv_cache_dtype: "auto", or the format in which the cache was written.
-        k_scale: What quantised keys are multiplied by: float32 of one element, or one a head, `[num_heads]`, or a
-            number; None means 1. Or the scale cache (array or Ref) of a `…_per_token_head_quant`, then for both.
+        k_scale: What quantised keys are multiplied by: float32 of one element, `[num_heads]`, `[num_layers, 1]` or
+            `[num_layers, num_heads]`, of which the layer's count, or a number; None means 1. Or the scale cache
+            (array or Ref) of a `…_per_token_head_quant`, then for both.
         v_scale: What quantised values are multiplied by, of the same kind.
         layout: Pattern, constant's name or `CacheLayout`. None means NHD, or head-major where key_cache has an axis
             more; for one array `block slot head k+v`, or `block slot latent` where it has 3 axes (4 with `layer`).
@@ -216,8 +217,9 @@ def gather_kv(
         max_len: Positions of a sequence in the result.
         dtype: float16, bfloat16 or float32; None means the cache's own, or bfloat16 where it is quantised.
         kv_cache_dtype: "auto", or the format in which the cache was written.
-        k_scale: What quantised keys are multiplied by: float32 of one element, or one a head, `[num_heads]`, or a
-            number; None means 1. Or the scale cache (array or Ref) of a `…_per_token_head_quant`, then for both.
+        k_scale: What quantised keys are multiplied by: float32 of one element, `[num_heads]`, `[num_layers, 1]` or
+            `[num_layers, num_heads]`, of which the layer's count, or a number; None means 1. Or the scale cache
+            (array or Ref) of a `…_per_token_head_quant`, then for both.
         v_scale: What quantised values are multiplied by, of the same kind.
         layout: Pattern, constant's name or `CacheLayout`. None means NHD, or head-major where key_cache has an axis
             more; for one array `block slot head k+v`, or `block slot latent` where it has 3 axes (4 with `layer`).

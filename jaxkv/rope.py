@@ -134,8 +134,8 @@ def rope_and_cache(
         eps: What is added to the mean of the squares.
         kv_cache_dtype: "auto", or the format to store, as with `reshape_and_cache_flash`; with scale caches, as with
             `reshape_and_cache_flash_per_token_head_quant`; of MLA, as with `concat_and_cache_mla`.
-        k_scale: What keys are divided by: float32 of one element or one a head, `[num_heads]`, or a number. Of MLA,
-            for the whole row.
+        k_scale: What keys are divided by: float32 of one element, `[num_heads]`, `[num_layers, 1]` or `[num_layers,
+            num_heads]`, of which the layer's count, or a number. Of MLA, for the whole row.
         v_scale: What values are divided by; of the same shapes.
         layout: Pattern, constant's name or `CacheLayout`. None means NHD, or head-major where key_cache has an axis
             more; for one array `block slot head k+v`, or `block slot latent` where it has 3 axes (4 with `layer`).

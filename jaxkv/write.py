@@ -80,8 +80,9 @@ def reshape_and_cache_flash(
             uint8, two elements a byte, and a scale in e4m3 for each group of 16 elements of a head:
             `b = absmax / 6 / scale`. Elements are multiplied by `1 / (b * scale)`. In each block, or its part of K or
             of V, all elements lie before all these scales.
-        k_scale: float32 of one element, or one a head, `[num_heads]`, also traced; or a number. None means 1. Unused
-            with "auto". `kv_scales` computes good ones. Zero, negative numbers and NaN divide as IEEE 754 has it.
+        k_scale: float32 of one element, `[num_heads]`, `[num_layers, 1]` or `[num_layers, num_heads]`, of which the
+            layer's count, also traced; or a number. None means 1. Unused with "auto". `kv_scales` computes good ones.
+            Zero, negative numbers and NaN divide as IEEE 754 has it.
         v_scale: What value is divided by; of the same shapes.
         layout: Pattern, constant's name or `CacheLayout`. None means NHD, or head-major where key_cache has an axis
             more (`[num_blocks, num_heads, head_size / x, block_size, x]`).
@@ -171,8 +172,9 @@ def reshape_and_cache_flash_diffkv(
             uint8, two elements a byte, and a scale in e4m3 for each group of 16 elements of a head:
             `b = absmax / 6 / scale`. Elements are multiplied by `1 / (b * scale)`. In each block, or its part of K or
             of V, all elements lie before all these scales.
-        k_scale: float32 of one element, or one a head, `[num_heads]`, also traced; or a number. None means 1. Unused
-            with "auto". `kv_scales` computes good ones. Zero, negative numbers and NaN divide as IEEE 754 has it.
+        k_scale: float32 of one element, `[num_heads]`, `[num_layers, 1]` or `[num_layers, num_heads]`, of which the
+            layer's count, also traced; or a number. None means 1. Unused with "auto". `kv_scales` computes good ones.
+            Zero, negative numbers and NaN divide as IEEE 754 has it.
         v_scale: What value is divided by; of the same shapes.
         layout: Pattern, constant's name or `CacheLayout`, of a single array. None means `block slot head k+v`:
             `[num_blocks, block_size, num_heads, head_size + head_size_v]`.

@@ -19,7 +19,7 @@ from functools import cached_property, lru_cache
 from typing import ClassVar
 
 from kvcore.arrays import check_integers, contiguous_strides, python_integers
-from kvcore.pattern import AXES, CONSTANTS, VLLM, Axis, from_json, parse, spell, to_json, validate
+from kvcore.pattern import AXES, CONSTANTS, VLLM, Axis, MeshAxes, from_json, mesh_axes, parse, spell, to_json, validate
 from kvcore.placement import Placement, place
 
 
@@ -150,6 +150,21 @@ class CacheLayout:
         if self.has_layer:
             return self
         return CacheLayout(", ".join(f"layer {p.strip()}" for p in self.pattern.split(",")))
+
+    def partition_spec(
+        self, *, heads: MeshAxes = None, blocks: MeshAxes = None, layers: MeshAxes = None
+    ) -> tuple[tuple[MeshAxes, ...], ...]:
+        """The mesh axes over which each array is split: of each axis, as `jax.sharding.PartitionSpec(*spec)` takes it.
+
+        Arguments are mesh axes, by name; None: not split. A latent row has no heads, and every device has the whole.
+
+        Raises:
+            ValueError: the layout has no such axis, or has it joined with another that varies slower.
+
+        >>> CacheLayout.HND.with_layer().partition_spec(heads="tp", layers="pp")[0]
+        ('pp', None, 'tp', None, None)
+        """
+        return tuple(mesh_axes(self.pattern, axes, head=heads, block=blocks, layer=layers) for axes in self.arrays)
 
     def shapes(
         self,

@@ -17,6 +17,9 @@ _WORD = re.compile(r"[^\s(),]+")  # what may stand for an axis's name in a patte
 Axis = tuple[str, ...]
 """One axis of an array: a single name, or `kv` and another name in the order in which they vary."""
 
+MeshAxes = str | tuple[str, ...] | None
+"""What an axis of an array is split over: an axis of a device mesh, by its name, or several, or nothing."""
+
 CONSTANTS = {
     "NHD": "block slot head dim",
     "HND": "block head slot dim",
@@ -127,3 +130,26 @@ def validate(pattern: str, arrays: tuple[tuple[Axis, ...], ...]) -> None:
                 raise ValueError(f"layout '{pattern}' may join only kv with one other axis, got ({' '.join(axis)})")
     if len({"layer" in [name for axis in axes for name in axis] for axes in arrays}) > 1:
         raise ValueError(f"layout '{pattern}' must name axis layer for both arrays or for none")
+
+
+def mesh_axes(pattern: str, axes: Sequence[Axis], **split: MeshAxes) -> tuple[MeshAxes, ...]:
+    """What each axis of an array is split over.
+
+    Args:
+        pattern: Of the layout, for errors.
+        axes: Of the array.
+        **split: Mesh axes of the axes head, block and layer.
+
+    Raises:
+        ValueError: the array has no such axis, unless that is `head` of an array of latents; or has it after `kv` in a
+            joined axis, whose parts would be those of K and of V.
+    """
+    known = {axis[0]: index for index, axis in enumerate(axes)}
+    spec: list[MeshAxes] = [None] * len(axes)
+    for name, over in split.items():
+        if over is None or (name == "head" and "latent" in known):
+            continue
+        if name not in known:
+            raise ValueError(f"layout '{pattern}' must have an axis {name} to be split over {over!r}, got none")
+        spec[known[name]] = over
+    return tuple(spec)

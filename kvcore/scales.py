@@ -167,6 +167,12 @@ def region_start(axes: Sequence[Axis]) -> int:
     return 1 + max(i for i, axis in enumerate(axes) if {"layer", "block", "kv"}.issuperset(axis))
 
 
+def heads_share_regions(layout: CacheLayout) -> bool:
+    """Whether blocks of nvfp4 have the elements of all heads, then all scales: then no part of one has some heads."""
+    regions = (axes[region_start(axes) :] for axes in layout.arrays)
+    return any("head" in axis for region in regions for axis in region)
+
+
 def _place_nvfp4(
     layout: CacheLayout,
     caches: Sequence[ArraySpec],

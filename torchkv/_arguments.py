@@ -1,5 +1,6 @@
 """What users may pass: tensors, numbers and layouts as the ops' schemas and the contract can have them."""
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_batchedtensor
 from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
 
 from kvcore.arrays import ArraySpec
 from kvcore.contract.cache import check_cache_count, stored_dtype_error
@@ -180,6 +182,11 @@ def explain(op: Any, arguments: Sequence[Any]) -> None:
     Raises:
         TypeError: an argument is of a wrong type.
     """
+    if "torch.distributed.tensor" in sys.modules and "torchkv.distributed" not in sys.modules:
+        from torch.distributed.tensor import DTensor
+
+        if any(isinstance(argument, DTensor) for argument in pytree.tree_leaves(arguments)):
+            raise TypeError("DTensors need torchkv.distributed, which must be imported, got it not imported")
     if torch.compiler.is_compiling():  # dynamo cannot trace schemas; its own error has the reason
         return
     for parameter, argument in zip(op._schema.arguments, arguments, strict=False):

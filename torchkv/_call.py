@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvcore.arrays import ArraySpec, array_names, with_unit_axis
 from kvcore.contract.cache import CacheArguments, check_cache_address
-from kvcore.contract.checks import check_devices, check_result, check_scale
+from kvcore.contract.checks import check_devices, check_result
 from kvcore.contract.read import (
     Attention,
     AttentionOptions,
@@ -103,9 +103,7 @@ class WriteCall(NamedTuple):
         cache = self.cache_arguments
         if self.latent:
             kv_cache, scale = cache.caches[0], cache.k_scale
-            check_mla(key, value, kv_cache, self.kv_cache_dtype, cache.layer)
-            if scale is not None:
-                check_scale("scale", scale, num_heads=1)
+            check_mla(key, value, kv_cache, self.kv_cache_dtype, cache.layer, scale=scale)
             check_devices([("kv_c", key), ("k_pe", value), ("scale", scale)], "kv_cache", kv_cache)
             key, value = with_unit_axis(key, 1), with_unit_axis(value, 1)
             if self.kv_cache_dtype != "fp8_ds_mla":  # whose layout has no axis head either

@@ -20,8 +20,8 @@ class PagedKVCache(Described, Readable, Writable, Stateful):
     Attributes:
         caches: `(key_cache, value_cache)`, or `(kv_cache,)` for layouts that hold both.
         spec: Extents, layout and formats.
-        k_scale: What quantised keys were divided by: float32 of one element or `[num_heads]`, or None for 1; with
-            per_token_head the scale cache, which `write` updates, too.
+        k_scale: What quantised keys were divided by: float32 as `create` takes it, or None for 1; with per_token_head
+            the scale cache, which `write` updates, too.
         v_scale: What quantised values were divided by, of the same kind. None where values are a part of the keys.
 
     Example:
@@ -78,8 +78,8 @@ class PagedKVCache(Described, Readable, Writable, Stateful):
             layout: Pattern, constant's name or `CacheLayout`; an axis `layer` is put in front where it lacks one.
             kv_cache_dtype: What is stored: "auto" for elements of dtype, or a format that `reshape_and_cache_flash`
                 knows; with the layout `block slot latent`, that `concat_and_cache_mla` knows.
-            k_scale: What quantised keys are divided by: float32 of one element or `[num_heads]`, or a number; None
-                means 1. `kv_scales` computes good ones.
+            k_scale: What quantised keys are divided by: float32 of one element, `[num_heads]`, `[num_layers, 1]` or
+                `[num_layers, num_heads]`, or a number; None means 1. `kv_scales` computes good ones.
             v_scale: The same for quantised values. With `block slot latent`, k_scale is for both.
             per_token_head: Whether each head of a token has a scale of its own, which `write` computes.
             scale_layout: With these, the pattern of the scale caches; None means `block slot head`, or

@@ -52,8 +52,9 @@ def concat_and_cache_mla(
             and is stored as NaN; with an infinity among the 128, the scale is infinite, and all are read as NaN. Such a
             cache begins at a multiple of 4 bytes. vLLM's names are understood, too: "bfloat16", "float16", "half",
             "float32" and "float" are "auto" for caches of that dtype, "fp8_inc" is "fp8".
-        scale: What elements are divided by: float32 of one element, on the cache's device; or a number, of which each
-            call makes a tensor. None means 1. Not read for "auto" and "fp8_ds_mla".
+        scale: What elements are divided by: float32 of one element, or `[num_layers, 1]`, of which the layer's counts,
+            on the cache's device; or a number, of which each call makes a tensor. None means 1. Not read for "auto" and
+            "fp8_ds_mla".
         skip_scale: Whether scale is not read, and counts as 1, as in vLLM.
         layer: Index into kv_cache's first axis. A Tensor of one integer, on the cache's device, is read by the kernel;
             out of range there, nothing is written.

@@ -53,9 +53,9 @@ def reshape_and_cache_flash(
             `b = absmax / 6 / scale`. Elements are multiplied by `1 / (b * scale)`. In each block, or its part of K or
             of V, all elements lie before all these scales. vLLM's names are understood, too: "bfloat16", "float16",
             "half", "float32" and "float" are "auto" for caches of that dtype, "fp8_inc" is "fp8".
-        k_scale: float32 of one element, or one a head, `[num_heads]`, on the caches' device; or a number, of which each
-            call makes a tensor. None means 1. Unused with "auto". `kv_scales` computes good ones. Zero, negative
-            numbers and NaN divide as IEEE 754 has it.
+        k_scale: float32 of one element, `[num_heads]`, `[num_layers, 1]` or `[num_layers, num_heads]`, of which the
+            layer's count, on the caches' device; or a number, of which each call makes a tensor. None means 1. Unused
+            with "auto". `kv_scales` computes good ones. Zero, negative numbers and NaN divide as IEEE 754 has it.
         v_scale: What value is divided by; of the same shapes.
         layout: Pattern, constant's name or `CacheLayout`. None means NHD, or head-major where key_cache has an axis
             more (`[num_blocks, num_heads, head_size / x, block_size, x]`).
@@ -120,9 +120,9 @@ def reshape_and_cache_flash_diffkv(
             `b = absmax / 6 / scale`. Elements are multiplied by `1 / (b * scale)`. In each block, or its part of K or
             of V, all elements lie before all these scales. vLLM's names are understood, too: "bfloat16", "float16",
             "half", "float32" and "float" are "auto" for caches of that dtype, "fp8_inc" is "fp8".
-        k_scale: float32 of one element, or one a head, `[num_heads]`, on the caches' device; or a number, of which each
-            call makes a tensor. None means 1. Unused with "auto". `kv_scales` computes good ones. Zero, negative
-            numbers and NaN divide as IEEE 754 has it.
+        k_scale: float32 of one element, `[num_heads]`, `[num_layers, 1]` or `[num_layers, num_heads]`, of which the
+            layer's count, on the caches' device; or a number, of which each call makes a tensor. None means 1. Unused
+            with "auto". `kv_scales` computes good ones. Zero, negative numbers and NaN divide as IEEE 754 has it.
         v_scale: What value is divided by; of the same shapes.
         layout: Pattern, constant's name or `CacheLayout`, of a single tensor. None means `block slot head k+v`:
             `[num_blocks, block_size, num_heads, head_size + head_size_v]`.

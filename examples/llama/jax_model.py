@@ -1,7 +1,6 @@
 """Llama in JAX: prefill, and a decode loop that is one program."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ from jax import Array, lax
 from jaxkv import PagedKVCache, heads
 
 from .gguf_model import LlamaConfig, LlamaModel
+from .jax_parts import Devices
 
 Weights = dict[str, Any]
 
@@ -27,40 +27,57 @@ class State(NamedTuple):
     cache: PagedKVCache
 
 
-def load_weights(model: LlamaModel, dtype: str) -> Weights:
-    """Carries the weights to the default device, matrices of the layers as [in, out].
+def load_weights(model: LlamaModel, dtype: str, devices: Devices) -> Weights:
+    """Carries the weights to the devices, matrices of the layers as [in, ...].
 
     XLA multiplies a few rows by [in, out] up to twice as fast as by [out, in] on a CPU (`x @ w`, 4 rows,
     gate_up: 12 ms for 30 layers against 25). The embedding stays as it is: it is a table of rows first, and
     the head too. The layers' norms are one array; their matrices are not, see `multiply`.
+
+    The queries, the key and the value of a KV head are together, [hidden, num_kv_heads, q_per_kv + 2, head_size], so
+    that devices with some of the heads have a part in one piece; so are the MLP's gate and up, [hidden, 2, mlp].
     """
+    config = model.config
+    group, size, hidden = config.num_heads // config.num_kv_heads, config.head_size, config.hidden_size
+    more = devices.config(config).num_kv_heads - config.num_kv_heads  # heads of zeros
 
     def put(array: np.ndarray) -> Array:
-        return jnp.asarray(array, dtype)
+        return devices.put(jnp.asarray(array, dtype))
+
+    def matrices(name: str, arrays: Iterable[np.ndarray]) -> list[Array]:
+        return [devices.put_matrix(name, jnp.asarray(array, dtype)) for array in arrays]
+
+    def grouped(qkv: np.ndarray) -> np.ndarray:
+        query, key, value = np.split(qkv.T, [group * size * config.num_kv_heads, -size * config.num_kv_heads], axis=1)
+        parts = (part.reshape(hidden, config.num_kv_heads, -1, size) for part in (query, key, value))
+        return np.pad(np.concatenate(list(parts), axis=2), ((0, 0), (0, more), (0, 0), (0, 0)))
 
     layers = {
         "attention_norm": put(np.stack([layer.attention_norm for layer in model.layers])),
-        "qkv": [put(layer.qkv.T) for layer in model.layers],
-        "attention_out": [put(layer.attention_out.T) for layer in model.layers],
+        "qkv": matrices("qkv", (grouped(layer.qkv) for layer in model.layers)),
+        "attention_out": matrices(
+            "attention_out",
+            (np.pad(layer.attention_out.T, ((0, more * group * size), (0, 0))) for layer in model.layers),
+        ),
         "mlp_norm": put(np.stack([layer.mlp_norm for layer in model.layers])),
-        "gate_up": [put(layer.gate_up.T) for layer in model.layers],
-        "down": [put(layer.down.T) for layer in model.layers],
+        "gate_up": matrices("gate_up", (layer.gate_up.T.reshape(hidden, 2, -1) for layer in model.layers)),
+        "down": matrices("down", (layer.down.T for layer in model.layers)),
     }
     weights = {"embedding": put(model.embedding), "layers": layers, "final_norm": put(model.final_norm)}
     if model.head is not None:
-        weights["head"] = put(model.head)
+        weights["head"] = devices.put_matrix("head", jnp.asarray(model.head, dtype))
     return weights
 
 
 def multiply(x: Array, matrices: Sequence[Array], index: int | Array) -> Array:
-    """Multiplies x [..., in] by the matrix [in, out] of one layer: [..., out].
+    """Multiplies x [..., in] by the matrix [in, ...] of one layer: [..., ...].
 
     In a loop over layers, the index is traced, and a slice of stacked matrices would be a copy of a layer's weights:
     twice the time of a step on a CPU. A branch for each layer uses them where they lie.
     """
     if isinstance(index, int):
-        return x @ matrices[index]
-    return lax.switch(index, [partial(jnp.matmul, b=matrix) for matrix in matrices], x)
+        return jnp.tensordot(x, matrices[index], axes=1)
+    return lax.switch(index, [partial(jnp.tensordot, b=matrix, axes=1) for matrix in matrices], x)
 
 
 def rms_norm(x: Array, weight: Array, epsilon: float) -> Array:
@@ -87,8 +104,7 @@ def forward(
         Hidden states [B, T, hidden], not yet normalised, and the cache.
     """
     batch, count = tokens.shape
-    query_end, key_end = config.num_heads, config.num_heads + config.num_kv_heads
-    value_end = key_end + config.num_kv_heads
+    group = config.num_heads // config.num_kv_heads
     block_size = cache.spec.block_size
     blocks = jnp.take_along_axis(tables, positions // block_size, axis=1)
     slots = jnp.where(written, blocks * block_size + positions % block_size, -1).reshape(-1)
@@ -96,24 +112,21 @@ def forward(
     seq_lens = positions[:, -1] + 1
     starts = None if count == 1 else jnp.arange(batch + 1) * count
     places, cos_sin = positions.reshape(-1), weights["cos_sin"]
-    layers, scales = weights["layers"], weights["scales"]
+    layers = weights["layers"]
 
     def one_layer(carry: tuple[Array, PagedKVCache], index: int | Array) -> tuple[tuple[Array, PagedKVCache], None]:
         x, cache = carry
-        if scales is not None:
-            cache = replace(cache, k_scale=scales[0][index], v_scale=scales[1][index])
         normed = rms_norm(x, layers["attention_norm"][index], config.norm_epsilon)
-        qkv = multiply(normed, layers["qkv"], index).reshape(batch * count, value_end, config.head_size)
+        qkv = multiply(normed, layers["qkv"], index)
+        qkv = qkv.reshape(batch * count, config.num_kv_heads, group + 2, config.head_size)
         # Views: kernels read queries, keys and values where the projection has them.
-        query, key, value = heads(qkv, 0, query_end), heads(qkv, query_end, key_end), heads(qkv, key_end, value_end)
+        query, key, value = heads(qkv, 0, group), heads(qkv, group, group + 1), heads(qkv, group + 1, group + 2)
         query, cache = cache.rope_and_cache(query, key, value, places, cos_sin, slots, rope="neox", layer=index)
         mixed = cache.attend(query, tables, seq_lens, query_start_loc=starts, layer=index)
         x = x + multiply(mixed.reshape(batch, count, -1), layers["attention_out"], index)
         normed = rms_norm(x, layers["mlp_norm"][index], config.norm_epsilon)
-        gate, up = jnp.split(multiply(normed, layers["gate_up"], index), 2, axis=-1)
-        x = x + multiply(jax.nn.silu(gate) * up, layers["down"], index)
-        if scales is not None:  # a loop's carry ends as it began
-            cache = replace(cache, k_scale=None, v_scale=None)
+        gate_up = multiply(normed, layers["gate_up"], index)
+        x = x + multiply(jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :], layers["down"], index)
         return (x, cache), None
 
     carry = weights["embedding"][tokens], cache

@@ -15,24 +15,30 @@ from kvcore.choices import Granularity, ScaledDtype
 
 from . import jax_model
 from .gguf_model import LlamaModel
+from .jax_parts import Devices
 from .paging import Batch
 from .session import Progress, Sampling, Scales, cache_arguments, piece_length
 
 
 class JaxLlama:
-    """A model on JAX's default device, and the programs compiled for it so far.
+    """A model on JAX's default device or on several, and the programs compiled for it so far.
 
     Args:
         model: The model.
         dtype: Of weights and activations: "float32", "bfloat16" or "float16".
+        tp: Devices that share heads, MLPs and vocabulary.
+
+    Raises:
+        InputError: there are fewer devices, or they cannot divide the model.
     """
 
     framework = "jax"
 
-    def __init__(self, model: LlamaModel, dtype: str = "float32"):
-        self.model, self.dtype = model, dtype
-        self.weights = jax_model.load_weights(model, dtype)
-        self.device = str(jax.devices()[0].device_kind)
+    def __init__(self, model: LlamaModel, dtype: str = "float32", tp: int = 1):
+        self.model, self.dtype, self.devices = model, dtype, Devices(tp)
+        self.config = self.devices.config(model.config)
+        self.weights = jax_model.load_weights(model, dtype, self.devices)
+        self.device = ("" if tp == 1 else f"{tp} × ") + str(jax.devices()[0].device_kind)
         self._programs: dict[tuple[Any, ...], Compiled] = {}
 
     @staticmethod
@@ -54,7 +60,7 @@ class JaxLlama:
             batch: Prompts and blocks.
             layout: Of the cache.
             kv_cache_dtype: What the cache holds.
-            scales: Static scales of each layer's keys and values, from `calibrate`. None: each token's head has a scale
+            scales: Static scales of all layers' keys and values, from `calibrate`. None: each token's head has a scale
                 of its own, where the cache is quantised.
             sampling: How tokens are drawn. None: each is the likeliest.
 
@@ -72,18 +78,22 @@ class JaxLlama:
         session.prefill()
         cache, longest = session.state.cache, int(batch.lengths.max())
         scales = []
-        for layer in range(self.model.config.num_layers):
+        for layer in range(self.config.num_layers):
             key, value = cache.gather(session.tables, session.prompts, longest, layer=jnp.int32(layer))
             key, value = (x.reshape(-1, *x.shape[2:]) for x in (key, value))  # with zeros past each prompt
             scales.append(kv_scales(key, value, kv_cache_dtype, granularity))
-        return scales
+        k_scale, v_scale = (jnp.stack(each).reshape(len(scales), -1) for each in zip(*scales, strict=True))
+        return k_scale, v_scale
 
     def program(self, function: Any, *arguments: Any) -> Compiled:
         """The program of `function(config, *arguments)`, in which the argument `state` is donated."""
         leaves, tree = jax.tree.flatten(arguments)  # the cache's layout is part of the tree
         key = (function, tree, *((leaf.shape, leaf.dtype) for leaf in leaves))
         if key not in self._programs:
-            jitted = jax.jit(partial(function, self.model.config), donate_argnames="state")
+            state = arguments[-2 if function is jax_model.decode else -3]
+            # It leaves a program as it came into it: the next one is compiled for that.
+            kept = None if self.devices.mesh is None else jax.tree.map(lambda array: array.sharding, state)
+            jitted = jax.jit(partial(function, self.config), donate_argnames="state", out_shardings=kept)
             # float32 means float32: a GPU would round factors to TF32 otherwise.
             with jax.default_matmul_precision("highest" if self.dtype == "float32" else "default"):
                 self._programs[key] = jitted.lower(*arguments).compile()
@@ -102,23 +112,22 @@ class JaxSession:
         scales: Scales | None,
         sampling: Sampling | None,
     ):
-        arguments = cache_arguments(llama.model.config, batch, llama.dtype, layout, kv_cache_dtype, scales)
-        cache = PagedKVCache.create(**arguments)
+        if scales is not None:  # the state is donated, and they may be asked for again
+            scales = jnp.array(scales[0]), jnp.array(scales[1])
+        arguments = cache_arguments(llama.config, batch, llama.dtype, layout, kv_cache_dtype, scales)
+        cache, put = llama.devices.cache(partial(PagedKVCache.create, **arguments)), llama.devices.put
         self.batch, self.spec = batch, cache.spec
         self.weights = llama.weights | {
-            "cos_sin": jnp.asarray(llama.model.rope_table(batch.context)),
-            "scales": None
-            if scales is None
-            else tuple(map(jnp.stack, zip(*scales, strict=True))),  # each [layers, ...]
+            "cos_sin": put(jnp.asarray(llama.model.rope_table(batch.context))),
             "sampling": sampling and (np.float32(sampling.temperature), np.uint32(sampling.seed)),
         }
-        self.tables = jnp.asarray(batch.block_tables)
-        self.prompts = jnp.asarray(batch.lengths)
+        self.tables = put(jnp.asarray(batch.block_tables))
+        self.prompts = put(jnp.asarray(batch.lengths))
         self.state = jax_model.State(
-            tokens=jnp.asarray(batch.tokens),
-            lengths=jnp.asarray(batch.lengths),
-            finished=jnp.zeros(len(batch.lengths), bool),
-            step=jnp.int32(1),
+            tokens=put(jnp.asarray(batch.tokens)),
+            lengths=put(jnp.asarray(batch.lengths)),
+            finished=put(jnp.zeros(len(batch.lengths), bool)),
+            step=put(jnp.int32(1)),
             cache=cache,
         )
         self.piece = piece_length(batch)

@@ -29,6 +29,9 @@ def parse(argv: list[str] | None, epilog: str) -> argparse.Namespace:
         "--raw", action="store_true", help="continue the prompts as they are, without the model's chat template"
     )
     parser.add_argument("--framework", choices=("jax", "torch"), default="jax")
+    parser.add_argument(
+        "--tp", type=int, default=1, metavar="N", help="devices that share the model's heads, with JAX (default: 1)"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
     parser.add_argument(
         "--temperature",
@@ -79,6 +82,10 @@ def parse(argv: list[str] | None, epilog: str) -> argparse.Namespace:
         parser.error(
             f"argument --batch: must be at least the number of prompts, {len(options.prompt)}, got {options.batch}"
         )
+    if options.tp < 1 or (options.tp > 1 and options.framework != "jax"):
+        parser.error(f"argument --tp: must be 1, or more with --framework jax, got {options.tp}")
+    if options.tp > 1 and options.kv_cache_dtype == "nvfp4":
+        parser.error(f"argument --tp: must be 1 for --kv-cache-dtype nvfp4, got {options.tp}")
     choices = granularities(options.kv_cache_dtype)
     if options.granularity not in (None, *choices):
         parser.error(

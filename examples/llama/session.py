@@ -1,7 +1,7 @@
 """What both twins offer to generate a batch, and the loop that drives either."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -20,8 +20,9 @@ FORMATS = tuple(name for name in KV_CACHE_DTYPES if name != "fp8_ds_mla")
 _PIECE = 512
 """Most tokens of each prompt that one prefill call takes, which bounds the activations it holds."""
 
-Scales = Sequence[tuple[Any, Any]]
-"""Static k_scale and v_scale of each layer: arrays of float32, [] or [num_kv_heads], of the twin's framework."""
+Scales = tuple[Any, Any]
+"""Static k_scale and v_scale of all layers: float32 [num_layers, 1] or [num_layers, num_kv_heads], of the twin's
+framework."""
 
 
 class Sampling(NamedTuple):
@@ -105,7 +106,7 @@ def cache_arguments(
         CacheSpec.create(**arguments)
     except ValueError as error:
         raise InputError(str(error)) from error
-    return arguments
+    return arguments if scales is None else arguments | {"k_scale": scales[0], "v_scale": scales[1]}
 
 
 def granularities(kv_cache_dtype: str) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchkv import PagedKVCache
 
 from .gguf_model import LlamaConfig, LlamaModel
-from .session import Sampling, Scales
+from .session import Sampling
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,6 @@ def forward(
     weights: Weights,
     cos_sin: Tensor,  # float32 [context, dim]
     cache: PagedKVCache,
-    scales: Scales | None,
     tokens: Tensor,  # int32 [B, T]
     positions: Tensor,  # int64 [B, T]: T in a row
     written: Tensor,  # bool [B, T]: the tokens to be written to the cache
@@ -93,8 +92,6 @@ def forward(
     x = F.embedding(tokens, weights.embedding)
     shape = (config.hidden_size,)
     for index, layer in enumerate(weights.layers):
-        if scales is not None:
-            cache.k_scale, cache.v_scale = scales[index]
         normed = F.rms_norm(x, shape, layer.attention_norm, config.norm_epsilon)
         # Slices of the fused projection: nothing is copied.
         qkv = project(normed, layer.qkv).view(batch * count, sum(heads), config.head_size)

@@ -52,7 +52,7 @@ class TorchLlama:
             batch: Prompts and blocks.
             layout: Of the cache.
             kv_cache_dtype: What the cache holds.
-            scales: Static scales of each layer's keys and values, from `calibrate`. None: each token's head has a scale
+            scales: Static scales of all layers' keys and values, from `calibrate`. None: each token's head has a scale
                 of its own, where the cache is quantised.
             sampling: How tokens are drawn. None: each is the likeliest.
 
@@ -75,7 +75,8 @@ class TorchLlama:
             key, value = session.cache.gather(session.tables, session.prompts, longest, layer=layer)
             key, value = (x.flatten(0, 1) for x in (key, value))  # with zeros past each prompt
             scales.append(kv_scales(key, value, kv_cache_dtype, granularity))
-        return scales
+        k_scale, v_scale = (torch.stack(each).reshape(len(scales), -1) for each in zip(*scales, strict=True))
+        return k_scale, v_scale
 
 
 class TorchSession:
@@ -91,8 +92,7 @@ class TorchSession:
         scales: Scales | None,
         sampling: Sampling | None,
     ):
-        self.config, self.weights, self.scales = llama.model.config, llama.weights, scales
-        self.sampling = sampling
+        self.config, self.weights, self.sampling = llama.model.config, llama.weights, sampling
         arguments = cache_arguments(self.config, batch, llama.dtype, layout, kv_cache_dtype, scales)
         self.cache = PagedKVCache.create(**arguments, device=llama.torch_device)
         self.batch, self.spec = batch, self.cache.spec
@@ -153,7 +153,7 @@ class TorchSession:
 
     def _forward(self, tokens: Tensor, positions: Tensor, written: Tensor) -> Tensor:
         return torch_model.forward(
-            self.config, self.weights, self.cos_sin, self.cache, self.scales, tokens, positions, written, self.tables
+            self.config, self.weights, self.cos_sin, self.cache, tokens, positions, written, self.tables
         )
 
     def _append(self, x: Tensor, active: Tensor) -> None:

@@ -13,6 +13,7 @@ from jaxkv._mesh import (
     head_mesh_axes,
     head_specs,
     heads_share_regions,
+    query_mesh_axes,
     replicated,
 )
 from jaxkv._primitive.base import batch_by, loop_over, lower_by_platform, make_primitives, refuse_derivatives
@@ -60,9 +61,10 @@ def _compute(
 def _specs(options: ReadOptions, specs: ReadOperands, operands: ReadOperands) -> tuple[ReadOperands, list[P]]:
     mesh_axes = head_mesh_axes(options.cache, specs.cache.memory)
     cache = cache_specs(options.cache, operands.cache, mesh_axes)
-    if mesh_axes is None and specs.query is not None and _num_heads(options, operands) == 1:
-        # One KV head for all query heads: every device has it, and takes query heads of its own.
-        mesh_axes = (*array_of(specs.query), None, None)[1]
+    if specs.query is not None:
+        mesh_axes = query_mesh_axes(
+            mesh_axes, array_of(specs.query), array_of(operands.query), _num_heads(options, operands)
+        )
     check_views(operands, specs, mesh_axes)
     specs = replicated(operands)._replace(cache=cache)
     return _split_queries(specs, mesh_axes, head_specs(operands.query, mesh_axes))

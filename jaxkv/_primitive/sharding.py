@@ -138,12 +138,21 @@ def lower_by_heads(
 
     def lower(ctx: Any, *values: Any, tree: Any, options: Any) -> Any:
         options = options._replace(compute_capability=compute_capability(ctx.module_context.axis_context))
+        if _nothing_left(ctx.module_context.axis_context):
+            local = functools.partial(local_p.bind, tree=tree, options=options)
+            return mlir.lower_fun(local, multiple_results=True)(ctx, *values)
         spread = rule(options, jax.tree.unflatten(tree, ctx.avals_in))
         partitioned = _partitioned(local_p, specs, spread, tree, options, check_parts)
         return mlir.lower_fun(lambda *leaves: list(partitioned(*leaves)), multiple_results=True)(ctx, *values)
 
     dispatch.prim_requires_devices_during_lowering.add(primitive)
     mlir.register_lowering(primitive, lower)
+
+
+def _nothing_left(axis_context: Any) -> bool:
+    """Whether a shard_map leaves XLA only mesh axes of one device, for which jax has no partitioning of ours."""
+    manual = getattr(axis_context, "manual_axes", frozenset())
+    return bool(manual) and all(size == 1 or name in manual for name, size in axis_context.mesh.shape.items())
 
 
 def _partitioned(local_p: Primitive, specs: Specs, rule: Rule, tree: Any, options: Options, check_parts: Any) -> Any:
@@ -182,6 +191,10 @@ def lower_replicated(primitive: Primitive, local_p: Primitive) -> None:
 
     def lower(ctx: Any, *values: Any, tree: Any, options: Any) -> Any:
         options = options._replace(compute_capability=compute_capability(ctx.module_context.axis_context))
+
+        if _nothing_left(ctx.module_context.axis_context):
+            one = functools.partial(local_p.bind, tree=tree, options=options)
+            return mlir.lower_fun(one, multiple_results=True)(ctx, *values)
 
         def local(*leaves: Any) -> tuple[Any, ...]:
             return tuple(local_p.bind(*leaves, tree=tree, options=options))

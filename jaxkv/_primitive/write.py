@@ -185,12 +185,12 @@ def _loop_over_layers(
     else:
         layer = _spread(cache.layer, is_batched.cache.layer, batch)[:, 0]
     exists = (layer >= 0) & (layer < layers)
+    rows, rows_batched = _scales_of_layers(cache, is_batched.cache, layer)
     layer = jnp.where(exists, jnp.arange(batch, dtype=layer.dtype) * layers + layer, -1).astype(jnp.int32)
     options = options._replace(cache=options.cache.with_layer_axis())
-    inputs = operands._replace(cache=cache._replace(caches=(), scale_caches=(), layer=layer[:, None]))
-    batches, item_of = _items(
-        inputs, is_batched._replace(cache=is_batched.cache._replace(caches=(), scale_caches=(), layer=True))
-    )
+    inputs = operands._replace(cache=cache._replace(caches=(), scale_caches=(), layer=layer[:, None], **rows))
+    cache_batched = is_batched.cache._replace(caches=(), scale_caches=(), layer=True, **rows_batched)
+    batches, item_of = _items(inputs, is_batched._replace(cache=cache_batched))
     memory = [array if num_layers is None else merge_front(array) for array in cache.memory]
 
     def step(memory: list[jax.Array], arrays: dict[int, jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
@@ -203,6 +203,22 @@ def _loop_over_layers(
 
     memory, others = lax.scan(step, memory, batches)
     return [*others, *memory]
+
+
+def _scales_of_layers(
+    cache: CacheOperands, is_batched: CacheOperands, layer: jax.Array
+) -> tuple[dict[str, jax.Array], dict[str, bool]]:
+    """Those of k_scale and v_scale that are of all layers, as a batch of what they are for each item's own layer.
+
+    Of a layer that an item does not have, that is any one's. Also, by the same names, that they are batches.
+    """
+    rows = {}
+    for name in ("k_scale", "v_scale"):
+        scale, has_batch = getattr(cache, name), getattr(is_batched, name)
+        if scale is not None and scale.ndim - has_batch == 2:
+            index = (jnp.arange(layer.shape[0]), layer) if has_batch else layer
+            rows[name] = scale.at[index].get(mode="clip")
+    return rows, dict.fromkeys(rows, True)
 
 
 def _derivatives(_: WriteOptions) -> str:

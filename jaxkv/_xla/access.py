@@ -29,6 +29,21 @@ from kvcore.placement import Extents, Placement
 from kvcore.scales import region_start
 
 
+def static_scales(options: CacheOptions, operands: CacheOperands) -> tuple[jax.Array | None, jax.Array | None]:
+    """The layer's static scales of K and of V, of one element or one a head: a row where they are those of all layers.
+
+    Of a layer that the cache does not have, they are any one's.
+    """
+
+    def of_layer(scale: jax.Array | None) -> jax.Array | None:
+        if scale is None or scale.ndim == 1:
+            return scale
+        layer = options.layer if operands.layer is None else operands.layer[0]
+        return lax.dynamic_index_in_dim(scale, layer, keepdims=False)
+
+    return of_layer(operands.k_scale), of_layer(operands.v_scale)
+
+
 class Part(NamedTuple):
     """Stored units of K, or of V, or the scales of either, in one of a call's arrays.
 

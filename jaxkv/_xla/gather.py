@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxkv._call import ReadOperands, ReadOptions
-from jaxkv._xla.access import Source
+from jaxkv._xla.access import Source, static_scales
 from jaxkv._xla.arithmetic import times
 from jaxkv._xla.formats import encode
 from jaxkv._xla.read import layer_index, with_int32
@@ -48,4 +48,5 @@ def gather(call: Gather, options: ReadOptions, operands: ReadOperands) -> tuple[
         # A scale may be negative, or NaN.
         return jnp.where(exists[..., None, None], elements.reshape(call.shapes[kv]), 0)
 
-    return rows(0, operands.cache.k_scale), rows(1, operands.cache.v_scale)
+    k_scale, v_scale = static_scales(options.cache, operands.cache)
+    return rows(0, k_scale), rows(1, v_scale)

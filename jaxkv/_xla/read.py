@@ -13,7 +13,7 @@ from jax import lax
 
 from jaxkv._call import CacheOperands, CacheOptions, ReadOperands, ReadOptions
 from jaxkv._mesh import vary, varying_axes
-from jaxkv._xla.access import Source
+from jaxkv._xla.access import Source, static_scales
 from kvcore.contract.read import Attention
 
 _TILE = 256
@@ -59,10 +59,8 @@ def attention(call: Attention, options: ReadOptions, operands: ReadOperands) -> 
     tiles, width = queries.position.shape
 
     source = Source.of(call.cache, options.cache, operands.cache)
-    k_scale, v_scale = (  # of heads, or of all
-        None if scale is None else scale.reshape(1, -1, 1, 1)
-        for scale in (operands.cache.k_scale, operands.cache.v_scale)
-    )
+    scales = static_scales(options.cache, operands.cache)  # of heads, or of all
+    k_scale, v_scale = (None if scale is None else scale.reshape(1, -1, 1, 1) for scale in scales)
     query = queries.query.astype(jnp.float32)
     query = query.reshape(tiles, width, heads, q_per_kv, -1).swapaxes(1, 2)
     query = query.reshape(tiles, heads, width * q_per_kv, -1)

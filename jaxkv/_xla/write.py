@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxkv._call import CacheOptions, WriteOperands, WriteOptions
-from jaxkv._xla.access import parts_of, put
+from jaxkv._xla.access import parts_of, put, static_scales
 from jaxkv._xla.arithmetic import divide
 from jaxkv._xla.formats import encode, pack, quantise, quantise_ds_mla, quantise_nvfp4, to_bytes
 from kvcore.contract.write import Write
@@ -50,7 +50,7 @@ def write_rows(
     if call.cache.format == FP8_DS_MLA:
         part, _ = parts_of(call.cache, shapes, None, 0)
         return [put(memory[0], part, indices, _rows_of_mla(*rows, call))]
-    for kv, (array, scale) in enumerate(zip(rows, (cache.k_scale, cache.v_scale), strict=True)):
+    for kv, (array, scale) in enumerate(zip(rows, static_scales(options, cache), strict=True)):
         copies = call.copies and not computed[kv]
         parts = parts_of(call.cache, shapes, options.scale_layout, kv)
         for part, units in zip(parts, _encode(array, call, scale, copies), strict=True):

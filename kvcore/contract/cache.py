@@ -27,7 +27,8 @@ class CacheArguments(NamedTuple):
     Attributes:
         caches: The key and the value cache, or the one array with both.
         kv_cache_dtype: A name of `KV_CACHE_DTYPES`.
-        k_scale: The static scale of K: one float32 element, or one a head; None for 1.
+        k_scale: The static scale of K: one float32 element, or one a head, or a row of either for each layer; None for
+            1.
         v_scale: The static scale of V, of the same shapes.
         layout: Pattern, layout, or None for the default.
         layer: A static index, the spec of one in memory, or None.
@@ -72,6 +73,7 @@ class Cache(NamedTuple):
         dtype: dtype of the array or arrays.
         format: What they hold.
         head_scales: Steps from one head's static scale to the next, of k_scale and v_scale; 0: one scale for all heads.
+        layer_scales: Steps from one layer's static scales to the next, of both; 0: the same scales for all layers.
         scales: The scales that are computed in writing, or None. Unless they lie inside the caches, scale caches hold
             them.
         rope: The rotary part of fp8_ds_mla, which is in bfloat16, counted in elements of that; else None.
@@ -82,6 +84,7 @@ class Cache(NamedTuple):
     dtype: str
     format: FloatFormat
     head_scales: tuple[int, int]
+    layer_scales: tuple[int, int]
     scales: Scales | None
     rope: Address | None
 
@@ -89,6 +92,12 @@ class Cache(NamedTuple):
     def extents(self) -> Extents:
         """Sizes of the cache."""
         return self.placement.extents
+
+    @property
+    def scale_strides(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Steps from one head's static scale to the next, and from one layer's: of K, and of V."""
+        k_strides, v_strides = zip(self.head_scales, self.layer_scales, strict=True)
+        return k_strides, v_strides
 
     @property
     def scaled(self) -> bool:
@@ -186,17 +195,21 @@ def check_scale_caches(arguments: CacheArguments, layout: CacheLayout, extents: 
     return place_scale_caches(scale_layout, arguments.scale_caches, extents, arguments.scale_names)
 
 
-def check_static_scales(arguments: CacheArguments, num_heads: int) -> tuple[int, int]:
-    """Checks k_scale and v_scale; returns their steps from one head's to the next, 0 for one scale for all heads.
+def check_static_scales(arguments: CacheArguments, extents: Extents) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Checks k_scale and v_scale.
+
+    Returns:
+        `Cache.head_scales` and `Cache.layer_scales`.
 
     Raises:
         ValueError: a shape does not fit.
         TypeError: a dtype is not float32.
     """
-    k_step, v_step = (
-        0 if scale is None else check_scale(name, scale, num_heads) for name, scale in arguments.static_scales
+    (k_layer, k_head), (v_layer, v_head) = (
+        (0, 0) if scale is None else check_scale(name, scale, extents.num_heads, extents.num_layers)
+        for name, scale in arguments.static_scales
     )
-    return k_step, v_step
+    return (k_head, v_head), (k_layer, v_layer)
 
 
 def check_cache_devices(arguments: CacheArguments, operands: Iterable[tuple[str, ArraySpec | None]]) -> None:
@@ -236,7 +249,7 @@ def check_cache(arguments: CacheArguments, head_size: int | None, head_size_v: i
         check_same_dtype("value_cache", caches[1], "key_cache", caches[0])
     check_layer(arguments.layer, layout, extents.num_layers)
     held = check_stored_dtype(arguments, FLOATS | FP8, "")
-    scales, head_scales = stored.scales, (0, 0)
+    scales, head_scales, layer_scales = stored.scales, (0, 0), (0, 0)
     if stored.rope is not None:
         for name, scale in arguments.static_scales:
             if scale is not None:
@@ -244,8 +257,8 @@ def check_cache(arguments: CacheArguments, head_size: int | None, head_size_v: i
     elif any(scale is not None and len(scale.shape) > 2 for _, scale in arguments.static_scales):
         scales = check_scale_caches(_with_scale_caches(arguments, layout), layout, extents)
     else:
-        head_scales = check_static_scales(arguments, extents.num_heads)
-    cache = Cache(layout, stored.placement, caches[0].dtype, held, head_scales, scales, stored.rope)
+        head_scales, layer_scales = check_static_scales(arguments, extents)
+    cache = Cache(layout, stored.placement, caches[0].dtype, held, head_scales, layer_scales, scales, stored.rope)
     if head_size_v is not None and head_size_v != cache.head_size_v:
         raise ValueError(f"head_size_v must be {cache.head_size_v}, as in the cache, got {head_size_v}")
     return cache

@@ -129,14 +129,23 @@ def hnd_hint(layout: str | CacheLayout | None, chosen: CacheLayout, num_heads: i
     return f"; for caches [{axes}] pass layout='{stands_for}'"
 
 
-def check_scale(name: str, scale: ArraySpec, num_heads: int) -> int:
-    """Checks that there is one float32 element, or one a head. Returns the step from one head's to the next, or 0."""
-    shapes = [(), (1,)] if num_heads == 1 else [(), (1,), (num_heads,)]
-    if tuple(scale.shape) not in shapes:
+def check_scale(name: str, scale: ArraySpec, num_heads: int, num_layers: int | None = None) -> tuple[int, int]:
+    """Checks that a static scale is one float32 element, or one a head; with layers, also a row of such for each.
+
+    Returns:
+        The steps from one layer's scale to the next, and from one head's; 0 where they share one.
+    """
+    rows = [(1,)] if num_heads == 1 else [(1,), (num_heads,)]
+    shapes = [(), *rows]
+    if num_layers is not None and num_layers != 0:
+        shapes += [(num_layers, *row) for row in rows]
+    shape = tuple(scale.shape)
+    if shape not in shapes:
         raise ValueError(f"{name} must have shape {either(map(str, shapes))}, got {shape_of(scale)}")
     if scale.dtype != "float32":
         raise TypeError(f"{name} must have dtype float32, got {scale.dtype}")
-    return scale.steps[0] if num_heads > 1 and tuple(scale.shape) == (num_heads,) else 0
+    by_head = num_heads > 1 and shape[-1:] == (num_heads,)
+    return scale.steps[0] if len(shape) == 2 else 0, scale.steps[-1] if by_head else 0
 
 
 def check_layer(layer: int | ArraySpec | None, layout: CacheLayout, num_layers: int | None) -> None:

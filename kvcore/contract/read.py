@@ -23,7 +23,7 @@ from kvcore.contract.checks import (
 )
 from kvcore.formats import FLOATS, FloatFormat
 
-_LONGEST = 2**31 - 1
+LONGEST = 2**31 - 1
 """No sequence is longer: lengths are 32-bit integers to the kernels."""
 
 
@@ -44,7 +44,7 @@ class AttentionOptions(NamedTuple):
         scale, causal, window, cap = self
         if window is None and cap is None:
             return self
-        window = None if window is None or window >= _LONGEST else window
+        window = None if window is None or window >= LONGEST else window
         return AttentionOptions(scale, causal, window, None if not cap or cap >= 2.0**64 else cap)
 
 

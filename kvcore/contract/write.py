@@ -16,7 +16,7 @@ from kvcore.contract.cache import (
     check_static_scales,
     check_stored_dtype,
 )
-from kvcore.contract.checks import check_layer, check_rank, check_same_dtype, either, hnd_hint, layout_of
+from kvcore.contract.checks import check_layer, check_rank, check_same_dtype, check_scale, either, hnd_hint, layout_of
 from kvcore.formats import (
     BFLOAT16,
     DS_MLA_LATENT,
@@ -70,6 +70,11 @@ class Write(NamedTuple):
         return self.cache.scales is not None or (self.scaled and any(self.cache.head_scales))
 
     @property
+    def scale_strides(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Those of the cache, of the scales that inputs are divided by."""
+        return self.cache.scale_strides if self.scaled else ((0, 0), (0, 0))
+
+    @property
     def copies(self) -> bool:
         """Whether inputs are stored as they are, bit for bit."""
         return self.cache.format.name == self.key.dtype
@@ -107,10 +112,11 @@ def check_write(key: ArraySpec, value: ArraySpec, slot_mapping: ArraySpec, argum
         if key.dtype not in FLOATS:
             raise TypeError(f"key must have dtype {either(FLOATS)} to be given scales, got {key.dtype}")
         scales = check_scale_caches(arguments, layout, extents)
-    head_scales = check_static_scales(arguments, extents.num_heads)
+    head_scales, layer_scales = check_static_scales(arguments, extents)
     check_layer(arguments.layer, layout, extents.num_layers)
     check_cache_devices(arguments, [("key", key), ("value", value), ("slot_mapping", slot_mapping)])
-    cache = Cache(layout, stored.placement, arguments.caches[0].dtype, held, head_scales, scales, stored.rope)
+    dtype = arguments.caches[0].dtype
+    cache = Cache(layout, stored.placement, dtype, held, head_scales, layer_scales, scales, stored.rope)
     divided = cache.scaled and key.dtype not in FP8 and not arguments.scale_caches
     has_scale = arguments.k_scale is not None or arguments.v_scale is not None
     return Write(cache, key, value, slot_mapping, scaled=divided and has_scale)
@@ -150,8 +156,18 @@ def check_mla(
     kv_cache_dtype: str,
     layer: object,
     names: tuple[str, str] = ("kv_c", "k_pe"),
+    scale: ArraySpec | None = None,
 ) -> None:
     """Checks what MLA asks beyond `check_write`: of an op that calls kv_c and k_pe by these names.
+
+    Args:
+        kv_c: `(num_tokens, kv_lora_rank)`.
+        k_pe: `(num_tokens, qk_rope_head_dim)`.
+        kv_cache: With its axes in this order: layer, block, slot, latent.
+        kv_cache_dtype: A name of `KV_CACHE_DTYPES`.
+        layer: None where the cache has no axis for it.
+        names: What errors call kv_c and k_pe.
+        scale: Of an op that calls it so, where it is given.
 
     Raises:
         ValueError: a shape or a choice does not fit.
@@ -181,6 +197,8 @@ def check_mla(
     axes = "(num_blocks, block_size, " if layer is None else "(num_layers, num_blocks, block_size, "
     if len(kv_cache.shape) != (3 if layer is None else 4) or kv_cache.shape[-1] != units:
         raise ValueError(f"kv_cache must have shape {axes}{units}), got {shape_of(kv_cache)}")
+    if scale is not None:
+        check_scale("scale", scale, 1, None if layer is None else kv_cache.shape[0])
 
 
 def latent_order(layout: CacheLayout) -> list[int]:

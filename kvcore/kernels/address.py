@@ -109,6 +109,21 @@ def layer_index(layer, LAYER_IS_POINTER: tl.constexpr):
 
 
 @triton.jit
+def scales_of_layer(scale_ptr, layer, num_layers, LAYER_IS_POINTER: tl.constexpr, STRIDE: tl.constexpr):
+    """Where a layer's static scales begin. STRIDE is from one layer's to the next, 0 where all have the same.
+
+    Of a layer that the cache does not have, it is the nearest one's: they are read before that is known.
+    """
+    if STRIDE != 0:
+        index = layer
+        if LAYER_IS_POINTER:
+            index = tl.load(layer)
+        index = tl.minimum(tl.maximum(index, 0), num_layers - 1)
+        scale_ptr += index.to(tl.int64) * STRIDE
+    return scale_ptr
+
+
+@triton.jit
 def in_layer(mask, layer, index, num_layers):
     """The mask; all of it False where the cache has no layer of that index."""
     if layer is not None:

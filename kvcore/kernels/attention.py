@@ -28,7 +28,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .address import head_offset, layer_index
+from .address import head_offset, layer_index, scales_of_layer
 from .encode import store_rounded
 from .query import load_query
 from .reduce import total
@@ -170,7 +170,7 @@ def paged_attention_kernel(
     seq_lens_ptr,         # [num_seqs] int32 or int64
     query_start_loc_ptr,  # [num_seqs + 1] int32 or int64, or None for one token a sequence
     sinks_ptr,            # [num_q_heads], or None
-    k_scale_ptr,          # one float32, or one a head, or one a token and head, or None for 1
+    k_scale_ptr,          # float32: one, one a head, rows of such for all layers, or one a token and head; None for 1
     v_scale_ptr,          # … of V
     layer,                # one integer in memory (P.layer_is_pointer), an integer, or None
     num_tokens,           # rows of query
@@ -186,6 +186,10 @@ def paged_attention_kernel(
     """Attention of a tile of rows over one split of the positions."""
     TILE: tl.constexpr = P.tile
     Q: tl.constexpr = P.query
+    if k_scale_ptr is not None:
+        k_scale_ptr = scales_of_layer(k_scale_ptr, layer, num_layers, P.layer_is_pointer, Q.k_layer_scale_stride)
+    if v_scale_ptr is not None:
+        v_scale_ptr = scales_of_layer(v_scale_ptr, layer, num_layers, P.layer_is_pointer, Q.v_layer_scale_stride)
     lanes = tl.arange(0, CHUNK)
     rows, end, seq_len = find_rows(query_start_loc_ptr, seq_lens_ptr, num_tokens, num_seqs, lanes, P, TILE)
     if rows.first < rows.length * Q.q_per_kv:

@@ -20,6 +20,7 @@ from .address import (
     elements,
     in_layer,
     layer_index,
+    scales_of_layer,
     slot_offset,
     token_offsets,
     unit_offset,
@@ -111,7 +112,7 @@ def gather_kv_kernel(
     value_cache_ptr,   # V's array
     block_tables_ptr,  # [num_seqs, max_blocks] int32 or int64; of slots [1, max_len]
     seq_lens_ptr,      # [num_seqs] int32 or int64; None: block_tables has slots
-    k_scale_ptr,       # one float32, or one a head, or one a token and head (KS), or None for 1
+    k_scale_ptr,       # float32: one, one a head, rows of such for all layers, or one a token and head (KS); None for 1
     v_scale_ptr,       # … of V (VS)
     layer,             # one integer in memory (LAYER_IS_POINTER), an integer, or None
     max_len,           # positions of a sequence in key and value
@@ -153,6 +154,10 @@ def gather_kv_kernel(
         block = tl.load(block_tables_ptr + entry, mask=exists, other=-1).to(tl.int64)
         place = n % BLOCK_SIZE
     exists = exists & (block >= 0) & (block < num_blocks)
+    if k_scale_ptr is not None:
+        k_scale_ptr = scales_of_layer(k_scale_ptr, layer, num_layers, LAYER_IS_POINTER, K.layer_scale_stride)
+    if v_scale_ptr is not None:
+        v_scale_ptr = scales_of_layer(v_scale_ptr, layer, num_layers, LAYER_IS_POINTER, V.layer_scale_stride)
     token = seq * max_len + n
     in_array = n < max_len
     _gather(

@@ -16,7 +16,7 @@ rows are of one token; `layer` is `[1]`.
 import triton
 import triton.language as tl
 
-from .address import head_offset, in_layer, layer_index, slot_offset, unit_offset
+from .address import head_offset, in_layer, layer_index, scales_of_layer, slot_offset, unit_offset
 from .decode import widen
 from .encode import encode, pack
 from .scales import encoded_scales, float_scales, power_scales, spread
@@ -164,7 +164,7 @@ def quantize_and_cache_kernel(
     k_scale_cache_ptr,  # float32; None: the scales lie in the cache
     v_scale_cache_ptr,  # … of V
     slot_mapping_ptr,   # [num_tokens] int32 or int64
-    k_scale_ptr,        # static: one float32, or one a head, or None for 1; nvfp4 has it beside the scales of groups
+    k_scale_ptr,        # static float32: one, one a head, or rows of such for all layers; None for 1. Also of nvfp4
     v_scale_ptr,        # … of V
     layer,              # one integer in memory (LAYER_IS_POINTER), an integer, or None
     num_tokens,         # entries of slot_mapping
@@ -190,6 +190,10 @@ def quantize_and_cache_kernel(
     written = (slot >= 0) & (slot < num_slots)
     index = layer_index(layer, LAYER_IS_POINTER)
     written = in_layer(written, layer, index, num_layers)
+    if k_scale_ptr is not None:
+        k_scale_ptr = scales_of_layer(k_scale_ptr, layer, num_layers, LAYER_IS_POINTER, K.layer_scale_stride)
+    if v_scale_ptr is not None:
+        v_scale_ptr = scales_of_layer(v_scale_ptr, layer, num_layers, LAYER_IS_POINTER, V.layer_scale_stride)
     write_rows(
         key_ptr, key_cache_ptr, k_scale_cache_ptr, k_scale_ptr, token, head, slot, index, in_batch, written,
         K, KS, FORMAT, HARDWARE_CAST, HARDWARE_SCALES, BLOCK_SIZE, ROWS,

@@ -13,7 +13,7 @@ All of it is float32 arithmetic in the order that kvcore.oracle.rope writes down
 import triton
 import triton.language as tl
 
-from .address import in_layer, layer_index
+from .address import in_layer, layer_index, scales_of_layer
 from .decode import widen
 from .encode import encode
 from .quantize import find_rows, load_rows, row_offsets, store_rows, store_units
@@ -209,6 +209,8 @@ def _write_side(
     written = (slot >= 0) & (slot < num_slots)
     index = layer_index(layer, LAYER_IS_POINTER)
     written = in_layer(written, layer, index, num_layers)
+    if scale_ptr is not None:
+        scale_ptr = scales_of_layer(scale_ptr, layer, num_layers, LAYER_IS_POINTER, R.layer_scale_stride)
     if norm_ptr is None and not ROTATES:
         x, in_head = load_rows(array_ptr, token, head, in_batch, R)
     else:
@@ -236,7 +238,7 @@ def rope_and_cache_kernel(
     slot_mapping_ptr,   # [num_slots_given] int32 or int64
     q_norm_ptr,         # [head_size], or None for no norm
     k_norm_ptr,         # [head_size] of K, or None for no norm
-    k_scale_ptr,        # static: one float32, or one a head, or None for 1; nvfp4 has it beside the scales of groups
+    k_scale_ptr,        # static float32: one, one a head, or rows of such for all layers; None for 1. Also of nvfp4
     v_scale_ptr,        # … of V
     layer,              # one integer in memory (LAYER_IS_POINTER), an integer, or None
     num_tokens,         # rows of query

@@ -11,7 +11,7 @@ A program takes TOKENS tokens (axis 0 of the grid) and one stretch of their toke
 import triton
 import triton.language as tl
 
-from .address import cache_offsets, columns, elements, in_layer, layer_index, token_offsets
+from .address import cache_offsets, columns, elements, in_layer, layer_index, scales_of_layer, token_offsets
 from .encode import encode, pack
 
 
@@ -38,7 +38,7 @@ def reshape_and_cache_kernel_flash(
     key_cache_ptr,     # K's array
     value_cache_ptr,   # V's array
     slot_mapping_ptr,  # [num_tokens] int32 or int64
-    k_scale_ptr,       # one float32, or None for 1
+    k_scale_ptr,       # float32: one, or one a layer; None for 1
     v_scale_ptr,       # … of V
     layer,             # one integer in memory (LAYER_IS_POINTER), an integer, or None
     num_tokens,        # entries of slot_mapping
@@ -66,9 +66,9 @@ def reshape_and_cache_kernel_flash(
     v = _load(value_ptr, token, v_element, in_batch[:, None] & v_in_row[None, :], V)
     k_scale, v_scale = k_scale_ptr, v_scale_ptr
     if k_scale_ptr is not None:
-        k_scale = tl.load(k_scale_ptr)
+        k_scale = tl.load(scales_of_layer(k_scale_ptr, layer, num_layers, LAYER_IS_POINTER, K.layer_scale_stride))
     if v_scale_ptr is not None:
-        v_scale = tl.load(v_scale_ptr)
+        v_scale = tl.load(scales_of_layer(v_scale_ptr, layer, num_layers, LAYER_IS_POINTER, V.layer_scale_stride))
 
     # ---- where tokens go: written, block and place are [TOKENS]
     written = (slot >= 0) & (slot < num_slots)

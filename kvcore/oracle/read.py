@@ -19,7 +19,7 @@ from kvcore.formats import (
 from kvcore.layout import CacheLayout
 from kvcore.oracle.formats import decode, encode
 from kvcore.oracle.views import logical_view, scale_views, views
-from kvcore.oracle.write import Scale
+from kvcore.oracle.write import Scale, scale_of_layer
 
 
 def gather_kv(
@@ -118,7 +118,7 @@ class _Reader:
                 return x * self.scale_cache[layer, block, offset][..., None]
             if self.scale is None or self.stored.name in FLOATS:
                 return x
-            return x * np.asarray(self.scale, np.float32).reshape(-1, 1)
+            return x * np.asarray(scale_of_layer(self.scale, layer), np.float32).reshape(-1, 1)
 
 
 class _MlaReader(_Reader):

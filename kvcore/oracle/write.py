@@ -95,7 +95,7 @@ def concat_and_cache_mla(
     kv_cache: np.ndarray,
     slot_mapping: np.ndarray,
     kv_cache_dtype: str = "auto",
-    scale: float | None = None,
+    scale: Scale = None,
     *,
     layer: int | None = None,
 ) -> None:
@@ -150,7 +150,7 @@ def write_rows(
         caches: The key and the value cache, or the one array of both.
         slot_mapping: `[n]`, n ≤ num_tokens.
         kv_cache_dtype: A name of `KV_CACHE_DTYPES`, but not "fp8_ds_mla".
-        static: Static scales of key and of value.
+        static: Static scales of key and of value: one, one a head, or a row of such for each layer.
         layout: Of the caches.
         layer: Index of the layer, where caches have several.
         scale_caches: Where each token's head has a scale: those of key and of value.
@@ -170,7 +170,7 @@ def write_rows(
                 continue
             place = (layer or 0, *divmod(int(slot), block_size))
             for head in range(num_heads):
-                row, scale = rows[token, head], _scale_of_head(static_scale, head)
+                row, scale = rows[token, head], _scale_of_head(scale_of_layer(static_scale, layer), head)
                 if scale_cache is not None:
                     units, scale_cache[(*place, head)] = quantise(row, stored)
                 elif group_scales is not None:
@@ -179,6 +179,11 @@ def write_rows(
                 else:
                     units = convert(row, elements.dtype, kv_cache_dtype, scale)
                 elements[(*place, head)] = units.view(elements.dtype).reshape(runs, x)
+
+
+def scale_of_layer(scale: Scale, layer: int | None) -> Scale:
+    """The layer's static scale, or static scales: a row of those that have two axes."""
+    return scale[layer or 0] if isinstance(scale, np.ndarray) and scale.ndim == 2 else scale
 
 
 def _scale_of_head(scale: Scale, head: int) -> Scale:

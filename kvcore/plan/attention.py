@@ -223,7 +223,7 @@ def _constants(
 
 def _query_rows(call: Attention) -> QueryRows:
     token_stride, head_stride, dim_stride = call.query.steps
-    k_scale_stride, v_scale_stride = call.cache.head_scales
+    k_strides, v_strides = call.cache.scale_strides
     q_heads, kv_heads = call.query.shape[1], call.cache.extents.num_heads
     return QueryRows(
         num_heads=q_heads,
@@ -238,8 +238,10 @@ def _query_rows(call: Attention) -> QueryRows:
         lens_stride=_stride(call.seq_lens),
         start_stride=_stride(call.query_start_loc),
         sink_stride=_stride(call.sinks),
-        k_scale_stride=k_scale_stride,
-        v_scale_stride=v_scale_stride,
+        k_scale_stride=k_strides[0],
+        v_scale_stride=v_strides[0],
+        k_layer_scale_stride=k_strides[1],
+        v_layer_scale_stride=v_strides[1],
     )
 
 

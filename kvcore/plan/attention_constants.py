@@ -27,6 +27,8 @@ class QueryRows(NamedTuple):
     sink_stride: int  # of sinks
     k_scale_stride: int  # from one head's static scale to the next; 0: one for all
     v_scale_stride: int
+    k_layer_scale_stride: int  # from one layer's static scales to the next; 0: the same for all
+    v_layer_scale_stride: int
 
 
 class CacheRows(NamedTuple):

@@ -80,11 +80,11 @@ def plan_gather(call: Gather, target: Target, layer_is_pointer: bool = False) ->
     copies = cache.format == call.format
     tokens, columns = plan_tile(cache.placement, (1024 if copies else 2048) // elements_per_unit, target)
     key, value = (ArraySpec(shape[-3:], call.format.name) for shape in call.shapes)
-    k_scale_stride, v_scale_stride = cache.head_scales
+    k_strides, v_strides = cache.scale_strides
     merge = scales is None
-    key_rows = plan_rows(key, heads, extents.head_units, key_address, columns, elements_per_unit, k_scale_stride, merge)
+    key_rows = plan_rows(key, heads, extents.head_units, key_address, columns, elements_per_unit, k_strides, merge)
     value_rows = plan_rows(
-        value, heads, extents.head_units_v, value_address, columns, elements_per_unit, v_scale_stride, merge
+        value, heads, extents.head_units_v, value_address, columns, elements_per_unit, v_strides, merge
     )
     rope = None
     if cache.rope is not None:

@@ -9,7 +9,7 @@ from kvcore.contract.rope import Rope
 from kvcore.formats import FLOATS
 from kvcore.placement import Address
 from kvcore.plan.kernel import EXACT, KernelPlan, Target, converts_exactly
-from kvcore.plan.rows import plan_rows, power_of_two, scale_rows
+from kvcore.plan.rows import Rows, plan_rows, power_of_two, scale_rows
 
 
 class RopePlan(NamedTuple):
@@ -138,18 +138,20 @@ def plan_rope(
     write = call.write
     (extents, key_address, value_address), scales = write.placement, write.cache.scales
     stored, stored_v, heads = write.cache.format, write.format_v, extents.num_heads
-    k_scale_stride, v_scale_stride = write.cache.head_scales if write.scaled else (0, 0)
+    k_strides, v_strides = write.scale_strides
 
-    def side(spec: ArraySpec, units: int, address: Address, per_unit: int = 1, scale_stride: int = 0) -> Any:
+    def side(
+        spec: ArraySpec, units: int, address: Address, per_unit: int = 1, strides: tuple[int, int] = (0, 0)
+    ) -> Rows:
         width = max(16, power_of_two(units * per_unit))
         num_heads = spec.shape[1]
-        return plan_rows(spec, num_heads, units, address, width // per_unit, per_unit, scale_stride, merge=False)
+        return plan_rows(spec, num_heads, units, address, width // per_unit, per_unit, strides, merge=False)
 
     _, q_heads, q_size = call.query.shape
     token_step, head_step, step = (out or ArraySpec(call.query.shape, "")).steps
     query = side(call.query, q_size, Address(0, 0, token_step, 0, head_step, step, 1, 0))
-    key = side(write.key, extents.head_units, key_address, stored.elements_per_unit, k_scale_stride)
-    value = side(write.value, extents.head_units_v, value_address, stored_v.elements_per_unit, v_scale_stride)
+    key = side(write.key, extents.head_units, key_address, stored.elements_per_unit, k_strides)
+    value = side(write.value, extents.head_units_v, value_address, stored_v.elements_per_unit, v_strides)
     k_width, v_width = key.columns * key.elements_per_unit, value.columns * value.elements_per_unit
     key_scales = value_scales = None
     if scales is not None:

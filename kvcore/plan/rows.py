@@ -22,6 +22,7 @@ class Rows(NamedTuple):
     head_units: int
     elements_per_unit: int
     scale_stride: int  # from one head's static scale to the next; 0: one for all
+    layer_scale_stride: int  # from one layer's static scales to the next; 0: the same for all
     offset: int  # of the first token's first element
     token_stride: int  # the array of tokens: [num_tokens, num_heads, head_size]
     head_stride: int
@@ -101,7 +102,7 @@ def plan_rows(
     address: Address,
     columns: int,
     elements_per_unit: int = 1,
-    scale_stride: int = 0,
+    scale_strides: tuple[int, int] = (0, 0),
     merge: bool = True,
 ) -> Rows:
     """Token rows, as they lie in an array of tokens and in the cache.
@@ -113,10 +114,11 @@ def plan_rows(
         address: Where they lie in the cache.
         columns: Units of a token row that a program takes.
         elements_per_unit: 1 or 2.
-        scale_stride: From one head's static scale to the next; 0: one for all.
+        scale_strides: From one head's static scale to the next, and from one layer's; 0: one for all.
         merge: Whether heads without gaps may be described as one. They never are where each has a static scale.
     """
     token_stride, head_stride, dim_stride = spec.steps
+    scale_stride, layer_scale_stride = scale_strides
     head_reach = head_units * elements_per_unit * dim_stride
     in_a_row = spec.groups is None and head_stride == head_reach
     gapless = in_a_row and address.x == 1 and address.head == head_units * address.dim
@@ -130,6 +132,7 @@ def plan_rows(
         head_units=units,
         elements_per_unit=elements_per_unit,
         scale_stride=scale_stride,
+        layer_scale_stride=layer_scale_stride,
         offset=spec.offset,
         token_stride=token_stride,
         head_stride=head_stride,

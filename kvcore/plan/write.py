@@ -105,8 +105,9 @@ def plan_write(write: Write, target: Target, layer_is_pointer: bool = False) -> 
     elements = 2048 if stored.bits < 8 * itemsize else 1024
     tokens, columns = plan_tile(write.placement, elements // elements_per_unit, target)
     heads = extents.num_heads
-    key = plan_rows(write.key, heads, extents.head_units, key_address, columns, elements_per_unit)
-    value = plan_rows(write.value, heads, extents.head_units_v, value_address, columns, elements_per_unit)
+    k_strides, v_strides = write.scale_strides
+    key = plan_rows(write.key, heads, extents.head_units, key_address, columns, elements_per_unit, k_strides)
+    value = plan_rows(write.value, heads, extents.head_units_v, value_address, columns, elements_per_unit, v_strides)
     kernel = KernelPlan(
         module="write",
         name="reshape_and_cache_kernel_flash" + ("_diffkv" if write.cache.layout.single_array else ""),
@@ -131,19 +132,21 @@ def _plan_by_head(write: Write, target: Target, layer_is_pointer: bool) -> Write
     """The plan for a write whose heads have a scale each: a program takes whole heads."""
     (extents, key_address, value_address), scales = write.placement, write.cache.scales
     stored, stored_v, heads = write.cache.format, write.format_v, extents.num_heads
-    k_scale_stride, v_scale_stride = write.cache.head_scales if write.scaled else (0, 0)
+    k_strides, v_strides = write.scale_strides
     # Elements of a tile: powers of two that cover a head.
     k_width = max(16, power_of_two(extents.head_units * stored.elements_per_unit))
     v_width = max(16, power_of_two(extents.head_units_v * stored_v.elements_per_unit))
     # Measured on an H100: few rows, and 16 elements a thread, so that what rows share is computed less often.
     rows = max(1, (65536 if target.backend == "interpret" else 1024) // max(k_width, v_width))
 
-    def side(spec: ArraySpec, units: int, address: Address, width: int, format: FloatFormat, scale_stride: int) -> Rows:
+    def side(
+        spec: ArraySpec, units: int, address: Address, width: int, format: FloatFormat, strides: tuple[int, int]
+    ) -> Rows:
         per_unit = format.elements_per_unit
-        return plan_rows(spec, heads, units, address, width // per_unit, per_unit, scale_stride, merge=False)
+        return plan_rows(spec, heads, units, address, width // per_unit, per_unit, strides, merge=False)
 
-    key = side(write.key, extents.head_units, key_address, k_width, stored, k_scale_stride)
-    value = side(write.value, extents.head_units_v, value_address, v_width, stored_v, v_scale_stride)
+    key = side(write.key, extents.head_units, key_address, k_width, stored, k_strides)
+    value = side(write.value, extents.head_units_v, value_address, v_width, stored_v, v_strides)
     key_scales = value_scales = None
     if scales is not None:
         key_scales = scale_rows(scales, scales.placement.key, k_width, stored)

@@ -2,13 +2,14 @@
 
 import numpy as np
 import pytest
+import torch
 
 from kvcore.oracle import read as reference_attention
 from kvcore.oracle import write as reference
 from tests.cases.arrays import LAYOUTS, random_normal
-from tests.cases.gathers import assert_gathers
-from tests.cases.quantised_reads import TELLING, kinds, read_case, telling
-from tests.cases.reads import assert_near_oracle
+from tests.cases.gathers import assert_gathers, gather_jax, gather_torch
+from tests.cases.quantised_reads import TELLING, TELLING_OF_LAYERS, kinds, read_case, telling
+from tests.cases.reads import assert_near_oracle, attend_jax, attend_torch, oracle
 
 
 @pytest.mark.parametrize(("name", "granularity", "layout"), telling((*LAYOUTS, "MLA")))
@@ -18,7 +19,10 @@ def test_gather(name, granularity, layout):
 
 @pytest.mark.parametrize(
     ("name", "granularity", "layout"),
-    [kind for kind in kinds(("NHD", "PACKED_NHD", "BLOCK_KV_HND", "MLA")) if kind[:2] in TELLING],
+    [
+        *(kind for kind in kinds(("NHD", "PACKED_NHD", "BLOCK_KV_HND", "MLA")) if kind[:2] in TELLING),
+        *TELLING_OF_LAYERS,
+    ],
 )
 def test_gather_from_a_layer(name, granularity, layout):
     more = {"scale_layout": "head layer slot block"} if granularity == "token_head" else {}
@@ -31,6 +35,34 @@ def test_attention(name, granularity, layout):
     query_lens = (1, 0, 3, 2) if ragged else None
     dtype = "bfloat16" if name in ("int8", "nvfp4") else "float32"
     assert_near_oracle(read_case(3, name, granularity, layout, query_lens=query_lens, dtype=dtype))
+
+
+@pytest.mark.parametrize(("name", "granularity", "layout"), TELLING_OF_LAYERS)
+@pytest.mark.parametrize("query_lens", [None, (1, 0, 3, 2)])
+def test_attention_over_a_layer_with_scales_of_its_own(name, granularity, layout, query_lens):
+    case = read_case(10, name, granularity, layout, num_layers=3, layer=1, query_lens=query_lens)
+    assert_near_oracle(case)
+    want = oracle(case)
+    names = [n for n in ("k_scale", "v_scale") if case.options[n] is not None]
+    case.options |= {n: case.options[n][1].copy() for n in names}
+    for got, array in zip(oracle(case), want, strict=True):
+        np.testing.assert_array_equal(got, array)
+
+
+@pytest.mark.parametrize("layer", [-1, 3, 2**31 - 1, -(2**31)])
+@pytest.mark.parametrize(("name", "granularity", "layout"), TELLING_OF_LAYERS)
+def test_scales_of_a_layer_that_does_not_exist(name, granularity, layout, layer):
+    """Nothing is seen, and no scale is read far away."""
+    case = read_case(11, name, granularity, layout, num_layers=3, layer=1)
+    layer = np.array(layer, np.int32)
+    for backend in ("xla", "interpret"):
+        case.options["layer"] = layer
+        assert not attend_jax(case, backend)[0].any()
+        assert not any(x.any() for x in gather_jax(case, 9, "float32", backend))
+    for backend in ("torch", "interpret"):
+        case.options["layer"] = torch.from_numpy(layer)
+        assert not attend_torch(case, backend)[0].any()
+        assert not any(x.any() for x in gather_torch(case, 9, "float32", backend))
 
 
 @pytest.mark.parametrize("name", ["fp8_e4m3", "int8", "int4"])

@@ -92,7 +92,7 @@ def make_case(
 
     Args:
         bits: Whether inputs are random bit patterns (NaN, infinities and subnormal numbers among them) or normal draws.
-        scales: Numbers, or "head": an array with one a head.
+        scales: Numbers, or for arrays a name that `shape_of_scales` knows.
         per_token_head: Whether the op computes scales, into scale caches in `scale_layout`.
     """
     layout = CacheLayout.of(layout)
@@ -110,8 +110,10 @@ def make_case(
         num_layers=num_layers,
         x=(8 if head_size % 16 == 0 else 4) if "dim/x" in layout.pattern else None,
     )
-    if scales == "head":
-        scales = tuple(rng.uniform(1e-3, 2, num_heads).astype(np.float32) for _ in range(2))
+    if isinstance(scales, str):
+        scales = tuple(
+            rng.uniform(1e-3, 2, shape_of_scales(scales, num_layers, num_heads)).astype(np.float32) for _ in range(2)
+        )
     scale_caches = []
     if per_token_head:
         sizes = {"layer": num_layers, "block": num_blocks, "slot": block_size, "head": num_heads}
@@ -135,6 +137,12 @@ def make_case(
         scale_caches=scale_caches,
         scale_layout=scale_layout,
     )
+
+
+def shape_of_scales(granularity, num_layers, num_heads):
+    """Of static scales: "head" for one a head, "layer" for one a layer, "layer and head" for one a head of each."""
+    layers = () if granularity == "head" else (num_layers,)
+    return (*layers, 1 if granularity == "layer" else num_heads)
 
 
 def random_bits(rng, shape, dtype):

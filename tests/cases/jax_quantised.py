@@ -15,6 +15,7 @@ LAYERS = 3
 
 KINDS = {
     "int8 of a head": dict(kv_cache_dtype="int8", scales="head"),
+    "int8 of a layer and head": dict(kv_cache_dtype="int8", scales="layer and head", num_layers=LAYERS, layer=1),
     "int8 in int8": dict(kv_cache_dtype="int8", cache_dtype="int8"),
     "fnuz": dict(kv_cache_dtype="fp8_e4m3fnuz"),
     "int4": dict(kv_cache_dtype="int4"),
@@ -86,7 +87,7 @@ def place(case, mesh):
         jax.device_put(value, rows),
         tuple(jax.device_put(a, over_heads(mesh, x)) for a, x in zip(memory, axes, strict=True)),
         jax.device_put(slots, NamedSharding(mesh, P(None))),
-        [jax.device_put(s, NamedSharding(mesh, P("tp" if s.ndim else None) if s.ndim else P())) for s in scales],
+        [jax.device_put(s, NamedSharding(mesh, P(*[None] * (s.ndim - 1), *["tp"] * (s.ndim > 0)))) for s in scales],
     )
 
 

@@ -26,6 +26,15 @@ TELLING = (("int8", "token_head"), ("int4", "head"), ("nvfp4", "tensor"), ("fp8_
 """Every kind of addressing: what the other formats do in a layout, one of these does."""
 
 
+TELLING_OF_LAYERS = (
+    ("fp8_e4m3", "layer", "NHD"),
+    ("int4", "layer and head", "PACKED_HND"),
+    ("nvfp4", "layer and head", "NHD"),
+    ("int8", "layer", "MLA"),
+)
+"""The same for static scales of layers, with a layout each."""
+
+
 def telling(layouts):
     return [kind for kind in kinds() if kind[2] == "NHD" or (kind[2] in layouts and kind[:2] in TELLING)]
 

@@ -17,6 +17,9 @@ GRANULARITIES = {
 }
 
 
+OF_LAYERS = {"layer": {"scales": "layer"}, "layer and head": {"scales": "layer and head"}}
+
+
 def kinds(layouts=LAYOUTS):
     """Formats, granularities and layouts that go together."""
     for name in FORMATS:
@@ -31,8 +34,12 @@ TELLING = (("int8", "token and head"), ("int4", "head"), ("int4", "token and hea
 """Every kind of addressing: what the other formats do in a layout, one of these does."""
 
 
+TELLING_OF_LAYERS = (("fp8_e4m3", "layer"), ("int4", "layer and head"), ("nvfp4", "layer"), ("nvfp4", "layer and head"))
+"""The same for static scales of layers: the kernel of one scale for all heads, that of heads, and that of groups."""
+
+
 def quantised_case(name, granularity, layout, layer=None, dtype="bfloat16", **more):
-    options = dict(GRANULARITIES[granularity])
+    options = dict((GRANULARITIES | OF_LAYERS)[granularity])
     if layer is not None and "scale_layout" in options:
         options["scale_layout"] = ", ".join(f"layer {p}" for p in options["scale_layout"].split(","))
     return make_case(

@@ -9,7 +9,7 @@ from kvcore.formats import KV_CACHE_DTYPES, stored_size
 from kvcore.layout import CacheLayout
 from kvcore.oracle import read as reference_attention
 from kvcore.oracle import write as reference
-from tests.cases.arrays import from_torch, random_bits, random_normal, to_torch
+from tests.cases.arrays import from_torch, random_bits, random_normal, shape_of_scales, to_torch
 
 
 @dataclass
@@ -73,7 +73,8 @@ def make_read(
         rng: Source of randomness.
         cache_dtype: Of the caches' elements where kv_cache_dtype is "auto"; None for dtype.
         storage: Dtype of the arrays of a quantised cache; None for uint8. A cache of "auto" has none.
-        granularity: Of the scales of a quantised cache: "tensor", "head", or "token_head", which the oracle computes.
+        granularity: Of the scales of a quantised cache: "tensor", "token_head", which the oracle computes, or one that
+            `shape_of_scales` knows.
         query_lens: Query tokens of each sequence; None for one each, without query_start_loc.
         padding: Query rows after the last sequence's.
         spare: Blocks of the cache that no sequence has.
@@ -105,8 +106,9 @@ def make_read(
             scale_caches.append(random_bits(rng, tuple(sizes[a] for a in pattern.split()), "float32"))
         scales = scale_caches
         options["scale_layout"] = scale_layout
-    elif granularity == "head":
-        scales = [rng.uniform(0.01, 0.5, num_heads).astype(np.float32) for _ in range(2)]
+    elif granularity != "tensor":
+        shape = shape_of_scales(granularity, num_layers, num_heads)
+        scales = [rng.uniform(0.01, 0.5, shape).astype(np.float32) for _ in range(1 if layout.latent else 2)] * 2
     elif layout.latent:
         scales = (scales[0], scales[0])
     blocks = iter(rng.permutation(num_blocks).tolist())

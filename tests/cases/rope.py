@@ -9,7 +9,7 @@ import numpy as np
 from kvcore.formats import KV_CACHE_DTYPES, stored_size
 from kvcore.layout import CacheLayout
 from kvcore.oracle.rope import rope_and_cache
-from tests.cases.arrays import DTYPES, make_case, random_bits, random_normal
+from tests.cases.arrays import DTYPES, make_case, random_bits, random_normal, shape_of_scales
 
 MAX_POSITION = 11
 
@@ -36,7 +36,7 @@ class RopeCase:
         k_weights: The dtype of k_norm; None: no norm.
         table_dtype: Of cos_sin.
         cache_dtype: None: dtype, or uint8 where quantised.
-        scales: Static ones: numbers, or "head" for an array with one a head.
+        scales: Static ones: numbers, or for arrays a name that `shape_of_scales` knows.
         slots: None: drawn without replacement, one for each token.
         positions: None: drawn. With sections, the three rows are this one, rolled.
         inputs: What query, and what is normed or rotated of key and value, is drawn from: "normal"; "special", the same
@@ -142,7 +142,10 @@ class RopeCase:
         caches = [random_bits(rng, shape, self.cache_dtype or ("uint8" if quantised else self.dtype))]
         key, value = (random_bits(rng, (self.num_tokens, size), self.dtype) for size in (self.rank, self.head_size))
         slots = rng.permutation(40)[: self.num_tokens] if self.slots is None else np.asarray(self.slots, np.int64)
-        scale = self.scales[0] if quantised and self.kv_cache_dtype != "fp8_ds_mla" else None
+        scales = self.scales
+        if isinstance(scales, str):
+            scales = [rng.uniform(1e-3, 2, shape_of_scales(scales, self.num_layers, 1)).astype(np.float32)]
+        scale = scales[0] if quantised and self.kv_cache_dtype != "fp8_ds_mla" else None
         return key, value, caches, slots, scale, None
 
     def _drawn(self, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
@@ -272,6 +275,9 @@ CASES = [
     RopeCase("fp8_e4m3, scales of heads", kv_cache_dtype="fp8_e4m3", scales="head", cache_dtype="float8_e4m3fn",
              layout="HND", num_heads=3, **NORMS),
     RopeCase("fp8_e5m2", kv_cache_dtype="fp8_e5m2", dtype="float16", rope="gptj", head_size=40, rotary_dim=20),
+    RopeCase("fp8_e4m3, scales of layers and heads", kv_cache_dtype="fp8_e4m3", scales="layer and head", num_layers=3,
+             layer=2, **NORMS),
+    RopeCase("int8, scales of layers", kv_cache_dtype="int8", scales="layer", layout="HND", num_layers=3, layer=1),
     RopeCase("int8", kv_cache_dtype="int8", cache_dtype="int8", scales=(0.02, 1e-2), **NORMS),
     RopeCase("int4", kv_cache_dtype="int4", scales="head", layout="KV_NHD", head_size=40, inputs="special"),
     RopeCase("nvfp4", kv_cache_dtype="nvfp4", head_size=48, inputs="special", **NORMS),
@@ -292,6 +298,8 @@ CASES = [
     RopeCase("MLA of all layers, float16", **MLA, num_layers=3, layer=1, slots=FAR, dtype="float16"),
     RopeCase("MLA, blocks within slots", **MLA | {"layout": "slot block latent"}, dtype="float32", inputs="special"),
     RopeCase("MLA, fp8_e4m3", **MLA, kv_cache_dtype="fp8_e4m3", k_weights="bfloat16", inputs="special"),
+    RopeCase("MLA, fp8_e4m3, scales of layers", **MLA, kv_cache_dtype="fp8_e4m3", scales="layer", num_layers=3,
+             layer=2),
     RopeCase("MLA, nvfp4, part of k_pe", **MLA, kv_cache_dtype="nvfp4", rotary_dim=8),
     RopeCase("MLA, fp8_ds_mla", **DS_MLA, num_tokens=3, inputs="special"),
     RopeCase("MLA, fp8_ds_mla of all layers, normed", **DS_MLA, num_tokens=3, num_layers=3, layer=2,

@@ -50,6 +50,12 @@ FLASH, TOKEN_HEAD, DIFFKV, MLA, GATHER, SCALES = CALLS
 DYNAMIC = "'fp8', 'fp8_e4m3', 'fp8_e5m2', 'fp8_e4m3fnuz', 'fp8_e5m2fnuz', 'int8' or 'int4'"
 
 
+OF_LAYERS = {
+    "key_cache": memory(2, 4, 4, 3, 32), "value_cache": memory(2, 4, 4, 3, 32), "layout": "layer block slot head dim",
+    "layer": 1,
+}  # fmt: skip
+
+
 def halves(size, **more):
     return {"key_cache": memory(4, 4, 3, size), "value_cache": memory(4, 4, 3, size)} | more
 
@@ -104,6 +110,26 @@ BAD = {
     "scales of heads of another dtype": (
         FLASH, {"v_scale": np.ones(3, np.float16)}, TypeError, "v_scale must have dtype float32, got float16",
     ),
+    "scales of other layers": (
+        FLASH, OF_LAYERS | {"k_scale": floats(3, 3)}, ValueError,
+        "k_scale must have shape (), (1,), (3,), (2, 1) or (2, 3), got (3, 3)",
+    ),
+    "scales of layers without an axis": (
+        FLASH, OF_LAYERS | {"v_scale": floats(2)}, ValueError,
+        "v_scale must have shape (), (1,), (3,), (2, 1) or (2, 3), got (2,)",
+    ),
+    "scales of layers of another dtype": (
+        FLASH, OF_LAYERS | {"v_scale": np.ones((2, 3), np.float16)}, TypeError,
+        "v_scale must have dtype float32, got float16",
+    ),
+    "scales of layers of a cache without any": (
+        FLASH, {"k_scale": floats(1, 1)}, ValueError, "k_scale must have shape (), (1,) or (3,), got (1, 1)",
+    ),
+    "scales of layers that there are none of": (
+        FLASH, {"key_cache": memory(0, 4, 4, 3, 32), "value_cache": memory(0, 4, 4, 3, 32), "k_scale": floats(0, 1),
+                "layout": "layer block slot head dim", "layer": np.array([0], np.int32)},
+        ValueError, "k_scale must have shape (), (1,) or (3,), got (0, 1)",
+    ),
     "fp8_ds_mla for keys and values": (
         FLASH, {"kv_cache_dtype": "fp8_ds_mla"}, ValueError,
         "layout must have an axis latent for kv_cache_dtype 'fp8_ds_mla', got 'block slot head dim'",
@@ -153,6 +179,10 @@ BAD = {
         MLA, {"k_pe": floats(3, 0)}, ValueError, "k_pe must have shape (2, 0), got (3, 0)",
     ),
     "scales of MLA's heads": (MLA, {"scale": floats(3)}, ValueError, "scale must have shape () or (1,), got (3,)"),
+    "scales of other layers of MLA": (
+        MLA, {"kv_cache": memory(2, 4, 4, 656), "layer": 1, "scale": floats(4, 1)}, ValueError,
+        "scale must have shape (), (1,) or (2, 1), got (4, 1)",
+    ),
     "k_pe of other tokens": (MLA, {"k_pe": floats(3, 64)}, ValueError, "k_pe must have shape (2, 64), got (3, 64)"),
     "k_pe of another dtype": (
         MLA, {"k_pe": np.ones((2, 64), np.float16)}, TypeError, "k_pe must have dtype float32, as kv_c, got float16",
@@ -168,6 +198,11 @@ BAD = {
     ),
     "scale of two heads of three": (
         GATHER, {"k_scale": floats(2)}, ValueError, "k_scale must have shape (), (1,) or (3,), got (2,)",
+    ),
+    "scales of layers and two heads of three": (
+        GATHER, {"caches": [memory(2, 4, 4, 3, 32)] * 2, "layout": "layer block slot head dim", "layer": 1,
+                 "v_scale": floats(2, 2)},
+        ValueError, "v_scale must have shape (), (1,), (3,), (2, 1) or (2, 3), got (2, 2)",
     ),
     # calibration
     "no format to calibrate": (

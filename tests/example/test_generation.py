@@ -175,10 +175,10 @@ def test_calibration_sees_all_of_every_prompt_and_no_padding(framework, small_tw
         return np.array(llama.calibrate(batch, "int8", granularity), np.float32)
 
     together = scales(prompts, "head")
-    assert together.shape == (2, 2, 2)  # layers, K and V, heads
+    assert together.shape == (2, 2, 2)  # K and V, layers, heads
     alone = [scales([prompt], "head") for prompt in prompts]
     np.testing.assert_allclose(together, np.maximum(*alone), rtol=1e-5)
-    np.testing.assert_allclose(scales(prompts, "tensor"), together.max(axis=2), rtol=1e-5)
+    np.testing.assert_allclose(scales(prompts, "tensor"), together.max(axis=2, keepdims=True), rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -90,4 +90,7 @@ def test_table_of_accuracy(small_file, tmp_path):
 def test_documented_calibration():
     (block,) = re.findall(r"```python\n(.*?)```", (EXAMPLES.parent / "docs" / "accuracy.md").read_text(), re.DOTALL)
     exec(compile(block, "accuracy.md", "exec"), names := {})
-    assert [(k.shape, v.shape) for k, v in names["scales"]] == [((8,), (8,))] * 4
+    assert (names["cache"].k_scale.shape, names["cache"].v_scale.shape) == ((4, 8), (4, 8))
+    key, value = (x.astype("float32") for x in names["cache"].gather(names["tables"], names["lengths"], 32, layer=3))
+    assert abs(key[0] - names["key"][0].astype("float32")).max() < 0.03
+    assert abs(value[0] - names["value"][0].astype("float32")).max() < 0.03

@@ -29,9 +29,10 @@ from tests.cases.gathers import assert_gathers, gather_jax, gather_torch
 from tests.cases.gpu import DEVICE, HAS_GPU, captured, params, shorter
 from tests.cases.gpu_reads import assert_kernels
 from tests.cases.quantised_reads import TELLING as READ_TELLING
+from tests.cases.quantised_reads import TELLING_OF_LAYERS as OF_LAYERS
 from tests.cases.quantised_reads import kinds as read_kinds
 from tests.cases.quantised_reads import read_case, telling
-from tests.cases.quantised_writes import FORMATS, TELLING, kinds, quantised_case, run_mla
+from tests.cases.quantised_writes import FORMATS, TELLING, TELLING_OF_LAYERS, kinds, quantised_case, run_mla
 
 pytestmark = pytest.mark.gpu
 
@@ -58,7 +59,9 @@ def test_writes(name, granularity, layout):
     assert_equals_oracle(quantised_case(name, granularity, layout), WRITERS | PORTABLE)
 
 
-@pytest.mark.parametrize(("name", "granularity"), [*TELLING, ("fp8_e4m3", "tensor"), ("fp8_e5m2", "head")])
+@pytest.mark.parametrize(
+    ("name", "granularity"), [*TELLING, ("fp8_e4m3", "tensor"), ("fp8_e5m2", "head"), *TELLING_OF_LAYERS]
+)
 @pytest.mark.parametrize(("layout", "dtype"), [("NHD", "float32"), ("PACKED_NHD", "float16")])
 def test_writes_to_a_layer(name, granularity, layout, dtype):
     assert_equals_oracle(quantised_case(name, granularity, layout, layer=2, dtype=dtype), WRITERS)
@@ -85,9 +88,13 @@ def test_many_tokens(name, granularity, layout):
             np.testing.assert_array_equal(bits(got), bits(array), err_msg=implementation)
 
 
-@pytest.mark.parametrize(("layer", "dtype"), [(None, "bfloat16"), (1, "float32")])
+@pytest.mark.parametrize(
+    ("layer", "dtype", "scale"),
+    [(None, "bfloat16", 0.37), (1, "float32", 0.37), (2, "float16", np.array([[3.0], [0.01], [0.37]], np.float32))],
+    ids=["bfloat16", "a layer", "scales of layers"],
+)
 @pytest.mark.parametrize("name", ["auto", "fp8", "int8", "int4", "nvfp4", "fp8_ds_mla"])
-def test_mla_rows(name, layer, dtype):
+def test_mla_rows(name, layer, dtype, scale):
     import jax.numpy as jnp
 
     import jaxkv
@@ -99,7 +106,7 @@ def test_mla_rows(name, layer, dtype):
     slots = np.array([3, -1, 31, 32, 0, 17], np.int32)
     arrays = [random_bits(rng, (6, 512), dtype), random_bits(rng, (6, 64), dtype)]
     arrays += [random_bits(rng, shape, "bfloat16" if name == "auto" else "uint8"), slots]
-    scale = None if name in ("auto", "fp8_ds_mla") else 0.37
+    scale = None if name in ("auto", "fp8_ds_mla") else scale
     want = arrays[2].copy()
     reference.concat_and_cache_mla(*arrays[:2], want, slots, name, scale, layer=layer)
     got = [
@@ -178,6 +185,21 @@ SMOKE = [("bfloat16", *kind) for kind in read_kinds(("NHD", "MLA")) if kind[:2] 
 @pytest.mark.parametrize(("dtype", "name", "granularity", "layout"), params(GATHERED, SMOKE))
 def test_gather(dtype, name, granularity, layout):
     assert_gathers(read_case(0, name, granularity, layout, num_heads=3), 17, dtype, GATHERERS)
+
+
+@pytest.mark.parametrize(("name", "granularity", "layout"), OF_LAYERS)
+def test_gather_from_a_layer_with_scales_of_its_own(name, granularity, layout):
+    case = read_case(2, name, granularity, layout, num_layers=3, layer=1)
+    assert_gathers(case, 17, "float16", GATHERERS)
+
+
+@pytest.mark.parametrize("query_lens", [None, (1, 0, 3, 2)])
+@pytest.mark.parametrize(("name", "granularity", "layout"), OF_LAYERS)
+def test_attention_over_a_layer_with_scales_of_its_own(name, granularity, layout, query_lens):
+    case = read_case(
+        10, name, granularity, layout, num_layers=3, layer=1, query_lens=query_lens, dtype="bfloat16", block_size=16
+    )
+    assert_kernels(case)
 
 
 def attention_kinds():

@@ -1,6 +1,7 @@
 """Quantised caches under JAX's transformations: right, and in place, scale caches too."""
 
 import functools
+import operator
 import re
 
 import jax
@@ -69,10 +70,10 @@ def test_without_donation_the_arguments_stay_as_they_were():
 
 
 @pytest.mark.parametrize("layout", ["NHD", "PACKED_HND", "head layer block slot dim"])
-@pytest.mark.parametrize("kind", ["scale caches", "nvfp4"])
+@pytest.mark.parametrize("kind", ["scale caches", "nvfp4", "int8 of a layer and head"])
 def test_scan_over_layers_in_a_loop_over_steps(kind, layout):
     more = {"scale_layout": "layer head block slot"} if layout == "PACKED_HND" and kind == "scale caches" else {}
-    case = case_of(kind, layout=layout, num_layers=LAYERS, layer=0, **more)
+    case = case_of(kind, **{"layout": layout, "num_layers": LAYERS, "layer": 0} | more)
     key, value, memory, slots, scales = inputs_of(case)
 
     @functools.partial(jax.jit, donate_argnums=2)
@@ -195,6 +196,10 @@ def test_scale_caches_are_read_from_refs():
         ("nvfp4", {}),
         ("nvfp4", {"layout": "KV_NHD"}),
         ("int8 of a head", {"layout": "PALLAS"}),
+        ("int8 of a layer and head", {}),
+        ("int8 of a layer and head", {"layout": "block layer slot head dim"}),
+        ("int8 of a layer and head", {"layout": "head layer block slot dim"}),
+        ("int8 of a layer and head", {"scales": "layer"}),
     ],
 )
 def test_vmap(kind, more):
@@ -205,9 +210,36 @@ def test_vmap(kind, more):
     ]  # fmt: skip
     batch = jax.tree.map(lambda *x: jnp.stack(x), *map(inputs_of, cases))
     step = jax.jit(jax.vmap(functools.partial(write, cases[0])), donate_argnums=2)
-    if "block layer" not in more.get("scale_layout", ""):
+    if not any(
+        f"{name} layer" in more.get(key, "") for key in ("layout", "scale_layout") for name in ("block", "head")
+    ):
         assert_in_place(step.lower(*batch).compile(), batch[2])
     assert_same(step(*batch), [np.stack(x) for x in zip(*map(run_oracle, cases), strict=True)])
+
+
+@pytest.mark.parametrize("layout", ["NHD", "block layer slot head dim"])
+@pytest.mark.parametrize("batched", ["layer", "scales", "slots"])
+def test_vmap_over_some_with_scales_of_layers(batched, layout):
+    """Each item has its own layer's scale, whether layers or scales are the batch, and none where it has no layer."""
+    case = case_of("int8 of a layer and head", layout=layout, num_blocks=4)
+    key, value, memory, slots, scales = inputs_of(case)
+    shared = {"layer": jnp.int32(1), "scales": scales, "slots": slots}
+    batches = {
+        "layer": jnp.array([2, 0, 5], jnp.int32),
+        "scales": [jnp.stack([s, 2 * s, s / 3]) for s in scales],
+        "slots": jnp.stack([slots, slots + 1, slots - 2]),
+    }
+    run = jax.vmap(
+        lambda x: write(case, key, value, memory, x["slots"], x["scales"], x["layer"]),
+        in_axes=({name: 0 if name == batched else None for name in shared},),
+    )
+    got = run(shared | {batched: batches[batched]})
+    for i in range(3):
+        item = shared | {batched: jax.tree.map(operator.itemgetter(i), batches[batched])}
+        k_scale, v_scale = map(np.asarray, item["scales"])
+        want = with_case(case, layer=int(item["layer"]), k_scale=k_scale, v_scale=v_scale)
+        want = with_case(want, slot_mapping=np.asarray(item["slots"]))
+        assert_same([array[i] for array in got], run_oracle(want))
 
 
 # ---- sharding
@@ -216,7 +248,11 @@ def test_vmap(kind, more):
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize(
     ("quantised", "layout"),
-    [(q, x) for q in ("scale caches", "int8 of a head") for x in ("NHD", "HND", "KV_NHD", "PACKED_NHD", "INTERLEAVED")]
+    [
+        (q, x)
+        for q in ("scale caches", "int8 of a head", "int8 of a layer and head")
+        for x in ("NHD", "HND", "KV_NHD", "PACKED_NHD", "INTERLEAVED")
+    ]
     + [("nvfp4", "PALLAS")],
 )
 def test_heads_over_devices(quantised, layout, kind):

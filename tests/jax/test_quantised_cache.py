@@ -30,6 +30,9 @@ KEY, VALUE, QUERY = draws(9, HEADS, HEAD_SIZE), draws(9, HEADS, HEAD_SIZE) * 2, 
 K_SCALES, V_SCALES = map(np.asarray, reference.kv_scales(KEY, VALUE, "int8", "head"))
 
 
+OF_LAYERS = [np.stack([s * 1e9, s, s * 1e-9]) for s in (K_SCALES, V_SCALES)]  # good ones for layer 1
+
+
 def create(**options):
     defaults = dict(
         num_layers=LAYERS, num_blocks=BLOCKS, block_size=BLOCK_SIZE, num_heads=HEADS, head_size=HEAD_SIZE,
@@ -51,6 +54,8 @@ def expected():
         {"layout": "PACKED_HND", "scale_layout": "layer block head slot"},
         {"kv_cache_dtype": "fp8"},
         {"per_token_head": False, "k_scale": K_SCALES, "v_scale": V_SCALES},
+        {"per_token_head": False, "k_scale": OF_LAYERS[0], "v_scale": OF_LAYERS[1]},
+        {"per_token_head": False, "k_scale": OF_LAYERS[0], "v_scale": OF_LAYERS[1][:, :1], "layout": "PACKED_NHD"},
         {"per_token_head": False, "kv_cache_dtype": "nvfp4", "k_scale": 0.002, "v_scale": 0.003},
         {"per_token_head": False, "kv_cache_dtype": "nvfp4", "layout": "KV_NHD"},
     ],
@@ -102,15 +107,16 @@ def test_a_cache_vmapped():
 
 @pytest.mark.parametrize("layout", ["NHD", "HND", "INTERLEAVED"])
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("scales", ["token and head", "head"])
+@pytest.mark.parametrize("scales", ["token and head", "head", "layer and head"])
 def test_a_cache_with_heads_over_devices(scales, kind, layout):
     mesh = mesh_of(kind, 2)
     sharding = over_heads(mesh, CacheLayout.of(layout).with_layer().arrays[0])
     rows, whole = NamedSharding(mesh, P(None, "tp", None)), NamedSharding(mesh, P())
     with jax.set_mesh(mesh):
         options: dict = {}
-        if scales == "head":
-            own = [jax.device_put(s, NamedSharding(mesh, P("tp"))) for s in (K_SCALES, V_SCALES)]
+        if scales != "token and head":
+            spec, arrays = (P("tp"), (K_SCALES, V_SCALES)) if scales == "head" else (P(None, "tp"), OF_LAYERS)
+            own = [jax.device_put(s, NamedSharding(mesh, spec)) for s in arrays]
             options = {"per_token_head": False, "k_scale": own[0], "v_scale": own[1]}
         cache = create(layout=layout, sharding=sharding, **options)
         key, value, query = (jax.device_put(x, rows) for x in (KEY, VALUE, QUERY))
@@ -135,7 +141,7 @@ def test_a_cache_with_heads_over_devices(scales, kind, layout):
 @pytest.mark.parametrize(("name", "bound"), [("auto", 1e-6), ("fp8_ds_mla", 0.2), ("int8", 0.03), ("nvfp4", 0.6)])
 def test_a_latent_cache(name, bound, layout):
     kv_c, k_pe, query = draws(9, 512), draws(9, 64), draws(2, 3, 576)
-    scale = {"int8": 0.04, "nvfp4": 0.002}.get(name)
+    scale = {"int8": np.array([[1e9], [0.04], [0]], np.float32), "nvfp4": 0.002}.get(name)
     options = dict(
         num_heads=1, head_size=576, head_size_v=512, layout=layout, kv_cache_dtype=name, per_token_head=False,
         k_scale=scale,
@@ -149,6 +155,16 @@ def test_a_latent_cache(name, bound, layout):
     exact = create(**options | {"kv_cache_dtype": "auto", "k_scale": None}).write(kv_c, k_pe, SLOTS, layer=1)
     got, want = (c.attend(query, TABLES, LENS, layer=1) for c in (cache, exact))
     np.testing.assert_allclose(got, want, atol=bound * 2)
+
+
+def test_a_layer_is_rotated_and_written_with_its_own_scale():
+    cache = create(per_token_head=False, k_scale=OF_LAYERS[0], v_scale=OF_LAYERS[1])
+    cos_sin = jnp.concatenate([jnp.ones((1, HEAD_SIZE // 2)), jnp.zeros((1, HEAD_SIZE // 2))], 1)
+    query, places = jnp.zeros((9, HEADS, HEAD_SIZE)), np.zeros(9, np.int32)
+    _, cache = cache.rope_and_cache(query, KEY, VALUE, places, cos_sin, SLOTS, rope="neox", layer=jnp.int32(1))
+    key, value = cache.gather(TABLES, LENS, 7, layer=1, dtype="float32")
+    np.testing.assert_allclose(key[0, :6], KEY[:6], atol=0.1)
+    np.testing.assert_allclose(value[1, :3], VALUE[6:], atol=0.1)
 
 
 BAD = {

@@ -48,7 +48,9 @@ SLOTS = tensor(np.array([7, -1, 19, 0, 5], np.int64))
 ROWS = dict(key=normal(5, HEADS, SIZE), value=normal(5, HEADS, SIZE), slot_mapping=SLOTS)
 READING = dict(block_tables=TABLES, seq_lens=LENS)
 LAYER = dict(layer_index=tensor(np.array([1], np.int32)), layout="layer block slot head dim")
+LAYER_BYTES = [tensor(rng.integers(0, 120, (LAYERS, BLOCKS, BLOCK_SIZE, HEADS, SIZE), np.uint8)) for _ in range(2)]
 FP8_SCALES = dict(k_scale=scales(HEADS), v_scale=scales(HEADS))
+LAYER_SCALES = dict(k_scale=scales(LAYERS, HEADS), v_scale=scales(LAYERS, HEADS))
 ROTATED = dict(query=normal(5, 4, SIZE), cos_sin=normal(10, SIZE), q_norm=normal(SIZE), k_norm=normal(SIZE), eps=1e-6)
 SCALE_CACHES = [scales(BLOCKS, BLOCK_SIZE, HEADS) for _ in range(2)]
 PAIRS = dict(pairs=tensor(np.array([[1, 2], [2, 3], [3, 1], [-1, 4], [0, 4]], np.int32)))
@@ -60,12 +62,18 @@ CALLS = {
     "attention over fp8": ("paged_attention", dict(
         query=normal(2, 4, SIZE), caches=BYTES, kv_cache_dtype="fp8", **READING, **FP8_SCALES,
     )),
+    "attention over a layer of fp8": ("paged_attention", dict(
+        query=normal(2, 4, SIZE), caches=LAYER_BYTES, kv_cache_dtype="fp8", **READING, **LAYER_SCALES, **LAYER,
+    )),
     "attention over int8": ("paged_attention", dict(
         query=normal(2, 4, SIZE), caches=BYTES, kv_cache_dtype="int8", k_scale=SCALE_CACHES[0],
         v_scale=SCALE_CACHES[1], **READING,
     )),
     "gather": ("gather_kv", dict(caches=CACHES, **READING, **LAYER)),
     "gather of fp8": ("gather_kv", dict(caches=BYTES, kv_cache_dtype="fp8", **READING, **FP8_SCALES)),
+    "gather of a layer of fp8": ("gather_kv", dict(
+        caches=LAYER_BYTES, kv_cache_dtype="fp8", **READING, **LAYER_SCALES, **LAYER,
+    )),
     "write": ("reshape_and_cache_flash", dict(
         key_cache=poison(LAYERS, BLOCKS, BLOCK_SIZE, HEADS, SIZE, dtype="float32"),
         value_cache=poison(LAYERS, BLOCKS, BLOCK_SIZE, HEADS, SIZE, dtype="float32"), **ROWS, **LAYER,
@@ -74,8 +82,13 @@ CALLS = {
         key_cache=poison(BLOCKS, BLOCK_SIZE, HEADS, SIZE), value_cache=poison(BLOCKS, BLOCK_SIZE, HEADS, SIZE),
         kv_cache_dtype="fp8", **ROWS, **FP8_SCALES,
     )),
+    "write of fp8 to a layer": ("reshape_and_cache_flash", dict(
+        key_cache=poison(LAYERS, BLOCKS, BLOCK_SIZE, HEADS, SIZE),
+        value_cache=poison(LAYERS, BLOCKS, BLOCK_SIZE, HEADS, SIZE), kv_cache_dtype="fp8", k_scale=scales(LAYERS, 1),
+        v_scale=scales(LAYERS, 1), **ROWS, **LAYER,
+    )),
     "write of both": ("reshape_and_cache_flash_diffkv", dict(
-        kv_cache=poison(LAYERS, BLOCKS, BLOCK_SIZE, HEADS, 2 * SIZE), kv_cache_dtype="int8", **ROWS, **FP8_SCALES,
+        kv_cache=poison(LAYERS, BLOCKS, BLOCK_SIZE, HEADS, 2 * SIZE), kv_cache_dtype="int8", **ROWS, **LAYER_SCALES,
         **LAYER | dict(layout="layer block slot head k+v"),
     )),
     "write with scales": ("reshape_and_cache_flash_per_token_head_quant", dict(
@@ -93,12 +106,12 @@ CALLS = {
     )),
     "write of MLA": ("concat_and_cache_mla", dict(
         kv_c=normal(5, SIZE), k_pe=normal(5, 8), kv_cache=poison(LAYERS, BLOCKS, BLOCK_SIZE, SIZE + 8),
-        kv_cache_dtype="int8", scale=scales(1), slot_mapping=SLOTS, layer_index=LAYER["layer_index"],
+        kv_cache_dtype="int8", scale=scales(LAYERS, 1), slot_mapping=SLOTS, layer_index=LAYER["layer_index"],
     )),
     "rotated write of fp8": ("rope_and_cache", dict(
         key_cache=poison(LAYERS, BLOCKS, BLOCK_SIZE, HEADS, SIZE),
         value_cache=poison(LAYERS, BLOCKS, BLOCK_SIZE, HEADS, SIZE), kv_cache_dtype="fp8", rope="neox",
-        positions=tensor(np.array([3, 0, 9, -1, 2], np.int64)), **ROTATED, **ROWS, **FP8_SCALES, **LAYER,
+        positions=tensor(np.array([3, 0, 9, -1, 2], np.int64)), **ROTATED, **ROWS, **LAYER_SCALES, **LAYER,
     )),
     "rotated write with scales": ("rope_and_cache", dict(
         key_cache=poison(BLOCKS, BLOCK_SIZE, HEADS, 2 * SIZE), k_scale_cache=scales(BLOCKS, BLOCK_SIZE, HEADS),
@@ -227,7 +240,8 @@ def check(name, backend, device="cpu", only=None, ways=tuple(VARIANTS)):
         t = given[argument] if i is None else given[argument][i]
         moved = VARIANTS[variant](t, axis)
         want = usual
-        if variant == "expanded" and t.dim() > 1 and ("cache" in argument or "scale" in argument):
+        scale_cache = "scale" in argument and t.dim() > 2
+        if variant == "expanded" and t.dim() > 1 and ("cache" in argument or scale_cache):
             with pytest.raises(ValueError, match=f"with stride 0 puts its {t.shape[axis]} elements in one place"):
                 run(op, put(given, argument, i, moved), backend)
             continue

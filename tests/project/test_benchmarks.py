@@ -186,16 +186,20 @@ def test_the_copies_move_what_writes_and_gathers_move():
     assert moved == {name: heads * (size + 256) for name, size in read.items()}
 
 
-def test_decode(tmp_path):
+@pytest.mark.parametrize(("devices", "more"), [("1", ["--divide", "16"]), ("2", ["--divide", "4", "--no-parts"])])
+@pytest.mark.parametrize("weights", ["out-in", "in-out"])
+def test_decode(devices, more, weights, tmp_path):
     path = tmp_path / "decode.json"
-    options = ["--divide", "16", "--layers", "1", "--batches", "2", "--context", "48", "--json", str(path)]
-    decode.main(options)
+    options = ["--layers", "1", "--batches", "2", "--context", "48", "--json", str(path), "--weights", weights]
+    decode.main([*options, "--devices", devices, *more])
     found = json.loads(path.read_text())
     assert found["benchmark"] == "decode"
     (row,) = found["rows"]
     assert row["failed"] == {}
     assert row["finite"]
-    for key in ("step_ms", "limit_ms", "ratio", "tokens_s", "no_attention_ms", "no_rope_and_cache_ms", "no_head_ms"):
+    assert row["devices"] == int(devices)
+    parts = () if "--no-parts" in more else ("no_attention_ms", "no_rope_and_cache_ms", "no_head_ms")
+    for key in ("step_ms", "limit_ms", "ratio", "tokens_s", *parts):
         assert row[key] > 0
 
 

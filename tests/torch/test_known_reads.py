@@ -66,6 +66,21 @@ def test_gather(seen):
     assert seen.ways() == (1, 1)
 
 
+def test_scales_of_layers(seen):
+    query, caches, tables, lens = read_operands()
+    layers = [torch.stack([c, c * 0.5, -c]).to(torch.float8_e4m3fn) for c in caches]
+    k_scale, v_scale = torch.tensor([[0.5], [2.0], [3.0]]), torch.tensor([[1.5, 0.25], [3.0, 0.5], [0.1, 0.2]])
+    options = dict(layout="layer block slot head dim", kv_cache_dtype="fp8")
+    for i, layer in enumerate((2, 1, 0, 2, 1)):
+        more = options | dict(k_scale=k_scale, v_scale=v_scale, layer=layer)
+        got = torchkv.paged_attention(query, layers, tables, lens, **more)
+        assert seen.ways() == (i < 3, 1)
+        alone = options | dict(k_scale=k_scale[layer], v_scale=v_scale[layer], layer=layer)
+        torch.testing.assert_close(got, torchkv.paged_attention(query, layers, tables, lens, backend="torch", **alone))
+        seen.ways()
+    assert len(seen.compiled) == 1
+
+
 @pytest.mark.parametrize("op", ["attention", "gather"])
 def test_into_given_tensors(op, seen):
     query, caches, tables, lens = read_operands()

@@ -85,6 +85,21 @@ def test_writes_to_each_layer(seen, rng):
         torchkv.reshape_and_cache_flash(key, value, *memory, slots, layout=case.layout, layer=3)
 
 
+@pytest.mark.parametrize("granularity", ["layer", "layer and head"])
+def test_scales_of_layers(granularity, seen, rng):
+    """One launch for all layers: it finds each layer's own."""
+    case = small(rng, num_layers=3, layer=0, kv_cache_dtype="fp8", scales=granularity)
+    key, value, memory, slots = operands(case)
+    scales, index = [torch.from_numpy(s) for s in (case.k_scale, case.v_scale)], torch.arange(3)
+    wanted = case.caches
+    for i, layer in enumerate((0, 1, 2, 1, 0, index[1], index[2], index[0])):
+        write(case, key, value, memory, slots, scales, layer=layer)
+        assert seen.ways() == (i < 3 or i == 5, 1)
+        wanted = run_oracle(with_case(case, caches=wanted, layer=int(layer)))
+        assert_bits(memory, wanted)
+    assert len(seen.compiled) == 2
+
+
 def test_latent_rows(seen, rng):
     cache, rows = torch.zeros(3, 4, 48), torch.randn(2, 48)
     for part in (32, 32, 48, 48):  # 48: without a rotary part, the op splits the row

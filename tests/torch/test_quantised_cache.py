@@ -69,6 +69,33 @@ def test_cache_with_scale_caches(kv_cache_dtype, layout, scale_layout, backend, 
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("layout", ["HND", "PACKED_NHD", "MLA"])
+def test_cache_with_scales_of_layers(layout, heads, backend, rng):
+    """Those of the other layer would lose everything."""
+    latent = layout == "MLA"
+    scale = torch.tensor([[2.0**-5] * heads, [1e9] * heads, [2.0**-5] * heads])
+    scale = scale[:, :1] if latent else scale
+    sizes = {"num_heads": 1, "head_size": 48, "head_size_v": 32} if latent else {}
+    scales = {"k_scale": scale} if latent else {"k_scale": scale, "v_scale": 2 * scale}
+    cache = create(layout=layout, kv_cache_dtype="int8", num_layers=3, **scales, **sizes)
+    key, value = (random_normal(rng, (9, 32) if latent else (9, 2, 32), "float32") for _ in range(2))
+    value = value[:, :16] if latent else value
+    query = random_normal(rng, (2, 6, 48 if latent else 32), "float32")
+    for layer in (0, 2):
+        cache.write(to_torch(key), to_torch(value), to_torch(SLOTS), layer=layer, backend=backend)
+        got, _ = assert_reads(cache, query, TABLES, LENS, layer)
+        want = np.concatenate([key, value], 1)[:, None] if latent else key
+        np.testing.assert_allclose(got[0, :6], want[:6], rtol=0, atol=0.016)
+    if not latent:
+        cos_sin = torch.cat([torch.ones(1, 16), torch.zeros(1, 16)], 1)
+        rows, places = (to_torch(x) for x in (query, key[:2], value[:2])), torch.zeros(2, dtype=torch.int32)
+        cache.rope_and_cache(*rows, places, cos_sin, to_torch(SLOTS[:2]), rope="neox", layer=2, backend=backend)
+        got, _ = assert_reads(cache, query, TABLES, LENS, 2)
+        np.testing.assert_allclose(got[0, :2], key[:2], rtol=0, atol=0.016)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("kv_cache_dtype", "layout"),
     [

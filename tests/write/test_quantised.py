@@ -2,11 +2,21 @@
 
 import numpy as np
 import pytest
+import torch
 
 from kvcore.formats import KV_CACHE_DTYPES, PER_TOKEN_HEAD
 from kvcore.oracle import write as reference
-from tests.cases.arrays import DTYPES, assert_equals_oracle, bits, make_case, random_bits, run_oracle
-from tests.cases.quantised_writes import FORMATS, TELLING, kinds, quantised_case, run_mla
+from tests.cases.arrays import (
+    CPU_IMPLEMENTATIONS,
+    DTYPES,
+    assert_equals_oracle,
+    bits,
+    make_case,
+    random_bits,
+    run_oracle,
+    with_case,
+)
+from tests.cases.quantised_writes import FORMATS, TELLING, TELLING_OF_LAYERS, kinds, quantised_case, run_mla
 
 
 @pytest.mark.parametrize(
@@ -17,7 +27,7 @@ def test_layouts(name, granularity, layout):
     assert_equals_oracle(quantised_case(name, granularity, layout))
 
 
-@pytest.mark.parametrize(("name", "granularity"), TELLING)
+@pytest.mark.parametrize(("name", "granularity"), [*TELLING, *TELLING_OF_LAYERS])
 @pytest.mark.parametrize("layout", ["NHD", "PACKED_NHD", "BLOCK_KV_HND"])
 def test_layers_and_float32(name, granularity, layout):
     assert_equals_oracle(quantised_case(name, granularity, layout, layer=2, dtype="float32"))
@@ -118,6 +128,28 @@ def test_int4_by_hand():
     assert (cache[0, 0] == 0xCC).all()
 
 
+@pytest.mark.parametrize(("name", "granularity"), TELLING_OF_LAYERS)
+def test_of_scales_of_layers_the_layers_own_count(name, granularity):
+    case = quantised_case(name, granularity, "NHD", layer=1, bits=False)
+    alone = with_case(case, k_scale=case.k_scale[1].copy(), v_scale=case.v_scale[1].copy())
+    for got, want in zip(run_oracle(case), run_oracle(alone), strict=True):
+        np.testing.assert_array_equal(got, want)
+    case.k_scale[[0, 2]], case.v_scale[[0, 2]] = np.nan, 0
+    assert_equals_oracle(alone, {name: lambda _, run=run: run(case) for name, run in CPU_IMPLEMENTATIONS.items()})
+
+
+@pytest.mark.parametrize("layer", [-1, 3, 2**31 - 1, -(2**31)])
+@pytest.mark.parametrize(("name", "granularity"), TELLING_OF_LAYERS)
+def test_scales_of_a_layer_that_does_not_exist(name, granularity, layer):
+    """Nothing is written, and no scale is read far away."""
+    case = quantised_case(name, granularity, "NHD", layer=0)
+    layer = np.array(layer, np.int32)
+    for name, run in CPU_IMPLEMENTATIONS.items():
+        in_memory = torch.from_numpy(layer) if "torch" in name else layer
+        for got, want in zip(run(with_case(case, layer=in_memory)), case.memory, strict=True):
+            np.testing.assert_array_equal(bits(got), bits(want), err_msg=name)
+
+
 # ---- MLA
 
 
@@ -137,16 +169,21 @@ def mla_implementations():
         )
 
 
-@pytest.mark.parametrize(("dtype", "layer"), [("bfloat16", None), ("float32", 1)])
+@pytest.mark.parametrize(
+    ("dtype", "layer", "scale"), [("bfloat16", None, 0.37), ("float32", 1, 0.37), ("float16", 2, "layers")]
+)
 @pytest.mark.parametrize("name", ["auto", "fp8", "int8", "int4", "nvfp4", "fp8_ds_mla"])
-def test_mla_rows(name, dtype, layer):
+def test_mla_rows(name, dtype, layer, scale):
     rng = np.random.default_rng(7)
     units = {"auto": 576, "int4": 288, "nvfp4": 324, "fp8_ds_mla": 656}.get(name, 576)
     shape = (3, 4, 8, units) if layer is not None else (4, 8, units)
     slots = np.array([3, -1, 31, 32, 0, 17], np.int32)
     arrays = [random_bits(rng, (6, 512), dtype), random_bits(rng, (6, 64), dtype)]
     arrays += [random_bits(rng, shape, "bfloat16" if name == "auto" else "uint8"), slots]
-    scale = None if name in ("auto", "fp8_ds_mla") else 0.37
+    if scale == "layers":
+        scale = np.array([[3.0], [0.01], [0.37]], np.float32)
+    if name in ("auto", "fp8_ds_mla"):
+        scale = None
     want = arrays[2].copy()
     reference.concat_and_cache_mla(*arrays[:2], want, slots, name, scale, layer=layer)
     for implementation, run in mla_implementations():

@@ -131,7 +131,12 @@ def define(schema: str, call_of: Callable[..., Any], launches: Launches, backend
     torch.library.register_fake(f"torchkv::{name}", fake, lib=LIBRARY)
     torch.library.register_vmap(f"torchkv::{name}", mapped, lib=LIBRARY)
     _again[op] = launches.again
+    CALLS[op] = call_of
     return op
+
+
+CALLS: dict[Any, Callable[..., Any]] = {}
+"""What makes a call of an op's arguments, for all ops."""
 
 
 _again: dict[Any, Callable[[Sequence[Any]], Any]] = {}

@@ -1,7 +1,7 @@
 """Where K, V and their scales are in tensors: views of integers, for any layout, and what they hold as float32."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeGuard
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -101,6 +101,13 @@ def elements_of(side: Side, pick: Callable[[Tensor], Tensor]) -> Tensor:
     return elements
 
 
-def is_static(scale: Tensor | None, cache: Cache) -> TypeGuard[Tensor]:
-    """Whether elements are multiplied by a scale that is one for all, or one a head."""
-    return scale is not None and cache.scaled and (cache.scales is None or cache.scales.inside)
+def static_scale(scale: Tensor | None, cache: Cache, layer: int) -> Tensor | None:
+    """What elements of a layer are multiplied by, `[1]` or `[num_heads]`; None for 1, and for a scale cache.
+
+    Of a layer that the cache does not have, it is the nearest one's.
+    """
+    if scale is None or not cache.scaled or not (cache.scales is None or cache.scales.inside):
+        return None
+    if scale.dim() == 2:
+        scale = scale[min(max(layer, 0), scale.shape[0] - 1)]
+    return scale.reshape(-1)

@@ -13,7 +13,7 @@ from torch import Tensor
 from kvcore.contract.cache import Cache
 from kvcore.contract.read import Attention, Gather
 from torchkv._call import AttentionCall, GatherCall
-from torchkv._torch.access import Side, elements_of, is_static, layer_number, sides_of
+from torchkv._torch.access import Side, elements_of, layer_number, sides_of, static_scale
 from torchkv._torch.formats import encode
 
 _TILE = 1024
@@ -73,8 +73,10 @@ def attention(described: Attention, call: AttentionCall) -> tuple[Tensor, Tensor
     assert scale is not None  # the contract has put the usual one
     query = (queries.query.float() * scale).unflatten(2, (num_heads, q_per_kv))
     query = query.transpose(1, 2).reshape(tiles, num_heads, width * q_per_kv, -1)
-    if is_static(call.k_scale, cache):
-        query = query * call.k_scale.reshape(-1, 1, 1)  # one, or one a head
+    layer = layer_number(call)
+    k_scale, v_scale = (static_scale(scale, cache, layer) for scale in (call.k_scale, call.v_scale))
+    if k_scale is not None:
+        query = query * k_scale[:, None, None]
     maximum, normalizer, out = _online_softmax(described, call, queries._replace(query=query))
     saw_nothing = (normalizer == 0).unsqueeze(-1)
 
@@ -86,8 +88,8 @@ def attention(described: Attention, call: AttentionCall) -> tuple[Tensor, Tensor
         maximum = new_maximum
     lse = maximum + normalizer.log()  # -inf where the normalizer is 0, since the maximum is finite
     out = out / normalizer.masked_fill(normalizer == 0, 1).unsqueeze(-1)
-    if is_static(call.v_scale, cache):
-        out = (out * call.v_scale.reshape(-1, 1, 1)).masked_fill(saw_nothing, 0)  # even where the scale is NaN
+    if v_scale is not None:
+        out = (out * v_scale[:, None, None]).masked_fill(saw_nothing, 0)  # even where the scale is NaN
 
     def by_query(rows: Tensor) -> Tensor:
         """`[tiles, num_heads, query_rows, …]` as `[tiles * queries, num_q_heads, …]`."""
@@ -280,8 +282,9 @@ def gather(described: Gather, call: GatherCall) -> tuple[Tensor, Tensor]:
             bits = pick(side.units).flatten(-2)
         else:
             elements = elements_of(side, pick)
-            if is_static(scale, cache):
-                elements = elements * scale.reshape(-1, 1)
+            scale = static_scale(scale, cache, layer)
+            if scale is not None:
+                elements = elements * scale[:, None]
             bits = encode(elements, described.format)
         return bits.masked_fill_(~exists[..., None, None], 0).view(dtype)
 

@@ -6,7 +6,7 @@ from kvcore.contract.write import Write
 from kvcore.formats import FLOATS
 from kvcore.placement import Address
 from torchkv._call import WriteCall
-from torchkv._torch.access import layer_number, view_of
+from torchkv._torch.access import layer_number, static_scale, view_of
 from torchkv._torch.formats import bits_of, quantise
 
 
@@ -34,8 +34,8 @@ def write(described: Write, call: WriteCall) -> None:
         if stored.name in (described.key.dtype, *FLOATS):
             store(call.caches[side], bits_of(x, stored), address)
             continue
-        static = None if static is None or not described.scaled else static.reshape(-1, 1)  # one, or one a head
-        units, computed = quantise(x, stored, scales, static)
+        static = static_scale(static, described.cache, layer) if described.scaled else None
+        units, computed = quantise(x, stored, scales, None if static is None else static.unsqueeze(1))
         store(call.caches[side], units, address)
         if scales is not None and computed is not None:
             store(scale_arrays[side], computed, scales.placement[1:][side])
