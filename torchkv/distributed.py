@@ -177,7 +177,7 @@ class _Split:
             return self._over(self.heads, None)
         axis = _HEAD_AXES.get(name) if self.op is not slots.slot_mapping_out else None
         if self.op is read.gather_out and name in ("key", "value"):
-            axis = 2
+            axis = tensor.dim() - 2  # of slots, there is no axis of sequences
         return self._over(self.q_heads if name in _OF_QUERY and axis is not None else self.heads, axis)
 
     def _over(self, split: Sequence[bool], axis: int | None) -> Placements:
@@ -205,7 +205,7 @@ class _Split:
         """A result of which this rank has that part."""
         split, axis = self.heads, None
         if self.op is read.gather:
-            axis = 2
+            axis = local.dim() - 2
         elif self.op is not slots.slot_mapping:
             split, axis = self.q_heads, 1
         return DTensor.from_local(local, self.mesh, self._over(split, axis), run_check=False)

@@ -57,7 +57,7 @@ LEVELS = {
         "_arguments _call _memory _rotated _slots _blocks _relayout",
         "_triton _torch",
         "_library",
-        "_state ahead _read",
+        "_state ahead _read distributed",
         "write quantize mla rope blocks read slots merge scales tables",
         "move",
         "_readable _writable",
