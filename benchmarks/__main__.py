@@ -14,6 +14,7 @@ NAMES = {
     "mla": "decode over the rows of MLA against its limits, beside other implementations, in turns",
     "loop": "what a layer of a decode loop costs, with the way into the cache written in several ways",
     "decode": "a model of Llama 3 8B's shape, decoding in JAX, against its limit",
+    "batching": "continuous batching beside one request at a time, and what its scheduler costs",
     "pool": "what handing out blocks costs on the host",
     "plot": "a picture of attention's results",
     "accuracy": "SmolLM2's perplexity and greedy text over each format of the cache",

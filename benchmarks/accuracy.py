@@ -139,7 +139,9 @@ def judge(
         for each element.
     """
     config, device, batch = llama.model.config, llama.torch_device, batch_of(llama, [ids])
-    cache = PagedKVCache.create(**cache_arguments(config, batch, dtype, "NHD", kv_cache_dtype, scales), device=device)
+    k_scale, v_scale = scales or (None, None)
+    arguments = cache_arguments(config, batch.num_blocks, dtype, "NHD", kv_cache_dtype, scales is not None)
+    cache = PagedKVCache.create(**arguments, k_scale=k_scale, v_scale=v_scale, device=device)
     tokens, tables = (torch.from_numpy(x).to(device) for x in (batch.tokens, batch.block_tables))
     cos_sin = torch.from_numpy(llama.model.rope_table(batch.context)).to(device)
     nll, best = [], []

@@ -4,7 +4,6 @@
 limit. `bytes` are those of the blocks that are copied; the copy reads and writes as many, the fill writes them.
 """
 
-import argparse
 import time
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +14,7 @@ import torch
 
 import torchkv
 from benchmarks import report
-from benchmarks.common import BLOCK_SIZE, SETS, copy_time
+from benchmarks.common import BLOCK_SIZE, SETS, copy_time, parse, take_times
 from benchmarks.timing import jax_time, torch_time
 
 HEADS, HEAD_SIZE = 8, 128
@@ -168,12 +167,7 @@ def jax_seconds(case: Case, estimate: float) -> float:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks blocks", description=__doc__)
-    parser.add_argument("--cases", nargs="+", help="parts of the cases' names; default: all")
-    parser.add_argument("--json", help="where to write the results")
-    parser.add_argument("--no-jax", action="store_true", help="torch only")
-    parser.add_argument("--divide", type=int, default=1, metavar="N", help="fewer pairs, for a CPU")
-    args = parser.parse_args(argv)
+    args = parse("blocks", __doc__, argv, divide="fewer pairs, for a CPU")
     started = time.perf_counter()
     rows: list[dict[str, Any]] = []
     for case in CASES:
@@ -182,19 +176,13 @@ def main(argv: list[str]) -> None:
         case = case._replace(n=max(case.n // args.divide, 1 if case.how != "swap" else 2))
         row: dict[str, Any] = {"case": case.name, "n": case.n, "num_layers": case.num_layers, "layout": case.layout}
         row |= {"kv_cache_dtype": case.kv_cache_dtype, "per_token_head": case.per_token_head, "how": case.how}
-        row |= {"heads": HEADS, "head_size": HEAD_SIZE, "bytes": moved(case), "failed": {}}
-        times = {"copy": fill_time(row["bytes"]) if case.how == "zero" else copy_time(2 * row["bytes"])}
-        estimate = times["copy"] if torch.cuda.is_available() else 1e-3
-        calls = {"torch": partial(torch_seconds, case), "jax": partial(jax_seconds, case, estimate)}
-        for name in ("torch",) if args.no_jax else ("torch", "jax"):
-            try:
-                times[name] = calls[name]()
-            except Exception as error:  # a failure is a result: the others go on
-                row["failed"][name] = f"{type(error).__name__}: {str(error)[:500]}"
-                print(f"        {name}: {row['failed'][name][:200]}", flush=True)
-        row |= {f"{name}_us": seconds * 1e6 for name, seconds in times.items()}
-        row |= {f"{name}_ratio": times["copy"] / s for name, s in times.items() if name != "copy"}
-        row["copy_tb_s"] = row["bytes"] * (1 if case.how == "zero" else 2) / times["copy"] / 1e12
+        row |= {"heads": HEADS, "head_size": HEAD_SIZE, "bytes": moved(case)}
+        copy = fill_time(row["bytes"]) if case.how == "zero" else copy_time(2 * row["bytes"])
+        calls = {"torch": partial(torch_seconds, case)}
+        if not args.no_jax:
+            calls["jax"] = partial(jax_seconds, case, copy if torch.cuda.is_available() else 1e-3)
+        take_times(row, copy, calls)
+        row["copy_tb_s"] = row["bytes"] * (1 if case.how == "zero" else 2) / copy / 1e12
         rows.append(row)
         print(f"{time.perf_counter() - started:4.0f} s  {case.name}", flush=True)
         report.save(args.json, rows, benchmark="blocks", block_size=BLOCK_SIZE)

@@ -1,4 +1,8 @@
-"""What the benchmarks share: the sizes of a cache, and the plain copies and products that are their limits."""
+"""What the benchmarks share: sizes of a cache, options, and the plain copies and products that are their limits."""
+
+import argparse
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
@@ -26,3 +30,28 @@ def product_rate(size: int = 8192) -> float:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     a, b = (torch.randn((size, size), dtype=torch.bfloat16, device=device) for _ in range(2))
     return 2 * size**3 / torch_time([lambda: a @ b])
+
+
+def parse(
+    name: str, about: str | None, argv: list[str], divide: str = "smaller sizes, for a CPU"
+) -> argparse.Namespace:
+    """The options of a benchmark that times cases against a limit; `divide` says what that option divides."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks {name}", description=about)
+    parser.add_argument("--cases", nargs="+", help="parts of the cases' names; default: all")
+    parser.add_argument("--json", help="where to write the results")
+    parser.add_argument("--no-jax", action="store_true", help="torch only")
+    parser.add_argument("--divide", type=int, default=1, metavar="N", help=divide)
+    return parser.parse_args(argv)
+
+
+def take_times(row: dict[str, Any], copy: float, calls: Mapping[str, Callable[[], float]]) -> None:
+    """Adds to a row what a plain copy and each call take, and their ratios, or why a call failed, to `failed`."""
+    times, row["failed"] = {"copy": copy}, {}
+    for name, call in calls.items():
+        try:
+            times[name] = call()
+        except Exception as error:  # a failure is a result: the others go on
+            row["failed"][name] = f"{type(error).__name__}: {str(error)[:500]}"
+            print(f"        {name}: {row['failed'][name][:200]}", flush=True)
+    row |= {f"{name}_us": seconds * 1e6 for name, seconds in times.items()}
+    row |= {f"{name}_ratio": copy / seconds for name, seconds in times.items() if name != "copy"}

@@ -4,7 +4,6 @@
 limit. What is gathered is bfloat16.
 """
 
-import argparse
 import time
 from functools import partial
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from benchmarks import report
 from benchmarks.attention_inputs import Case, Inputs
 from benchmarks.attention_jax import JaxInputs
-from benchmarks.common import BLOCK_SIZE, SETS, copy_time
+from benchmarks.common import BLOCK_SIZE, SETS, copy_time, parse, take_times
 from benchmarks.timing import jax_time, torch_time
 
 BATCH, CONTEXT = 16, 4096
@@ -80,12 +79,7 @@ def jax_seconds(inputs: Inputs, estimate: float) -> float:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks gather", description=__doc__)
-    parser.add_argument("--cases", nargs="+", help="parts of the cases' names; default: all")
-    parser.add_argument("--json", help="where to write the results")
-    parser.add_argument("--no-jax", action="store_true", help="torch only")
-    parser.add_argument("--divide", type=int, default=1, metavar="N", help="smaller sizes, for a CPU")
-    args = parser.parse_args(argv)
+    args = parse("gather", __doc__, argv)
     started = time.perf_counter()
     rows: list[dict[str, Any]] = []
     for case in CASES:
@@ -97,19 +91,12 @@ def main(argv: list[str]) -> None:
         row |= {"layout": str(inputs.layout), "heads": case.kv_heads, "head_size": case.head_size}
         row |= {"head_size_v": case.head_size_v, "kv_cache_dtype": case.kv_cache_dtype}
         row |= {"per_token_head": case.per_token_head, "bytes": moved(case)}
-        times = {"copy": copy_time(row["bytes"])}
-        estimate = times["copy"] if inputs.device == "cuda" else 1e-3
-        calls = {"torch": partial(torch_seconds, inputs), "jax": partial(jax_seconds, inputs, estimate)}
-        row["failed"] = {}
-        for name in ("torch",) if args.no_jax else ("torch", "jax"):
-            try:
-                times[name] = calls[name]()
-            except Exception as error:  # a failure is a result: the others go on
-                row["failed"][name] = f"{type(error).__name__}: {str(error)[:500]}"
-                print(f"        {name}: {row['failed'][name][:200]}", flush=True)
-        row |= {f"{name}_us": seconds * 1e6 for name, seconds in times.items()}
-        row |= {f"{name}_ratio": times["copy"] / s for name, s in times.items() if name != "copy"}
-        row["copy_tb_s"] = row["bytes"] / times["copy"] / 1e12
+        copy = copy_time(row["bytes"])
+        calls = {"torch": partial(torch_seconds, inputs)}
+        if not args.no_jax:
+            calls["jax"] = partial(jax_seconds, inputs, copy if inputs.device == "cuda" else 1e-3)
+        take_times(row, copy, calls)
+        row["copy_tb_s"] = row["bytes"] / copy / 1e12
         rows.append(row)
         print(f"{time.perf_counter() - started:4.0f} s  {case.name}", flush=True)
         report.save(args.json, rows, benchmark="gather", block_size=BLOCK_SIZE)

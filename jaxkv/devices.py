@@ -46,10 +46,10 @@ def local_indices(indices: ArrayLike, count: int, axis_name: AxisName) -> jax.Ar
         writes.
 
     Example:
-        >>> mesh = jax.make_mesh((1,), ("dp",))
         >>> own = lambda slots: jaxkv.local_indices(slots, 4, "dp")
-        >>> jax.shard_map(own, mesh=mesh, in_specs=jax.P(), out_specs=jax.P("dp"))(jnp.array([3, 4, -1])).tolist()
-        [3, -1, -1]
+        >>> on_two = jax.vmap(own, in_axes=None, axis_size=2, axis_name="dp")  # in place of two devices
+        >>> on_two(jnp.array([3, 4, 9, -1])).tolist()
+        [[3, -1, -1, -1], [-1, 0, -1, -1]]
     """
     own = jnp.asarray(as_indices(indices))
     own = own - lax.axis_index(axis_name).astype(own.dtype) * count
@@ -66,6 +66,12 @@ def context_slots(slot_mapping: ArrayLike, axis_name: AxisName) -> jax.Array:
 
     Returns:
         `[num_tokens]`: the slot of each token that this device has, in blocks of `block_size`; -1 for all others.
+
+    Example:
+        >>> own = lambda slots: jaxkv.context_slots(slots, "cp")
+        >>> on_two = jax.vmap(own, in_axes=None, axis_size=2, axis_name="cp")  # in place of two devices
+        >>> on_two(jnp.array([8, 9, 10, -1])).tolist()  # positions 0 to 2 in block 1, of 2 · 4 slots
+        [[4, -1, 5, -1], [-1, 4, -1, -1]]
     """
     slots = jnp.asarray(as_indices(slot_mapping))
     parts, rank = lax.axis_size(axis_name), lax.axis_index(axis_name).astype(slots.dtype)
@@ -81,6 +87,12 @@ def context_lens(seq_lens: ArrayLike, axis_name: AxisName) -> jax.Array:
 
     Returns:
         `[num_seqs]`: the numbers of positions p with `p % n` equal to the device's index.
+
+    Example:
+        >>> own = lambda lens: jaxkv.context_lens(lens, "cp")
+        >>> on_two = jax.vmap(own, in_axes=None, axis_size=2, axis_name="cp")  # in place of two devices
+        >>> on_two(jnp.array([5, 4, 1])).tolist()
+        [[3, 2, 1], [2, 2, 0]]
     """
     return _seen(jnp.asarray(as_indices(seq_lens, lengths=True)) - 1, axis_name)
 
@@ -129,6 +141,17 @@ def context_attention(
 
     With causal, a sequence's rows are n sequences to a device: from one row to the n-th after it, the device has one
     position more to see.
+
+    Example:
+        >>> cache = jaxkv.PagedKVCache.create(num_blocks=2, block_size=2, num_heads=1, head_size=2, dtype="float32")
+        >>> values = jnp.arange(6.0).reshape(3, 1, 2)  # of 3 positions; all logits are 0
+        >>> def step(slots):
+        ...     own = cache.write(jnp.zeros((3, 1, 2)), values, jaxkv.context_slots(slots, "cp"))
+        ...     tables, lens = jnp.array([[1]]), jnp.array([3])
+        ...     return jaxkv.context_attention(own.attend, jnp.ones((1, 1, 2)), tables, lens, "cp")
+        >>> on_two = jax.vmap(step, in_axes=None, axis_size=2, axis_name="cp")  # in place of two devices
+        >>> on_two(jnp.array([4, 5, 6]))[:, 0, 0].tolist()
+        [[2.0, 3.0], [2.0, 3.0]]
     """
     parts = lax.axis_size(axis_name)
     if sliding_window is not None:

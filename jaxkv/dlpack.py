@@ -10,9 +10,9 @@ from kvcore.cache_spec import AnyCache, check_any_cache
 def from_dlpack(cache: AnyCache) -> PagedKVCache:
     """The other framework's cache as one of this framework, in the same memory: nothing is copied.
 
-    What is read with it is what torch has written. It is not to be donated, nor written with: memory that is torch's is
-    not updated in place by JAX, which would copy the cache to write to it. So let JAX own a cache that both write to:
-    create it with jaxkv, and have torch write with `torchkv.from_dlpack(cache)`.
+    What is read with it is what torch has written. It is not to be donated, nor written with: on a CPU, XLA copies
+    memory that is torch's to write to it. So let JAX own a cache that both write to: create it with jaxkv, and have
+    torch write with `torchkv.from_dlpack(cache)`.
 
     JAX takes an array for constant: have torch write only once what JAX was told to do is done
     (`jax.block_until_ready`), and on a GPU have JAX read after `torch.cuda.synchronize()`.

@@ -33,8 +33,8 @@ def kv_scales(
         granularity: "tensor" for one scale, "head" for one a head.
 
     Returns:
-        k_scale and v_scale: float32 of shape `()` or `[num_heads]`. Those of several layers are one array for all ops:
-        `jnp.stack(k_scales)`, `[num_layers, num_heads]`; of "tensor" `jnp.stack(k_scales)[:, None]`, `[num_layers, 1]`.
+        k_scale and v_scale: float32 of shape `()` or `[num_heads]`. Stacked, those of all layers
+        are `[num_layers, num_heads]` or, with an axis more, `[num_layers, 1]`: ops take the row of their `layer`.
 
     Raises:
         ValueError: a shape or choice does not fit.

@@ -27,9 +27,9 @@ def copy_blocks(
     `[[1, 2], [2, 1]]` swaps two. Pairs with a block that does not exist are skipped: -1 is for padding. If two pairs
     have one destination, each element is that of one of the two, unspecified which.
 
-    Arrays with an axis `layer` are copied in all layers. One launch does it all, two from 1,025 pairs on. The time is
-    that of a plain copy of the same bytes where no pair writes what another reads; chains of pairs are slower, as one
-    program copies the same part of all their blocks, one after the other.
+    Arrays with an axis `layer` are copied in all layers. One launch does it all, two from 1,025 pairs on. Where no
+    pair writes what another reads, the time comes close to that of a plain copy of the same bytes; chains of pairs are
+    slower, as one program copies the same part of all their blocks, one after the other.
 
     Everything runs on the current stream of the tensors' device and nothing is synchronised, so that CUDA graphs can
     capture it; what is allocated, from 1,025 pairs on, is 16 bytes a pair. Tensors may be strided.

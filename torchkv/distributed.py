@@ -169,10 +169,10 @@ class _Split:
         """How an argument has to be split."""
         if name in self.of_caches:
             return self._over(self.heads, _head_axis(self.of_caches[name]))
-        if name in ("k_scale_cache", "v_scale_cache") or (name in ("k_scale", "v_scale") and tensor.dim() > 1):
+        if name in ("k_scale_cache", "v_scale_cache") or (name in ("k_scale", "v_scale") and self.scale_axes):
             return self._over(self.heads, _head_axis(self.scale_axes[0 if name[0] == "k" else -1]))
-        if name in ("k_scale", "v_scale"):
-            return self._over(self.heads, 0 if tensor.dim() == 1 and tensor.shape[0] > 1 else None)
+        if name in ("k_scale", "v_scale"):  # of one element or one a head, maybe for each layer
+            return self._over(self.heads, tensor.dim() - 1 if tensor.shape[-1:] > (1,) else None)
         if self.op is write.mla or (tensor.dim() == 2 and name in ("key", "value")):
             return self._over(self.heads, None)
         axis = _HEAD_AXES.get(name) if self.op is not slots.slot_mapping_out else None

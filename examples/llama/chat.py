@@ -1,9 +1,18 @@
-"""A prompt as a model that was trained on conversations expects it."""
+"""A prompt as token ids, also as a model that was trained on conversations expects it."""
 
 from datetime import datetime
 from typing import NoReturn
 
 from .gguf_model import InputError, ModelFile
+
+
+def encode(file: ModelFile, prompt: str, chat: bool) -> list[int]:
+    """Token ids of a prompt, with the model's template or without. A template writes the token that begins a text."""
+    if not prompt:
+        raise InputError("a prompt must have at least one token, got an empty one")
+    if chat:
+        return file.tokenizer.encode(as_chat(file, prompt), add_special_tokens=False).ids
+    return file.tokenizer.encode(prompt).ids
 
 
 def as_chat(file: ModelFile, prompt: str) -> str:

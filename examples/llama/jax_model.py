@@ -95,35 +95,56 @@ def forward(
     written: Array,  # bool [B, T]: the tokens to be written to the cache
     tables: Array,  # int32 [B, blocks]
 ) -> tuple[Array, PagedKVCache]:
-    """All layers: each rotates queries and keys, writes keys and values to the cache, then attends over the cache.
-
-    On a CPU they are one loop, which compiles in a quarter of the time that unrolled layers take, and is as fast. On a
-    GPU they are unrolled: there, the host chooses the branches of `multiply`.
+    """All layers, for as many tokens of each sequence.
 
     Returns:
         Hidden states [B, T, hidden], not yet normalised, and the cache.
     """
     batch, count = tokens.shape
-    group = config.num_heads // config.num_kv_heads
     block_size = cache.spec.block_size
     blocks = jnp.take_along_axis(tables, positions // block_size, axis=1)
     slots = jnp.where(written, blocks * block_size + positions % block_size, -1).reshape(-1)
     # Tokens that are not written count, too: they come after all that are, and nothing is made of what they see.
     seq_lens = positions[:, -1] + 1
     starts = None if count == 1 else jnp.arange(batch + 1) * count
-    places, cos_sin = positions.reshape(-1), weights["cos_sin"]
-    layers = weights["layers"]
+    flat = tokens.reshape(-1), positions.reshape(-1)
+    x, cache = run_layers(config, weights, cache, *flat, slots, tables, seq_lens, starts)
+    return x.reshape(batch, count, -1), cache
+
+
+def run_layers(
+    config: LlamaConfig,
+    weights: Weights,
+    cache: PagedKVCache,
+    tokens: Array,  # int32 [T]: of all sequences, one after another
+    positions: Array,  # int32 [T]
+    slots: Array,  # int32 [T]; -1: not written
+    tables: Array,  # int32 [B, blocks]
+    seq_lens: Array,  # int32 [B], these tokens among them
+    starts: Array | None,  # int32 [B + 1]: where each sequence's tokens begin; None: one each
+) -> tuple[Array, PagedKVCache]:
+    """All layers: each rotates queries and keys, writes keys and values to the cache, then attends over the cache.
+
+    On a CPU they are one loop, which compiles in a quarter of the time that unrolled layers take, and is as fast. On a
+    GPU they are unrolled: there, the host chooses the branches of `multiply`.
+
+    Returns:
+        Hidden states [T, hidden], not yet normalised, and the cache.
+    """
+    count = len(tokens)
+    group = config.num_heads // config.num_kv_heads
+    layers, cos_sin = weights["layers"], weights["cos_sin"]
 
     def one_layer(carry: tuple[Array, PagedKVCache], index: int | Array) -> tuple[tuple[Array, PagedKVCache], None]:
         x, cache = carry
         normed = rms_norm(x, layers["attention_norm"][index], config.norm_epsilon)
         qkv = multiply(normed, layers["qkv"], index)
-        qkv = qkv.reshape(batch * count, config.num_kv_heads, group + 2, config.head_size)
+        qkv = qkv.reshape(count, config.num_kv_heads, group + 2, config.head_size)
         # Views: kernels read queries, keys and values where the projection has them.
         query, key, value = heads(qkv, 0, group), heads(qkv, group, group + 1), heads(qkv, group + 1, group + 2)
-        query, cache = cache.rope_and_cache(query, key, value, places, cos_sin, slots, rope="neox", layer=index)
+        query, cache = cache.rope_and_cache(query, key, value, positions, cos_sin, slots, rope="neox", layer=index)
         mixed = cache.attend(query, tables, seq_lens, query_start_loc=starts, layer=index)
-        x = x + multiply(mixed.reshape(batch, count, -1), layers["attention_out"], index)
+        x = x + multiply(mixed.reshape(count, -1), layers["attention_out"], index)
         normed = rms_norm(x, layers["mlp_norm"][index], config.norm_epsilon)
         gate_up = multiply(normed, layers["gate_up"], index)
         x = x + multiply(jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :], layers["down"], index)
@@ -140,26 +161,34 @@ def forward(
 
 def next_tokens(config: LlamaConfig, weights: Weights, x: Array, positions: Array) -> Array:
     """The token after each hidden state [B, hidden], for its position [B]: the likeliest, or a sample. int32 [B]."""
-    x = rms_norm(x, weights["final_norm"], config.norm_epsilon)
-    head = weights.get("head", weights["embedding"])  # [vocabulary, hidden]
-    logits = lax.dot_general(x, head, (((1,), (1,)), ((), ())))
+    scores = logits(config, weights, x)
     if weights["sampling"] is not None:
         temperature, seed = weights["sampling"]
-        logits = logits.astype(jnp.float32) + temperature * gumbel(seed, positions, logits.shape[1])
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        scores = scores.astype(jnp.float32) + temperature * gumbel(seed, positions, scores.shape[1])
+    return jnp.argmax(scores, axis=-1).astype(jnp.int32)
 
 
-def gumbel(seed: Array, positions: Array, vocabulary: int) -> Array:
-    """The draws of `session.Sampling` for a batch's tokens at positions [B]: float32 [B, vocabulary]."""
+def logits(config: LlamaConfig, weights: Weights, x: Array) -> Array:
+    """Logits [B, vocabulary] of hidden states [B, hidden]."""
+    x = rms_norm(x, weights["final_norm"], config.norm_epsilon)
+    head = weights.get("head", weights["embedding"])  # [vocabulary, hidden]
+    return lax.dot_general(x, head, (((1,), (1,)), ((), ())))
+
+
+def gumbel(seed: Array, positions: Array, vocabulary: int, sequences: Array | None = None) -> Array:
+    """The draws of `session.Sampling` for a batch's tokens at positions [B]: float32 [B, vocabulary].
+
+    `seed` is one for all, or one each; sequences are numbered from 0, or as given.
+    """
 
     def mix(h: Array) -> Array:
         h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
         h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
         return h ^ (h >> 16)
 
-    sequences, ids = (jnp.arange(count, dtype=jnp.uint32) for count in (len(positions), vocabulary))
+    sequences = jnp.arange(len(positions), dtype=jnp.uint32) if sequences is None else sequences
     rows = mix(mix(mix(seed) + sequences) + positions.astype(jnp.uint32))
-    bits = mix(rows[:, None] + ids[None])
+    bits = mix(rows[:, None] + jnp.arange(vocabulary, dtype=jnp.uint32)[None])
     return -jnp.log(-jnp.log(((bits >> 9).astype(jnp.float32) + 0.5) * 2**-23))
 
 

@@ -112,10 +112,12 @@ class JaxSession:
         scales: Scales | None,
         sampling: Sampling | None,
     ):
-        if scales is not None:  # the state is donated, and they may be asked for again
-            scales = jnp.array(scales[0]), jnp.array(scales[1])
-        arguments = cache_arguments(llama.config, batch, llama.dtype, layout, kv_cache_dtype, scales)
-        cache, put = llama.devices.cache(partial(PagedKVCache.create, **arguments)), llama.devices.put
+        # Copies of the scales: the state is donated.
+        k_scale, v_scale = (None, None) if scales is None else map(jnp.array, scales)
+        static, num_blocks = scales is not None, batch.num_blocks
+        arguments = cache_arguments(llama.config, num_blocks, llama.dtype, layout, kv_cache_dtype, static)
+        create = partial(PagedKVCache.create, **arguments, k_scale=k_scale, v_scale=v_scale)
+        cache, put = llama.devices.cache(create), llama.devices.put
         self.batch, self.spec = batch, cache.spec
         self.weights = llama.weights | {
             "cos_sin": put(jnp.asarray(llama.model.rope_table(batch.context))),

@@ -55,7 +55,7 @@ def parse(argv: list[str] | None, epilog: str) -> argparse.Namespace:
     )
     parser.add_argument(
         "--layout",
-        type=_layout,
+        type=layout_option,
         default=CacheLayout.NHD,
         help="NHD, HND, head-major, pallas, kv-nhd, packed-nhd, interleaved, ... "
         "or a pattern such as 'block kv head slot dim' (default: NHD)",
@@ -121,7 +121,7 @@ def _seed(text: str) -> int:
     return value
 
 
-def _layout(text: str) -> CacheLayout:
+def layout_option(text: str) -> CacheLayout:
     name = text.upper().replace("-", "_")
     try:
         layout = CacheLayout.of(name if hasattr(CacheLayout, name) else text)

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kvcore.pool import BlockPool
+
 from .gguf_model import InputError
 
 BLOCK_SIZE = 16
@@ -12,35 +14,6 @@ BLOCK_SIZE = 16
 
 _CONTEXT_STEP = 128
 """Context lengths are rounded up to a multiple of this many tokens, so that few need compiling anew."""
-
-
-class BlockAllocator:
-    """Hands out the blocks of a cache, scattered as after hours of serving: never neighbours on purpose.
-
-    Args:
-        num_blocks: Blocks of the cache.
-        seed: Of the order in which blocks are handed out.
-    """
-
-    def __init__(self, num_blocks: int, seed: int = 0):
-        self._free = np.random.default_rng(seed).permutation(num_blocks).tolist()
-
-    @property
-    def num_free(self) -> int:
-        return len(self._free)
-
-    def allocate(self, count: int) -> list[int]:
-        """Takes `count` blocks. Raises ValueError if fewer are free."""
-        if count > self.num_free:
-            raise ValueError(f"count must be at most the {self.num_free} free blocks, got {count}")
-        first = self.num_free - count
-        taken = self._free[first:]
-        del self._free[first:]
-        return taken
-
-    def free(self, blocks: Sequence[int]) -> None:
-        """Gives blocks back."""
-        self._free.extend(blocks)
 
 
 @dataclass(frozen=True)
@@ -93,11 +66,13 @@ def plan_batch(
     tokens = np.zeros((len(prompts), context), np.int32)
     needed = [round_up(length + max_new_tokens, block_size) // block_size for length in lengths.tolist()]
     num_blocks = round_up(sum(needed), _CONTEXT_STEP // block_size)
-    allocator = BlockAllocator(num_blocks, seed)
+    pool = BlockPool(num_blocks, block_size)
+    # Scattered, as after hours of serving: never neighbours on purpose.
+    pool.free(np.random.default_rng(seed).permutation(pool.allocate(num_blocks)).tolist())
     tables = np.zeros((len(prompts), context // block_size), np.int32)
     for row, (prompt, count) in enumerate(zip(prompts, needed, strict=True)):
         tokens[row, : len(prompt)] = prompt
-        tables[row, :count] = allocator.allocate(count)
+        tables[row, :count] = pool.allocate(count)
     return Batch(tokens, lengths, tables, num_blocks, max_new_tokens)
 
 

@@ -83,15 +83,20 @@ class Report:
 
 
 def cache_arguments(
-    config: LlamaConfig, batch: Batch, dtype: str, layout: str | CacheLayout, kv_cache_dtype: str, scales: Scales | None
+    config: LlamaConfig,
+    num_blocks: int,
+    dtype: str,
+    layout: str | CacheLayout,
+    kv_cache_dtype: str,
+    static: bool = False,
 ) -> dict[str, Any]:
-    """The cache for a batch, as either `PagedKVCache.create` takes it.
+    """A cache, as either `PagedKVCache.create` takes it, without its scales; `static` says if it has such.
 
     Raises:
         InputError: the format does not fit the layout or the model's heads.
     """
     arguments = {
-        "num_blocks": batch.num_blocks,
+        "num_blocks": num_blocks,
         "block_size": BLOCK_SIZE,
         "num_heads": config.num_kv_heads,
         "head_size": config.head_size,
@@ -100,13 +105,13 @@ def cache_arguments(
         "dtype": dtype,
         "layout": layout,
         "kv_cache_dtype": kv_cache_dtype,
-        "per_token_head": kv_cache_dtype != "auto" and scales is None,
+        "per_token_head": kv_cache_dtype != "auto" and not static,
     }
     try:
         CacheSpec.create(**arguments)
     except ValueError as error:
         raise InputError(str(error)) from error
-    return arguments if scales is None else arguments | {"k_scale": scales[0], "v_scale": scales[1]}
+    return arguments
 
 
 def granularities(kv_cache_dtype: str) -> tuple[str, ...]:

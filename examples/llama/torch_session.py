@@ -93,8 +93,10 @@ class TorchSession:
         sampling: Sampling | None,
     ):
         self.config, self.weights, self.sampling = llama.model.config, llama.weights, sampling
-        arguments = cache_arguments(self.config, batch, llama.dtype, layout, kv_cache_dtype, scales)
-        self.cache = PagedKVCache.create(**arguments, device=llama.torch_device)
+        k_scale, v_scale = scales or (None, None)
+        static, num_blocks = scales is not None, batch.num_blocks
+        arguments = cache_arguments(self.config, num_blocks, llama.dtype, layout, kv_cache_dtype, static)
+        self.cache = PagedKVCache.create(**arguments, k_scale=k_scale, v_scale=v_scale, device=llama.torch_device)
         self.batch, self.spec = batch, self.cache.spec
 
         def put(array: np.ndarray) -> Tensor:

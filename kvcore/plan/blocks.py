@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from kvcore.contract.blocks import BlockArray, Blocks
 from kvcore.formats import FLOATS
-from kvcore.plan.kernel import KernelPlan, Target
+from kvcore.plan.kernel import EXACT, KernelPlan, Target
 from kvcore.plan.rows import plan_warps, power_of_two
 
 FEW_PAIRS, MANY_PAIRS = 64, 1024
@@ -128,6 +128,8 @@ def plan_blocks(call: Blocks, target: Target, aligned: tuple[bool, ...] | None =
     strides = call.indices.steps
     batch, (pair, *column) = (strides[0], strides[1:]) if call.batched else (0, strides)
     steps = IndexSteps(batch, pair, *(column or (0,)))
+    if 0 in call.indices.shape:  # nothing has steps, and Triton 3.6 cannot compile a kernel without any
+        steps = IndexSteps(batch, 2, 1)
     constexprs |= {"S": steps, "SLICES": slices}
     n, nodes, rows_of_nodes = call.indices.shape[call.batched], None, 8
     if call.copies:
@@ -139,7 +141,7 @@ def plan_blocks(call: Blocks, target: Target, aligned: tuple[bool, ...] | None =
                 num_warps=4,
                 scalars=SCALARS,
                 constexprs={"S": steps, "SCAN": MANY_PAIRS if interpreted else 256, "ROWS": rows_of_nodes},
-                options={},
+                options=EXACT,
             )
     kernel = KernelPlan(
         module="blocks",
@@ -148,7 +150,7 @@ def plan_blocks(call: Blocks, target: Target, aligned: tuple[bool, ...] | None =
         scalars=SCALARS,
         constexprs=constexprs | {"TILES": tiles, "TILE": tile},
         # What walks from pair to pair may spill: it is rare, and the more programs are there, the more copy.
-        options={"maxnreg": 64} if call.copies and target.backend == "cuda" else {},
+        options=EXACT | ({"maxnreg": 64} if call.copies and target.backend == "cuda" else {}),
     )
     return BlocksPlan(kernel, nodes, slices, rows_of_nodes)
 

@@ -38,7 +38,7 @@ def normal(*shape, seed=0):
 
 def collectives(compiled):
     """Names of the collectives in a program, each as often as it is there."""
-    return re.findall(rf"= \S+ ({COLLECTIVES})(?:-start)?\(", compiled.as_text())
+    return re.findall(rf" ({COLLECTIVES})(?:-start)?\(", compiled.as_text())
 
 
 def assert_in_place(compiled, cache_bytes):

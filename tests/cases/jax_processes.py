@@ -50,7 +50,8 @@ def assert_parts(arrays, wanted, exact=True):
             if exact:
                 np.testing.assert_array_equal(np.asarray(shard.data), part)
             else:
-                np.testing.assert_allclose(np.asarray(shard.data), part, rtol=1e-5, atol=3e-6)
+                near = 1e-5 if jax.default_backend() == "cpu" else 1e-3  # a GPU's products are rounded otherwise
+                np.testing.assert_allclose(np.asarray(shard.data), part, rtol=near, atol=near)
 
 
 def run(step, arguments, wanted, cache_bytes, merges=()):

@@ -1,5 +1,7 @@
-"""Code in a fresh process, in which packages may be hidden."""
+"""Code in fresh processes: in one in which packages may be hidden, or in several that are joined."""
 
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -59,3 +61,25 @@ def run(code, hidden=(), *, text=False):
 
 def packages(modules):
     return {name.partition(".")[0] for name in modules}
+
+
+def run_joined(module, count, **environment):
+    """What `python -m MODULE INDEX COUNT PORT` prints, line by line, in each of several processes at a time."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        port = listening.getsockname()[1]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", module, str(index), str(count), str(port)],
+            cwd=ROOT, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for index in range(count)
+    ]  # fmt: skip
+    try:
+        results = [process.communicate(timeout=420) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, (_, err) in zip(processes, results, strict=True):
+        assert process.returncode == 0, err
+    return [out.splitlines() for out, _ in results]

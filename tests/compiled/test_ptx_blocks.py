@@ -1,7 +1,5 @@
 """What the compiler makes of the kernels that move blocks, for GPUs that are not here: wide accesses, no spills."""
 
-import re
-
 import pytest
 
 pytest.importorskip("triton")
@@ -42,6 +40,12 @@ def compile_for(target, call, aligned=True):
         of_nodes = {"pairs_ptr": "int32", "nodes_ptr": "int32"}
         nodes = compile_kernel(plan.nodes, target, of_nodes, frozenset(of_nodes))
     return nodes, compile_kernel(plan.kernel, target, pointees, sixteen)
+
+
+def test_no_pairs():
+    """NumPy and torch give an empty array steps of 0, and kernels are compiled for it all the same."""
+    call = describe(n=0)
+    compile_for(H100, call._replace(indices=call.indices._replace(strides=(0, 0))))
 
 
 @pytest.mark.parametrize("name", ["pairs", "blocks"])

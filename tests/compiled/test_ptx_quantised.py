@@ -10,6 +10,7 @@ from kvcore.contract.read import AttentionOptions, check_attention, check_gather
 from kvcore.contract.write import check_write
 from kvcore.formats import KV_CACHE_DTYPES, stored_size
 from kvcore.layout import CacheLayout
+from kvcore.plan import attention, gather
 from kvcore.plan.attention import plan_attention
 from kvcore.plan.gather import plan_gather
 from kvcore.plan.kernel import Target
@@ -130,3 +131,39 @@ def test_gather_compiles(name, granularity, target):
     }  # fmt: skip
     sixteen = frozenset(n for n, dtype in pointees.items() if dtype)
     compile_kernel(plan_gather(call, TARGETS[target][0]).kernel, TARGETS[target][0], pointees, sixteen)
+
+
+OF_LAYERS = [("fp8_e4m3", 1), ("int4", 8), ("nvfp4", 8)]
+"""Formats, and how many scales a layer has."""
+
+
+@pytest.mark.parametrize("op", ["write", "attention", "gather"])
+@pytest.mark.parametrize("layer", ["int32", "scalar"])
+@pytest.mark.parametrize(("name", "of_a_layer"), OF_LAYERS)
+def test_scales_of_layers_compile(name, of_a_layer, layer, op):
+    target, scale = TARGETS["sm_90"][0], ArraySpec((3, of_a_layer), "float32")
+    caches = [ArraySpec((3, *cache.shape), BYTES) for cache in arrays(name)[0]]
+    index = 1 if layer == "scalar" else ArraySpec((1,), layer)
+    arguments = CacheArguments(caches, name, scale, scale, CacheLayout.NHD.with_layer(), index)
+    in_memory, row = layer != "scalar", ArraySpec((8, 8, 128), FLOAT)
+    pointees = dict.fromkeys(("k_scale_ptr", "v_scale_ptr"), "float32") | {"layer": layer}
+    pointees |= dict.fromkeys(("key_cache_ptr", "value_cache_ptr"), BYTES)
+    if op == "write":
+        write = check_write(row, row, integers(8), arguments)
+        kernel, names = plan_write(write, target, in_memory).kernel, pointers(write)
+        pointees |= {"key_ptr": FLOAT, "value_ptr": FLOAT, "slot_mapping_ptr": "int32"}
+    else:
+        pointees |= {"block_tables_ptr": "int32", "seq_lens_ptr": "int32"}
+    if op == "attention":
+        query, options = ArraySpec((8, 32, 128), FLOAT), AttentionOptions(None, True, None, None)
+        call = check_attention(query, integers(8, 64), integers(8), None, None, options, arguments, None)
+        plan = plan_attention(call, target, in_memory)
+        kernel, names = plan.attend, (*attention.POINTERS, "out_ptr", "lse_ptr")
+        pointees |= {"query_ptr": FLOAT, "out_ptr": "float32" if plan.splits > 1 else FLOAT, "lse_ptr": "float32"}
+    if op == "gather":
+        call = check_gather(integers(8, 64), integers(8), 100, FLOAT, arguments, 128, None)
+        kernel, names = plan_gather(call, target, in_memory).kernel, (*gather.POINTERS, "key_ptr", "value_ptr")
+        pointees |= {"key_ptr": FLOAT, "value_ptr": FLOAT}
+    pointees = {each: pointees.get(each) for each in names}
+    sixteen = frozenset(n for n, dtype in pointees.items() if dtype and n != "layer")
+    compile_kernel(kernel, target, pointees, sixteen)

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from examples.llama.chat import as_chat
+from examples.llama.command import INTERRUPTED, NO_MEMORY, NO_READER, REFUSED
 from examples.llama.gguf_model import InputError, load_model, open_model
 from examples.llama.memory import check_host_memory, free_host_memory, ran_out
 from tests.cases.examples import EXAMPLES, PROMPTS, TWINS, write_gguf
@@ -298,7 +299,7 @@ def test_help_lists_exit_codes(cli, capsys):
     with pytest.raises(SystemExit):
         cli.main(["--help"])
     text = capsys.readouterr().out
-    for code in (0, cli.REFUSED, cli.NO_MEMORY, cli.INTERRUPTED, cli.NO_READER):
+    for code in (0, REFUSED, NO_MEMORY, INTERRUPTED, NO_READER):
         assert re.search(rf"^  {code} ", text, re.MULTILINE)
 
 

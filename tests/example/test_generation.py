@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from examples.llama.chat import as_chat
 from examples.llama.gguf_model import find_model, load_model, open_model
 from examples.llama.jax_session import JaxLlama
-from examples.llama.paging import BLOCK_SIZE, BlockAllocator, plan_batch
+from examples.llama.paging import BLOCK_SIZE, plan_batch
 from examples.llama.session import Report, run
 from examples.llama.torch_session import TorchLlama, TorchSession
 from tests.cases.examples import NEW_TOKENS, TWINS, generate, open_session, some_prompts, write_gguf
@@ -224,15 +224,6 @@ def test_blocks_are_scattered_and_belong_to_one_sequence():
     assert not batch.block_tables[1, needed[1] :].any()
     neighbours = sum(b - a == 1 for blocks in owned for a, b in pairwise(blocks))
     assert neighbours <= 2
-
-
-def test_allocator_takes_back_and_runs_out():
-    allocator = BlockAllocator(4)
-    blocks = allocator.allocate(3)
-    with pytest.raises(ValueError, match="count must be at most the 1 free blocks, got 2"):
-        allocator.allocate(2)
-    allocator.free(blocks[:1])
-    assert sorted(allocator.allocate(2) + blocks[1:]) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("framework", TWINS)

@@ -89,7 +89,7 @@ def attend(query, cache, tables, lens, starts):
     return jaxkv.paged_attention(query, (cache, cache), tables, lens, query_start_loc=starts, causal=False)
 
 query, cache = spec(512, 2, 64, dtype="bfloat16"), spec(64, 16, 2, 64, dtype="bfloat16")
-jax.jit(attend).trace(query, cache, spec(2, 32), spec(2), spec(3)).lower(lowering_platforms=("cuda",))
+jax.jit(attend).trace(query, cache, spec(2, 128), spec(2), spec(3)).lower(lowering_platforms=("cuda",))
 print(json.dumps([len(compiled), made]))
 """
 
@@ -106,5 +106,5 @@ def test_the_number_comes_with_what_was_kept_on_disk(tmp_path):
         )
         assert not done.returncode, done.stderr
         results.append(json.loads(done.stdout.splitlines()[0]))
-    made = [["hopper_attention_kernel", 16], ["merge_attention_kernel", 4]]
+    made = [["hopper_attention_kernel", 12], ["merge_attention_kernel", 4]]
     assert results == [[2, made], [0, made]]

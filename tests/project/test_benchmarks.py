@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("jax")
 
-from benchmarks import attention, blocks, decode, gather, loop, loop_forms, pool, slots, write
+from benchmarks import attention, batching, blocks, decode, gather, loop, loop_forms, pool, slots, write
 
 
 @pytest.mark.parametrize(
@@ -246,6 +246,30 @@ def test_pool(tmp_path, capsys):
     assert rows["prompts"]["hit_rate"] > 0
     assert rows["prompts"]["evicted"] > 0
     assert len(capsys.readouterr().out.splitlines()) == len(rows) + 1
+
+
+def test_batching(tmp_path, capsys):
+    path = tmp_path / "batching.json"
+    sizes = ["--num-seqs", "2", "--num-tokens", "2", "--requests", "3", "--new-tokens", "3", "--rounds", "1"]
+    batching.main([*sizes, "--steps", "200", "--json", str(path)])
+    found = json.loads(path.read_text())
+    assert found["benchmark"] == "batching"
+    assert found["simulation"]["steps"] >= 200
+    ample, scarce = found["rows"]
+    assert (ample["preemptions"], ample["blocks"], scarce["blocks"]) == (0, 24, 6)
+    for row in found["rows"]:
+        assert row["equal"] + row["near_ties"] == 3
+        assert row["hit_rate"] > 0
+        assert row["batch/alone"] == pytest.approx(row["batch"] / row["alone"])
+        assert 0 < row["host"] < 1
+    assert "num_seqs" in capsys.readouterr().out
+
+
+def test_other_answers_are_no_result(monkeypatch):
+    monkeypatch.setattr(batching, "compare", lambda *_: batching.Comparison(1, 1.0, different=(0,)))
+    llama = batching.JaxLlama(batching.random_model())
+    with pytest.raises(ValueError, match=r"requests \(0,\) have other answers than alone"):
+        batching.measure(llama, batching.some_requests(1, 1, 50), 1, False, 1, 1)
 
 
 def test_writing_something_else_is_no_result(monkeypatch):

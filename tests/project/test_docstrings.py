@@ -23,7 +23,7 @@ SHARED = {
     each.__name__: each
     for each in (BlockPool, CacheLayout, OutOfBlocks, Sequence, blocks_that_fit, check_tables, find_duplicate_slots)
 }
-JAX_ONLY = ["heads"]
+JAX_ONLY = ["heads", "local_indices", "context_attention", "context_lens", "context_slots"]
 OPS = sorted(set(jaxkv.__all__) - set(SHARED) - {"PagedKVCache", *JAX_ONLY})
 METHODS = ["create", "write", "rope_and_cache", "attend", "gather"]
 UNLIKE = [

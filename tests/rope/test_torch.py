@@ -20,7 +20,8 @@ INTERPRETED = [
     "norm of query alone, no eps", "norm of key alone, large eps", "1 token without a layout", "no token",
     "fewer slots than tokens", "no slots", "positions outside", "mrope", "mrope, gptj, 8 of 40",
     "float32 into bfloat16", "table in bfloat16", "HEAD_MAJOR by its axes", "one array without a layout",
-    "INTERLEAVED", "NHD of all layers", "fp8_e4m3, scales of heads", "nvfp4, PACKED_HND, float32",
+    "INTERLEAVED", "NHD of all layers", "fp8_e4m3, scales of heads", "fp8_e4m3, scales of layers and heads",
+    "nvfp4, PACKED_HND, float32",
     "int8 by token and head", "int4 by token and head, PACKED_NHD", "MLA without a layout, neox, normed",
     "MLA, blocks within slots", "MLA, fp8_e4m3", "MLA, fp8_ds_mla of all layers, normed",
 ]  # fmt: skip

@@ -1,40 +1,16 @@
 """DTensors over two and four processes, joined by gloo over loopback."""
 
-import os
-import socket
-import subprocess
-import sys
-
 import pytest
 
-from tests.cases.processes import ROOT, run
-
-
-def free_port():
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return listening.getsockname()[1]
+from tests.cases.processes import run, run_joined
 
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_ranks_that_share_dtensors(count):
-    port, env = free_port(), os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.cases.torch_processes", str(rank), str(count), str(port)],
-            cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(count)
-    ]  # fmt: skip
-    try:
-        results = [process.communicate(timeout=240) for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    for rank, (process, (out, err)) in enumerate(zip(ranks, results, strict=True)):
-        assert process.returncode == 0, err
-        checks = ("writes_and_attention", "other_ops", "what_does_not_fit_is_made_to_or_refused")
-        assert [line for line in out.splitlines() if line.startswith("rank")] == [
+    flags = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    for rank, lines in enumerate(run_joined("tests.cases.torch_processes", count, **flags)):
+        checks = ("writes_and_attention", "other_ops", "what_does_not_fit_is_made_to_or_refused", "the_same_text")
+        assert [line for line in lines if line.startswith("rank")] == [
             f"rank {rank}: {name} on {count} ranks" for name in checks
         ]
 

@@ -177,6 +177,7 @@ def test_both_launchers_pass_the_same_arguments(monkeypatch, name):
 def test_every_kernel_says_whether_multiply_and_add_may_fuse(monkeypatch, target, default):
     """The compiler's default changes in Triton 3.10; bits depend on it."""
     pytest.importorskip("triton")
+    import torch
     from triton.backends.compiler import GPUTarget
     from triton.compiler import make_backend
 
@@ -201,6 +202,11 @@ def test_every_kernel_says_whether_multiply_and_add_may_fuse(monkeypatch, target
         case = make_read(rng, dtype="bfloat16", head_size=64, **options)
         attend_torch(case, "interpret")
         gather_torch(case, 19, "bfloat16", "interpret")
+    pairs = torch.arange(2200, dtype=torch.int32).view(-1, 2)  # so many that a kernel finds what they have in common
+    caches = [torch.zeros(2200, 1, 1, 16), torch.zeros(2200, 1, 1, 16)]
+    torchkv.copy_blocks(caches, pairs, backend="interpret")
+    torchkv.zero_blocks(caches, pairs[:, 0], backend="interpret")
+    torchkv.slot_mapping(pairs[:3], None, pairs[:3, 0], 4, backend="interpret")
 
     defined = {
         name
