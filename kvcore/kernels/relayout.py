@@ -14,8 +14,16 @@ from .address import slot_offset, unit_offset
 
 
 @triton.jit
-def _units(array_ptr, RUN: tl.constexpr):
-    """The array as integers."""
+def _units(first_ptr, second_ptr, third_ptr, fourth_ptr, INDEX: tl.constexpr, RUN: tl.constexpr):
+    """One of a cache's arrays, as integers."""
+    if INDEX == 0:
+        array_ptr = first_ptr
+    elif INDEX == 1:
+        array_ptr = second_ptr
+    elif INDEX == 2:
+        array_ptr = third_ptr
+    else:
+        array_ptr = fourth_ptr
     if RUN.bits == 32:
         units = array_ptr.to(tl.pointer_type(tl.int32))
     elif RUN.bits == 16:
@@ -32,29 +40,40 @@ def _within(column, ADDRESS: tl.constexpr, RUN: tl.constexpr):
 
 
 @triton.jit
-def _move(
-    source_ptr, target_ptr, layer, block, place, target_block, target_place, exists, RUN: tl.constexpr,
-):  # fmt: skip
-    """Copies this program's columns of one run. Slots are `[TOKENS]`, as block and place."""
-    SOURCE: tl.constexpr = RUN.source
-    TARGET: tl.constexpr = RUN.target
+def _columns(RUN: tl.constexpr):
+    """This program's columns of one run, `[columns]`, and which of them slots have."""
     column = tl.program_id(1) * RUN.columns + tl.arange(0, RUN.columns)
-    mask = exists[:, None] & (column < RUN.num_heads * RUN.units)[None, :]
+    in_row = column < RUN.num_heads * RUN.units
     if RUN.wide:
         column = column.to(tl.int64)
-    here = slot_offset(layer, block, place, SOURCE)[:, None] + _within(column, SOURCE, RUN)[None, :]
-    there = slot_offset(layer, target_block, target_place, TARGET)[:, None] + _within(column, TARGET, RUN)[None, :]
-    x = tl.load(_units(source_ptr, RUN) + here, mask=mask)
-    tl.store(_units(target_ptr, RUN) + there, x, mask=mask)
+    return column, in_row
+
+
+@triton.jit
+def _load(array_ptr, layer, block, place, exists, RUN: tl.constexpr):
+    """This program's columns of slots of the source, `[TOKENS, columns]`."""
+    ADDRESS: tl.constexpr = RUN.source
+    column, in_row = _columns(RUN)
+    offset = slot_offset(layer, block, place, ADDRESS)[:, None] + _within(column, ADDRESS, RUN)[None, :]
+    return tl.load(array_ptr + offset, mask=exists[:, None] & in_row[None, :])
+
+
+@triton.jit
+def _store(array_ptr, x, layer, block, place, exists, RUN: tl.constexpr):
+    """Stores them in slots of the destination."""
+    ADDRESS: tl.constexpr = RUN.target
+    column, in_row = _columns(RUN)
+    offset = slot_offset(layer, block, place, ADDRESS)[:, None] + _within(column, ADDRESS, RUN)[None, :]
+    tl.store(array_ptr + offset, x, mask=exists[:, None] & in_row[None, :])
 
 
 @triton.jit
 def relayout_kernel(
-    first_ptr,    # the source's array that has the first run
-    second_ptr,   # … the second one, or None, like the next
+    first_ptr,   # the source's arrays, each once: caches, then scale caches
+    second_ptr,  # … None where it has fewer, like the next
     third_ptr,
     fourth_ptr,
-    first_target_ptr,  # the destination's array for the first run
+    first_target_ptr,  # those of the destination
     second_target_ptr,
     third_target_ptr,
     fourth_target_ptr,
@@ -84,10 +103,36 @@ def relayout_kernel(
     exists = exists & (slot >= 0) & (slot < num_slots) & (target >= 0) & (target < num_target_slots)
     block, place = slot // BLOCK_SIZE, slot % BLOCK_SIZE
     target_block, target_place = target // TARGET_BLOCK_SIZE, target % TARGET_BLOCK_SIZE
-    _move(first_ptr, first_target_ptr, layer, block, place, target_block, target_place, exists, FIRST)
+
+    # ---- loads of all runs, then stores: a load behind a store would wait until what is stored has come
+    second, third, fourth = second_ptr, third_ptr, fourth_ptr
+    array_ptr = _units(first_ptr, second_ptr, third_ptr, fourth_ptr, FIRST.source_array, FIRST)
+    first = _load(array_ptr, layer, block, place, exists, FIRST)
     if SECOND is not None:
-        _move(second_ptr, second_target_ptr, layer, block, place, target_block, target_place, exists, SECOND)
+        array_ptr = _units(first_ptr, second_ptr, third_ptr, fourth_ptr, SECOND.source_array, SECOND)
+        second = _load(array_ptr, layer, block, place, exists, SECOND)
     if THIRD is not None:
-        _move(third_ptr, third_target_ptr, layer, block, place, target_block, target_place, exists, THIRD)
+        array_ptr = _units(first_ptr, second_ptr, third_ptr, fourth_ptr, THIRD.source_array, THIRD)
+        third = _load(array_ptr, layer, block, place, exists, THIRD)
     if FOURTH is not None:
-        _move(fourth_ptr, fourth_target_ptr, layer, block, place, target_block, target_place, exists, FOURTH)
+        array_ptr = _units(first_ptr, second_ptr, third_ptr, fourth_ptr, FOURTH.source_array, FOURTH)
+        fourth = _load(array_ptr, layer, block, place, exists, FOURTH)
+    array_ptr = _units(
+        first_target_ptr, second_target_ptr, third_target_ptr, fourth_target_ptr, FIRST.target_array, FIRST
+    )
+    _store(array_ptr, first, layer, target_block, target_place, exists, FIRST)
+    if SECOND is not None:
+        array_ptr = _units(
+            first_target_ptr, second_target_ptr, third_target_ptr, fourth_target_ptr, SECOND.target_array, SECOND
+        )
+        _store(array_ptr, second, layer, target_block, target_place, exists, SECOND)
+    if THIRD is not None:
+        array_ptr = _units(
+            first_target_ptr, second_target_ptr, third_target_ptr, fourth_target_ptr, THIRD.target_array, THIRD
+        )
+        _store(array_ptr, third, layer, target_block, target_place, exists, THIRD)
+    if FOURTH is not None:
+        array_ptr = _units(
+            first_target_ptr, second_target_ptr, third_target_ptr, fourth_target_ptr, FOURTH.target_array, FOURTH
+        )
+        _store(array_ptr, fourth, layer, target_block, target_place, exists, FOURTH)

@@ -6,14 +6,15 @@ from typing import Any, NamedTuple
 
 from kvcore.contract.relayout import Relayout, Run
 from kvcore.placement import Address
-from kvcore.plan.kernel import KernelPlan, Target
+from kvcore.plan.kernel import EXACT, KernelPlan, Target
 from kvcore.plan.rows import plan_tile, plan_warps, power_of_two
 
-RUNS = ("first", "second", "third", "fourth")
-"""Runs of units: pointers of the kernel are called after them. All but the first may be None."""
+_FOUR = ("first", "second", "third", "fourth")
+"""Arrays of a cache, and runs of units: there are at least one and at most four of either."""
 
-POINTERS = (*(f"{run}_ptr" for run in RUNS), *(f"{run}_target_ptr" for run in RUNS), "pairs_ptr")
-"""Pointer arguments of the kernel, in order."""
+POINTERS = (*(f"{name}_ptr" for name in _FOUR), *(f"{name}_target_ptr" for name in _FOUR), "pairs_ptr")
+"""Pointer arguments of the kernel, in order. An array is passed once, whatever runs it has: JAX loses what is written
+to an array that is passed twice."""
 
 SCALARS = {"n": "i32", "num_slots": "i64", "num_target_slots": "i64"}
 """Run-time integers that follow the pointers, and their types."""
@@ -28,6 +29,8 @@ class UnitRun(NamedTuple):
     num_heads: int
     units: int  # of a head
     bits: int  # of a unit
+    source_array: int  # which of the source's arrays has them
+    target_array: int  # … of the destination's
     source: Address
     target: Address
     columns: int  # units of a slot that a program takes, a power of two
@@ -55,10 +58,8 @@ def arguments(call: Relayout, source: Sequence[Any], destination: Sequence[Any],
         destination: The same of the other cache.
         pairs: As it is passed to the op.
     """
-    padding = [None] * (len(RUNS) - len(call.runs))
-    here = [source[run.arrays[0]] for run in call.runs]
-    there = [destination[run.arrays[1]] for run in call.runs]
-    return [*here, *padding, *there, *padding, pairs, *scalars(call)]
+    arrays = [[*memory, *[None] * (len(_FOUR) - len(memory))] for memory in (source, destination)]
+    return [*arrays[0], *arrays[1], pairs, *scalars(call)]
 
 
 def scalars(call: Relayout) -> tuple[int, int, int]:
@@ -74,14 +75,18 @@ def plan_relayout(call: Relayout, target: Target) -> RelayoutPlan:
         call: From `kvcore.contract.relayout.check_relayout`.
         target: What to compile for.
     """
-    tiles = [plan_tile(cache.placement, 2048, target) for cache in (call.source, call.destination)]
+    # 2 KiB of K and as much of V, as of writes and gathers: a thread of four warps moves 16 bytes of each.
+    elements = 2048 * 8 // call.runs[0].bits
+    tiles = [plan_tile(cache.placement, elements, target) for cache in (call.source, call.destination)]
     # Where slots are innermost in one of them, a program takes many: neighbours share cache lines there.
     tokens, columns = min(tiles, key=lambda tile: tile[1])
     tokens = max(tokens, *(t for t, c in tiles if c == columns))
     runs = [_unit_run(run, columns) for run in call.runs]
-    constexprs: dict[str, Any] = dict.fromkeys(run.upper() for run in RUNS)
+    constexprs: dict[str, Any] = dict.fromkeys(name.upper() for name in _FOUR)
     constexprs |= zip(constexprs, runs, strict=False)
-    pair_step, column_step = (0, 0) if call.pairs is None else call.pairs.steps
+    pair_step, column_step = (2, 1)
+    if call.pairs is not None and 0 not in call.pairs.shape:  # else nothing has steps, which Triton 3.6 cannot compile
+        pair_step, column_step = call.pairs.steps
     constexprs |= {
         "BLOCK_SIZE": call.source.extents.block_size,
         "TARGET_BLOCK_SIZE": call.destination.extents.block_size,
@@ -95,7 +100,7 @@ def plan_relayout(call: Relayout, target: Target) -> RelayoutPlan:
         num_warps=plan_warps(tokens * columns * runs[0].bits // 8, target),
         scalars=SCALARS,
         constexprs=constexprs,
-        options={},
+        options=EXACT,
     )
     stretches = max(-(-run.num_heads * run.units // run.columns) for run in runs)
     # Blocks without slots have none to move.
@@ -108,5 +113,6 @@ def _unit_run(run: Run, columns: int) -> UnitRun:
     if all(address.x == 1 and address.head == units * address.dim for address in run.addresses):
         heads, units = 1, heads * units
     reach = max((heads - 1) * address.head + units * max(address.dim, address.x_stride) for address in run.addresses)
-    source, target = run.addresses
-    return UnitRun(heads, units, run.bits, source, target, min(columns, power_of_two(heads * units)), reach >= 2**31)
+    return UnitRun(
+        heads, units, run.bits, *run.arrays, *run.addresses, min(columns, power_of_two(heads * units)), reach >= 2**31
+    )

@@ -1,5 +1,7 @@
 """What the compiler makes of the kernels that move blocks, for GPUs that are not here: wide accesses, no spills."""
 
+import re
+
 import pytest
 
 pytest.importorskip("triton")

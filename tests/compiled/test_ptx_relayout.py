@@ -1,5 +1,7 @@
 """What the compiler makes of the kernel of `relayout`, for GPUs that are not here: wide accesses, no spills."""
 
+import re
+
 import pytest
 
 pytest.importorskip("triton")
@@ -44,6 +46,21 @@ def test_slots_move_128_bits_at_a_time(source, destination, pairs, target):
     loads, stores = accesses(kernel)
     assert loads - {64} == {128}  # pairs may be loaded as one, or two
     assert stores == {128}
+
+
+@pytest.mark.parametrize("pairs", [True, False])
+def test_nothing_is_stored_before_all_is_loaded(pairs):
+    """A thread that waits for K before it asks for V has half as many bytes under way."""
+    ptx = compile_for(TARGETS["sm_90"], describe(pairs=pairs)).asm["ptx"]
+    order = re.findall(r"(ld|st)\.global\.v4", ptx)
+    assert order == ["ld", "ld", "st", "st"]
+
+
+def test_no_pairs():
+    """NumPy and torch give an empty array steps of 0, and kernels are compiled for it all the same."""
+    call = describe(n=0)
+    assert call.pairs is not None
+    compile_for(TARGETS["sm_90"], call._replace(pairs=call.pairs._replace(strides=(0, 0))))
 
 
 @pytest.mark.parametrize("destination", ["HEAD_MAJOR", "PALLAS", "PACKED_NHD"])

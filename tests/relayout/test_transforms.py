@@ -47,15 +47,66 @@ def test_in_place_where_donated(layers, new):
     assert [array.unsafe_buffer_pointer() for array in got.caches] == before
 
 
+VMAPS = {
+    "one call": {},
+    "one call, scale caches": dict(kv_cache_dtype="int8", per_token_head=True),
+    "a loop": dict(num_layers=2),
+}
+
+
 @pytest.mark.parametrize("backend", ["xla", "interpret"])
-def test_vmap(backend):
-    source, destination = two(np.random.default_rng(0), num_layers=2)
-    old, new = cache_of(jaxkv, *source), cache_of(jaxkv, *destination)
-    pairs = np.stack([PAIRS, np.roll(PAIRS, 1, axis=1)])
-    got = jax.vmap(lambda some: old.relayout(new, some, backend=backend))(jnp.asarray(pairs))
-    for i, some in enumerate(pairs):
-        for array, want in zip(got.caches, wanted(source, destination, some), strict=True):
-            np.testing.assert_array_equal(bits(np.asarray(array[i])), bits(want))
+@pytest.mark.parametrize(
+    "batched", ["source", "destination", "pairs", "source destination", "source destination pairs"]
+)
+@pytest.mark.parametrize("extents", VMAPS.values(), ids=VMAPS)
+def test_vmap(extents, batched, backend):
+    rng = np.random.default_rng(0)
+    here, there = dict(num_blocks=4, block_size=4), dict(num_blocks=5, block_size=3)
+    sources, destinations = (
+        [arrays_of(rng, **(SIZES | of | extents)) for _ in range(3 if name in batched else 1)]
+        for of, name in ((here, "source"), (there, "destination"))
+    )
+    every = [PAIRS, np.roll(PAIRS, 1, axis=1), PAIRS[::-1]][: 3 if "pairs" in batched else 1]
+
+    def given(name, caches):
+        caches = [cache_of(jaxkv, *cache) for cache in caches]
+        return (jax.tree.map(lambda *a: jnp.stack(a), *caches), 0) if name in batched else (caches[0], None)
+
+    (old, of_old), (new, of_new) = given("source", sources), given("destination", destinations)
+    pairs, of_pairs = (jnp.asarray(np.stack(every)), 0) if "pairs" in batched else (jnp.asarray(PAIRS), None)
+    move = jax.vmap(lambda old, new, pairs: old.relayout(new, pairs, backend=backend), (of_old, of_new, of_pairs))
+    for function in (move, jax.jit(move)):
+        got = memory_of(function(old, new, pairs))
+        for i in range(3):
+            source, destination, some = (found[i % len(found)] for found in (sources, destinations, every))
+            for array, want in zip(got, wanted(source, destination, some), strict=True):
+                np.testing.assert_array_equal(bits(array[i]), bits(want))
+
+
+def test_vmap_of_all_slots_and_of_a_vmap():
+    rng = np.random.default_rng(1)
+    here, there = dict(num_blocks=3, block_size=4), dict(num_blocks=5, block_size=3, layout="HND")
+    sources, destinations = ([arrays_of(rng, **SIZES, **of) for _ in range(4)] for of in (here, there))
+    old, new = (
+        jax.tree.map(lambda *a: jnp.stack(a).reshape(2, 2, *a[0].shape), *(cache_of(jaxkv, *c) for c in caches))
+        for caches in (sources, destinations)
+    )
+    got = jax.vmap(jax.vmap(lambda old, new: old.relayout(new)))(old, new)
+    for array, *want in zip(
+        memory_of(got), *(wanted(*both, None) for both in zip(sources, destinations, strict=True)), strict=True
+    ):
+        np.testing.assert_array_equal(bits(array.reshape(4, *array.shape[2:])), bits(np.stack(want)))
+
+
+def test_vmap_is_in_place_where_blocks_are_in_front():
+    source = jaxkv.PagedKVCache.create(**SIZES, num_blocks=64, block_size=16)
+    destination = jaxkv.PagedKVCache.create(**SIZES, num_blocks=128, block_size=8, layout="HND")
+    old, new = (jax.tree.map(lambda a: jnp.stack([a] * 4), cache) for cache in (source, destination))
+    step = jax.jit(jax.vmap(lambda new, old, pairs: old.relayout(new, pairs), (0, 0, None)), donate_argnums=0)
+    memory = step.lower(new, old, PAIRS).compile().memory_analysis()
+    nbytes = sum(array.nbytes for array in new.caches)
+    assert memory.alias_size_in_bytes >= nbytes
+    assert memory.temp_size_in_bytes < nbytes // 8
 
 
 def test_scan_and_export_of_any_number_of_pairs():
