@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxkv._mesh import cache_specs, head_mesh_axes, replicated
+from jaxkv._mesh import cache_specs, check_regions, head_mesh_axes, replicated
 from jaxkv._primitive.base import batch_by, bind, loop_over, lower_by_platform, make_primitives, refuse_derivatives
 from jaxkv._primitive.sharding import Rule, bind_sharded, lower_by_heads
 from jaxkv._primitive.write import merge_front, rows_factor, spread
 from jaxkv._relayout import RelayoutOperands, RelayoutOptions
 from jaxkv._triton import interpret
 from jaxkv._xla import relayout as xla
+from kvcore.contract.devices import source_split_error
 from kvcore.contract.relayout import Relayout
 
 
@@ -44,7 +45,9 @@ def _specs(
     mesh_axes = head_mesh_axes(options.cache, specs.cache.memory)
     of_source = head_mesh_axes(options.source, specs.source.memory)
     if of_source is not None and str(of_source) != str(mesh_axes):
-        raise ValueError(f"source must be split over heads as destination, over {mesh_axes}, got {of_source}")
+        raise source_split_error(mesh_axes, of_source)
+    if mesh_axes is not None:  # of a source that every device has whole, each takes its own heads
+        check_regions(options.source, mesh_axes)
     new = _split(options, operands, mesh_axes, mesh_axes)
     return new, list(new.cache.memory)
 
