@@ -157,12 +157,52 @@ def test_heads_on_eight_devices(axis_type, per_token_head):
     assert_same(got, wanted(source, destination, PAIRS))
 
 
-def test_splits_that_are_refused():
-    source, destination = two(np.random.default_rng(3), num_blocks=8)
-    mesh = jax.make_mesh((8,), ("tp",), axis_types=(AxisType.Auto,))
-    split = [jax.device_put(a, NamedSharding(mesh, P("tp"))) for a in destination[1]]
-    with pytest.raises(ValueError, match=r"^a cache may be split over heads only, got axis block split over tp"):
-        cache_of(jaxkv, *source).relayout(cache_of(jaxkv, destination[0], split), PAIRS)
+def placed(mesh, spec, arrays, split=("head",)):
+    """A cache whose axes of these names are split over all devices."""
+    specs = [P(*("tp" if axis[0] in split else None for axis in axes)) for axes in spec.layout.arrays]
+    arrays = [jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip(arrays, specs, strict=True)]
+    return cache_of(jaxkv, spec, arrays)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("jit", [True, False])
+def test_of_a_source_that_is_whole_each_device_takes_its_heads(axis_type, jit):
+    source, destination = two(np.random.default_rng(3), num_heads=8, num_layers=2)
+    mesh = jax.make_mesh((8,), ("tp",), axis_types=(axis_type,))
+    with jax.set_mesh(mesh):
+        old, new = placed(mesh, *source, split=()), placed(mesh, *destination)
+        pairs = jax.device_put(PAIRS, NamedSharding(mesh, P(None, None)))
+        move = jax.jit(lambda new, old, pairs: old.relayout(new, pairs)) if jit else lambda n, o, p: o.relayout(n, p)
+        got = move(new, old, pairs)
+        assert [a.sharding.spec for a in got.caches] == [a.sharding.spec for a in new.caches]
+    assert_same(got, wanted(source, destination, PAIRS))
+
+
+REFUSED = {
+    "blocks of the destination": (("head",), ("block",), {}, "a cache may be split over heads only, got axis block"),
+    "blocks of the source": (("block",), ("head",), {}, "a cache may be split over heads only, got axis block"),
+    "a destination that is whole": (
+        ("head",), (), {}, "source must be split over heads as destination, over None, got tp",
+    ),
+    "heads that share regions": (
+        (), ("head",), dict(kv_cache_dtype="nvfp4", layout="NHD"), "a cache of nvfp4 may be split over heads only where",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("case", REFUSED)
+def test_splits_that_are_refused(case, axis_type):
+    of_source, of_destination, options, text = REFUSED[case]
+    rng = np.random.default_rng(3)
+    extents = SIZES | dict(num_heads=8, num_blocks=8) | options
+    source = arrays_of(rng, **extents, block_size=4)
+    destination = arrays_of(rng, **extents | dict(layout="head block slot dim"), block_size=3)
+    mesh = jax.make_mesh((8,), ("tp",), axis_types=(axis_type,))
+    with jax.set_mesh(mesh):
+        old, new = placed(mesh, *source, split=of_source), placed(mesh, *destination, split=of_destination)
+        with pytest.raises(ValueError, match=f"^{text}"):
+            old.relayout(new, PAIRS)
 
 
 def test_no_gradients_in_jax():
