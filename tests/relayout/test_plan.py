@@ -20,11 +20,11 @@ CASES = {name: ({}, extents) for name, extents in FORMATS.items()} | {
 }
 
 
-def describe(source="NHD", destination="HND", n=7, dtype="bfloat16", heads=8, num_layers=None):
+def describe(source="NHD", destination="HND", n=7, dtype="bfloat16", heads=8, num_layers=None, num_blocks=8):
     caches = []
     for layout in map(CacheLayout.of, (source, destination)):
         layout = layout.with_layer() if num_layers else layout
-        sizes = dict(num_blocks=8, block_size=16, num_heads=heads, head_size=128, num_layers=num_layers)
+        sizes = dict(num_blocks=num_blocks, block_size=16, num_heads=heads, head_size=128, num_layers=num_layers)
         shapes = layout.shapes(**sizes, x=8 if "dim/x" in layout.pattern else None)
         caches.append(
             CacheArguments(
@@ -72,6 +72,16 @@ def test_programs_cover_all_that_moves(destination, heads, target):
 def test_a_thread_moves_16_bytes_of_k_and_of_v(options, tile):
     kernel = plan.plan_relayout(describe(**options), H100).kernel
     assert (kernel.constexprs["TOKENS"], kernel.constexprs["FIRST"].columns, kernel.num_warps) == tile
+
+
+def test_offsets_within_a_slot_have_64_bits_where_heads_are_far_apart():
+    def wide(**options):
+        return plan.plan_relayout(describe(**options), H100).kernel.constexprs["FIRST"].wide
+
+    assert not wide(destination="PALLAS")
+    assert wide(destination="PALLAS", num_blocks=2**18)
+    assert wide(source="PALLAS", destination="NHD", num_blocks=2**18)
+    assert not wide(num_blocks=2**18)
 
 
 def test_no_pairs_are_no_launch():

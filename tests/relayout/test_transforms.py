@@ -185,7 +185,7 @@ REFUSED = {
         ("head",), (), {}, "source must be split over heads as destination, over None, got tp",
     ),
     "heads that share regions": (
-        (), ("head",), dict(kv_cache_dtype="nvfp4", layout="NHD"), "a cache of nvfp4 may be split over heads only where",
+        (), ("head",), dict(kv_cache_dtype="nvfp4"), "a cache of nvfp4 may be split over heads only where",
     ),
 }  # fmt: skip
 
