@@ -69,7 +69,7 @@ class Case(NamedTuple):
         return pairs.cuda() if torch.cuda.is_available() else pairs
 
 
-ONE_LAYER, LAYERS = 16384, {"slots": 1024, "num_layers": 32}
+ONE_LAYER, LAYERS = 16384, 32
 FP8, INT8 = {"kv_cache_dtype": "fp8"}, {"kv_cache_dtype": "int8", "per_token_head": True}
 
 CASES = (
@@ -78,7 +78,7 @@ CASES = (
     Case("NHD to NHD, blocks of 64", destination={"block_size": 64}),
     Case("NHD to NHD, defragmented", defragment=True),
     Case("NHD to NHD, defragmented, many", slots=4 * ONE_LAYER, defragment=True),
-    Case("32 layers, blocks of 32", destination={"block_size": 32}, **LAYERS),
+    Case("32 layers, blocks of 32", destination={"block_size": 32}, slots=ONE_LAYER // 16, num_layers=LAYERS),
     # others
     Case("NHD to HND", destination={"layout": "HND"}),
     Case("HND to NHD", source={"layout": "HND"}),
@@ -87,16 +87,16 @@ CASES = (
     Case("NHD to PALLAS, blocks of 64", destination={"layout": "PALLAS", "block_size": 64}),
     Case("NHD to HEAD_MAJOR", destination={"layout": "HEAD_MAJOR"}),
     Case("HEAD_MAJOR to NHD, defragmented", source={"layout": "HEAD_MAJOR"}, defragment=True),
-    Case("32 layers, KV_NHD to HND", {"layout": "KV_NHD"}, {"layout": "HND"}, **LAYERS),
+    Case("32 layers, KV_NHD to HND", {"layout": "KV_NHD"}, {"layout": "HND"}, slots=ONE_LAYER // 16, num_layers=LAYERS),
     # quantised
     Case("fp8, NHD to HND", FP8, FP8 | {"layout": "HND"}, slots=2 * ONE_LAYER),
     Case("int8, token head, NHD to HND", INT8, INT8 | {"layout": "HND"}, slots=2 * ONE_LAYER),
     Case("bf16 to fp8", destination=FP8),
-    Case("32 layers, bf16 to fp8, HND", destination=FP8 | {"layout": "HND"}, **LAYERS),
+    Case("32 layers, bf16 to fp8, HND", destination=FP8 | {"layout": "HND"}, slots=ONE_LAYER // 16, num_layers=LAYERS),
 )
 
 
-def memory_of(cache: torchkv.PagedKVCache) -> list[torch.Tensor]:
+def memory_of(cache: Any) -> list[Any]:
     """Caches and scale caches."""
     own = cache.spec.scale_layout is not None
     return [*cache.caches, *(t for t in (cache.k_scale, cache.v_scale) if own and t is not None)]

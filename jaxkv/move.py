@@ -52,9 +52,13 @@ def relayout[C: Cache](
 ) -> C:
     """Moves what slots of a cache hold into slots of another one, of another layout, block size or format.
 
-    Where formats are the same, the stored bits move, scales of each token and head among them, in one launch at the
-    speed of a copy; static scales stay each cache's own. Else, or with requantise, keys and values are read, a chunk of
-    slots at a time, and written as `write` does, in float32 if the destination is quantised. All layers move.
+    Where formats are the same, the stored bits move, scales of each token and head among them, in one launch; static
+    scales stay each cache's own. Else, or with requantise, keys and values are read, a chunk of slots at a time, and
+    written as `write` does, in float32 if the destination is quantised. All layers move.
+
+    A vmap is one call, in place, where blocks are the first axis of all arrays that it maps; else, as with an axis
+    layer in front, it is a loop that copies each item's destination once. Where heads are split over devices, both
+    caches must be split alike; of a source that all devices have whole, each takes its own heads.
 
     Args:
         source: A `PagedKVCache`, which stays as it is.

@@ -32,9 +32,12 @@ def relayout(
 ) -> None:
     """Moves what slots of a cache hold into slots of another one, of another layout, block size or format, in place.
 
-    Where formats are the same, the stored bits move, scales of each token and head among them, in one launch at the
-    speed of a copy; static scales stay each cache's own. Else, or with requantise, keys and values are read, a chunk of
-    slots at a time, and written as `write` does, in float32 if the destination is quantised. All layers move.
+    Where formats are the same, the stored bits move, scales of each token and head among them, in one launch; static
+    scales stay each cache's own. Else, or with requantise, keys and values are read, a chunk of slots at a time, and
+    written as `write` does, in float32 if the destination is quantised. All layers move.
+
+    DTensors, with `torchkv.distributed`, must have heads split alike; of a source that is replicated, each rank takes
+    its own.
 
     Everything runs on the current stream of the tensors' device and nothing is synchronised, so that CUDA graphs can
     capture it. Tensors may be strided, and no byte of the one cache may be one of the other.

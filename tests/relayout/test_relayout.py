@@ -222,3 +222,13 @@ def test_strided_tensors():
         caches[0].relayout(caches[1], pairs, backend=backend)
         for got, array in zip(caches[1].caches, want, strict=True):
             np.testing.assert_array_equal(bits(from_torch(got.contiguous())), bits(array))
+
+
+def test_pairs_past_the_end_of_a_slice_are_not_moved():
+    source, destination = two(np.random.default_rng(10), {}, dict(layout="HND"))
+    want = move(torchkv, "torch", source, destination, np.array(PAIRS[:5]))
+    for backend in ("torch", "interpret"):
+        old, new = cache_of(torchkv, *source), cache_of(torchkv, *destination)
+        old.relayout(new, torch.tensor([*PAIRS[:5], (1, 1), (2, 2)])[:5], backend=backend)
+        for got, array in zip(memory_of(new), want, strict=True):
+            np.testing.assert_array_equal(bits(got), bits(array))
