@@ -54,7 +54,7 @@ def relayout(
             interpreter, on CPU tensors, for tests.
 
     Raises:
-        ValueError: an extent, a shape, a choice or a device does not fit, or the caches overlap.
+        ValueError: an extent, a shape, a choice or a device does not fit, or source and destination overlap.
         TypeError: a dtype or a type does not fit.
         NotImplementedError: grad mode is on, and an argument requires gradients.
 

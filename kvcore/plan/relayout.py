@@ -84,9 +84,7 @@ def plan_relayout(call: Relayout, target: Target) -> RelayoutPlan:
     runs = [_unit_run(run, columns) for run in call.runs]
     constexprs: dict[str, Any] = dict.fromkeys(name.upper() for name in _FOUR)
     constexprs |= zip(constexprs, runs, strict=False)
-    pair_step, column_step = (2, 1)
-    if call.pairs is not None and 0 not in call.pairs.shape:  # else nothing has steps, which Triton 3.6 cannot compile
-        pair_step, column_step = call.pairs.steps
+    pair_step, column_step = (0, 0) if call.pairs is None else call.pairs.steps
     constexprs |= {
         "BLOCK_SIZE": call.source.extents.block_size,
         "TARGET_BLOCK_SIZE": call.destination.extents.block_size,
