@@ -164,6 +164,7 @@ def test_another_current_device():
     want = run_oracle(case)
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
+    torch.cuda.set_device(0)  # JAX may have left another one current
     for device in ("cuda:1", "cuda:0"):
         key, value, *caches, slots = (
             to_torch(a.copy(), device) for a in (case.key, case.value, *case.caches, case.slot_mapping)
