@@ -28,6 +28,7 @@ from jaxkv.devices import context_attention, context_lens, context_slots, local_
 from jaxkv.dlpack import from_dlpack
 from jaxkv.merge import merge_attention
 from jaxkv.mla import concat_and_cache_mla
+from jaxkv.move import relayout
 from jaxkv.quantize import (
     reshape_and_cache_flash_diffkv_per_token_head_quant,
     reshape_and_cache_flash_per_token_head_quant,
@@ -35,7 +36,7 @@ from jaxkv.quantize import (
 from jaxkv.read import gather_kv, paged_attention
 from jaxkv.rope import rope_and_cache
 from jaxkv.scales import kv_scales
-from jaxkv.slots import slot_mapping
+from jaxkv.slots import gather_slots, slot_mapping
 from jaxkv.tables import rope_table
 from jaxkv.views import heads
 from jaxkv.write import reshape_and_cache_flash, reshape_and_cache_flash_diffkv
@@ -61,12 +62,14 @@ __all__ = [
     "find_duplicate_slots",
     "from_dlpack",
     "gather_kv",
+    "gather_slots",
     "heads",
     "kv_scales",
     "local_indices",
     "merge_attention",
     "paged_attention",
     "precompile",
+    "relayout",
     "reshape_and_cache_flash",
     "reshape_and_cache_flash_diffkv",
     "reshape_and_cache_flash_diffkv_per_token_head_quant",

@@ -16,7 +16,14 @@ import numpy as np
 from jaxkv._views import Heads, is_view
 from kvcore.arrays import ArraySpec, array_names
 from kvcore.contract.cache import CacheArguments
-from kvcore.contract.read import Attention, AttentionOptions, Gather, check_attention, check_gather
+from kvcore.contract.read import (
+    Attention,
+    AttentionOptions,
+    Gather,
+    check_attention,
+    check_gather,
+    check_gather_slots,
+)
 from kvcore.contract.write import Write, check_write
 from kvcore.layout import CacheLayout
 from kvcore.pattern import Axis
@@ -158,8 +165,8 @@ class ReadOperands(NamedTuple):
     Attributes:
         query: `(num_tokens, num_q_heads, head_size)`, maybe a view; None for a gather.
         cache: What is read.
-        block_tables: `(num_seqs, max_blocks)`.
-        seq_lens: `(num_seqs,)`.
+        block_tables: `(num_seqs, max_blocks)`; slots `(n,)`, where these are gathered.
+        seq_lens: `(num_seqs,)`; None for slots.
         query_start_loc: `(num_seqs + 1,)`; None for one query a sequence, and for a gather.
         sinks: `(num_q_heads,)`; None for none.
     """
@@ -167,7 +174,7 @@ class ReadOperands(NamedTuple):
     query: Any | None
     cache: CacheOperands
     block_tables: Any
-    seq_lens: Any
+    seq_lens: Any  # None for slots
     query_start_loc: Any | None
     sinks: Any | None
 
@@ -181,7 +188,7 @@ class ReadOperands(NamedTuple):
         named = {
             "query": self.query,
             **self.cache.named(("k_scale", "v_scale")),
-            "block_tables": self.block_tables,
+            "slots" if self.seq_lens is None else "block_tables": self.block_tables,
             "seq_lens": self.seq_lens,
             "query_start_loc": self.query_start_loc,
             "sinks": self.sinks,
@@ -198,7 +205,7 @@ class ReadOptions(NamedTuple):
         head_size_v: Elements of a value where the layout does not tell; else None.
         backend: "triton", "xla" or "interpret"; None for the platform's usual one.
         attention: What attention computes; None for a gather.
-        max_len: Positions of a sequence in the results of a gather.
+        max_len: Positions of a sequence in the results of a gather; None where slots are gathered.
         dtype: Of these results; None for the usual one.
         compute_capability: Of the CUDA devices that are compiled for; None where it is not known.
     """
@@ -208,7 +215,7 @@ class ReadOptions(NamedTuple):
     head_size_v: int | None
     backend: str | None
     attention: AttentionOptions | None = None
-    max_len: int = 0
+    max_len: int | None = 0
     dtype: str | None = None
     compute_capability: int | None = None
 
@@ -218,9 +225,11 @@ class ReadOptions(NamedTuple):
         k_scale, v_scale = specs.cache.scales  # users pass scale caches as k_scale and v_scale, and errors say so
         cache = specs.cache._replace(scale_caches=(), k_scale=k_scale, v_scale=v_scale)
         arguments = self.cache.arguments(cache)
+        if specs.seq_lens is None:
+            return check_gather_slots(specs.block_tables, self.dtype, arguments, self.head_size, self.head_size_v)
         if self.attention is None:
             return check_gather(
-                specs.block_tables, specs.seq_lens, self.max_len, self.dtype, arguments, self.head_size,
+                specs.block_tables, specs.seq_lens, self.max_len or 0, self.dtype, arguments, self.head_size,
                 self.head_size_v,
             )  # fmt: skip
         return check_attention(

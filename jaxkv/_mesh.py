@@ -71,13 +71,19 @@ def head_mesh_axes(options: CacheOptions, specs: Sequence[P]) -> Any:
     splits = every[: len(layout.arrays)]  # scale caches follow the caches
     if len({str(split) for split in splits}) > 1:
         raise ValueError(f"key_cache and value_cache must be split alike over heads, got {splits[0]} and {splits[1]}")
-    if splits[0] is not None and heads_share_regions(options):
+    if splits[0] is not None:
+        check_regions(options, splits[0])
+    return splits[0]
+
+
+def check_regions(options: CacheOptions, mesh_axes: Any) -> None:
+    """Raises a ValueError where no part of a cache's array has some heads, which are split over mesh axes."""
+    if heads_share_regions(options):
         raise ValueError(
             f"a cache of nvfp4 may be split over heads only where its layout has them before block, as in "
-            f"'head block slot dim', got '{layout}' split over {splits[0]}; jax.shard_map can give each device a cache "
-            "of its own heads"
+            f"'head block slot dim', got '{options.layout}' split over {mesh_axes}; jax.shard_map can give each device "
+            "a cache of its own heads"
         )
-    return splits[0]
 
 
 def _head_mesh_axes(axes: Sequence[Axis], spec: P) -> Any:

@@ -8,6 +8,7 @@ import jax
 
 from jaxkv._arguments import ArrayLike
 from jaxkv.blocks import copy_blocks, zero_blocks
+from jaxkv.move import relayout
 from kvcore.cache_spec import CacheSpec
 from kvcore.choices import JaxBackend
 
@@ -43,6 +44,29 @@ class Writable:
             The new cache: the same memory, where this one was donated or is not used again.
         """
         return self._with(zero_blocks(self._memory, blocks, backend=backend, **self._layouts))
+
+    def relayout(
+        self,
+        destination: Self,
+        pairs: ArrayLike | None = None,
+        *,
+        requantise: bool | None = None,
+        backend: JaxBackend | None = None,
+    ) -> Self:
+        """Moves what slots hold into slots of another cache, in all layers. The function `relayout` tells more.
+
+        Args:
+            destination: Another `PagedKVCache`, whose layout, block size and format may be others.
+            pairs: `[n, 2]` of int32 or int64: slots of this cache and of destination; None: all, to the same numbers.
+            requantise: Whether keys and values are read and written also where formats are the same.
+            backend: None, "triton", "xla" or "interpret".
+
+        Returns:
+            The new destination: the same memory, where it was donated or is not used again.
+        """
+        cache: Any = self  # a PagedKVCache, which can read and write, too
+        other: Any = destination
+        return relayout(cache, other, pairs, requantise=requantise, backend=backend)
 
     @property
     def _memory(self) -> tuple[jax.Array, ...]:

@@ -11,11 +11,12 @@ from jax.typing import DTypeLike
 
 from jaxkv._arguments import ArrayLike, Index, Scale, TokenRows, as_rows, dtype_name
 from jaxkv._memory import allocate
+from jaxkv._readable import Readable
 from jaxkv._sharded import Sharded
 from jaxkv._writable import Writable
 from jaxkv._write import write_caches
 from jaxkv.mla import write_latent
-from jaxkv.read import AttendOptions, gather_kv, paged_attention
+from jaxkv.read import AttendOptions, paged_attention
 from jaxkv.rope import rope_and_cache
 from kvcore.cache_spec import CacheSpec
 from kvcore.choices import JaxBackend, KVCacheDtype, Layout, RopeName
@@ -23,7 +24,7 @@ from kvcore.choices import JaxBackend, KVCacheDtype, Layout, RopeName
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["caches", "k_scale", "v_scale"], meta_fields=["spec"])
 @dataclass(frozen=True)
-class PagedKVCache(Sharded, Writable):
+class PagedKVCache(Sharded, Readable, Writable):
     """A paged KV cache: arrays, layout and scales. A pytree: donate it, carry it through loops, shard it, return it.
 
     Attributes:
@@ -267,35 +268,6 @@ class PagedKVCache(Sharded, Writable):
             backend=backend, **self._reading,
         )  # fmt: skip
 
-    def gather(
-        self,
-        block_tables: ArrayLike,
-        seq_lens: ArrayLike,
-        max_len: int,
-        *,
-        dtype: DTypeLike | None = None,
-        layer: Index | None = None,
-        backend: JaxBackend | None = None,
-    ) -> tuple[jax.Array, jax.Array]:
-        """Copies keys and values of sequences into contiguous arrays.
-
-        Args:
-            block_tables: `[num_seqs, max_blocks]` of int32 or int64: the blocks of each sequence, in order.
-            seq_lens: `[num_seqs]` of int32 or int64: tokens of each sequence in the cache.
-            max_len: Positions of a sequence in the result.
-            dtype: float16, bfloat16 or float32; None means the cache's own, or bfloat16 where it is quantised.
-            layer: Index into the cache's layers, maybe traced; None for a cache of one layer.
-            backend: None, "triton", "xla" or "interpret".
-
-        Returns:
-            Key `[num_seqs, max_len, num_heads, head_size]` and value `[num_seqs, max_len, num_heads, head_size_v]`,
-            with zeros past each length.
-        """
-        return gather_kv(
-            self.caches, block_tables, seq_lens, max_len, dtype=dtype, layer=layer, backend=backend,
-            head_size=self.spec.head_size, **self._reading,
-        )  # fmt: skip
-
     @property
     def _writing(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Scale caches, and the arguments that say how to write."""
@@ -306,11 +278,6 @@ class PagedKVCache(Sharded, Writable):
             "kv_cache_dtype": spec.kv_cache_dtype, "k_scale": k_scale, "v_scale": v_scale, "layout": spec.layout,
             "scale_layout": spec.scale_layout,
         }  # fmt: skip
-
-    @property
-    def _reading(self) -> dict[str, Any]:
-        v_scale = self.k_scale if self.spec.layout.latent else self.v_scale
-        return {**self.spec.reading, "k_scale": self.k_scale, "v_scale": v_scale}
 
     def __repr__(self) -> str:
         return f"PagedKVCache({self.spec})"

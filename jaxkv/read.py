@@ -1,11 +1,8 @@
 """The public functions that read a cache: attention over it, and a gather out of it."""
 
-from collections.abc import Sequence
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Literal, TypedDict, Unpack, overload
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 
 from jaxkv._arguments import (
@@ -21,17 +18,13 @@ from jaxkv._arguments import (
     as_scale,
     as_static,
     dtype_name,
-    with_axis,
 )
-from jaxkv._call import CacheOperands, CacheOptions, ReadOperands, ReadOptions
-from jaxkv._primitive.read import read
+from jaxkv._call import ReadOperands, ReadOptions
+from jaxkv._read import Caches, cache_of, read_checked
 from kvcore.choices import JaxBackend, KVCacheDtype, Layout
 from kvcore.contract.checks import check_options
 from kvcore.contract.read import check_attention_options
 from kvcore.layout import CacheLayout
-from kvcore.scales import scale_layout_of
-
-Caches = jax.Array | np.ndarray | jax.Ref | Sequence[ArrayLike | jax.Ref]
 
 
 class AttendOptions(TypedDict, total=False):
@@ -175,7 +168,7 @@ def paged_attention(
     """
     k_scale, v_scale, layer = as_scale(k_scale), as_scale(v_scale), as_layer(layer)
     check_options(kv_cache_dtype, k_scale, v_scale, layer, backend, BACKENDS)
-    cache_options, cache = _cache(caches, kv_cache_dtype, k_scale, v_scale, layout, scale_layout, layer)
+    cache_options, cache = cache_of(caches, kv_cache_dtype, k_scale, v_scale, layout, scale_layout, layer)
     operands = ReadOperands(
         query=as_rows(query),
         cache=cache,
@@ -191,7 +184,7 @@ def paged_attention(
         backend=backend,
         attention=check_attention_options(scale, causal, sliding_window, soft_cap),
     )
-    out, lse = _read(options, operands)
+    out, lse = read_checked(options, operands)
     return (out, lse) if return_lse else out
 
 
@@ -257,7 +250,7 @@ def gather_kv(
     """
     k_scale, v_scale, layer = as_scale(k_scale), as_scale(v_scale), as_layer(layer)
     check_options(kv_cache_dtype, k_scale, v_scale, layer, backend, BACKENDS)
-    cache_options, cache = _cache(caches, kv_cache_dtype, k_scale, v_scale, layout, scale_layout, layer)
+    cache_options, cache = cache_of(caches, kv_cache_dtype, k_scale, v_scale, layout, scale_layout, layer)
     operands = ReadOperands(
         query=None,
         cache=cache,
@@ -274,38 +267,5 @@ def gather_kv(
         max_len=as_static("max_len", max_len),
         dtype=None if dtype is None else dtype_name(dtype),
     )
-    key, value = _read(options, operands)
+    key, value = read_checked(options, operands)
     return key, value
-
-
-def _cache(
-    caches: Any, kv_cache_dtype: str, k_scale: Any, v_scale: Any, layout: Any, scale_layout: Any, layer: Any
-) -> tuple[CacheOptions, CacheOperands]:
-    """A cache as it was passed: arrays may be NumPy's, layouts None or patterns, and scales may be scale caches."""
-    arrays = caches if isinstance(caches, Sequence) else (caches,)
-    in_memory = hasattr(layer, "shape")
-    options = CacheOptions(kv_cache_dtype, layout, scale_layout, layer=None if in_memory else layer)
-    return options, CacheOperands(
-        caches=tuple(map(as_array, arrays)),
-        scale_caches=(),
-        k_scale=k_scale,
-        v_scale=v_scale,
-        layer=layer if in_memory else None,
-    )
-
-
-def _read(options: ReadOptions, operands: ReadOperands) -> list[jax.Array]:
-    """Checks a call, and makes of its cache what the primitive asks for."""
-    described = options.describe(operands).cache
-    operands = jax.tree.map(jnp.asarray, operands)
-    cache, scale_layout = operands.cache, None
-    if described.scales is not None and not described.scales.inside:
-        scale_layout = scale_layout_of(options.cache.scale_layout, described.layout.has_layer)
-        cache = cache._replace(scale_caches=(cache.k_scale, cache.v_scale), k_scale=None, v_scale=None)
-    cache = cache._replace(
-        k_scale=with_axis(cache.k_scale) if described.scaled else None,
-        v_scale=with_axis(cache.v_scale) if described.scaled else None,
-        layer=None if cache.layer is None else jnp.reshape(cache.layer, 1),
-    )
-    cache_options = options.cache._replace(layout=described.layout, scale_layout=scale_layout)
-    return read(options._replace(cache=cache_options), operands._replace(cache=cache))

@@ -31,6 +31,7 @@ from torchkv.integrations.vllm import (
 )
 from torchkv.merge import merge_attention
 from torchkv.mla import concat_and_cache_mla
+from torchkv.move import relayout
 from torchkv.quantize import (
     reshape_and_cache_flash_diffkv_per_token_head_quant,
     reshape_and_cache_flash_per_token_head_quant,
@@ -38,7 +39,7 @@ from torchkv.quantize import (
 from torchkv.read import gather_kv, paged_attention
 from torchkv.rope import rope_and_cache
 from torchkv.scales import kv_scales
-from torchkv.slots import slot_mapping
+from torchkv.slots import gather_slots, slot_mapping
 from torchkv.tables import rope_table
 from torchkv.write import reshape_and_cache_flash, reshape_and_cache_flash_diffkv
 
@@ -55,11 +56,13 @@ __all__ = [
     "find_duplicate_slots",
     "from_dlpack",
     "gather_kv",
+    "gather_slots",
     "kv_scales",
     "merge_attention",
     "merge_attn_states",
     "paged_attention",
     "precompile",
+    "relayout",
     "reshape_and_cache_flash",
     "reshape_and_cache_flash_diffkv",
     "reshape_and_cache_flash_diffkv_per_token_head_quant",

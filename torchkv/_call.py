@@ -12,7 +12,14 @@ from torch import Tensor
 from kvcore.arrays import ArraySpec, array_names, with_unit_axis
 from kvcore.contract.cache import CacheArguments, check_cache_address
 from kvcore.contract.checks import check_devices, check_result
-from kvcore.contract.read import Attention, AttentionOptions, Gather, check_attention, check_gather
+from kvcore.contract.read import (
+    Attention,
+    AttentionOptions,
+    Gather,
+    check_attention,
+    check_gather,
+    check_gather_slots,
+)
 from kvcore.contract.write import Write, check_mla, check_write
 from torchkv._arguments import maybe_spec, spec_of
 from torchkv._memory import address_of, check_apart, check_results_apart
@@ -183,12 +190,13 @@ class AttentionCall(NamedTuple):
 class GatherCall(NamedTuple):
     """Arguments of `gather_kv`, in the order of its schema; layer is a static index, layer_index one in memory.
 
+    Where seq_lens is None, it is `gather_slots`: block_tables are slots, `(n,)`, and max_len says nothing.
     `results` are the tensors that `gather_kv_out` writes to.
     """
 
     caches: list[Tensor]
     block_tables: Tensor
-    seq_lens: Tensor
+    seq_lens: Tensor | None
     max_len: int
     dtype: str | None
     kv_cache_dtype: str
@@ -209,10 +217,14 @@ class GatherCall(NamedTuple):
         return self.caches[0].device
 
     @property
+    def _table(self) -> str:
+        return "slots" if self.seq_lens is None else "block_tables"
+
+    @property
     def inputs(self) -> dict[str, Tensor | None]:
         """What is read, by the names of the arguments."""
         return {
-            **_named(self.caches), "block_tables": self.block_tables, "seq_lens": self.seq_lens,
+            **_named(self.caches), self._table: self.block_tables, "seq_lens": self.seq_lens,
             "k_scale": self.k_scale, "v_scale": self.v_scale, "layer": self.layer_index,
         }  # fmt: skip
 
@@ -223,18 +235,14 @@ class GatherCall(NamedTuple):
             ValueError: a shape, layout, choice or device does not fit, or a tensor for a result is not contiguous.
             TypeError: a dtype does not fit.
         """
-        gather = check_gather(
-            spec_of(self.block_tables),
-            spec_of(self.seq_lens),
-            self.max_len,
-            self.dtype,
-            _cache_read(self),
-            self.head_size,
-            self.head_size_v,
-        )
+        tables, rest = spec_of(self.block_tables), (self.dtype, _cache_read(self), self.head_size, self.head_size_v)
+        if self.seq_lens is None:
+            gather = check_gather_slots(tables, *rest)
+        else:
+            gather = check_gather(tables, spec_of(self.seq_lens), self.max_len, *rest)
         if self.results is not None:
             expected = [(shape, gather.format.name) for shape in gather.shapes]
-            _check_results(GATHER_RESULTS, self.results, expected, ("block_tables", gather.block_tables))
+            _check_results(GATHER_RESULTS, self.results, expected, (self._table, gather.block_tables))
         return gather
 
     def check_memory(self, gather: Gather) -> None:

@@ -1,7 +1,7 @@
 """What writes to a cache."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -11,6 +11,7 @@ from kvcore.contract.write import latent_order
 from torchkv._arguments import check_tensors
 from torchkv.blocks import copy_blocks, zero_blocks
 from torchkv.mla import concat_and_cache_mla
+from torchkv.move import relayout
 from torchkv.quantize import (
     reshape_and_cache_flash_diffkv_per_token_head_quant,
     reshape_and_cache_flash_per_token_head_quant,
@@ -139,6 +140,24 @@ class Writable:
             backend: None, "triton", "torch" or "interpret".
         """
         zero_blocks(self._memory, blocks, backend=backend, **self._layouts)
+
+    def relayout(
+        self,
+        destination: Self,
+        pairs: Tensor | None = None,
+        *,
+        requantise: bool | None = None,
+        backend: TorchBackend | None = None,
+    ) -> None:
+        """Moves what slots hold into slots of another cache, in all layers. The function `relayout` tells more.
+
+        Args:
+            destination: Another `PagedKVCache`, whose layout, block size and format may be others.
+            pairs: `[n, 2]` of int32 or int64: slots of this cache and of destination; None: all, to the same numbers.
+            requantise: Whether keys and values are read and written also where formats are the same.
+            backend: None, "triton", "torch" or "interpret".
+        """
+        relayout(self, destination, pairs, requantise=requantise, backend=backend)
 
     @property
     def _memory(self) -> tuple[Any, ...]:

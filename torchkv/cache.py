@@ -1,6 +1,6 @@
 """PagedKVCache: a paged cache and how it is laid out, in one object, changed in place."""
 
-from typing import Any, Literal, Unpack, overload
+from typing import Literal, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -8,13 +8,14 @@ from torch import Tensor
 from kvcore.cache_spec import CacheSpec, Described
 from kvcore.choices import FloatDtype, KVCacheDtype, Layout, TorchBackend
 from kvcore.contract.checks import check_scale, check_scale_type
-from torchkv._arguments import check_tensors, spec_of
+from torchkv._arguments import spec_of
+from torchkv._readable import Readable
 from torchkv._state import Stateful
 from torchkv._writable import Writable
-from torchkv.read import AttendOptions, gather_kv, paged_attention
+from torchkv.read import AttendOptions, paged_attention
 
 
-class PagedKVCache(Described, Writable, Stateful):
+class PagedKVCache(Described, Readable, Writable, Stateful):
     """A paged KV cache: tensors, layout and scales. A plain object, whose tensors `write` changes in place.
 
     Attributes:
@@ -192,37 +193,6 @@ class PagedKVCache(Described, Writable, Stateful):
             out=out, lse=lse, backend=backend, **self._reading,
         )  # fmt: skip
 
-    def gather(
-        self,
-        block_tables: Tensor,
-        seq_lens: Tensor,
-        max_len: int,
-        *,
-        dtype: torch.dtype | FloatDtype | None = None,
-        layer: int | Tensor | None = None,
-        out: tuple[Tensor, Tensor] | None = None,
-        backend: TorchBackend | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Copies keys and values of sequences into contiguous tensors.
-
-        Args:
-            block_tables: `[num_seqs, max_blocks]` of int32 or int64: the blocks of each sequence, in order.
-            seq_lens: `[num_seqs]` of int32 or int64: tokens of each sequence in the cache.
-            max_len: Positions of a sequence in the result.
-            dtype: float16, bfloat16 or float32; None means the cache's own, or bfloat16 where it is quantised.
-            layer: Index into the cache's layers, or a Tensor of one integer; None for a cache of one layer.
-            out: Two contiguous tensors to write the results to; None: new ones.
-            backend: None, "triton", "torch" or "interpret".
-
-        Returns:
-            Key `[num_seqs, max_len, num_heads, head_size]` and value `[num_seqs, max_len, num_heads, head_size_v]`,
-            with zeros past each length.
-        """
-        return gather_kv(
-            self.caches, block_tables, seq_lens, max_len, dtype=dtype, layer=layer, out=out, backend=backend,
-            head_size=self.spec.head_size, **self._reading,
-        )  # fmt: skip
-
     def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> "PagedKVCache":
         """The cache on a device: itself where it is there already, else a copy, as with `Tensor.to`.
 
@@ -235,11 +205,6 @@ class PagedKVCache(Described, Writable, Stateful):
             return self
         *caches, k_scale, v_scale = moved
         return PagedKVCache(tuple(c for c in caches if c is not None), self.spec, k_scale, v_scale)
-
-    @property
-    def _reading(self) -> dict[str, Any]:
-        v_scale = self.k_scale if self.spec.layout.latent else self.v_scale
-        return {**self.spec.reading, "k_scale": self.k_scale, "v_scale": v_scale}
 
     def __repr__(self) -> str:
         return f"PagedKVCache({self.spec}, {self.caches[0].device})"

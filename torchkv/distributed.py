@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from kvcore.choices import Layout
 from kvcore.contract import devices as contract
 from kvcore.contract.blocks import Blocks
+from kvcore.contract.relayout import Relayout
 from kvcore.contract.rope import Rope
 from kvcore.contract.slots import SlotMapping
 from kvcore.layout import CacheLayout
@@ -102,7 +103,7 @@ class _Split:
             if described.scale_layout is not None:
                 self.scale_axes = described.scale_layout.arrays
         else:
-            cache = (described.write if isinstance(described, Rope) else described).cache
+            cache = _cache_of(described)
             layout = cache.layout
             if op is write.mla or (isinstance(described, Rope) and described.latent):
                 layout = CacheLayout.MLA if dims == 3 else CacheLayout.MLA.with_layer()
@@ -113,21 +114,43 @@ class _Split:
         if len(set(found.values())) > 1:
             raise contract.split_alike_error(*(caches[name].placements for name in found))
         self.heads = next(iter(found.values()))
+        if isinstance(described, Relayout):
+            self._take_source(described.source.layout)
         if cache is not None and any(self.heads):
-            if given.get("kv_cache_dtype") == "nvfp4" and heads_share_regions(layout):
-                raise contract.region_error(layout, self._names())
+            self._check_regions(layout)
             contract.check_divided("num_heads", cache.extents.num_heads, self._ranks(self.heads))
         if cache is not None:
             self.num_heads = cache.extents.num_heads
         self.q_heads = self._heads_of_query()
 
+    def _take_source(self, layout: CacheLayout) -> None:
+        """Has a source split as the destination is. Of one that every rank has whole, each takes its own heads.
+
+        Raises:
+            ValueError: it is split, but otherwise; or its heads cannot be.
+        """
+        axes = [*layout.arrays]
+        if self.given["source_scale_layout"] is not None:
+            axes += scale_layout_of(self.given["source_scale_layout"], layout.has_layer).arrays
+        for i, (array, names) in enumerate(zip(self.given["source"], axes, strict=True)):
+            got = self._heads_of(f"source[{i}]", array, names)
+            if any(got) and got != self.heads:
+                raise contract.source_split_error(self._names(self.heads) or None, self._names(got))
+            self.of_caches[f"source[{i}]"] = names
+        if any(self.heads):
+            self._check_regions(layout)
+
+    def _check_regions(self, layout: CacheLayout) -> None:
+        if self.given.get("kv_cache_dtype") == "nvfp4" and heads_share_regions(layout):
+            raise contract.region_error(layout, self._names(self.heads))
+
     def _ranks(self, split: Sequence[bool]) -> int:
         """The ranks among which heads are divided."""
         return prod(self.mesh.size(dim) for dim in range(self.mesh.ndim) if split[dim])
 
-    def _names(self) -> str:
+    def _names(self, split: Sequence[bool]) -> str:
         names = self.mesh.mesh_dim_names or tuple(f"mesh dimension {dim}" for dim in range(self.mesh.ndim))
-        return ", ".join(name for name, split in zip(names, self.heads, strict=True) if split)
+        return ", ".join(name for name, over in zip(names, split, strict=True) if over)
 
     def _heads_of(self, name: str, tensor: Any, axes: Sequence[Axis]) -> tuple[bool, ...]:
         """Over which dimensions of the mesh a cache's heads are split; an error if anything else is."""
@@ -177,7 +200,7 @@ class _Split:
             return self._over(self.heads, None)
         axis = _HEAD_AXES.get(name) if self.op is not slots.slot_mapping_out else None
         if self.op is read.gather_out and name in ("key", "value"):
-            axis = 2
+            axis = tensor.dim() - 2  # of slots, there is no axis of sequences
         return self._over(self.q_heads if name in _OF_QUERY and axis is not None else self.heads, axis)
 
     def _over(self, split: Sequence[bool], axis: int | None) -> Placements:
@@ -205,7 +228,7 @@ class _Split:
         """A result of which this rank has that part."""
         split, axis = self.heads, None
         if self.op is read.gather:
-            axis = 2
+            axis = local.dim() - 2
         elif self.op is not slots.slot_mapping:
             split, axis = self.q_heads, 1
         return DTensor.from_local(local, self.mesh, self._over(split, axis), run_check=False)
@@ -236,6 +259,13 @@ def _mesh_of(given: dict[str, Any]) -> DeviceMesh:
     if any(mesh != meshes[0] for mesh in meshes):
         raise contract.meshes_error([str(mesh) for mesh in meshes])
     return meshes[0]
+
+
+def _cache_of(described: Any) -> Any:
+    """The cache that tells how heads are split: what is written, where there are two."""
+    if isinstance(described, Relayout):
+        return described.destination
+    return (described.write if isinstance(described, Rope) else described).cache
 
 
 def _caches(given: dict[str, Any]) -> dict[str, Any]:

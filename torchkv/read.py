@@ -22,6 +22,7 @@ from torchkv._arguments import (
 )
 from torchkv._library import read as _library
 from torchkv._library.base import call, call_again
+from torchkv._read import gather_with
 
 
 class AttendOptions(TypedDict, total=False):
@@ -261,21 +262,9 @@ def gather_kv(
         >>> key[0, :, 0].tolist()  # block 2, then the first slot of block 0; position 3 is past the length
         [[8.0, 9.0], [10.0, 11.0], [0.0, 1.0], [0.0, 0.0]]
     """
-    op, given, caches = _library.gather, (), as_caches(caches)
-    if out is not None:
-        if not (isinstance(out, (tuple, list)) and len(out) == 2):
-            raise TypeError(f"out must be two tensors, for key and value, got {type(out).__name__}")
-        op, given = _library.gather_out, tuple(out)
-    name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
-    operands = (*given, caches, block_tables, seq_lens, max_len, name, kv_cache_dtype)
-    rest = (
-        as_pattern(layout), *as_layer(layer), head_size, head_size_v, backend, as_scale_pattern(scale_layout),
+    if seq_lens is None:  # which the op takes for slots
+        check_tensors(seq_lens=seq_lens)
+    return gather_with(
+        "gather_kv", caches, block_tables, seq_lens, max_len, dtype, kv_cache_dtype, k_scale, v_scale, layout,
+        scale_layout, layer, head_size, head_size_v, out, backend,
     )  # fmt: skip
-    results = call_again(op, (*operands, k_scale, v_scale, *rest))
-    if results is None:
-        check_options(kv_cache_dtype, k_scale, v_scale, layer, backend, BACKENDS)
-        scales = as_scale(k_scale, caches[0]), as_scale(v_scale, caches[0])
-        check_tensors(**{f"out[{i}]": tensor for i, tensor in enumerate(given)})  # the op's schema calls them otherwise
-        refuse_gradients("gather_kv", *caches, *scales, *given)
-        results = cast(tuple[Tensor, Tensor], call(op, (*operands, *scales, *rest)) or given)
-    return results

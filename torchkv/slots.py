@@ -1,16 +1,20 @@
-"""The public function that finds the slots of new tokens."""
+"""The public functions of slots: that finds those of new tokens, and that reads what they hold."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch._C._functorch import is_batchedtensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from kvcore.choices import TorchBackend
+from kvcore.choices import FloatDtype, KVCacheDtype, Layout, TorchBackend
 from kvcore.contract.checks import check_backend, is_bool
 from kvcore.contract.slots import check_slot_mapping
+from kvcore.layout import CacheLayout
 from torchkv._arguments import BACKENDS, check_tensors, spec_of
 from torchkv._library import slots as _library
 from torchkv._library.base import call
+from torchkv._read import gather_with
 
 
 def slot_mapping(
@@ -86,6 +90,70 @@ def slot_mapping(
         return call(_library.slot_mapping, arguments)
     call(_library.slot_mapping_out, (out, *arguments))
     return out
+
+
+def gather_slots(
+    caches: Tensor | Sequence[Tensor],
+    slots: Tensor,
+    *,
+    dtype: torch.dtype | FloatDtype | None = None,
+    kv_cache_dtype: KVCacheDtype = "auto",
+    k_scale: Tensor | float | None = None,
+    v_scale: Tensor | float | None = None,
+    layout: Layout | None = None,
+    scale_layout: str | CacheLayout | None = None,
+    layer: int | Tensor | None = None,
+    head_size: int | None = None,
+    head_size_v: int | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
+    backend: TorchBackend | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Keys and values of slots, out of a paged KV cache into contiguous tensors.
+
+    Everything runs on the current stream of the tensors' device and nothing is synchronised, so that CUDA graphs can
+    capture it. Tensors may be strided. Not differentiable.
+
+    Args:
+        caches: `(key_cache, value_cache)`, or one tensor for layouts that hold both.
+        slots: `[n]` of int32 or int64, as `slot_mapping` gives them.
+        dtype: float16, bfloat16 or float32; None means the cache's own, or bfloat16 where it is quantised.
+        kv_cache_dtype: "auto", or the format in which the cache was written.
+        k_scale: What quantised keys are multiplied by: float32 of one element, or one a head, `[num_heads]`, or a
+            number; None means 1. Or the scale cache of a `…_per_token_head_quant`, then for both.
+        v_scale: What quantised values are multiplied by, of the same kind.
+        layout: Pattern, constant's name or `CacheLayout`. None means NHD, or head-major where key_cache has an axis
+            more; for one tensor `block slot head k+v`, or `block slot latent` where it has 3 axes (4 with `layer`).
+        scale_layout: Pattern of the scale caches, as they were written; None means `block slot head`, or
+            `layer block slot head`.
+        layer: Index into the layout's `layer` axis. Out of range in a Tensor, nothing is read.
+        head_size: Elements of a key; needed for layouts with an axis `k+v`.
+        head_size_v: Elements of a value; needed where V is the first part of K (`block slot latent`), except for
+            "fp8_ds_mla", where it is 512.
+        out: Contiguous tensors of the results' shapes and dtype that key and value are written to, and that are
+            returned; they must not overlap the arguments. None: new ones.
+        backend: None runs "triton" on CUDA and ROCm, "torch" elsewhere. "interpret" runs the Triton kernel in its
+            interpreter, on CPU tensors, for tests.
+
+    Returns:
+        Key `[n, num_heads, head_size]` and value `[n, num_heads, head_size_v]`, each as `gather_kv` has them. Zeros for
+        slots that are not in the cache: -1 is for padding.
+
+    Raises:
+        ValueError: a shape, layout, choice or device does not fit.
+        TypeError: a dtype does not fit.
+        NotImplementedError: grad mode is on, and an argument requires gradients.
+
+    Example:
+        >>> key_cache = torch.arange(6.0).reshape(3, 2, 1, 1)  # 3 blocks of 2 slots, 1 head of 1 element
+        >>> key, value = torchkv.gather_slots((key_cache, -key_cache), torch.tensor([4, -1, 1]))
+        >>> key.ravel().tolist()
+        [4.0, 0.0, 1.0]
+    """
+    check_tensors(slots=slots)
+    return gather_with(
+        "gather_slots", caches, slots, None, 0, dtype, kv_cache_dtype, k_scale, v_scale, layout, scale_layout, layer,
+        head_size, head_size_v, out, backend,
+    )  # fmt: skip
 
 
 def _end_of(starts: Tensor) -> int | None:

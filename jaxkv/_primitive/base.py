@@ -20,13 +20,14 @@ from jax.interpreters import ad, batching, mlir, xla
 from jaxkv._blocks import BlocksOperands, BlocksOptions
 from jaxkv._call import ReadOperands, ReadOptions, WriteOperands, WriteOptions
 from jaxkv._mesh import vary, varying_axes
+from jaxkv._relayout import RelayoutOperands, RelayoutOptions
 from jaxkv._rotated import RotatedWriteOperands, RotatedWriteOptions
 from jaxkv._slots import SlotOperands, SlotOptions
 from jaxkv._views import array_of
 from kvcore.contract.checks import no_triton_error
 
-CacheOpOptions = WriteOptions | RotatedWriteOptions | ReadOptions | BlocksOptions
-CacheOpOperands = WriteOperands | RotatedWriteOperands | ReadOperands | BlocksOperands
+CacheOpOptions = WriteOptions | RotatedWriteOptions | ReadOptions | BlocksOptions | RelayoutOptions
+CacheOpOperands = WriteOperands | RotatedWriteOperands | ReadOperands | BlocksOperands | RelayoutOperands
 
 Options = CacheOpOptions | SlotOptions
 Operands = CacheOpOperands | SlotOperands

@@ -20,6 +20,7 @@ from jaxkv._primitive.base import batch_by, loop_over, lower_by_platform, make_p
 from jaxkv._primitive.sharding import Rule, bind_sharded, lower_by_heads
 from jaxkv._triton import interpret
 from jaxkv._views import Heads, array_of, sliced
+from jaxkv._xla import gather as xla_gather
 from jaxkv._xla import read as xla
 from kvcore.contract.read import Attention, Gather
 from kvcore.pattern import Axis
@@ -48,7 +49,7 @@ def _compute(
 ) -> tuple[jax.Array, ...]:
     if backend == "xla":
         if isinstance(call, Gather):
-            return xla.gather(call, options, operands)
+            return xla_gather.gather(call, options, operands)
         return xla.attention(call, options, sliced(operands))
     if backend == "interpret":
         return interpret.read(call, options, operands)
@@ -78,7 +79,8 @@ def _split_queries(specs: ReadOperands, mesh_axes: Any, query: Any) -> tuple[Rea
         query: The spec of query, which may be a view.
     """
     if specs.query is None:
-        return specs, [P(None, None, mesh_axes, None)] * 2
+        sequences = () if specs.seq_lens is None else (None,)
+        return specs, [P(*sequences, None, mesh_axes, None)] * 2
     sinks = None if specs.sinks is None else P(mesh_axes)
     specs = specs._replace(query=query, sinks=sinks)
     return specs, [P(None, mesh_axes, None), P(None, mesh_axes)]
@@ -131,7 +133,8 @@ def query_factors(query: Any, num_heads: int, heads: str | None) -> tuple[str | 
 
 
 def _derivatives(options: ReadOptions) -> str:
-    name = "gather_kv" if options.attention is None else "paged_attention"
+    gather = "gather_slots" if options.max_len is None else "gather_kv"
+    name = gather if options.attention is None else "paged_attention"
     return f"jaxkv.{name} is not differentiable: apply jax.lax.stop_gradient to its arguments"
 
 

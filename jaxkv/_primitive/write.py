@@ -99,7 +99,7 @@ def batch_writes(
     """
 
     def batched(options: Any, operands: Any, is_batched: Any, batch: int) -> list[jax.Array]:
-        memory = _spread(operands.cache.memory, is_batched.cache.memory, batch)
+        memory = spread(operands.cache.memory, is_batched.cache.memory, batch)
         operands = operands._replace(cache=operands.cache.with_memory(memory))
         is_batched = is_batched._replace(cache=is_batched.cache.with_memory([True] * len(memory)))
         item = jax.tree.map(
@@ -116,7 +116,7 @@ def batch_writes(
         shares = not (cache.k_scale or cache.v_scale or cache.layer or any(getattr(is_batched, n) for n in shared))
         slots_fit = batch * extents.num_slots <= jnp.iinfo(operands.slot_mapping.dtype).max
         if first_axes == {("block",)} and shares and slots_fit:
-            every = _spread(operands, is_batched, batch)
+            every = spread(operands, is_batched, batch)
             every = every._replace(**{name: getattr(operands, name) for name in shared})
             new = bind(primitive, options, fold(every, extents.num_slots))
         elif first_axes == {("layer",)} or not options.cache.layout.has_layer:
@@ -155,7 +155,7 @@ def merge_front(array: jax.Array) -> jax.Array:
     return array.reshape(-1, *array.shape[2:])
 
 
-def _spread(arrays: Any, is_batched: Any, batch: int) -> Any:
+def spread(arrays: Any, is_batched: Any, batch: int) -> Any:
     """The arrays, with copies in a batch of those that are none."""
     return jax.tree.map(
         lambda array, has_batch: array if has_batch else jnp.broadcast_to(array, (batch, *array.shape)),
@@ -183,7 +183,7 @@ def _loop_over_layers(
     if cache.layer is None:
         layer = jnp.full(batch, options.cache.layer or 0, jnp.int32)
     else:
-        layer = _spread(cache.layer, is_batched.cache.layer, batch)[:, 0]
+        layer = spread(cache.layer, is_batched.cache.layer, batch)[:, 0]
     exists = (layer >= 0) & (layer < layers)
     rows, rows_batched = _scales_of_layers(cache, is_batched.cache, layer)
     layer = jnp.where(exists, jnp.arange(batch, dtype=layer.dtype) * layers + layer, -1).astype(jnp.int32)

@@ -10,15 +10,18 @@ import numpy as np
 
 from jaxkv._blocks import BlocksOperands, BlocksOptions
 from jaxkv._call import ReadOperands, ReadOptions, WriteOperands, WriteOptions, read_results
+from jaxkv._relayout import RelayoutOperands
 from jaxkv._rotated import RotatedWriteOperands, RotatedWriteOptions
 from jaxkv._slots import SlotOperands, slots_result
 from jaxkv._triton.blocks import launch_blocks
 from jaxkv._triton.read import launch_read
+from jaxkv._triton.relayout import launch_relayout
 from jaxkv._triton.rope import launch_rope
 from jaxkv._triton.slots import launch_slot_mapping
 from jaxkv._triton.write import launch_write
 from kvcore.contract.blocks import Blocks
 from kvcore.contract.read import Attention, Gather
+from kvcore.contract.relayout import Relayout
 from kvcore.contract.rope import Rope
 from kvcore.contract.slots import SlotMapping
 from kvcore.contract.write import Write
@@ -56,6 +59,18 @@ def move_blocks(call: Blocks, options: BlocksOptions, operands: BlocksOperands) 
     def on_host(host: BlocksOperands) -> list[np.ndarray]:
         memory = [array.copy() for array in host.cache.memory]
         launch_blocks(call, host._replace(cache=host.cache.with_memory(memory)), INTERPRETER, launch)
+        return memory
+
+    results = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in operands.cache.memory]
+    return _call_on_host(on_host, results, operands)
+
+
+def relayout(call: Relayout, operands: RelayoutOperands) -> list[jax.Array]:
+    """The new caches and scale caches."""
+
+    def on_host(host: RelayoutOperands) -> list[np.ndarray]:
+        memory = [array.copy() for array in host.cache.memory]
+        launch_relayout(call, host._replace(cache=host.cache.with_memory(memory)), INTERPRETER, launch)
         return memory
 
     results = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in operands.cache.memory]

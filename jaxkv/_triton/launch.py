@@ -10,17 +10,20 @@ from jax import lax
 
 from jaxkv._blocks import BlocksOperands, BlocksOptions
 from jaxkv._call import ReadOperands, ReadOptions, WriteOperands, WriteOptions
+from jaxkv._relayout import RelayoutOperands
 from jaxkv._rotated import RotatedWriteOperands, RotatedWriteOptions
 from jaxkv._slots import SlotOperands
 from jaxkv._triton.blocks import launch_blocks
 from jaxkv._triton.compat import import_jax_triton
 from jaxkv._triton.read import launch_read
+from jaxkv._triton.relayout import launch_relayout
 from jaxkv._triton.rope import launch_rope
 from jaxkv._triton.slots import launch_slot_mapping
 from jaxkv._triton.write import launch_write
 from kvcore import installed
 from kvcore.contract.blocks import Blocks
 from kvcore.contract.read import Attention, Gather
+from kvcore.contract.relayout import Relayout
 from kvcore.contract.rope import Rope
 from kvcore.contract.slots import SlotMapping
 from kvcore.contract.write import Write
@@ -63,6 +66,14 @@ def move_blocks(call: Blocks, options: BlocksOptions, operands: BlocksOperands, 
     memory = operands.cache.memory
     refs = _refs_of(memory)
     launch_blocks(call, operands._replace(cache=operands.cache.with_memory(refs)), target, launch)
+    return _freeze(refs, memory)
+
+
+def relayout(call: Relayout, operands: RelayoutOperands, target: Target) -> list[jax.Array]:
+    """The new caches and scale caches of the destination: the same buffers, updated in place."""
+    memory = operands.cache.memory
+    refs = _refs_of(memory)
+    launch_relayout(call, operands._replace(cache=operands.cache.with_memory(refs)), target, launch)
     return _freeze(refs, memory)
 
 

@@ -14,9 +14,7 @@ from jax import lax
 from jaxkv._call import CacheOperands, CacheOptions, ReadOperands, ReadOptions
 from jaxkv._mesh import vary, varying_axes
 from jaxkv._xla.access import Source, static_scales
-from jaxkv._xla.arithmetic import times
-from jaxkv._xla.formats import encode
-from kvcore.contract.read import Attention, Gather
+from kvcore.contract.read import Attention
 
 _TILE = 256
 """Positions of a tile, or a block where that is more."""
@@ -50,7 +48,7 @@ class _Queries(NamedTuple):
 
 def attention(call: Attention, options: ReadOptions, operands: ReadOperands) -> tuple[jax.Array, jax.Array]:
     """The result, in query's dtype, and the log-sum-exp of each query row: online softmax in float32."""
-    operands, extents = _with_int32(operands), call.cache.extents
+    operands, extents = with_int32(operands), call.cache.extents
     num_tokens, q_heads, _ = call.query.shape
     sinks = jnp.full(q_heads, -jnp.inf) if operands.sinks is None else operands.sinks
     sinks = sinks.astype(jnp.float32)
@@ -68,7 +66,7 @@ def attention(call: Attention, options: ReadOptions, operands: ReadOperands) -> 
     query = query.reshape(tiles, heads, width * q_per_kv, -1)
     factor = jnp.float32(call.options.scale)
     query = query * (factor if k_scale is None else factor * k_scale)
-    layer = _layer(options.cache, operands.cache)
+    layer = layer_index(options.cache, operands.cache)
     maximum, normalizer, out = _online_softmax(call, source, layer, queries._replace(query=query))
     saw_nothing = (normalizer == 0)[..., None]
 
@@ -256,7 +254,7 @@ def _tile(source: Source, layer: jax.Array, block: jax.Array) -> tuple[jax.Array
 # ---- operands
 
 
-def _with_int32(operands: ReadOperands) -> ReadOperands:
+def with_int32(operands: ReadOperands) -> ReadOperands:
     """Indices and lengths as int32. What does not fit is far outside, and stays so."""
 
     def narrow(array: jax.Array | None) -> jax.Array | None:
@@ -272,7 +270,7 @@ def _with_int32(operands: ReadOperands) -> ReadOperands:
     )
 
 
-def _layer(options: CacheOptions, operands: CacheOperands) -> jax.Array:
+def layer_index(options: CacheOptions, operands: CacheOperands) -> jax.Array:
     """The index of the layer; 0 where the layout has no such axis."""
     return jnp.int32(options.layer or 0) if operands.layer is None else operands.layer[0]
 
@@ -280,40 +278,3 @@ def _layer(options: CacheOptions, operands: CacheOperands) -> jax.Array:
 def _known(number: int, otherwise: int) -> int:
     """A number that depends on shapes; `otherwise` where jax.export leaves these open."""
     return number if isinstance(number, int) else otherwise
-
-
-# ---- gather
-
-
-def gather(call: Gather, options: ReadOptions, operands: ReadOperands) -> tuple[jax.Array, jax.Array]:
-    """Keys and values, `[num_seqs, max_len, num_heads, dim]`. Bits as the oracle's."""
-    operands, extents = _with_int32(operands), call.cache.extents
-    if 0 in (*call.shapes[0], extents.num_blocks, call.block_tables.shape[1]):
-        key, value = (jnp.zeros(shape, call.format.name) for shape in call.shapes)
-        return key, value
-    layer = _layer(options.cache, operands.cache)
-    position = jnp.arange(call.max_len, dtype=jnp.int32)
-    block = operands.block_tables.at[:, position // extents.block_size].get(mode="fill", fill_value=-1)
-    exists = (block >= 0) & (block < extents.num_blocks) & (position[None] < operands.seq_lens[:, None])
-    exists = exists & (layer >= 0) & (layer < (extents.num_layers or 1))
-    indices = {
-        "layer": layer,
-        # A block that does not exist becomes one outside, and gives zeros.
-        "block": jnp.where(exists, block, extents.num_blocks),
-        "slot": position % extents.block_size,
-    }
-    source = Source.of(call.cache, options.cache, operands.cache)
-
-    def rows(kv: int, scale: jax.Array | None) -> jax.Array:
-        if call.cache.format == call.format:
-            elements = source.take(kv, indices, "head")
-        else:
-            elements = source.decode(kv, indices, "head", times)
-            if scale is not None:
-                elements = times(elements, scale.reshape(-1, 1))  # of heads, or of all
-            elements = lax.bitcast_convert_type(encode(elements, call.format), jnp.dtype(call.format.name))
-        # A scale may be negative, or NaN.
-        return jnp.where(exists[..., None, None], elements.reshape(call.shapes[kv]), 0)
-
-    k_scale, v_scale = static_scales(options.cache, operands.cache)
-    return rows(0, k_scale), rows(1, v_scale)

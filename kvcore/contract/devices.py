@@ -46,6 +46,11 @@ def split_alike_error(*got: Any) -> ValueError:
     return ValueError(f"key_cache and value_cache must be split alike over heads, got {' and '.join(map(str, got))}")
 
 
+def source_split_error(wanted: Any, got: Any) -> ValueError:
+    """The error for a cache that moves into one whose heads are split in another way, where it is split itself."""
+    return ValueError(f"source must be split over heads as destination, over {wanted}, got {got}")
+
+
 def region_error(layout: CacheLayout, over: Any) -> ValueError:
     """The error for a cache of nvfp4 whose heads cannot be split, as blocks have all elements before all scales."""
     return ValueError(

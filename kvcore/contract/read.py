@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kvcore.arrays import ArraySpec, check_integers, shape_of
+from kvcore.arrays import ArraySpec, check_integers, shape_of, with_unit_axis
 from kvcore.contract.cache import (
     Cache,
     CacheArguments,
@@ -77,26 +77,27 @@ class Attention(NamedTuple):
 
 
 class Gather(NamedTuple):
-    """A call of `gather_kv` that fulfils the contract; hashable.
+    """A call of `gather_kv`, or of `gather_slots`, that fulfils the contract; hashable.
 
     Attributes:
         cache: What is read.
-        block_tables: The spec of block_tables.
-        seq_lens: The spec of seq_lens.
-        max_len: Positions of each result.
+        block_tables: The spec of block_tables; of slots as the one row `(1, n)`.
+        seq_lens: The spec of seq_lens; None for slots.
+        max_len: Positions of each result; the number of slots.
         format: What the results hold.
     """
 
     cache: Cache
     block_tables: ArraySpec
-    seq_lens: ArraySpec
+    seq_lens: ArraySpec | None
     max_len: int
     format: FloatFormat
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of key and value: `(num_seqs, max_len, num_heads, head_size)`."""
-        front = (self.block_tables.shape[0], self.max_len, self.cache.extents.num_heads)
+        """Shapes of key and value: `(num_seqs, max_len, num_heads, head_size)`, without the first axis for slots."""
+        sequences = () if self.seq_lens is None else (self.block_tables.shape[0],)
+        front = (*sequences, self.max_len, self.cache.extents.num_heads)
         return (*front, self.cache.head_size), (*front, self.cache.head_size_v)
 
 
@@ -232,12 +233,41 @@ def check_gather(
         raise TypeError("max_len must be an int, got None")
     if max_len < 0:
         raise ValueError(f"max_len must be at least 0, got {max_len}")
+    stored = _gathered(cache, dtype)
+    check_cache_devices(arguments, [("block_tables", block_tables), ("seq_lens", seq_lens)])
+    return Gather(cache, block_tables, seq_lens, int(max_len), stored)
+
+
+def check_gather_slots(
+    slots: ArraySpec, dtype: str | None, arguments: CacheArguments, head_size: int | None, head_size_v: int | None
+) -> Gather:
+    """Checks the arguments of `gather_slots`.
+
+    Args:
+        slots: `(n,)`.
+        dtype: As for `check_gather`, like all that follow.
+        arguments: The cache that is read.
+        head_size: Elements of a key head.
+        head_size_v: Elements of a value head.
+
+    Raises:
+        ValueError: a shape, an extent, a choice or a device does not fit.
+        TypeError: a dtype or a type does not fit.
+    """
+    cache = check_cache(arguments, head_size, head_size_v)
+    check_indices("slots", slots, ("n",))
+    stored = _gathered(cache, dtype)
+    check_cache_devices(arguments, [("slots", slots)])
+    return Gather(cache, with_unit_axis(slots, 0), None, slots.shape[0], stored)
+
+
+def _gathered(cache: Cache, dtype: str | None) -> FloatFormat:
+    """What the results of a gather hold."""
     if dtype is None:
         dtype = cache.format.name if cache.format.name in FLOATS else "bfloat16"
     if dtype not in FLOATS:
         raise TypeError(f"dtype must be {either(FLOATS)}, got {dtype}")
-    check_cache_devices(arguments, [("block_tables", block_tables), ("seq_lens", seq_lens)])
-    return Gather(cache, block_tables, seq_lens, int(max_len), FLOATS[dtype])
+    return FLOATS[dtype]
 
 
 def check_merge(outs: ArraySpec, lses: ArraySpec) -> None:

@@ -7,6 +7,8 @@ and of V:
 
 `address.py` says where the elements are; the token of the contiguous arrays is `seq * max_len + n`. Positions past a
 sequence's end, and those whose block does not exist, become zeros.
+
+Without lengths, it is slots that are read, as one sequence: block = slot // BLOCK_SIZE, place = slot % BLOCK_SIZE.
 """
 
 import triton
@@ -108,8 +110,8 @@ def _gather(
 def gather_kv_kernel(
     key_cache_ptr,     # K's array
     value_cache_ptr,   # V's array
-    block_tables_ptr,  # [num_seqs, max_blocks] int32 or int64
-    seq_lens_ptr,      # [num_seqs] int32 or int64
+    block_tables_ptr,  # [num_seqs, max_blocks] int32 or int64; of slots [1, max_len]
+    seq_lens_ptr,      # [num_seqs] int32 or int64; None: block_tables has slots
     k_scale_ptr,       # float32: one, one a head, rows of such for all layers, or one a token and head (KS); None for 1
     v_scale_ptr,       # … of V (VS)
     layer,             # one integer in memory (LAYER_IS_POINTER), an integer, or None
@@ -138,14 +140,20 @@ def gather_kv_kernel(
     programs_per_seq = (max_len + TOKENS - 1) // TOKENS
     seq = (tl.program_id(0) // programs_per_seq).to(tl.int64)
     n = (tl.program_id(0) % programs_per_seq) * TOKENS + tl.arange(0, TOKENS)
-    seq_len = tl.load(seq_lens_ptr + seq * LENS_STRIDE)
     index = layer_index(layer, LAYER_IS_POINTER)
-    exists = (n < seq_len) & (n < max_len) & (n < max_blocks * BLOCK_SIZE)
-    exists = in_layer(exists, layer, index, num_layers)
-    entry = seq * table_stride + (n // BLOCK_SIZE).to(tl.int64) * TABLE_STEP
-    block = tl.load(block_tables_ptr + entry, mask=exists, other=-1).to(tl.int64)
+    if seq_lens_ptr is None:
+        exists = in_layer(n < max_len, layer, index, num_layers)
+        slot = tl.load(block_tables_ptr + n.to(tl.int64) * TABLE_STEP, mask=exists, other=-1).to(tl.int64)
+        exists = exists & (slot >= 0)
+        block, place = slot // BLOCK_SIZE, (slot % BLOCK_SIZE).to(tl.int32)
+    else:
+        seq_len = tl.load(seq_lens_ptr + seq * LENS_STRIDE)
+        exists = (n < seq_len) & (n < max_len) & (n < max_blocks * BLOCK_SIZE)
+        exists = in_layer(exists, layer, index, num_layers)
+        entry = seq * table_stride + (n // BLOCK_SIZE).to(tl.int64) * TABLE_STEP
+        block = tl.load(block_tables_ptr + entry, mask=exists, other=-1).to(tl.int64)
+        place = n % BLOCK_SIZE
     exists = exists & (block >= 0) & (block < num_blocks)
-    place = n % BLOCK_SIZE
     if k_scale_ptr is not None:
         k_scale_ptr = scales_of_layer(k_scale_ptr, layer, num_layers, LAYER_IS_POINTER, K.layer_scale_stride)
     if v_scale_ptr is not None:

@@ -48,12 +48,45 @@ def gather_kv(
             for n, block in positions:
                 if n < max_len:
                     place = (layer or 0, block, n % read.units.shape[2])
-                    if stored.name == dtype.name:
-                        result[seq, n] = read.units[place].reshape(read.num_heads, -1).view(dtype)
-                    else:
-                        result[seq, n] = encode(read(*place), FLOATS[dtype.name]).view(dtype)
+                    result[seq, n] = _elements(read, place, stored, dtype)
         out.append(result)
     return out[0], out[1]
+
+
+def gather_slots(
+    caches: Sequence[np.ndarray],
+    slots: np.ndarray,
+    *,
+    dtype: np.dtype,
+    head_size: int,
+    head_size_v: int | None = None,
+    kv_cache_dtype: str = "auto",
+    k_scale: Scale = None,
+    v_scale: Scale = None,
+    layout: str | CacheLayout = "NHD",
+    scale_layout: str | None = None,
+    layer: int | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Keys and values `[n, num_heads, dim]` of slots, and zeros where there are none."""
+    stored = _stored(caches, kv_cache_dtype)
+    readers = _readers(caches, CacheLayout.of(layout), stored, head_size, head_size_v, (k_scale, v_scale), scale_layout)
+    out = []
+    for read in readers:
+        result = np.zeros((len(slots), read.num_heads, read.head_size), dtype)
+        layers, num_blocks, block_size = read.units.shape[:3]
+        for i, slot in enumerate(map(int, slots)):
+            place = (layer or 0, slot // block_size, slot % block_size) if block_size else (0, 0, 0)
+            if 0 <= place[0] < layers and 0 <= slot < num_blocks * block_size:
+                result[i] = _elements(read, place, stored, dtype)
+        out.append(result)
+    return out[0], out[1]
+
+
+def _elements(read: "_Reader", place: tuple[int, int, int], stored: FloatFormat, dtype: np.dtype) -> np.ndarray:
+    """What a slot holds: the bits, or rounded from float32."""
+    if stored.name == dtype.name:
+        return read.units[place].reshape(read.num_heads, -1).view(dtype)
+    return encode(read(*place), FLOATS[dtype.name]).view(dtype)
 
 
 class _Reader:

@@ -26,7 +26,7 @@ class GatherPlan(NamedTuple):
 POINTERS = (
     "key_cache_ptr", "value_cache_ptr", "block_tables_ptr", "seq_lens_ptr", "k_scale_ptr", "v_scale_ptr", "layer",
 )  # fmt: skip
-"""Pointer arguments of the kernel, in order. Scales and layer may be None."""
+"""Pointer arguments of the kernel, in order. Scales and layer may be None, and seq_lens is where slots are read."""
 
 SCALARS: dict[str, str] = dict.fromkeys(("max_len", "max_blocks", "table_stride", "num_blocks", "num_layers"), "i32")
 """Run-time integers that follow the pointers, and their types. Then come the results, key_ptr and value_ptr."""
@@ -49,8 +49,8 @@ def arguments(
         call: What the kernel does.
         caches: The key and the value cache, or the one array of both: the arrays, or whatever stands for them: an
             address, the dtype. So are all up to layer.
-        block_tables: As it is passed to the op.
-        seq_lens: As it is passed to the op.
+        block_tables: As it is passed to the op, or slots.
+        seq_lens: As it is passed to the op; None for slots.
         k_scale: As it is passed to the op. The kernel gets None for a scale that has no effect.
         v_scale: As it is passed to the op.
         layer: The array of one index, or the index, or None.
@@ -79,7 +79,7 @@ def plan_gather(call: Gather, target: Target, layer_is_pointer: bool = False) ->
     elements_per_unit = cache.format.elements_per_unit
     copies = cache.format == call.format
     tokens, columns = plan_tile(cache.placement, (1024 if copies else 2048) // elements_per_unit, target)
-    key, value = (ArraySpec(shape[1:], call.format.name) for shape in call.shapes)
+    key, value = (ArraySpec(shape[-3:], call.format.name) for shape in call.shapes)
     k_strides, v_strides = cache.scale_strides
     merge = scales is None
     key_rows = plan_rows(key, heads, extents.head_units, key_address, columns, elements_per_unit, k_strides, merge)
@@ -107,7 +107,7 @@ def plan_gather(call: Gather, target: Target, layer_is_pointer: bool = False) ->
             "ROPE": rope,
             "BLOCK_SIZE": extents.block_size,
             "TABLE_STEP": call.block_tables.steps[1],
-            "LENS_STRIDE": call.seq_lens.steps[0],
+            "LENS_STRIDE": 0 if call.seq_lens is None else call.seq_lens.steps[0],
             "CACHE": cache.format,
             "OUT": None if copies else call.format,
             "HARDWARE": has_e4m3(target),

@@ -5,6 +5,9 @@ import numpy as np
 from kvcore.oracle import read as reference_attention
 from tests.cases.arrays import DTYPES, bits, from_torch, to_torch
 
+SLOTS = (3, -1, 0, 11, 10**9, 17, 11, -(2**31), 5)
+"""Slots, some of which no cache of a few blocks has."""
+
 
 def gather_oracle(case, max_len, dtype):
     return reference_attention.gather_kv(
@@ -52,3 +55,24 @@ def assert_gathers(case, max_len, dtype, implementations=CPU_IMPLEMENTATIONS):
             assert got.dtype == array.dtype
             assert got.shape == array.shape
             np.testing.assert_array_equal(bits(got), bits(array), err_msg=name)
+
+
+# ---- slots
+
+
+def wanted_slots(case, slots, dtype):
+    return reference_attention.gather_slots(
+        case.caches, slots, dtype=DTYPES[dtype], head_size=case.query.shape[2], head_size_v=case.head_size_v,
+        **case.options,
+    )  # fmt: skip
+
+
+def read_slots(case, slots, dtype, module, convert, back, backend):
+    caches = [convert(c) for c in case.caches]
+    options = {k: convert(v) if isinstance(v, np.ndarray) else v for k, v in case.options.items()}
+    head_size_v = case.head_size_v if case.layout.latent else None
+    out = module.gather_slots(
+        caches[0] if len(caches) == 1 else caches, convert(slots), dtype=dtype, head_size=case.query.shape[2],
+        head_size_v=head_size_v, backend=backend, **options,
+    )  # fmt: skip
+    return [back(x) for x in out]

@@ -7,8 +7,6 @@ Each checks its part of what ops did against what one process does with everythi
 import os
 import sys
 
-import numpy as np
-import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -17,54 +15,23 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 import torchkv
 import torchkv.distributed
 from kvcore.layout import CacheLayout
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BLOCKS, BLOCK_SIZE, SIZE, POISON = 6, 4, 32, 300.0
-
-
-def normal(*shape, seed=0):
-    values = np.random.default_rng(seed + sum(shape)).standard_normal(shape).astype(np.float32)
-    return torch.from_numpy(values).to(DEVICE)
-
-
-def integers(values):
-    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
-
-
-SLOTS, LENS, STARTS = [3, 9, -1, 17, 0, 1, 4], [7, 3], [0, 5, 7]
-TABLES = [[0, 2], [4, -1]]
-
-
-def whole_caches(layout, heads, **options):
-    caches = torchkv.PagedKVCache.create(
-        num_blocks=BLOCKS, block_size=BLOCK_SIZE, num_heads=heads, head_size=SIZE, dtype=torch.float32,
-        layout=layout, device=DEVICE, **options,
-    )  # fmt: skip
-    for cache in (*caches.caches, *(s for s in (caches.k_scale, caches.v_scale) if s is not None and s.dim() > 1)):
-        cache.fill_(POISON if cache.dtype == torch.float32 else 0x7B)
-    return caches
-
-
-def split(mesh, tensors, placements):
-    return [distribute_tensor(t.clone(), mesh, p) for t, p in zip(tensors, placements, strict=True)]
-
-
-def same(got, want, exact=True):
-    """A DTensor's part on this rank against that of the whole."""
-    assert isinstance(got, DTensor), type(got)
-    part = distribute_tensor(want, got.device_mesh, got.placements).to_local()
-    mine = got.to_local()
-    assert mine.shape == part.shape
-    if exact:
-        assert torch.equal(mine, part)
-    else:
-        near = 1e-5 if DEVICE == "cpu" else 1e-3  # a GPU's products are rounded otherwise
-        torch.testing.assert_close(mine, part, rtol=near, atol=near)
-
-
-def raises(error, text, function, *args, **options):
-    with pytest.raises(error, match=text):
-        function(*args, **options)
+from tests.cases.dtensor_moves import moves_that_are_refused, slots_and_moves
+from tests.cases.dtensors import (
+    BLOCK_SIZE,
+    BLOCKS,
+    DEVICE,
+    LENS,
+    SIZE,
+    SLOTS,
+    STARTS,
+    TABLES,
+    integers,
+    normal,
+    raises,
+    same,
+    split,
+    whole_caches,
+)
 
 
 def writes_and_attention(mesh, heads_axis, placements):
@@ -299,6 +266,16 @@ def the_same_text(mesh, heads_axis, placements):
     assert len({tuple(tokens) for tokens in text}) > 3
 
 
+CHECKS = (
+    writes_and_attention,
+    other_ops,
+    slots_and_moves,
+    moves_that_are_refused,
+    what_does_not_fit_is_made_to_or_refused,
+    the_same_text,
+)
+
+
 def main(rank, count):
     meshes = [(init_device_mesh(DEVICE, (count,), mesh_dim_names=("tp",)), "tp", [Shard(1)])]
     meshes.append((meshes[0][0], None, [Replicate()]))
@@ -306,7 +283,7 @@ def main(rank, count):
         square = init_device_mesh(DEVICE, (2, 2), mesh_dim_names=("dp", "tp"))
         meshes.append((square, "tp", [Replicate(), Shard(1)]))
         kv_heads_of_replicated_groups(init_device_mesh(DEVICE, (2, 2), mesh_dim_names=("kv", "rank")))
-    for check in (writes_and_attention, other_ops, what_does_not_fit_is_made_to_or_refused, the_same_text):
+    for check in CHECKS:
         for mesh in meshes:
             check(*mesh)
         print(f"rank {rank}: {check.__name__} on {count} ranks", flush=True)

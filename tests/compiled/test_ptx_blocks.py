@@ -10,17 +10,11 @@ from kvcore.arrays import ArraySpec
 from kvcore.contract.blocks import check_blocks
 from kvcore.layout import CacheLayout
 from kvcore.plan.blocks import index_name, plan_blocks, pointers
-from kvcore.plan.kernel import Target
 from kvcore.run.compiler import compile_kernel
 from tests.cases.arrays import LAYOUTS
 from tests.cases.hopper_ptx import ptxas, spilled
+from tests.cases.widths import TARGETS, accesses
 
-TARGETS = {
-    "sm_80": Target("cuda", 80),
-    "sm_90": Target("cuda", 90),
-    "sm_100": Target("cuda", 100),
-    "gfx942": Target("hip", "gfx942", 64),
-}
 H100 = TARGETS["sm_90"]
 
 
@@ -54,30 +48,6 @@ def test_no_pairs():
     """NumPy and torch give an empty array steps of 0, and kernels are compiled for it all the same."""
     call = describe(n=0)
     compile_for(H100, call._replace(indices=call.indices._replace(strides=(0, 0))))
-
-
-def accesses(kernel):
-    """Widths in bits of (loads, stores); loads of 32 bits, of pairs, are left out."""
-    if "ptx" in kernel.asm:
-        found = re.findall(r"(ld|st)\.global(?:\.v(\d))?\.b(\d+)", kernel.asm["ptx"])
-        widths = {(op, int(vector or 1) * int(bits)) for op, vector, bits in found}
-    else:
-        found = re.findall(
-            r"(?:global|buffer)_(load|store)_(dwordx4|dwordx3|dwordx2|dword|ushort|short|ubyte|byte)",
-            kernel.asm["amdgcn"],
-        )
-        size = {
-            "dwordx4": 128,
-            "dwordx3": 96,
-            "dwordx2": 64,
-            "dword": 32,
-            "ushort": 16,
-            "short": 16,
-            "ubyte": 8,
-            "byte": 8,
-        }
-        widths = {(op[:2].replace("lo", "ld"), size[width]) for op, width in found}
-    return {w for op, w in widths if op == "ld" and w > 32}, {w for op, w in widths if op == "st"}
 
 
 @pytest.mark.parametrize("name", ["pairs", "blocks"])

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("jax")
 
-from benchmarks import attention, batching, blocks, decode, gather, loop, loop_forms, pool, slots, write
+from benchmarks import attention, batching, blocks, decode, gather, loop, loop_forms, pool, relayout, slots, write
 
 
 @pytest.mark.parametrize(
@@ -124,6 +124,49 @@ def test_copying_something_else_is_no_result(monkeypatch, tmp_path):
     blocks.main(["--divide", "512", "--json", str(path), "--cases", "few", "--no-jax"])
     (row,) = json.loads(path.read_text())["rows"]
     assert "something else was copied" in row["failed"]["torch"]
+
+
+def test_relayout(tmp_path, capsys):
+    path = tmp_path / "relayout.json"
+    relayout.main(["--divide", "256", "--json", str(path)])
+    found = json.loads(path.read_text())
+    assert found["benchmark"] == "relayout"
+    assert len(found["rows"]) == len(relayout.CASES)
+    for row in found["rows"]:
+        assert row["failed"] == {}
+        assert all(row[key] > 0 for key in ("bytes", "copy_us", "torch_ratio", "jax_ratio"))
+    assert "torch_ratio" in capsys.readouterr().out.splitlines()[-len(found["rows"]) - 1]
+    rows = {row["case"]: row for row in found["rows"]}
+    assert rows["NHD to HND"]["bytes"] == 64 * 8 * 128 * 2 * 2
+    assert rows["bf16 to fp8"]["bytes"] == 64 * 8 * 128 * 3
+    assert rows["int8, token head, NHD to HND"]["bytes"] == 128 * 8 * (128 + 4) * 2
+
+
+def test_moving_something_else_is_no_result(monkeypatch, tmp_path):
+    """Both frameworks' calls leave out a slot."""
+    import torch
+
+    import jaxkv
+    import torchkv
+
+    path = tmp_path / "relayout.json"
+
+    def fewer(relayout_of, convert):
+        def move(old, new, pairs=None):
+            count = old.spec.num_blocks * old.spec.block_size
+            pairs = np.stack([np.arange(count)] * 2, axis=1).astype(np.int32)[:-1]
+            return relayout_of(old, new, convert(pairs))
+
+        return move
+
+    for cls, convert in ((torchkv.PagedKVCache, torch.from_numpy), (jaxkv.PagedKVCache, np.asarray)):
+        monkeypatch.setattr(cls, "relayout", fewer(cls.relayout, convert))
+    relayout.main(["--divide", "256", "--json", str(path), "--cases", "NHD to HND", "32 layers, bf16"])
+    rows = json.loads(path.read_text())["rows"]
+    assert len(rows) == 5
+    for row in rows:
+        assert row.keys().isdisjoint({"torch_us", "jax_us"})
+        assert all("something else was moved" in row["failed"][name] for name in ("torch", "jax"))
 
 
 def test_blocks_that_are_copied():

@@ -9,7 +9,10 @@ from tests.cases.processes import run, run_joined
 def test_ranks_that_share_dtensors(count):
     flags = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     for rank, lines in enumerate(run_joined("tests.cases.torch_processes", count, **flags)):
-        checks = ("writes_and_attention", "other_ops", "what_does_not_fit_is_made_to_or_refused", "the_same_text")
+        checks = (
+            "writes_and_attention", "other_ops", "slots_and_moves", "moves_that_are_refused",
+            "what_does_not_fit_is_made_to_or_refused", "the_same_text",
+        )  # fmt: skip
         assert [line for line in lines if line.startswith("rank")] == [
             f"rank {rank}: {name} on {count} ranks" for name in checks
         ]

@@ -25,7 +25,7 @@ _ATTENTION = (
     f"{_CACHE}, int? head_size_v, str? backend, str? scale_layout=None"
 )
 _GATHER = (
-    "Tensor[] caches, Tensor block_tables, Tensor seq_lens, SymInt max_len, str? dtype, "
+    "Tensor[] caches, Tensor block_tables, Tensor? seq_lens, SymInt max_len, str? dtype, "
     f"{_CACHE}, int? head_size, int? head_size_v, str? backend, str? scale_layout=None"
 )
 
@@ -57,15 +57,19 @@ def _attention_fake(attention: Attention, call: AttentionCall) -> Results:
 # ---- gather
 
 
+def _name(call: GatherCall) -> str:
+    return "gather_slots" if call.seq_lens is None else "gather_kv"
+
+
 def _gather_call(*args: Any) -> GatherCall:
     call = GatherCall(*args)
-    refuse_gradients("gather_kv", *call.caches, call.k_scale, call.v_scale)
+    refuse_gradients(_name(call), *call.caches, call.k_scale, call.v_scale)
     return call
 
 
 def _gather_out_call(key: Tensor, value: Tensor, *args: Any) -> GatherCall:
     call = GatherCall(*args, results=(key, value))
-    refuse_gradients("gather_kv", *call.caches, call.k_scale, call.v_scale, key, value)
+    refuse_gradients(_name(call), *call.caches, call.k_scale, call.v_scale, key, value)
     return call
 
 

@@ -257,17 +257,21 @@ def _keys_and_values(cache: Cache, sides: Sequence[Side], block: Tensor) -> tupl
 
 
 def gather(described: Gather, call: GatherCall) -> tuple[Tensor, Tensor]:
-    """Keys and values, `[num_seqs, max_len, num_heads, dim]`. Bits as the oracle's."""
+    """Keys and values, `[num_seqs, max_len, num_heads, dim]`, or `[n, num_heads, dim]`. Bits as the oracle's."""
     cache, block_tables = described.cache, call.block_tables
-    extents, block_size, max_blocks = cache.extents, cache.extents.block_size, block_tables.shape[1]
+    extents, block_size, max_blocks = cache.extents, cache.extents.block_size, described.block_tables.shape[1]
     dtype, layer = getattr(torch, described.format.name), layer_number(call)
     if 0 in (*described.shapes[0], max_blocks, extents.num_blocks) or not 0 <= layer < (extents.num_layers or 1):
         key, value = (call.caches[0].new_zeros(shape, dtype=dtype) for shape in described.shapes)
         return key, value
-    n = torch.arange(described.max_len, device=block_tables.device)
-    block = block_tables[:, (n // block_size).clamp_(max=max_blocks - 1)]
-    exists = (block >= 0) & (block < extents.num_blocks)
-    exists &= n < call.seq_lens.clamp(max=max_blocks * block_size).unsqueeze(1)
+    if call.seq_lens is None:
+        block, n = block_tables.div(block_size, rounding_mode="floor"), block_tables.long()
+        exists = (block >= 0) & (block < extents.num_blocks)
+    else:
+        n = torch.arange(described.max_len, device=block_tables.device)
+        block = block_tables[:, (n // block_size).clamp_(max=max_blocks - 1)]
+        exists = (block >= 0) & (block < extents.num_blocks)
+        exists &= n < call.seq_lens.clamp(max=max_blocks * block_size).unsqueeze(1)
     block = block.where(exists, 0).long()
 
     def read(side: Side, scale: Tensor | None) -> Tensor:

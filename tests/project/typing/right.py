@@ -51,6 +51,7 @@ def jax_readers(query: jax.Array, cache: jax.Array, tables: jax.Array, lens: np.
     assert_type(jaxkv.rope_table({"head_dim": 64}, 9, dtype=jnp.bfloat16), jax.Array)
     assert_type(jaxkv.slot_mapping(tables, [0, 1, 4], lens, 16, 64), jax.Array)
     pair = jaxkv.gather_kv([cache, cache], tables, lens, 32, dtype=jnp.float32, kv_cache_dtype="int8")
+    pair = jaxkv.gather_slots([cache, cache], [1, 2], dtype=jnp.float32, layout="HND")
     assert_type(pair, tuple[jax.Array, jax.Array])
 
 
@@ -82,6 +83,9 @@ def jax_cache(key: jax.Array, tables: jax.Array, kv_cache_dtype: KVCacheDtype) -
         cache = cache.write(key, key, np.arange(8), layer=0)
         assert_type(cache, jaxkv.PagedKVCache)
         assert_type(cache.copy_blocks([[1, 2]]).zero_blocks(tables, backend="interpret"), jaxkv.PagedKVCache)
+        assert_type(cache.relayout(cache, [[1, 2]], requantise=True), jaxkv.PagedKVCache)
+        assert_type(jaxkv.relayout(cache, cache, backend="xla"), jaxkv.PagedKVCache)
+        assert_type(cache.read([1, 2], layer=0), tuple[jax.Array, jax.Array])
         assert_type(cache.attend(key, tables, tables[:, 0], layer=0, sliding_window=9), jax.Array)
         assert_type(cache.attend(key, tables, tables, return_lse=True), tuple[jax.Array, jax.Array])
         key, value = cache.gather(tables, tables, 32, dtype="float32", layer=jnp.int32(0), backend="xla")
@@ -136,6 +140,7 @@ def torch_readers(query: Tensor, cache: Tensor, tables: Tensor, lens: Tensor, ls
         torchkv.rope_table({"head_dim": 64}, layer_type="full_attention", dtype="float16", device="cpu"), Tensor
     )
     assert_type(torchkv.gather_kv([cache, cache], tables, lens, 32, dtype=torch.float32), tuple[Tensor, Tensor])
+    assert_type(torchkv.gather_slots([cache, cache], lens, layer=1), tuple[Tensor, Tensor])
     assert_type(torchkv.slot_mapping(tables, None, lens, 16, out=lens, backend="torch"), Tensor)
 
 
@@ -145,6 +150,8 @@ def torch_cache(key: Tensor, tables: Tensor, kv_cache_dtype: KVCacheDtype) -> No
         num_layers=2, kv_cache_dtype=kv_cache_dtype, device="cpu",
     )  # fmt: skip
     cache.write(key, key, tables[0], layer=0)
+    torchkv.relayout(cache, cache, tables)
+    assert_type(cache.read(tables[0]), tuple[Tensor, Tensor])
     cache.copy_blocks(tables)
     cache.zero_blocks(tables[0], backend="interpret")
     assert_type(cache.attend(key, tables, tables[:, 0], layer=0, sliding_window=9), Tensor)

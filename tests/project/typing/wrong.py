@@ -28,6 +28,7 @@ def with_jax(x: jax.Array, ref: jax.Ref, cache: jaxkv.PagedKVCache) -> None:
     jaxkv.copy_blocks((x, x), x, backend="torch")  # wrong
     jaxkv.copy_blocks((x, x), x, layer=0)  # wrong
     jaxkv.copy_blocks((ref, x), x)  # wrong
+    jaxkv.gather_slots((x, x), x, backend="torch")  # wrong
     jaxkv.zero_blocks((x, x), x).shape  # wrong
     cache.copy_blocks(x, layer=0)  # wrong
     jaxkv.PagedKVCache.create(num_blocks=1, block_size=1, num_heads=1, head_size=8, kv_cache_dtype="fp9")  # wrong
@@ -62,6 +63,7 @@ def with_torch(x: Tensor, cache: torchkv.PagedKVCache) -> None:
     torchkv.slot_mapping(x, [0, 1], x, 4)  # wrong
     torchkv.rope_table({}, 9, dtype="int8")  # wrong
     torchkv.copy_blocks((x, x), x, backend="xla")  # wrong
+    torchkv.gather_slots((x, x), x, dtype="int8")  # wrong
     torchkv.zero_blocks((x, x), [1])  # wrong
     cache.zero_blocks(x, layer=0)  # wrong
     torchkv.PagedKVCache.create(num_blocks=1, block_size=1, num_heads=1, head_size=8, dtype="fp8")  # wrong

@@ -1,0 +1,172 @@
+"""The public function that moves a cache into another one."""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxkv._arguments import BACKENDS, ArrayLike, as_indices
+from jaxkv._call import CacheOperands, CacheOptions
+from jaxkv._primitive import relayout as primitive
+from jaxkv._relayout import RelayoutOperands, RelayoutOptions
+from kvcore.cache_spec import CacheSpec, check_any_cache
+from kvcore.choices import JaxBackend
+from kvcore.contract.checks import check_backend, check_indices
+from kvcore.relayout import between, chunk_of, moves_bits
+
+
+class Cache(Protocol):
+    """What `relayout` needs of a `PagedKVCache`."""
+
+    @property
+    def caches(self) -> tuple[jax.Array, ...]:
+        """The arrays."""
+        ...
+
+    @property
+    def spec(self) -> CacheSpec:
+        """What they are."""
+        ...
+
+    def read(self, slots: Any, *, dtype: Any, layer: Any, backend: Any) -> tuple[jax.Array, jax.Array]:
+        """Keys and values of slots."""
+        ...
+
+    def write(self, key: Any, value: Any, slot_mapping: Any, *, layer: Any, backend: Any) -> Any:
+        """The cache with keys and values in slots."""
+        ...
+
+
+def relayout[C: Cache](
+    source: Cache,
+    destination: C,
+    pairs: ArrayLike | None = None,
+    *,
+    requantise: bool | None = None,
+    backend: JaxBackend | None = None,
+) -> C:
+    """Moves what slots of a cache hold into slots of another one, of another layout, block size or format.
+
+    Where formats are the same, the stored bits move, scales of each token and head among them, in one launch; static
+    scales stay each cache's own. Else, or with requantise, keys and values are read, a chunk of slots at a time, and
+    written as `write` does, in float32 if the destination is quantised. All layers move.
+
+    A vmap is one call, in place, where blocks are the first axis of all arrays that it maps; else, as with an axis
+    layer in front, it is a loop that copies each item's destination once. Where heads are split over devices, both
+    caches must be split alike; of a source that all devices have whole, each takes its own heads.
+
+    Args:
+        source: A `PagedKVCache`, which stays as it is.
+        destination: Another one, with as many layers, heads and elements of a head.
+        pairs: `[n, 2]` of int32 or int64: a slot of source and one of destination. Pairs with a slot that does not
+            exist are skipped: -1 is for padding. If two pairs have one destination, each element is that of one of the
+            two. None: every slot of source, to the slot of the same number.
+        requantise: Whether keys and values are read and written although formats are the same: for other static
+            scales. None: where formats differ.
+        backend: None runs "triton" on CUDA and ROCm, "xla" elsewhere. "interpret" runs the Triton kernels in their
+            interpreter, through a host callback, for tests.
+
+    Returns:
+        The new destination: the same memory, where it was donated or is not used again.
+
+    Raises:
+        ValueError: an extent, a shape or a choice does not fit, or a cache is split over devices along another axis
+            than heads.
+        TypeError: a dtype or a type does not fit.
+        NotImplementedError: on differentiation.
+
+    Example:
+        >>> extents = dict(num_heads=1, head_size=1, dtype="float32")
+        >>> old = jaxkv.PagedKVCache.create(num_blocks=4, block_size=2, **extents)
+        >>> old = old.write(jnp.arange(8.0).reshape(8, 1, 1), jnp.zeros((8, 1, 1)), jnp.arange(8))
+        >>> new = jaxkv.PagedKVCache.create(num_blocks=2, block_size=4, layout="HND", **extents)
+        >>> jaxkv.relayout(old, new).caches[0].ravel().tolist()
+        [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
+        >>> old.relayout(new, jnp.array([[6, 0], [7, 1], [-1, 5]])).caches[0].ravel().tolist()
+        [6.0, 7.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+    """
+    check_any_cache(source)
+    check_any_cache(destination)
+    check_backend(backend, BACKENDS)
+    if isinstance(pairs, (list, tuple)) and not pairs:  # whose axis of 2 does not show
+        pairs = np.zeros((0, 2), np.int32)
+    indices = None if pairs is None else as_indices(pairs)
+    bits = moves_bits(source.spec, destination.spec, indices is None, requantise)
+    if not bits:
+        return _rewrite(source, destination, indices, backend)
+    spec = source.spec
+    memory = _memory_of(destination)
+    options = RelayoutOptions(
+        _options_of(destination.spec), _options_of(spec), spec.head_size, spec.reading["head_size_v"], backend
+    )
+    operands = RelayoutOperands(
+        _operands_of(destination), _operands_of(source), None if indices is None else jnp.asarray(indices)
+    )
+    options.describe(operands)
+    new = primitive.relayout(options, operands)
+    count = len(destination.caches)
+    scales = dict(zip(("k_scale", "v_scale"), new[count : len(memory)], strict=False))
+    return replace(destination, caches=tuple(new[:count]), **scales)  # type: ignore
+
+
+def _options_of(spec: CacheSpec) -> CacheOptions:
+    layer = 0 if spec.layout.has_layer else None
+    return CacheOptions(spec.kv_cache_dtype, spec.layout, spec.scale_layout, layer)
+
+
+def _operands_of(cache: Any) -> CacheOperands:
+    memory = tuple(map(jnp.asarray, _memory_of(cache)))
+    count = len(cache.caches)
+    return CacheOperands(memory[:count], memory[count:], None, None, None)
+
+
+def _memory_of(cache: Any) -> Sequence[jax.Array]:
+    return cache.caches if cache.spec.scale_layout is None else (*cache.caches, cache.k_scale, cache.v_scale)
+
+
+# ---- where formats differ
+
+
+def _rewrite(source: Any, destination: Any, pairs: Any, backend: Any) -> Any:
+    """Reads keys and values of chunks of slots, and writes them."""
+    if pairs is None:
+        slots = jnp.arange(source.spec.num_blocks * source.spec.block_size, dtype=jnp.int32)
+        pairs = jnp.stack([slots, slots], axis=1)
+    check_pairs(pairs)
+    pairs = jnp.asarray(pairs)
+    chunk = chunk_of(source.spec, pairs.shape[0])
+    if 0 in (pairs.shape[0], source.spec.num_blocks * source.spec.block_size):
+        return destination
+    return _rewritten(source, destination, pairs, chunk, backend)
+
+
+def check_pairs(pairs: Any) -> None:
+    """Raises unless pairs are `[n, 2]` integers."""
+    from jaxkv._call import spec_of
+
+    check_indices("pairs", spec_of(pairs), ("n", 2))
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4), inline=True)
+def _rewritten(source: Any, destination: Any, pairs: jax.Array, chunk: int, backend: Any) -> Any:
+    spec, layers = destination.spec, source.spec.num_layers
+    chunks = -(-pairs.shape[0] // chunk)
+    pairs = jnp.pad(pairs, ((0, chunks * chunk - pairs.shape[0]), (0, 0)), constant_values=-1)
+    exists = (pairs[:, 0] >= 0) & (pairs[:, 0] < source.spec.num_blocks * source.spec.block_size)
+    pairs = jnp.where(exists[:, None], pairs, -1).reshape(chunks, chunk, 2)
+    latent = spec.layout.latent
+
+    def step(cache: Any, at: jax.Array) -> tuple[Any, None]:
+        layer = None if layers is None else at // chunks
+        slots = pairs[at % chunks]
+        key, value = source.read(slots[:, 0], dtype=between(spec), layer=layer, backend=backend)
+        if latent:  # kv_c and k_pe
+            key, value = key[:, 0, : spec.head_size_v], key[:, 0, spec.head_size_v :]
+        return cache.write(key, value, slots[:, 1], layer=layer, backend=backend), None
+
+    return lax.scan(step, destination, jnp.arange((layers or 1) * chunks, dtype=jnp.int32))[0]
