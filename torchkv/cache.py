@@ -8,7 +8,7 @@ from torch import Tensor
 from kvcore.cache_spec import CacheSpec, Described
 from kvcore.choices import FloatDtype, KVCacheDtype, Layout, TorchBackend
 from kvcore.contract.checks import check_scale, check_scale_type
-from torchkv._arguments import spec_of
+from torchkv._arguments import check_tensors, spec_of
 from torchkv._readable import Readable
 from torchkv._state import Stateful
 from torchkv._writable import Writable
