@@ -168,7 +168,7 @@ def test_bad_calls(monkeypatch, bad, way):
 
     monkeypatch.setattr(interpreter, "run", launched)
     monkeypatch.setattr(jaxkv.blocks, "update", launched)
-    monkeypatch.setattr(torchkv._torch.blocks, "_blocks_of", launched)
+    monkeypatch.setattr(torchkv._torch.blocks, "blocks_of", launched)
     op, differs, kind, message = BAD[bad]
     with pytest.raises(kind) as error:
         WAYS[way](op, (COPY if op == "copy" else ZERO) | differs)
