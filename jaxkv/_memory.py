@@ -1,9 +1,11 @@
 """The arrays of a new cache: of which shapes, and how they are spread over devices."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -45,3 +47,23 @@ def allocate(
         jnp.zeros(shape, jnp.float32, device=s) for shape, s in zip(spec.scale_shapes, shardings, strict=True)
     )
     return caches, (k_cache, v_cache)
+
+
+def allocate_host(spec: CacheSpec, like: Sequence[jax.Array]) -> list[jax.Array]:
+    """Zeros for caches and scale caches in pinned memory of the host, which no device has to have room for.
+
+    Args:
+        spec: What they are.
+        like: Caches and scale caches that are split over devices as these are to be.
+    """
+
+    def zeros(shape: tuple[int, ...], array: jax.Array) -> jax.Array:
+        sharding = array.sharding.with_memory_kind("pinned_host")
+
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            sizes = shape if index is None else (len(range(*i.indices(n))) for i, n in zip(index, shape, strict=True))
+            return np.zeros(tuple(sizes), array.dtype)
+
+        return jax.make_array_from_callback(shape, sharding, part)
+
+    return [zeros(shape, array) for shape, array in zip((*spec.shapes, *spec.scale_shapes), like, strict=True)]

@@ -22,11 +22,12 @@ from jaxkv._call import ReadOperands, ReadOptions, WriteOperands, WriteOptions
 from jaxkv._mesh import vary, varying_axes
 from jaxkv._rotated import RotatedWriteOperands, RotatedWriteOptions
 from jaxkv._slots import SlotOperands, SlotOptions
+from jaxkv._swap import SwapOperands, SwapOptions
 from jaxkv._views import array_of
 from kvcore.contract.checks import no_triton_error
 
-CacheOpOptions = WriteOptions | RotatedWriteOptions | ReadOptions | BlocksOptions
-CacheOpOperands = WriteOperands | RotatedWriteOperands | ReadOperands | BlocksOperands
+CacheOpOptions = WriteOptions | RotatedWriteOptions | ReadOptions | BlocksOptions | SwapOptions
+CacheOpOperands = WriteOperands | RotatedWriteOperands | ReadOperands | BlocksOperands | SwapOperands
 
 Options = CacheOpOptions | SlotOptions
 Operands = CacheOpOperands | SlotOperands
