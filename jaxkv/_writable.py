@@ -88,7 +88,9 @@ class Writable:
         """
         spec = with_blocks(self.spec, num_blocks, memory)
         arrays, count, cache = allocate_host(spec, self._memory), len(self.caches), self
-        scales = arrays[count:] or [None if scale is None else jnp.copy(scale) for scale in (self.k_scale, self.v_scale)]
+        scales = arrays[count:] or [
+            None if scale is None else jnp.copy(scale) for scale in (self.k_scale, self.v_scale)
+        ]
         # Copied, so that one of the two caches can be donated.
         return replace(cache, caches=tuple(arrays[:count]), spec=spec, k_scale=scales[0], v_scale=scales[1])  # type: ignore
 

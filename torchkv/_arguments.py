@@ -68,9 +68,7 @@ def as_caches(caches: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return list(caches)
 
 
-def as_memory(
-    caches: Any, name: str = "caches"
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+def as_memory(caches: Any, name: str = "caches") -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Key cache, value cache, and a scale cache of each, out of the caches that there are, in this order.
 
     Errors call them by that name.

@@ -25,9 +25,7 @@ def _result_types(options: SwapOptions, operands: SwapOperands) -> list[Any]:
     return list(operands.cache.memory)
 
 
-def _compute(
-    call: Swap, options: SwapOptions, operands: SwapOperands, backend: str, platform: str
-) -> list[jax.Array]:
+def _compute(call: Swap, options: SwapOptions, operands: SwapOperands, backend: str, platform: str) -> list[jax.Array]:
     if backend == "xla":
         return xla.swap_blocks(call, operands)
     if backend == "interpret":

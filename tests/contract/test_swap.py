@@ -160,7 +160,11 @@ def test_caches_that_overlap(backend):
     apart = buffer[:3].clone(), buffer[:3].clone()
     for source, destination, text in (
         (apart, (buffer[:6], buffer[5:11]), "destination's key_cache and destination's value_cache"),
-        ((buffer[:6], apart[0].repeat(2, 1, 1, 1)), (buffer[5:8], apart[1]), "destination's key_cache and source's key_cache"),
+        (
+            (buffer[:6], apart[0].repeat(2, 1, 1, 1)),
+            (buffer[5:8], apart[1]),
+            "destination's key_cache and source's key_cache",
+        ),
         ((apart[0], buffer[:3]), (apart[1], buffer[2:5]), "destination's value_cache and source's value_cache"),
     ):
         with pytest.raises(ValueError) as error:  # noqa: PT011

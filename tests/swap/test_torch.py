@@ -112,7 +112,8 @@ def test_caches_that_require_gradients_are_refused():
 def test_fake_tensors_need_no_memory():
     with FakeTensorMode():
         caches, host = (
-            [torch.empty(1 << 20, 16, 8, 128, dtype=torch.bfloat16, device=d) for _ in range(2)] for d in ("cuda", "cpu")
+            [torch.empty(1 << 20, 16, 8, 128, dtype=torch.bfloat16, device=d) for _ in range(2)]
+            for d in ("cuda", "cpu")
         )
         pairs = torch.empty(1 << 20, 2, dtype=torch.int32, device="cuda")
         assert torchkv.swap_blocks(caches, host, pairs) is None

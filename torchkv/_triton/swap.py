@@ -81,8 +81,7 @@ class Swaps(Launches[SwapKernel]):
 
     def prepare(self, call: SwapCall, described: Swap, target: Target, load: Load) -> Launch[SwapKernel]:
         aligned = tuple(
-            address_of(old) % 16 == 0 == address_of(new) % 16
-            for old, new in zip(call.read, call.written, strict=True)
+            address_of(old) % 16 == 0 == address_of(new) % 16 for old, new in zip(call.read, call.written, strict=True)
         )
         plan, values = plan_swap.plan_swap(described, target, aligned), self.pointers(described, call)
         names = plan_swap.POINTERS
