@@ -180,10 +180,10 @@ def swap_blocks(
     scale_layout: str | CacheLayout | None = None,
     backend: JaxBackend | None = None,
 ) -> tuple[jax.Array, ...] | None:
-    """Copies blocks of a cache to blocks of another one, bit for bit: to the host's memory, or from it.
+    """Copies blocks of a cache to blocks of another one, to the host's memory or from it, and returns the new arrays.
 
-    One of the two has memory kind "device", the other one "pinned_host": where they are says which way blocks go. Both
-    may be on the device, too. They have the same layout and format, and any numbers of blocks. Pairs with a block that
+    One of the two has memory kind "pinned_host", the other one "device". Both may be on one device, too: where they are
+    says which way blocks go. They have the same layout and format, and any numbers of blocks. Pairs with a block that
     does not exist are skipped: -1 is for padding. If two pairs have one destination, each element is that of one of the
     two, unspecified which.
 
@@ -191,8 +191,8 @@ def swap_blocks(
     kernel loads from pinned memory, or stores there, by the bus. Elsewhere blocks are sliced and updated one by one.
 
     The update is in place where XLA may reuse the memory: under `jax.jit` with `donate_argnums`, or for values computed
-    before. Otherwise XLA copies the destination first, all of it. Arrays may be split over devices along any axis but
-    `block`, those of source as those of destination.
+    before. Otherwise XLA copies it first. Arrays may be split over devices along any axis but `block`. Source is split
+    as destination is.
 
     Args:
         source: `(key_cache, value_cache)`, or `(kv_cache,)` for layouts that hold both, of any dtype of a cache; then

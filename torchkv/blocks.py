@@ -110,25 +110,26 @@ def swap_blocks(
     scale_layout: str | CacheLayout | None = None,
     backend: TorchBackend | None = None,
 ) -> None:
-    """Copies blocks of a cache to blocks of another one, bit for bit, in place: to the host's memory, or from it.
+    """Copies blocks of a cache to blocks of another one, to the host's memory or from it, in place.
 
-    One of the two is on a GPU, the other one in pinned memory: where they are says which way blocks go. Both may be on
-    one device, too. They have the same layout and format, and any numbers of blocks. Pairs with a block that does not
-    exist are skipped: -1 is for padding. If two pairs have one destination, each element is that of one of the two,
+    One of the two is in pinned memory, the other one on a GPU. Both may be on one device, too: where they are says
+    which way blocks go. They have the same layout and format, and any numbers of blocks. Pairs with a block that does
+    not exist are skipped: -1 is for padding. If two pairs have one destination, each element is that of one of the two,
     unspecified which.
 
-    Arrays with an axis `layer` are copied in all layers. One launch does it all, wherever the blocks are: the kernel
-    loads from pinned memory, or stores there, by the bus.
+    Arrays with an axis `layer` are copied in all layers. On a GPU one launch does it all, wherever the blocks are: the
+    kernel loads from pinned memory, or stores there, by the bus.
 
-    Everything runs on the current stream of the GPU and nothing is synchronised, so that CUDA graphs can capture it;
-    what the host reads of its memory, or writes there, has to wait for the stream. Pinned memory that nobody refers to
-    any longer is kept until the stream is done with it, but for that of graphs. Tensors may be strided.
+    Everything runs on the current stream of the GPU, where pairs are, too, and nothing is synchronised, so that CUDA
+    graphs can capture it: before the host reads its memory, or writes there, it waits for the stream. Pinned memory
+    that nobody refers to any longer is kept until the stream is done with it, but for that of graphs. Tensors may be
+    strided.
 
     Args:
         source: `(key_cache, value_cache)`, or `(kv_cache,)` for layouts that hold both, of any dtype of a cache; then
             `k_scale_cache, v_scale_cache` where each token's head has a scale. It stays as it is.
         destination: As many tensors, of the same dtypes and shapes but for the axis `block`.
-        pairs: `[n, 2]` of int32 or int64: a block of source and one of destination. They are on the GPU.
+        pairs: `[n, 2]` of int32 or int64: a block of source and one of destination.
         layout: Pattern, constant's name or `CacheLayout`. None means NHD or any other order with `block` in front:
             4 axes, or 5 of a head-major key cache; of one array, 3 or 4.
         scale_layout: Pattern of the scale caches; None means `block slot head`, or `layer block slot head`.
@@ -136,8 +137,8 @@ def swap_blocks(
             interpreter, on CPU tensors, for tests.
 
     Raises:
-        ValueError: a shape, layout, choice or device does not fit, caches or scale caches overlap, or memory of the
-            host is not pinned.
+        ValueError: a shape, layout, choice or device does not fit, memory of the host is not pinned, or caches or scale
+            caches overlap.
         TypeError: a dtype does not fit.
         NotImplementedError: grad mode is on, and an argument requires gradients.
 

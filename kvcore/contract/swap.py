@@ -81,8 +81,8 @@ def check_swap(
 def unpinned_error(name: str, device: Any) -> ValueError:
     """The error for memory of the host that a device cannot reach."""
     return ValueError(
-        f"{name} must be in pinned memory, which {device} can reach: Tensor.pin_memory() and PagedKVCache.create_host() "
-        "make such, got pageable memory"
+        f"{name} must be in pinned memory, which {device} can reach: Tensor.pin_memory() and "
+        "PagedKVCache.create_host() make such, got pageable memory"
     )
 
 

@@ -11,7 +11,7 @@ import jaxkv
 import torchkv
 from kvcore.run import interpreter
 from tests.cases.arrays import to_torch
-from tests.contract.test_blocks import CHOICES, SPELLED, array, convert, pairs
+from tests.cases.bad_blocks import CHOICES, SPELLED, array, convert, pairs
 from torchkv._swap import check_pinned
 
 HINT = "; relayout copies between layouts, block sizes and formats"
@@ -78,7 +78,8 @@ BAD = {
     ),
     "slots of scales": (
         {"source": (*SOURCE, *SCALES), "destination": (*DESTINATION, MORE_SCALES[0], array(9, 5, 2, dtype="float32"))},
-        ValueError, f"destination's v_scale_cache axis slot must have size 4, as in source's v_scale_cache, got 5{HINT}",
+        ValueError,
+        f"destination's v_scale_cache axis slot must have size 4, as in source's v_scale_cache, got 5{HINT}",
     ),
     "dtype of scales": (
         {"source": (*SOURCE, *SCALES), "destination": (*DESTINATION, *(array(9, 4, 2, dtype="float16"),) * 2)},
