@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxkv._arguments import BACKENDS, as_scale
@@ -59,11 +59,15 @@ def allocate_host(spec: CacheSpec, like: Sequence[jax.Array]) -> list[jax.Array]
 
     def zeros(shape: tuple[int, ...], array: jax.Array) -> jax.Array:
         sharding = array.sharding.with_memory_kind("pinned_host")
-
-        def part(index: tuple[slice, ...] | None) -> np.ndarray:
-            sizes = shape if index is None else (len(range(*i.indices(n))) for i, n in zip(index, shape, strict=True))
-            return np.zeros(tuple(sizes), array.dtype)
-
-        return jax.make_array_from_callback(shape, sharding, part)
+        if sharding.is_fully_addressable:
+            return jax.device_put(np.zeros(shape, array.dtype), sharding, may_alias=False)
+        part = np.zeros(sharding.shard_shape(shape), array.dtype)
+        parts = [
+            jax.device_put(part, SingleDeviceSharding(device, memory_kind="pinned_host"), may_alias=False)
+            for device in sharding.addressable_devices
+        ]
+        # Whose type says "device" (jax 0.12), whatever its sharding says: results of jit would go there.
+        whole = jax.make_array_from_single_device_arrays(shape, sharding, parts)
+        return jax.device_put(whole, jax.memory.Space.Host)
 
     return [zeros(shape, array) for shape, array in zip((*spec.shapes, *spec.scale_shapes), like, strict=True)]

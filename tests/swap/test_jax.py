@@ -183,7 +183,7 @@ def test_caches_that_are_split(kind, split):
     pairs = jnp.array([[0, 15], [7, 3], [-1, 2], [8, 4]])
     compiled = SWAP.lower(cache, host, pairs).compile()
     assert not any(name in compiled.as_text() for name in ("all-gather", "all-reduce", "all-to-all", "permute"))
-    host = SWAP(cache, host, pairs * 0 - 1)  # on a CPU, new arrays may be memory of NumPy's, which XLA leaves alone
+    host = SWAP(cache, host, pairs * 0 - 1)  # what create_host made may be memory of NumPy's, which XLA leaves alone
     before = [[s.data.unsafe_buffer_pointer() for s in a.addressable_shards] for a in host._memory]
     host = SWAP(cache, host, pairs)
     assert [[s.data.unsafe_buffer_pointer() for s in a.addressable_shards] for a in host._memory] == before
