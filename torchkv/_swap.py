@@ -65,11 +65,11 @@ class SwapCall(NamedTuple):
             ValueError: a shape, layout, choice or device does not fit, or a tensor overlaps itself.
             TypeError: a dtype does not fit.
         """
-        sides = [
+        source, destination = (
             ([spec_of(t) for t in caches], [spec_of(t) for t in scales])
             for caches, scales in ((self.source, self.source_scales), (self.caches, self.scale_caches))
-        ]
-        return check_swap(spec_of(self.pairs), *sides, self.layout, self.scale_layout)
+        )
+        return check_swap(spec_of(self.pairs), source, destination, self.layout, self.scale_layout)
 
     def check_memory(self, described: Swap) -> None:
         """Raises a ValueError unless written tensors share no memory, and the host's is pinned for a device."""
