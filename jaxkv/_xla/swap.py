@@ -41,8 +41,8 @@ def _swap(
     if old.size == 0 or new.size == 0:
         return new
     if new.dtype.name in FP8:  # XLA's code for CPUs updates fp8 as wider floats, and copies all of it
-        bits = (lax.bitcast_convert_type(array, jnp.uint8) for array in (old, new))
-        return lax.bitcast_convert_type(_swap(*bits, read, written, batched, moves, count), new.dtype)
+        old, bits = (lax.bitcast_convert_type(array, jnp.uint8) for array in (old, new))
+        return lax.bitcast_convert_type(_swap(old, bits, read, written, batched, moves, count), new.dtype)
     place = jax.typeof(new).memory_space
     sizes = [1 if i == read.axis or (batched and i == 0) else size for i, size in enumerate(read.shape)]
     whole = old.reshape(read.shape)
