@@ -9,6 +9,7 @@ NAMES = {
     "slots": "slots of new tokens, beside what torch and XLA make of the same",
     "blocks": "copies and zeros of whole blocks against a plain copy of the same bytes",
     "relayout": "a cache moved into another one against a plain copy of the same bytes",
+    "swap": "whole blocks to pinned memory and back against a plain copy of the same bytes",
     "attention": "attention over the cache against its limit, beside other implementations",
     "prefill": "attention of many query rows beside other implementations and the kernel for every GPU, in turns",
     "mla": "decode over the rows of MLA against its limits, beside other implementations, in turns",

@@ -22,7 +22,7 @@ with installed.needed("jax", installed.JAX):
     import jax as _  # noqa: F401, the parts below import it without a word
 
 from jaxkv.ahead import precompile
-from jaxkv.blocks import copy_blocks, zero_blocks
+from jaxkv.blocks import copy_blocks, swap_blocks, zero_blocks
 from jaxkv.cache import PagedKVCache
 from jaxkv.devices import context_attention, context_lens, context_slots, local_indices
 from jaxkv.dlpack import from_dlpack
@@ -77,6 +77,7 @@ __all__ = [
     "rope_and_cache",
     "rope_table",
     "slot_mapping",
+    "swap_blocks",
     "zero_blocks",
 ]
 

@@ -1,10 +1,12 @@
 """The arrays of a new cache: of which shapes, and how they are spread over devices."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+import numpy as np
+from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxkv._arguments import BACKENDS, as_scale
@@ -45,3 +47,27 @@ def allocate(
         jnp.zeros(shape, jnp.float32, device=s) for shape, s in zip(spec.scale_shapes, shardings, strict=True)
     )
     return caches, (k_cache, v_cache)
+
+
+def allocate_host(spec: CacheSpec, like: Sequence[jax.Array]) -> list[jax.Array]:
+    """Zeros for caches and scale caches in pinned memory of the host, which no device has to have room for.
+
+    Args:
+        spec: What they are.
+        like: Caches and scale caches that are split over devices as these are to be.
+    """
+
+    def zeros(shape: tuple[int, ...], array: jax.Array) -> jax.Array:
+        sharding = array.sharding.with_memory_kind("pinned_host")
+        if sharding.is_fully_addressable:
+            return jax.device_put(np.zeros(shape, array.dtype), sharding, may_alias=False)
+        part = np.zeros(sharding.shard_shape(shape), array.dtype)
+        parts = [
+            jax.device_put(part, SingleDeviceSharding(device, memory_kind="pinned_host"), may_alias=False)
+            for device in sharding.addressable_devices
+        ]
+        # Whose type says "device" (jax 0.12), whatever its sharding says: results of jit would go there.
+        whole = jax.make_array_from_single_device_arrays(shape, sharding, parts)
+        return jax.device_put(whole, jax.memory.Space.Host)
+
+    return [zeros(shape, array) for shape, array in zip((*spec.shapes, *spec.scale_shapes), like, strict=True)]

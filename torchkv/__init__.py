@@ -19,7 +19,7 @@ from kvcore.pool import BlockPool, OutOfBlocks
 from kvcore.sequence import Sequence
 from kvcore.slots import check_tables, find_duplicate_slots
 from torchkv.ahead import precompile
-from torchkv.blocks import copy_blocks, zero_blocks
+from torchkv.blocks import copy_blocks, swap_blocks, zero_blocks
 from torchkv.cache import PagedKVCache
 from torchkv.dlpack import from_dlpack
 from torchkv.integrations.vllm import (
@@ -70,6 +70,7 @@ __all__ = [
     "rope_and_cache",
     "rope_table",
     "slot_mapping",
+    "swap_blocks",
     "triton_reshape_and_cache_flash",
     "triton_reshape_and_cache_flash_diffkv",
     "triton_reshape_and_cache_flash_per_token_head_quant",

@@ -68,16 +68,19 @@ def as_caches(caches: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return list(caches)
 
 
-def as_memory(caches: Any) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Key cache, value cache, and a scale cache of each, out of the caches that there are, in this order."""
+def as_memory(caches: Any, name: str = "caches") -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Key cache, value cache, and a scale cache of each, out of the caches that there are, in this order.
+
+    Errors call them by that name.
+    """
     if isinstance(caches, Tensor):
         return caches, None, None, None
     if not isinstance(caches, (list, tuple, Sequence)):
-        raise TypeError(f"caches must be a torch.Tensor or a sequence of them, got {type(caches).__name__}")
-    arrays, scale_caches = split_caches(caches)
+        raise TypeError(f"{name} must be a torch.Tensor or a sequence of them, got {type(caches).__name__}")
+    arrays, scale_caches = split_caches(caches, name)
     for i, cache in enumerate(caches):
         if not isinstance(cache, Tensor):
-            raise TypeError(f"caches[{i}] must be a torch.Tensor, got {type(cache).__name__}")
+            raise TypeError(f"{name}[{i}] must be a torch.Tensor, got {type(cache).__name__}")
     value_cache = arrays[1] if len(arrays) == 2 else None
     k_scale_cache, v_scale_cache = scale_caches or (None, None)
     return arrays[0], value_cache, k_scale_cache, v_scale_cache

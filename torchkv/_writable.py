@@ -5,11 +5,12 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from kvcore.cache_spec import CacheSpec
+from kvcore.cache_spec import CacheSpec, check_any_cache
 from kvcore.choices import RopeName, TorchBackend
 from kvcore.contract.write import latent_order
+from kvcore.swap import check_alike
 from torchkv._arguments import check_tensors
-from torchkv.blocks import copy_blocks, zero_blocks
+from torchkv.blocks import copy_blocks, swap_blocks, zero_blocks
 from torchkv.mla import concat_and_cache_mla
 from torchkv.move import relayout
 from torchkv.quantize import (
@@ -158,6 +159,21 @@ class Writable:
             backend: None, "triton", "torch" or "interpret".
         """
         relayout(self, destination, pairs, requantise=requantise, backend=backend)
+
+    def swap_blocks(self, destination: Self, pairs: Tensor, *, backend: TorchBackend | None = None) -> None:
+        """Copies blocks to blocks of another cache, to the host's memory or from it, in all layers, with their scales.
+
+        The function `swap_blocks` tells more. Static scales stay each cache's own.
+
+        Args:
+            destination: What `create_host` made of this cache, or the cache that it made this one of; or another one
+                like this one, whose number of blocks may be another.
+            pairs: `[n, 2]` of int32 or int64, on the GPU: a block of this cache and one of destination.
+            backend: None, "triton", "torch" or "interpret".
+        """
+        check_any_cache(destination)
+        check_alike(self.spec, destination.spec)
+        swap_blocks(self._memory, destination._memory, pairs, backend=backend, **self._layouts)
 
     @property
     def _memory(self) -> tuple[Any, ...]:

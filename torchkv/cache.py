@@ -8,6 +8,7 @@ from torch import Tensor
 from kvcore.cache_spec import CacheSpec, Described
 from kvcore.choices import FloatDtype, KVCacheDtype, Layout, TorchBackend
 from kvcore.contract.checks import check_scale, check_scale_type
+from kvcore.swap import with_blocks
 from torchkv._arguments import check_tensors, spec_of
 from torchkv._readable import Readable
 from torchkv._state import Stateful
@@ -205,6 +206,36 @@ class PagedKVCache(Described, Readable, Writable, Stateful):
             return self
         *caches, k_scale, v_scale = moved
         return PagedKVCache(tuple(c for c in caches if c is not None), self.spec, k_scale, v_scale)
+
+    def create_host(self, *, num_blocks: int | None = None, memory: int | str | None = None) -> "PagedKVCache":
+        """Allocates a cache of zeros like this one in the host's memory, which `swap_blocks` copies blocks to and from.
+
+        Of a cache on a GPU it is in pinned memory, which is dear to allocate: once, when a server starts.
+
+        Args:
+            num_blocks: Blocks, per layer.
+            memory: In place of num_blocks: bytes that all arrays may have together, or text such as `"2GiB"`.
+
+        Raises:
+            ValueError: num_blocks is negative, or memory has no room for a block.
+            TypeError: one is of another type, or both or neither are given.
+
+        Example:
+            >>> cache = torchkv.PagedKVCache.create(num_blocks=4, block_size=2, num_heads=1, head_size=8)
+            >>> host = cache.create_host(num_blocks=64)
+            >>> cache.swap_blocks(host, torch.tensor([[3, 0], [1, 1]]))  # two blocks are free for others
+            >>> host.swap_blocks(cache, torch.tensor([[0, 2]]))  # and one comes back, to another place
+        """
+        spec = with_blocks(self.spec, num_blocks, memory)
+        pinned = not self.caches[0].is_cpu
+        dtypes = [self.caches[0].dtype] * len(spec.shapes) + [torch.float32] * len(spec.scale_shapes)
+        caches = [
+            torch.zeros(shape, dtype=dtype, device="cpu", pin_memory=pinned)
+            for shape, dtype in zip((*spec.shapes, *spec.scale_shapes), dtypes, strict=True)
+        ]
+        count = len(spec.shapes)
+        k_scale, v_scale = caches[count:] or (self.k_scale, self.v_scale)
+        return PagedKVCache(tuple(caches[:count]), spec, k_scale, v_scale)
 
     def __repr__(self) -> str:
         return f"PagedKVCache({self.spec}, {self.caches[0].device})"

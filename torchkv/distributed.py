@@ -10,6 +10,8 @@ Caches are split over heads, or every rank has the whole. All else is made to fi
 best split over heads already, and what every rank needs, such as tables, which may be plain tensors that are the
 same on all ranks. Caches and tensors for results never are: what was written to a copy would be lost, and so it is an
 error if they are not split as they must be. Blocks of each rank's own are its own plain tensors, as in one process.
+DTensors of one mesh are all on GPUs or all in the host's memory: between the two, each rank swaps blocks of its own
+part, `to_local()`.
 """
 
 from collections.abc import Sequence
@@ -28,6 +30,7 @@ from kvcore.contract.blocks import Blocks
 from kvcore.contract.relayout import Relayout
 from kvcore.contract.rope import Rope
 from kvcore.contract.slots import SlotMapping
+from kvcore.contract.swap import Swap
 from kvcore.layout import CacheLayout
 from kvcore.pattern import Axis, MeshAxes
 from kvcore.scales import heads_share_regions, scale_layout_of
@@ -98,7 +101,7 @@ class _Split:
         caches = {name: tensor for name, tensor in _caches(given).items() if tensor is not None}
         dims = next(iter(caches.values())).dim()
         cache = None
-        if isinstance(described, Blocks):
+        if isinstance(described, (Blocks, Swap)):
             layout = described.layout
             if described.scale_layout is not None:
                 self.scale_axes = described.scale_layout.arrays
@@ -109,7 +112,8 @@ class _Split:
                 layout = CacheLayout.MLA if dims == 3 else CacheLayout.MLA.with_layer()
             if cache.scales is not None and not cache.scales.inside:
                 self.scale_axes = scale_layout_of(given.get("scale_layout"), layout.has_layer).arrays
-        self.of_caches = dict(zip(caches, layout.arrays, strict=True))
+        # Of a swap, two caches of one layout.
+        self.of_caches = dict(zip(caches, layout.arrays * (len(caches) // len(layout.arrays)), strict=True))
         found = {name: self._heads_of(name, tensor, self.of_caches[name]) for name, tensor in caches.items()}
         if len(set(found.values())) > 1:
             raise contract.split_alike_error(*(caches[name].placements for name in found))
@@ -192,6 +196,7 @@ class _Split:
         """How an argument has to be split."""
         if name in self.of_caches:
             return self._over(self.heads, _head_axis(self.of_caches[name]))
+        name = name.removeprefix("source_")
         if name in ("k_scale_cache", "v_scale_cache") or (name in ("k_scale", "v_scale") and self.scale_axes):
             return self._over(self.heads, _head_axis(self.scale_axes[0 if name[0] == "k" else -1]))
         if name in ("k_scale", "v_scale"):  # of one element or one a head, maybe for each layer
@@ -272,7 +277,8 @@ def _caches(given: dict[str, Any]) -> dict[str, Any]:
     """The caches among arguments, by what errors call them."""
     if "caches" in given:
         return {f"caches[{i}]": cache for i, cache in enumerate(given["caches"])}
-    return {name: given[name] for name in ("key_cache", "value_cache", "kv_cache") if name in given}
+    names = ("source_key_cache", "source_value_cache", "key_cache", "value_cache", "kv_cache")
+    return {name: given[name] for name in names if name in given}
 
 
 def _head_axis(axes: Sequence[Axis]) -> int | None:

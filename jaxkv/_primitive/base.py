@@ -23,11 +23,12 @@ from jaxkv._mesh import vary, varying_axes
 from jaxkv._relayout import RelayoutOperands, RelayoutOptions
 from jaxkv._rotated import RotatedWriteOperands, RotatedWriteOptions
 from jaxkv._slots import SlotOperands, SlotOptions
+from jaxkv._swap import SwapOperands, SwapOptions
 from jaxkv._views import array_of
 from kvcore.contract.checks import no_triton_error
 
-CacheOpOptions = WriteOptions | RotatedWriteOptions | ReadOptions | BlocksOptions | RelayoutOptions
-CacheOpOperands = WriteOperands | RotatedWriteOperands | ReadOperands | BlocksOperands | RelayoutOperands
+CacheOpOptions = WriteOptions | RotatedWriteOptions | ReadOptions | BlocksOptions | SwapOptions | RelayoutOptions
+CacheOpOperands = WriteOperands | RotatedWriteOperands | ReadOperands | BlocksOperands | SwapOperands | RelayoutOperands
 
 Options = CacheOpOptions | SlotOptions
 Operands = CacheOpOperands | SlotOperands

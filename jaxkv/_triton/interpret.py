@@ -13,17 +13,20 @@ from jaxkv._call import ReadOperands, ReadOptions, WriteOperands, WriteOptions, 
 from jaxkv._relayout import RelayoutOperands
 from jaxkv._rotated import RotatedWriteOperands, RotatedWriteOptions
 from jaxkv._slots import SlotOperands, slots_result
+from jaxkv._swap import SwapOperands
 from jaxkv._triton.blocks import launch_blocks
 from jaxkv._triton.read import launch_read
 from jaxkv._triton.relayout import launch_relayout
 from jaxkv._triton.rope import launch_rope
 from jaxkv._triton.slots import launch_slot_mapping
+from jaxkv._triton.swap import launch_swap
 from jaxkv._triton.write import launch_write
 from kvcore.contract.blocks import Blocks
 from kvcore.contract.read import Attention, Gather
 from kvcore.contract.relayout import Relayout
 from kvcore.contract.rope import Rope
 from kvcore.contract.slots import SlotMapping
+from kvcore.contract.swap import Swap
 from kvcore.contract.write import Write
 from kvcore.plan.kernel import INTERPRETER, KernelPlan, Target
 
@@ -75,6 +78,21 @@ def relayout(call: Relayout, operands: RelayoutOperands) -> list[jax.Array]:
 
     results = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in operands.cache.memory]
     return _call_on_host(on_host, results, operands)
+
+
+def swap_blocks(call: Swap, operands: SwapOperands) -> list[jax.Array]:
+    """The new caches and scale caches of the destination, in the memory that they are in."""
+
+    def on_host(host: SwapOperands) -> list[np.ndarray]:
+        memory = [array.copy() for array in host.cache.memory]
+        launch_swap(call, host._replace(cache=host.cache.with_memory(memory)), INTERPRETER, launch)
+        return memory
+
+    results = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in operands.cache.memory]
+    here = jax.tree.map(lambda array: jax.device_put(array, jax.memory.Space.Device), operands)
+    places = [jax.typeof(array).memory_space for array in operands.cache.memory]
+    new = _call_on_host(on_host, results, here)
+    return [jax.device_put(array, place) for array, place in zip(new, places, strict=True)]
 
 
 def read(call: Attention | Gather, options: ReadOptions, operands: ReadOperands) -> tuple[jax.Array, jax.Array]:

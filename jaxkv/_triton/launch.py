@@ -13,12 +13,14 @@ from jaxkv._call import ReadOperands, ReadOptions, WriteOperands, WriteOptions
 from jaxkv._relayout import RelayoutOperands
 from jaxkv._rotated import RotatedWriteOperands, RotatedWriteOptions
 from jaxkv._slots import SlotOperands
+from jaxkv._swap import SwapOperands
 from jaxkv._triton.blocks import launch_blocks
 from jaxkv._triton.compat import import_jax_triton
 from jaxkv._triton.read import launch_read
 from jaxkv._triton.relayout import launch_relayout
 from jaxkv._triton.rope import launch_rope
 from jaxkv._triton.slots import launch_slot_mapping
+from jaxkv._triton.swap import launch_swap
 from jaxkv._triton.write import launch_write
 from kvcore import installed
 from kvcore.contract.blocks import Blocks
@@ -26,6 +28,7 @@ from kvcore.contract.read import Attention, Gather
 from kvcore.contract.relayout import Relayout
 from kvcore.contract.rope import Rope
 from kvcore.contract.slots import SlotMapping
+from kvcore.contract.swap import Swap
 from kvcore.contract.write import Write
 from kvcore.formats import FP8
 from kvcore.plan.kernel import Descriptor, KernelPlan, Target
@@ -74,6 +77,17 @@ def relayout(call: Relayout, operands: RelayoutOperands, target: Target) -> list
     memory = operands.cache.memory
     refs = _refs_of(memory)
     launch_relayout(call, operands._replace(cache=operands.cache.with_memory(refs)), target, launch)
+    return _freeze(refs, memory)
+
+
+def swap_blocks(call: Swap, operands: SwapOperands, target: Target) -> list[jax.Array]:
+    """The new caches and scale caches of the destination: the same buffers, updated in place.
+
+    XLA hands a kernel an operand in pinned memory as it is, and the GPU reaches it by the bus.
+    """
+    memory = operands.cache.memory
+    refs = _refs_of(memory)
+    launch_swap(call, operands._replace(cache=operands.cache.with_memory(refs)), target, launch)
     return _freeze(refs, memory)
 
 

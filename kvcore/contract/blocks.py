@@ -85,33 +85,81 @@ def check_blocks(
     """
     shape: tuple[int | str, ...] = ("n", 2) if name == "pairs" else ("n",)
     check_indices(name, indices, (indices.shape[0], *shape) if batched else shape)
+    found = check_arrays("", caches, scale_caches, layout, scale_layout, batched)
+    named = zip(found.names, (*caches, *scale_caches), strict=True)
+    check_devices([(name, indices), *named], found.names[0], caches[0])
+    return Blocks(found.arrays, found.num_blocks, indices, batched, found.layout, found.scale_layout)
+
+
+class BlockArrays(NamedTuple):
+    """The arrays of a cache, as far as blocks are concerned.
+
+    Attributes:
+        names: What errors call them.
+        arrays: Caches, then scale caches.
+        sizes: Of each one's axes, by their names.
+        num_blocks: Blocks of each.
+        layout: Of the caches.
+        scale_layout: Of the scale caches; None where there are none.
+    """
+
+    names: tuple[str, ...]
+    arrays: tuple[BlockArray, ...]
+    sizes: tuple[dict[str, int], ...]
+    num_blocks: int
+    layout: CacheLayout
+    scale_layout: CacheLayout | None
+
+
+def check_arrays(
+    prefix: str,
+    caches: Sequence[ArraySpec],
+    scale_caches: Sequence[ArraySpec],
+    layout: str | CacheLayout | None,
+    scale_layout: str | CacheLayout | None,
+    batched: bool,
+) -> BlockArrays:
+    """Checks the arrays of one cache, wherever they are.
+
+    Args:
+        prefix: What errors put in front of the arrays' names.
+        caches: The key and the value cache, or the one array of both.
+        scale_caches: Those of key and value, or none.
+        layout: Of the caches.
+        scale_layout: Of the scale caches.
+        batched: Whether all arrays have a batch in front.
+
+    Raises:
+        ValueError: a shape or a layout does not fit, or elements of an array overlap.
+        TypeError: a dtype or a type does not fit.
+    """
     items = [_item(cache) if batched else cache for cache in (*caches, *scale_caches)]
     chosen = _layout(layout, items[: len(caches)])
     axes: list[Sequence[Axis]] = list(chosen.arrays)
     scale_chosen = scale_layout_of(scale_layout, chosen.has_layer) if scale_caches else None
     if scale_chosen is not None:
         axes += [scale_axes[:-1] for scale_axes in scale_chosen.arrays]
-    names = array_names(len(caches), len(scale_caches))
+    names = tuple(prefix + name for name in array_names(len(caches), len(scale_caches)))
     tables = []
-    for array_name, array_axes, item in zip(names, axes, items, strict=True):
-        _check_dtype(array_name, item, of_scales=array_name not in array_names(len(caches)))
+    for i, (name, array_axes, item) in enumerate(zip(names, axes, items, strict=True)):
+        _check_dtype(name, item, of_scales=i >= len(caches))
         if len(item.shape) != len(array_axes):
             raise ValueError(
-                f"{array_name} must have {len(array_axes)} axes ({spell(array_axes)}), got shape {shape_of(item)}"
+                f"{name} must have {len(array_axes)} axes ({spell(array_axes)}), got shape {shape_of(item)}"
             )
-        tables.append(axis_table(array_name, tuple(array_axes), item.shape, item.steps, item.strides is None))
+        tables.append(axis_table(name, tuple(array_axes), item.shape, item.steps, item.strides is None))
         for axis in ("block", "layer"):
             wanted, got = (table[0].get(axis) for table in (tables[0], tables[-1]))
             if wanted != got:
-                raise ValueError(f"{array_name} axis {axis} must have size {wanted}, as in {names[0]}, got {got}")
+                raise ValueError(f"{name} axis {axis} must have size {wanted}, as in {names[0]}, got {got}")
     if len(caches) == 2:
-        check_same_dtype("value_cache", caches[1], "key_cache", caches[0])
-    check_devices([(name, indices), *zip(names, (*caches, *scale_caches), strict=True)], names[0], caches[0])
+        check_same_dtype(names[1], caches[1], names[0], caches[0])
     arrays = tuple(
         _array(spec, sizes, steps, batched)
         for spec, (sizes, steps) in zip((*caches, *scale_caches), tables, strict=True)
     )
-    return Blocks(arrays, tables[0][0]["block"], indices, batched, chosen, scale_chosen)
+    sizes = tuple(table[0] for table in tables)
+    return BlockArrays(names, arrays, sizes, sizes[0]["block"], chosen, scale_chosen)
 
 
 def _array(spec: ArraySpec, sizes: dict[str, int], steps: dict[str, int], batched: bool) -> BlockArray:

@@ -101,15 +101,15 @@ def check_rope_options(rope: Any, rotary_dim: Any, mrope_section: Any, eps: Any)
     )
 
 
-def split_caches(caches: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """The arrays that are written, taken apart: caches, and the scale caches that may follow them.
+def split_caches(caches: Sequence[Any], name: str = "caches") -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The arrays of a cache, which errors call by that name, taken apart: caches, and scale caches that may follow.
 
     Raises:
         ValueError: there are none, or more than four.
     """
     if not 1 <= len(caches) <= 4:
         raise ValueError(
-            "caches must be (key_cache, value_cache) or (kv_cache,), followed by (k_scale_cache, v_scale_cache) where "
+            f"{name} must be (key_cache, value_cache) or (kv_cache,), followed by (k_scale_cache, v_scale_cache) where "
             f"each token's head has a scale, got {len(caches)} arrays"
         )
     count = 2 - len(caches) % 2

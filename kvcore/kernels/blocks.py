@@ -23,6 +23,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from .block_words import as_words, word_offsets
 from .reduce import maximum, minimum
 
 
@@ -131,33 +132,6 @@ def _closes_circle(pairs, i, parent, S: tl.constexpr, SCAN: tl.constexpr):
 
 
 @triton.jit
-def _offsets(index, R: tl.constexpr):
-    """Where words of a block are, relative to the block's first."""
-    AXES: tl.constexpr = len(R.sizes)
-    offset = index
-    if AXES > 0:
-        offset, rest = index % R.run, index // R.run
-        for axis in tl.static_range(AXES):
-            offset += rest % R.sizes[axis] * R.strides[axis]
-            rest = rest // R.sizes[axis]
-    return offset
-
-
-@triton.jit
-def _words(array_ptr, batch, R: tl.constexpr):
-    """The array as words of integers."""
-    if R.word == 8:
-        words = array_ptr.to(tl.pointer_type(tl.int64))
-    elif R.word == 4:
-        words = array_ptr.to(tl.pointer_type(tl.int32))
-    elif R.word == 2:
-        words = array_ptr.to(tl.pointer_type(tl.int16))
-    else:
-        words = array_ptr.to(tl.pointer_type(tl.int8))
-    return words + batch.to(tl.int64) * R.batch_stride
-
-
-@triton.jit
 def _copy_below(words, offset, mask, pairs, i, child, R: tl.constexpr, S: tl.constexpr, SCAN: tl.constexpr):
     """Copies words for all pairs below pair i, each after its children.
 
@@ -187,11 +161,11 @@ def _copy_slice(
 ):  # fmt: skip
     """Copies a slice for pair i, and for all below it, if the slice is of this array."""
     if (part >= R.first_slice) & (part < R.first_slice + R.slices):
-        words = _words(array_ptr, batch, R)
+        words = as_words(array_ptr, batch, R)
         begin = (part - R.first_slice).to(tl.int64 if R.wide else tl.int32) * (TILES * TILE)
         for tile in range(TILES):
             index = begin + tile * TILE + tl.arange(0, TILE)
-            mask, offset = index < R.words, _offsets(index, R)
+            mask, offset = index < R.words, word_offsets(index, R)
             x = tl.load(words + node.source * R.block_stride + offset, mask=mask)
             if node.child >= 0:
                 _copy_below(words, offset, mask, pairs, i, node.child, R, S, SCAN)
@@ -273,12 +247,12 @@ def copy_blocks_kernel(
 def _zero_slice(array_ptr, part, batch, block, R: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr):
     """Fills a slice of a block with zeros, if it is of this array."""
     if (part >= R.first_slice) & (part < R.first_slice + R.slices):
-        words = _words(array_ptr, batch, R)
+        words = as_words(array_ptr, batch, R)
         begin = (part - R.first_slice).to(tl.int64 if R.wide else tl.int32) * (TILES * TILE)
         for tile in range(TILES):
             index = begin + tile * TILE + tl.arange(0, TILE)
             zeros = tl.full([TILE], 0, words.dtype.element_ty)
-            tl.store(words + block * R.block_stride + _offsets(index, R), zeros, mask=index < R.words)
+            tl.store(words + block * R.block_stride + word_offsets(index, R), zeros, mask=index < R.words)
 
 
 @triton.jit

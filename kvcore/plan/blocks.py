@@ -5,6 +5,7 @@ from functools import lru_cache
 from math import gcd, prod
 from typing import Any, NamedTuple
 
+from kvcore.arrays import ArraySpec
 from kvcore.contract.blocks import BlockArray, Blocks
 from kvcore.formats import FLOATS
 from kvcore.plan.kernel import EXACT, KernelPlan, Target
@@ -117,7 +118,7 @@ def plan_blocks(call: Blocks, target: Target, aligned: tuple[bool, ...] | None =
     tile_bytes, tiles = (65536, 1) if interpreted else (8192, 2)  # a program costs milliseconds there
     arrays, slices = [], 0
     for array, has_words in zip(call.arrays, aligned or (True,) * len(call.arrays), strict=True):
-        arrays.append(_rows(array, has_words, call.batched))
+        arrays += rows_of([array], has_words, call.batched)
     word = max(rows.word for rows in arrays)
     tile = power_of_two(min(tile_bytes // word, max(rows.words for rows in arrays)))
     for i, rows in enumerate(arrays):
@@ -125,11 +126,7 @@ def plan_blocks(call: Blocks, target: Target, aligned: tuple[bool, ...] | None =
         slices += arrays[i].slices
     constexprs: dict[str, Any] = dict.fromkeys(name.removesuffix("_ptr").upper() for name in ARRAYS)
     constexprs |= zip(constexprs, arrays, strict=False)
-    strides = call.indices.steps
-    batch, (pair, *column) = (strides[0], strides[1:]) if call.batched else (0, strides)
-    steps = IndexSteps(batch, pair, *(column or (0,)))
-    if 0 in call.indices.shape:  # nothing has steps, and Triton 3.6 cannot compile a kernel without any
-        steps = IndexSteps(batch, 2, 1)
+    steps = steps_of(call.indices, call.batched)
     constexprs |= {"S": steps, "SLICES": slices}
     n, nodes, rows_of_nodes = call.indices.shape[call.batched], None, 8
     if call.copies:
@@ -155,32 +152,55 @@ def plan_blocks(call: Blocks, target: Target, aligned: tuple[bool, ...] | None =
     return BlocksPlan(kernel, nodes, slices, rows_of_nodes)
 
 
-def _rows(array: BlockArray, aligned: bool, batched: bool) -> BlockRows:
-    """The blocks of an array, without its slices."""
-    itemsize = FLOATS[array.dtype].bits // 8 if array.dtype in FLOATS else 1
+def rows_of(arrays: Sequence[BlockArray], aligned: bool, batched: bool) -> list[BlockRows]:
+    """The blocks of arrays that have the same axes, in the same words, without slices.
+
+    Args:
+        arrays: One, or two between which blocks are copied.
+        aligned: Whether all begin at a multiple of 16 bytes.
+        batched: Whether they have a batch in front.
+    """
+    first, itemsize = arrays[0], itemsize_of(arrays[0])
     inside = [
-        (step, size)
-        for i, (step, size) in enumerate(zip(array.steps, array.shape, strict=True))
-        if size > 1 and i != array.axis and not (batched and i == 0)
+        (tuple(array.steps[i] for array in arrays), size)
+        for i, size in enumerate(first.shape)
+        if size > 1 and i != first.axis and not (batched and i == 0)
     ]
-    merged: list[tuple[int, int]] = [(1, 1)]  # strides and sizes, fastest first
-    for step, size in sorted(inside):
-        last_step, last_size = merged[-1]
-        if step == last_step * last_size:
-            merged[-1] = (last_step, last_size * size)
+    ones = (1,) * len(arrays)
+    merged: list[tuple[tuple[int, ...], int]] = [(ones, 1)]  # strides and sizes, fastest first
+    for steps, size in sorted(inside):
+        last_steps, last_size = merged[-1]
+        if steps == tuple(step * last_size for step in last_steps):
+            merged[-1] = (last_steps, last_size * size)
         else:
-            merged.append((step, size))
+            merged.append((steps, size))
     (_, run), *rows = merged
-    block_stride, batch_stride = array.steps[array.axis], array.steps[0] if batched else 0
+    outside = [(array.steps[array.axis], array.steps[0] if batched else 0) for array in arrays]
     word = itemsize
     if aligned:
-        strides = [step for step, _ in rows]
-        word = gcd(8, itemsize * gcd(run, block_stride, batch_stride, *strides))
+        strides = [step for steps, _ in rows for step in steps]
+        word = gcd(8, itemsize * gcd(run, *strides, *(step for steps in outside for step in steps)))
     per_word = word // itemsize
     run, words = run // per_word, prod(size for _, size in merged) // per_word
-    strides = tuple(step // per_word for step, _ in rows)
-    reach = run + sum((size - 1) * step // per_word for step, size in rows)
-    return BlockRows(
-        word, words, run, tuple(size for _, size in rows), strides, block_stride // per_word, batch_stride // per_word,
-        first_slice=0, slices=0, wide=max(reach, words) >= 2**31,
-    )  # fmt: skip
+    reach = max(run + sum((size - 1) * steps[i] // per_word for steps, size in rows) for i in range(len(arrays)))
+    return [
+        BlockRows(
+            word, words, run, tuple(size for _, size in rows), tuple(steps[i] // per_word for steps, _ in rows),
+            block_stride // per_word, batch_stride // per_word, first_slice=0, slices=0,
+            wide=max(reach, words) >= 2**31,
+        )
+        for i, (block_stride, batch_stride) in enumerate(outside)
+    ]  # fmt: skip
+
+
+def itemsize_of(array: BlockArray) -> int:
+    """Bytes of an element."""
+    return FLOATS[array.dtype].bits // 8 if array.dtype in FLOATS else 1
+
+
+def steps_of(indices: ArraySpec, batched: bool) -> IndexSteps:
+    """The strides of pairs, or of blocks."""
+    if 0 in indices.shape:  # nothing has steps, and Triton 3.6 cannot compile a kernel without any
+        return IndexSteps(0, 2, 1)
+    batch, (pair, *column) = (indices.steps[0], indices.steps[1:]) if batched else (0, indices.steps)
+    return IndexSteps(batch, pair, *(column or (0,)))

@@ -128,9 +128,13 @@ def zero_blocks(make):
     return torchkv.zero_blocks, ((*pair(make, torch.int8), *scales), integers(make, TOKENS)), {}
 
 
+def swap_blocks(make):
+    return torchkv.swap_blocks, (pair(make), pair(make), integers(make, TOKENS, 2)), {}
+
+
 KERNELS = {
     flash: 1, flash_fp8: 1, diffkv: 1, per_token_head: 1, mla: 1, attention: 1, attention_split: 2, attention_out: 1,
     unified: 1, gather: 1, gather_out: 1, rope: 1, rope_in_place: 1,
-    copy_blocks: 1, copy_many_blocks: 2, zero_blocks: 1,
+    copy_blocks: 1, copy_many_blocks: 2, zero_blocks: 1, swap_blocks: 1,
 }  # fmt: skip
 """How many kernels each call launches."""

@@ -6,6 +6,7 @@ from torchkv._library import blocks as _blocks_ops
 from torchkv._library import read as _read_ops
 from torchkv._library import rope as _rope_ops
 from torchkv._library import slots as _slot_ops
+from torchkv._library import swap as _swap_ops
 from torchkv._library import write as _write_ops
 from torchkv._slots import SlotCall
 from torchkv._triton import attention as _attention
@@ -13,6 +14,7 @@ from torchkv._triton import blocks as _blocks
 from torchkv._triton import gather as _gather
 from torchkv._triton import rope as _rope
 from torchkv._triton import slots as _slots
+from torchkv._triton import swap as _swap
 from torchkv._triton import write as _write
 
 
@@ -37,6 +39,7 @@ def ops():
     blocks = _blocks_ops
     yield blocks.copy_blocks, blocks._copy_call, _blocks.Moves(), blocks._BACKENDS
     yield blocks.zero_blocks, blocks._zero_call, _blocks.Moves(), blocks._BACKENDS
+    yield _swap_ops.swap_blocks, _swap_ops._call_of, _swap.Swaps(), _swap_ops._BACKENDS
 
 
 class Seen(OnHost):

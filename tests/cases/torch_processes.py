@@ -85,6 +85,12 @@ def other_ops(mesh, heads_axis, placements):
     torchkv.copy_blocks(caches, pairs)
     torchkv.zero_blocks(whole.caches, integers([2]))
     torchkv.zero_blocks(caches, integers([2]))
+    others = [torch.full_like(cache, 3) for cache in whole.caches]
+    split_others = split(mesh, [cache.clone() for cache in others], of_caches)
+    torchkv.swap_blocks(whole.caches, others, integers([[0, 1], [3, 0]]))
+    torchkv.swap_blocks(caches, split_others, integers([[0, 1], [3, 0]]))
+    for got, w in zip(split_others, others, strict=True):
+        same(got, w, exact=False)
     for got, w in zip(caches, whole.caches, strict=True):
         same(got, w, exact=False)
     replicated = [Replicate()] * mesh.ndim

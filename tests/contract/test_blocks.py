@@ -9,25 +9,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import jaxkv
 import torchkv
-from kvcore.contract.blocks import DTYPES
 from kvcore.run import interpreter
-from tests.cases.arrays import DTYPES as ARRAYS
-from tests.cases.arrays import random_bits, to_torch
+from tests.cases.arrays import to_torch
+from tests.cases.bad_blocks import CHOICES, SPELLED, array, convert, pairs
 
 CACHE = (6, 4, 2, 16)
-SPELLED = f"{', '.join(DTYPES[:-1])} or {DTYPES[-1]}"
 COUNT = (
     "caches must be (key_cache, value_cache) or (kv_cache,), followed by (k_scale_cache, v_scale_cache) where each "
     "token's head has a scale, got {} arrays"
 )
-
-
-def array(*shape, dtype="bfloat16"):
-    return random_bits(np.random.default_rng(0), shape, dtype) if dtype in ARRAYS else np.ones(shape, dtype)
-
-
-def pairs(*shape, dtype="int32"):
-    return np.zeros(shape, dtype)
 
 
 BOTH = (array(*CACHE), array(*CACHE))
@@ -113,14 +103,6 @@ BAD = {
     "layout": ("copy", {"layout": 5}, TypeError, "layout must be a pattern string or a CacheLayout, got 5"),
     "backend": ("copy", {"backend": "cuda"}, ValueError, None),
 }  # fmt: skip
-CHOICES = {"jaxkv": "'triton', 'xla' or 'interpret'", "torchkv": "'triton', 'torch' or 'interpret'"}
-
-
-def convert(arguments, one):
-    return {
-        name: tuple(map(one, x)) if isinstance(x, tuple) else one(x) if isinstance(x, np.ndarray) else x
-        for name, x in arguments.items()
-    }
 
 
 def jax_call(op, arguments, **more):
@@ -168,7 +150,7 @@ def test_bad_calls(monkeypatch, bad, way):
 
     monkeypatch.setattr(interpreter, "run", launched)
     monkeypatch.setattr(jaxkv.blocks, "update", launched)
-    monkeypatch.setattr(torchkv._torch.blocks, "_blocks_of", launched)
+    monkeypatch.setattr(torchkv._torch.blocks, "blocks_of", launched)
     op, differs, kind, message = BAD[bad]
     with pytest.raises(kind) as error:
         WAYS[way](op, (COPY if op == "copy" else ZERO) | differs)

@@ -18,7 +18,7 @@ OPS = {
     for name in (
         "paged_attention", "gather_kv", "reshape_and_cache_flash", "reshape_and_cache_flash_diffkv",
         "reshape_and_cache_flash_per_token_head_quant", "reshape_and_cache_flash_diffkv_per_token_head_quant",
-        "concat_and_cache_mla", "rope_and_cache", "slot_mapping", "copy_blocks", "zero_blocks",
+        "concat_and_cache_mla", "rope_and_cache", "slot_mapping", "copy_blocks", "zero_blocks", "swap_blocks",
     )
 }  # fmt: skip
 BLOCKS, BLOCK_SIZE, HEADS, SIZE, LAYERS = 5, 4, 2, 16, 2
@@ -129,6 +129,18 @@ CALLS = {
     "copied blocks with scales": ("copy_blocks", dict(
         key_cache=poison(BLOCKS, BLOCK_SIZE, HEADS, 2 * SIZE), k_scale_cache=scales(BLOCKS, BLOCK_SIZE, HEADS),
         v_scale_cache=scales(BLOCKS, BLOCK_SIZE, HEADS), **PAIRS,
+    )),
+    "swapped blocks": ("swap_blocks", dict(
+        source_key_cache=poison(LAYERS, 7, BLOCK_SIZE, HEADS, SIZE, dtype="bfloat16"),
+        source_value_cache=poison(LAYERS, 7, BLOCK_SIZE, HEADS, SIZE, dtype="bfloat16"),
+        key_cache=poison(LAYERS, BLOCKS, BLOCK_SIZE, HEADS, SIZE, dtype="bfloat16"),
+        value_cache=poison(LAYERS, BLOCKS, BLOCK_SIZE, HEADS, SIZE, dtype="bfloat16"), **PAIRS,
+        layout="layer block slot head dim",
+    )),
+    "swapped blocks with scales": ("swap_blocks", dict(
+        source_key_cache=poison(7, BLOCK_SIZE, HEADS, 2 * SIZE), source_k_scale_cache=scales(7, BLOCK_SIZE, HEADS),
+        source_v_scale_cache=scales(7, BLOCK_SIZE, HEADS), key_cache=poison(BLOCKS, BLOCK_SIZE, HEADS, 2 * SIZE),
+        k_scale_cache=scales(BLOCKS, BLOCK_SIZE, HEADS), v_scale_cache=scales(BLOCKS, BLOCK_SIZE, HEADS), **PAIRS,
     )),
     "zeroed blocks": ("zero_blocks", dict(
         key_cache=poison(BLOCKS, BLOCK_SIZE, HEADS, SIZE), value_cache=poison(BLOCKS, BLOCK_SIZE, HEADS, SIZE),

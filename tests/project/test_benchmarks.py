@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("jax")
 
-from benchmarks import attention, batching, blocks, decode, gather, loop, loop_forms, pool, relayout, slots, write
+from benchmarks import attention, batching, blocks, decode, gather, loop, loop_forms, pool, relayout, slots, swap, write
 
 
 @pytest.mark.parametrize(
@@ -111,6 +111,31 @@ def test_blocks(tmp_path, capsys):
         assert row["failed"] == {}
         assert all(row[key] > 0 for key in ("bytes", "copy_us", "torch_ratio", "jax_ratio"))
     assert "torch_ratio" in capsys.readouterr().out.splitlines()[-len(found["rows"]) - 1]
+
+
+def test_swap(tmp_path, capsys):
+    path = tmp_path / "swap.json"
+    swap.main(["--divide", "64", "--json", str(path)])
+    found = json.loads(path.read_text())
+    assert found["benchmark"] == "swap"
+    assert len(found["rows"]) == len(swap.CASES)
+    for row in found["rows"]:
+        assert row["failed"] == {}
+        assert all(row[key] > 0 for key in ("bytes", "copy_gb_s", "torch_gb_s", "jax_gb_s", "torch_ratio", "jax_ratio"))
+    assert "torch_ratio" in capsys.readouterr().out.splitlines()[-len(found["rows"]) - 1]
+
+
+def test_swapping_something_else_is_no_result(monkeypatch, tmp_path):
+    path, pairs, asked = tmp_path / "swap.json", swap.Case.pairs, []
+
+    def other(case, turn):
+        asked.append(turn)
+        return pairs(case, turn + (len(asked) > swap.SETS))  # the check asks last
+
+    monkeypatch.setattr(swap.Case, "pairs", other)
+    swap.main(["--divide", "64", "--json", str(path), "--cases", "1 layer, to", "--no-jax"])
+    (row,) = json.loads(path.read_text())["rows"]
+    assert "something else was copied" in row["failed"]["torch"]
 
 
 def test_copying_something_else_is_no_result(monkeypatch, tmp_path):

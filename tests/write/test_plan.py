@@ -206,6 +206,7 @@ def test_every_kernel_says_whether_multiply_and_add_may_fuse(monkeypatch, target
     caches = [torch.zeros(2200, 1, 1, 16), torch.zeros(2200, 1, 1, 16)]
     torchkv.copy_blocks(caches, pairs, backend="interpret")
     torchkv.zero_blocks(caches, pairs[:, 0], backend="interpret")
+    torchkv.swap_blocks(caches, [cache.clone() for cache in caches], pairs, backend="interpret")
     torchkv.slot_mapping(pairs[:3], None, pairs[:3, 0], 4, backend="interpret")
 
     defined = {

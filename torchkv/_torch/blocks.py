@@ -13,7 +13,7 @@ def move_blocks(described: Blocks, call: BlocksCall) -> None:
     exists = (indices >= 0) & (indices < described.num_blocks)
     indices = indices[exists.all(1) if described.copies else exists]
     for tensor, array in zip(call.written, described.arrays, strict=True):
-        blocks = _blocks_of(tensor, array)
+        blocks = blocks_of(tensor, array)
         if described.copies:
             source, destination = indices.unbind(1)
             blocks[destination] = blocks[source]
@@ -21,7 +21,7 @@ def move_blocks(described: Blocks, call: BlocksCall) -> None:
             blocks[indices] = 0
 
 
-def _blocks_of(tensor: Tensor, array: BlockArray) -> Tensor:
+def blocks_of(tensor: Tensor, array: BlockArray) -> Tensor:
     """The memory as integers, with the axis of blocks in front."""
     bits = tensor.view(BITS[8 * tensor.element_size()])
     return bits.as_strided(array.shape, array.steps, bits.storage_offset()).movedim(array.axis, 0)

@@ -33,6 +33,8 @@ def jax_writers(key: jax.Array, cache: jax.Array, slots: np.ndarray, scales: jax
     assert_type(jaxkv.copy_blocks((cache, cache), [[1, 2]], layout="HND"), tuple[jax.Array, ...])
     assert_type(jaxkv.zero_blocks([cache], slots, scale_layout="block head slot", backend="xla"), tuple[jax.Array, ...])
     jaxkv.copy_blocks((ref, jax.new_ref(cache)), slots)
+    assert_type(jaxkv.swap_blocks((cache, cache), [cache] * 2, [[1, 2]], layout="HND"), tuple[jax.Array, ...])
+    jaxkv.swap_blocks([cache], (ref,), slots, backend="xla")
 
 
 def jax_readers(query: jax.Array, cache: jax.Array, tables: jax.Array, lens: np.ndarray, lse: bool) -> None:
@@ -82,6 +84,9 @@ def jax_cache(key: jax.Array, tables: jax.Array, kv_cache_dtype: KVCacheDtype) -
         )  # fmt: skip
         cache = cache.write(key, key, np.arange(8), layer=0)
         assert_type(cache, jaxkv.PagedKVCache)
+        host = cache.create_host(num_blocks=4)
+        assert_type(cache.swap_blocks(host, [[1, 2]]).swap_blocks(cache, tables, backend="xla"), jaxkv.PagedKVCache)
+        assert_type(cache.create_host(memory="2GiB"), jaxkv.PagedKVCache)
         assert_type(cache.copy_blocks([[1, 2]]).zero_blocks(tables, backend="interpret"), jaxkv.PagedKVCache)
         assert_type(cache.relayout(cache, [[1, 2]], requantise=True), jaxkv.PagedKVCache)
         assert_type(jaxkv.relayout(cache, cache, backend="xla"), jaxkv.PagedKVCache)
@@ -125,6 +130,7 @@ def torch_writers(key: Tensor, cache: Tensor, slots: Tensor, scales: Tensor) -> 
     torchkv.concat_and_cache_mla(key, key, cache, slots, "fp8_ds_mla", layer=1)
     torchkv.copy_blocks((cache, cache, scales, scales), slots, scale_layout="block head slot")
     torchkv.zero_blocks(cache, slots, layout="KV_NHD", backend="torch")
+    torchkv.swap_blocks((cache, cache), [cache, cache], slots, layout="HND", backend="interpret")
 
 
 def torch_readers(query: Tensor, cache: Tensor, tables: Tensor, lens: Tensor, lse: bool) -> None:
@@ -153,6 +159,10 @@ def torch_cache(key: Tensor, tables: Tensor, kv_cache_dtype: KVCacheDtype) -> No
     torchkv.relayout(cache, cache, tables)
     assert_type(cache.read(tables[0]), tuple[Tensor, Tensor])
     cache.copy_blocks(tables)
+    host = cache.create_host(num_blocks=4)
+    cache.swap_blocks(host, tables)
+    host.swap_blocks(cache, tables, backend="torch")
+    assert_type(cache.create_host(memory="2GiB"), torchkv.PagedKVCache)
     cache.zero_blocks(tables[0], backend="interpret")
     assert_type(cache.attend(key, tables, tables[:, 0], layer=0, sliding_window=9), Tensor)
     assert_type(cache.attend(key, tables, tables, return_lse=True), tuple[Tensor, Tensor])

@@ -31,6 +31,8 @@ def with_jax(x: jax.Array, ref: jax.Ref, cache: jaxkv.PagedKVCache) -> None:
     jaxkv.gather_slots((x, x), x, backend="torch")  # wrong
     jaxkv.zero_blocks((x, x), x).shape  # wrong
     cache.copy_blocks(x, layer=0)  # wrong
+    cache.swap_blocks(x, x)  # wrong
+    jaxkv.swap_blocks((x, x), (ref, x), x)  # wrong
     jaxkv.PagedKVCache.create(num_blocks=1, block_size=1, num_heads=1, head_size=8, kv_cache_dtype="fp9")  # wrong
     jaxkv.PagedKVCache.create(num_blocks=1, block_size=1, num_heads=1, head_sise=8)  # wrong
     jaxkv.CacheLayout.from_json({"version": 1})  # wrong
@@ -66,6 +68,8 @@ def with_torch(x: Tensor, cache: torchkv.PagedKVCache) -> None:
     torchkv.gather_slots((x, x), x, dtype="int8")  # wrong
     torchkv.zero_blocks((x, x), [1])  # wrong
     cache.zero_blocks(x, layer=0)  # wrong
+    cache.swap_blocks(cache, [[0, 1]])  # wrong
+    torchkv.swap_blocks((x, x), (x, x))  # wrong
     torchkv.PagedKVCache.create(num_blocks=1, block_size=1, num_heads=1, head_size=8, dtype="fp8")  # wrong
     cache.write(x, x, x, backend="xla")  # wrong
     cache.attend(x, x, x, slding_window=9)  # wrong

@@ -1,0 +1,3 @@
+"""What tests of blocks share."""
+
+from tests.cases.torch_compile import compiler  # noqa: F401
