@@ -1,5 +1,6 @@
 """Fewer cases of tests with many axes: those that have every pair of values of two, or every value of each."""
 
+from collections import Counter
 from itertools import combinations
 
 
@@ -14,10 +15,15 @@ def covering(cases, strength):
         Indices of the cases that stay; always the same for the same cases.
     """
     found = [set(combinations(sorted(case.items()), min(strength, len(case)))) for case in cases]
-    missing, kept = set().union(*found), []
+    missing, kept, times = set().union(*found), [], Counter()
     while missing:
-        best = max(range(len(found)), key=lambda i: (len(found[i] & missing), -i))
+        # Of those that add most, one whose values others have least, so that none is met once and another always.
+        best = max(
+            range(len(found)),
+            key=lambda i: (len(found[i] & missing), -sum(times[each] for each in found[i]), -i),
+        )
         kept.append(best)
+        times.update(found[best])
         missing -= found[best]
     return sorted(kept)
 

@@ -72,3 +72,9 @@ def test_what_options_leave_is_covered():
     for item in mine:
         assert leave_out([item], False) == set()
     assert leave_out(mine[:4], False) == set()
+
+
+def test_values_are_met_alike():
+    """Of ten options, five meet one value of the other parameter."""
+    kept = [case for i, case in enumerate(cases_of(2, 10)) if i in covering(cases_of(2, 10), 1)]
+    assert sorted(case[0] for case in kept) == [0] * 5 + [1] * 5
