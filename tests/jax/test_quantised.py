@@ -32,7 +32,6 @@ from tests.cases.jax_quantised import (
 LAYOUTS = ["NHD", "HND", "KV_NHD", "BLOCK_KV_HND", "PALLAS", "PACKED_NHD", "INTERLEAVED"]
 
 
-@pytest.mark.covering(1)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_jit_with_donation_updates_the_same_buffers(kind, layout):
