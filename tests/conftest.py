@@ -23,7 +23,9 @@ import pytest
 
 
 def pytest_addoption(parser):
-    parser.addoption("--every-case", action="store_true", help="every combination of parameters, not every pair of two")
+    parser.addoption(
+        "--cases", choices=["values", "pairs", "all"], default="pairs", help="cases of a test with several parameters"
+    )
 
 
 def pytest_generate_tests(metafunc):
@@ -50,10 +52,11 @@ def pytest_collection_modifyitems(config, items):
     What options like `-k` leave of a test's cases is covered by fewer of them: see tests/cases/covering.py.
     """
     result = yield
-    if not config.getoption("every_case"):
+    cases = config.getoption("cases")
+    if cases != "all":
         from tests.cases.covering import leave_out
 
-        out = leave_out(items, HAS_GPU)
+        out = leave_out(items, HAS_GPU, most=1 if cases == "values" else 2)
         items[:] = [item for item in items if item not in out]
     if config.getoption("loadgroup", False):
         for item in items:

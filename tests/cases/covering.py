@@ -28,11 +28,11 @@ def covering(cases, strength):
     return sorted(kept)
 
 
-def leave_out(items, has_gpu):
+def leave_out(items, has_gpu, most=2):
     """Tests that need not run, as others of the same function have every pair of two of their parameters.
 
-    With the mark `covering(1)` it is every value; so it is without a GPU for tests that need one, which then run only
-    up to the kernels. With a GPU, these have what they cover chosen already, and all run.
+    With the mark `covering(1)`, or where `most` is 1, it is every value; so it is without a GPU for tests that need
+    one, which then run only up to the kernels. With a GPU, these have what they cover chosen already, and all run.
     """
     tests, out = {}, set()
     for item in items:
@@ -40,7 +40,7 @@ def leave_out(items, has_gpu):
             continue
         gpu, mark = item.get_closest_marker("gpu"), item.get_closest_marker("covering")
         if not (gpu and has_gpu):
-            strength = 1 if gpu else mark.args[0] if mark else 2
+            strength = 1 if gpu else mark.args[0] if mark else most
             tests.setdefault((item.parent.nodeid, item.originalname, strength), []).append(item)
     for (_, _, strength), same in tests.items():
         kept = set(covering(axes_of(same), strength))

@@ -74,6 +74,10 @@ def test_what_options_leave_is_covered():
     assert leave_out(mine[:4], False) == set()
 
 
+def test_values_instead_of_pairs():
+    assert len(leave_out(items_of("test_a"), False, most=1)) == 6
+
+
 def test_values_are_met_alike():
     """Of ten options, five meet one value of the other parameter."""
     kept = [case for i, case in enumerate(cases_of(2, 10)) if i in covering(cases_of(2, 10), 1)]
