@@ -3,9 +3,10 @@ from pathlib import Path
 
 # Read when jax is first used. Eight CPU devices for the sharding tests.
 flags = ["--xla_force_host_platform_device_count=8"]
+HAS_GPU = any(Path("/dev").glob("nvidia*")) or Path("/dev/kfd").exists()
 # A test runs its program once. At level 1, XLA takes half the time to compile it, and gives the same bits; not at level
 # 0, at which no multiply and add are fused. With a GPU, programs are compiled as users have them.
-if not any(Path("/dev").glob("nvidia*")) and not Path("/dev/kfd").exists():
+if not HAS_GPU:
     flags.append("--xla_backend_optimization_level=1")
 os.environ["XLA_FLAGS"] = " ".join([*flags, os.environ.get("XLA_FLAGS", "")])
 # Users may forbid implicit promotion in their processes, so no test may need it; read when jax is imported.
@@ -19,6 +20,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import pytest
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--cases", choices=["values", "pairs", "all"], default="pairs", help="cases of a test with several parameters"
+    )
 
 
 def pytest_generate_tests(metafunc):
@@ -41,8 +48,16 @@ def pytest_collection_modifyitems(config, items):
     """Has tests with the mark `xdist_group` run in one process, which pytest-xdist tells by their names.
 
     From pytest 9.2 on, pytest-xdist 3.8 does not manage to name them (pytest-xdist#1386). Can go with a later one.
+
+    What options like `-k` leave of a test's cases is covered by fewer of them: see tests/cases/covering.py.
     """
     result = yield
+    cases = config.getoption("cases")
+    if cases != "all":
+        from tests.cases.covering import leave_out
+
+        out = leave_out(items, HAS_GPU, most=1 if cases == "values" else 2)
+        items[:] = [item for item in items if item not in out]
     if config.getoption("loadgroup", False):
         for item in items:
             for mark in item.iter_markers("xdist_group"):

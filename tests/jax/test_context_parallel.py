@@ -105,6 +105,7 @@ def test_without_checks_of_what_varies():
     Run(4, LENS, [20, 5, 1, 13, 2]).assert_same(check_vma=False)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("options", [
     {"sliding_window": 8}, {"causal": False}, {"soft_cap": 2.0, "scale": 0.3}, {"sliding_window": 2**31 - 1},
     {"sinks": np.linspace(-2, 3, 8).astype(np.float32)},

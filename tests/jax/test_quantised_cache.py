@@ -137,6 +137,7 @@ def test_a_cache_with_heads_over_devices(scales, kind, layout):
     assert keys.sharding.spec[2] == "tp"
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("layout", ["MLA", "slot layer block latent"])
 @pytest.mark.parametrize(("name", "bound"), [("auto", 1e-6), ("fp8_ds_mla", 0.2), ("int8", 0.03), ("nvfp4", 0.6)])
 def test_a_latent_cache(name, bound, layout):

@@ -254,6 +254,7 @@ def test_the_copies_move_what_writes_and_gathers_move():
     assert moved == {name: heads * (size + 256) for name, size in read.items()}
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(("devices", "more"), [("1", ["--divide", "16"]), ("2", ["--divide", "4", "--no-parts"])])
 @pytest.mark.parametrize("weights", ["out-in", "in-out"])
 def test_decode(devices, more, weights, tmp_path):
