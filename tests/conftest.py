@@ -58,6 +58,7 @@ def pytest_collection_modifyitems(config, items):
 
         out = leave_out(items, HAS_GPU, most=1 if cases == "values" else 2)
         items[:] = [item for item in items if item not in out]
+        config.hook.pytest_deselected(items=list(out))
     if config.getoption("loadgroup", False):
         for item in items:
             for mark in item.iter_markers("xdist_group"):
