@@ -142,15 +142,16 @@ def jax_seconds(case: Case, estimate: float) -> float:
     old, memory = sides
     every = [jnp.asarray(case.pairs(turn)) for turn in range(SETS)]
 
-    def call(memory: Any, given: Any) -> Any:
+    def call(memory: Any, inputs: Any) -> Any:
+        old, given = inputs  # an argument of the program: as a constant, it would be in the device's memory
         for pairs in given:
             memory = list(jaxkv.swap_blocks(old, memory, pairs, **options))
         return memory
 
-    new = jax.jit(lambda memory, pairs: call(memory, [pairs]))(memory, every[0])
+    new = jax.jit(call)(memory, (old, every[:1]))
     check(case, source, [_as_torch(array, like) for array, like in zip(new, memory_of(source), strict=True)])
     del new
-    return jax_time(call, memory, every, SETS, estimate)
+    return jax_time(call, memory, (old, every), SETS, estimate)
 
 
 def _as_torch(array: Any, like: torch.Tensor) -> torch.Tensor:
