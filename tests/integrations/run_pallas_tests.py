@@ -11,7 +11,6 @@ import sys
 from collections import Counter
 from importlib import import_module
 
-import jax._src.test_util as jtu
 import pytest
 
 from jaxkv.integrations import pallas
@@ -32,6 +31,7 @@ def replaced(calls: Counter) -> None:
             return _ours(*args, **options)
 
         setattr(import_module(module), name, counted)
+    jtu = import_module("jax._src.test_util")
     jtu.is_device_tpu_at_least = lambda version: True
     jtu.is_cuda_compute_capability_at_least = lambda capability: True
 

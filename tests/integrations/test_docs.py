@@ -6,7 +6,7 @@ import pytest
 
 from tests.cases.processes import ROOT
 
-PAGES = ["from-pallas"]
+PAGES = ["from-flashinfer", "from-pallas"]
 
 
 @pytest.mark.parametrize("page", PAGES)
