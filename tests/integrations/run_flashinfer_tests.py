@@ -6,8 +6,8 @@ PATH is a file of FlashInfer's repository, such as `tests/attention/test_batch_d
 out cases whose parameter of this name is larger, `--each` draws as many cases of each test, the same in each run.
 
 What tests compare with, single_prefill_with_kv_cache and single_decode_with_kv_cache, is plain torch. Tests of what
-torchkv has no counterpart for are skipped, with its name. CUDA devices are the CPU, and a graph that is replayed runs
-what it captured again, on the tensors that it captured.
+torchkv has no counterpart for are skipped, with its name. Latent caches in two tensors are joined for each call. CUDA
+devices are the CPU, and a graph that is replayed runs what it captured again, on the tensors that it captured.
 """
 
 import math
@@ -31,7 +31,7 @@ from torchkv.integrations.flashinfer.planned import Planned
 def single_prefill_with_kv_cache(
     q, k, v, *unused, kv_layout="NHD", causal=False, pos_encoding_mode="NONE", sm_scale=None, window_left=-1,
     logits_soft_cap=None, return_lse=False, custom_mask=None, k_scale=None, v_scale=None, backend=None,
-    use_fp16_qk_reduction=False,
+    use_fp16_qk_reduction=False, use_tensor_cores=None,
 ):  # fmt: skip
     """Attention of one sequence, in float32."""
     if pos_encoding_mode != "NONE" or custom_mask is not None:
@@ -56,6 +56,15 @@ def single_prefill_with_kv_cache(
 def single_decode_with_kv_cache(q, k, v, kv_layout="NHD", *unused, **options):
     result = single_prefill_with_kv_cache(q[None], k, v, kv_layout=kv_layout, **options)
     return tuple(x[0] for x in result) if isinstance(result, tuple) else result[0]
+
+
+class JoinedMla(ours.BatchMLAPagedAttentionWrapper):
+    """Tests keep the two parts of latent rows in tensors of their own, which torchkv's wrapper refuses: joins them."""
+
+    def run(self, q_nope, q_pe, ckv_cache, kpe_cache, *args, **options):
+        rows = torch.cat([ckv_cache, kpe_cache], -1)
+        parts = rows[..., : ckv_cache.shape[-1]], rows[..., ckv_cache.shape[-1] :]
+        return super().run(q_nope, q_pe, *parts, *args, **options)
 
 
 # ---- a package flashinfer
@@ -89,6 +98,7 @@ class Finder:
         if spec.name.startswith("flashinfer"):
             for name in ours.__all__:
                 setattr(module, name, getattr(ours, name))
+            module.BatchMLAPagedAttentionWrapper = JoinedMla
             module.single_prefill_with_kv_cache = single_prefill_with_kv_cache
             module.single_decode_with_kv_cache = single_decode_with_kv_cache
             module.get_compute_capability = lambda device: (9, 0)
@@ -158,6 +168,11 @@ class Capture:
         Graph.capturing = None
 
 
+class Generator(torch.Generator):
+    def __new__(cls, device=None):
+        return super().__new__(cls)
+
+
 class Stream:
     def wait_stream(self, other): ...
     def synchronize(self): ...
@@ -187,6 +202,7 @@ def replace_cuda():
     torch.cuda.stream = lambda stream: stream
     for name in ("synchronize", "empty_cache", "manual_seed", "manual_seed_all"):
         setattr(torch.cuda, name, lambda *args: None)
+    torch.Generator = Generator
     torch.cuda.get_device_properties = lambda *args: types.SimpleNamespace(multi_processor_count=132)
 
 

@@ -46,6 +46,9 @@ def test_decode(options, also, kv_layout, torch_backend):
     assert got[0] is out
     close((out, lse), want)
     assert torch.equal(wrapper.run(q, batch.caches), out)
+    lse.fill_(7)
+    wrapper.run(q, batch.caches, lse=lse)
+    close((out, lse), want)
 
 
 def test_decode_of_several_tokens_each():
@@ -199,8 +202,13 @@ def test_latent_caches(dtype, causal):
         wrapper.run(*parts[:3], cache[..., 15:23], **scales)
     with pytest.raises(flashinfer.UnsupportedError, match="ckv_cache and kpe_cache must be parts of the same rows"):
         wrapper.run(*parts[:3], cache.clone()[..., 16:], **scales)
-    with pytest.raises(flashinfer.UnsupportedError, match="kpe_scale must be ckv_scale, 0.25, got 0.5"):
-        wrapper.run(*parts, ckv_scale=0.25, kpe_scale=0.5)
+    if dtype == torch.float32:
+        with pytest.raises(ValueError, match=r"kpe_scale must be None for a cache of float32, got 0\.5"):
+            wrapper.run(*parts, kpe_scale=0.5)
+        return
+    both = torch.cat([q[..., :16], q[..., 16:] * 3], -1)
+    want = wrapper.run(both[..., :16], both[..., 16:], *parts[2:], ckv_scale=0.25, kpe_scale=0.25)
+    torch.testing.assert_close(wrapper.run(*parts, ckv_scale=0.25, kpe_scale=0.75), want)
 
 
 # ---- errors

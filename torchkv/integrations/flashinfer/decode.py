@@ -193,7 +193,7 @@ class BatchDecodeWithPagedKVCacheWrapper:
                 a head.
             v_scale: The same for values.
             out: `[batch_size * q_len_per_req, num_qo_heads, head_dim]`, written to; None: a new tensor.
-            lse: `[batch_size * q_len_per_req, num_qo_heads]` of float32, written to with return_lse.
+            lse: `[batch_size * q_len_per_req, num_qo_heads]` of float32, written to, with and without return_lse.
             return_lse: Whether the log-sum-exp is returned, too, to base 2.
             enable_pdl: Not used.
             window_left: In the place of plan's.

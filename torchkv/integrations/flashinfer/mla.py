@@ -77,7 +77,7 @@ class BatchMLAPagedAttentionWrapper:
 
         Args:
             qo_indptr: `[batch_size + 1]` of int32: where each sequence's query tokens begin; on any device.
-            kv_indptr: `[batch_size + 1]` of int32: where each sequence's pages begin in kv_indices.
+            kv_indptr: `[batch_size + 1]` of int32, or more, not used: where each sequence's pages begin in kv_indices.
             kv_indices: Numbers of pages.
             kv_len_arr: `[batch_size]` of int32: tokens of each sequence.
             num_heads: Not used: run is told by its tensors.
@@ -97,6 +97,7 @@ class BatchMLAPagedAttentionWrapper:
         if use_profiler:
             raise UnsupportedError(f"use_profiler must be False, got {use_profiler}")
         self._dtypes = check_data_types(q_data_type, kv_data_type, None)
+        kv_indptr = kv_indptr[: len(qo_indptr)]
         self._planned.plan(qo_indptr, kv_indptr, kv_indices, kv_len_arr, kv_len_arr, int(qo_indptr[-1]))
         self._causal, self._sm_scale = causal, sm_scale
 
@@ -127,7 +128,7 @@ class BatchMLAPagedAttentionWrapper:
             ckv_cache: `[num_pages, page_size, head_dim_ckv]`, the first part of a tensor's rows.
             kpe_cache: `[num_pages, page_size, head_dim_kpe]`, the rest of the same rows.
             out: `[qo_indptr[-1], num_heads, head_dim_ckv]`, written to; None: a new tensor.
-            lse: `[qo_indptr[-1], num_heads]` of float32, written to with return_lse.
+            lse: `[qo_indptr[-1], num_heads]` of float32, written to, with and without return_lse.
             return_lse: Whether the log-sum-exp is returned, too.
             profiler_buffer: None.
             kv_len: Not used: it is for another backend.
@@ -136,7 +137,7 @@ class BatchMLAPagedAttentionWrapper:
             o_scale: None.
             ckv_scale: With a cache of fp8: what its elements are multiplied by.
             ckv_scale_arr: None.
-            kpe_scale: The same as ckv_scale.
+            kpe_scale: The same for the rotary part. Where it differs, q_pe is multiplied by their ratio, and rounded.
 
         Returns:
             The result, of the shape of out; with return_lse also the log-sum-exp.
@@ -150,10 +151,11 @@ class BatchMLAPagedAttentionWrapper:
         cache = joined(ckv_cache, kpe_cache)
         check_rows(q_nope, planned.rows, self._dtypes[0], cache, self._dtypes[1])
         check_planned_dtype("q_pe", q_pe, "q_data_type", self._dtypes[0])
+        for name, given in (("ckv_scale", ckv_scale), ("kpe_scale", kpe_scale)):
+            if given is not None and dtype_name(cache) in FLOATS:
+                raise ValueError(f"{name} must be None for a cache of {dtype_name(cache)}, got {given}")
         if ckv_scale != kpe_scale:
-            raise UnsupportedError(f"kpe_scale must be ckv_scale, {ckv_scale}, got {kpe_scale}")
-        if ckv_scale is not None and dtype_name(cache) in FLOATS:
-            raise ValueError(f"ckv_scale must be None for a cache of {dtype_name(cache)}, got {ckv_scale}")
+            q_pe = q_pe * ((1.0 if kpe_scale is None else kpe_scale) / (1.0 if ckv_scale is None else ckv_scale))
         scale: Any = self._sm_scale if ckv_scale is None else self._sm_scale * ckv_scale
         return planned.attend(
             torch.cat([q_nope, q_pe], -1), cache, scale, None, ckv_scale, out, lse, return_lse, return_lse_base_on_e,

@@ -164,13 +164,13 @@ class Planned:
             kernel_scales = {name: each.float().reshape(-1) for name, each in given.items() if each is not None}
         result, sums = read.paged_attention(
             q, caches, self.tables, self.seq_lens, query_start_loc=self.starts, scale=scale,
-            out=out, lse=lse if return_lse else None, return_lse=True, **kernel_scales, **options,
+            out=out, lse=lse, return_lse=True, **kernel_scales, **options,
         )  # fmt: skip
         if v_scale is not None and "v_scale" not in kernel_scales and not _is_one(v_scale):
             result.mul_(v_scale)
-        if not return_lse:
-            return result
-        return result, sums if base_e else sums.mul_(LOG2_E)
+        if not base_e and (return_lse or lse is not None):
+            sums.mul_(LOG2_E)
+        return (result, sums) if return_lse else result
 
 
 def _is_one(scale: Any) -> bool:

@@ -218,7 +218,7 @@ class BatchPrefillWithPagedKVCacheWrapper:
                 a head.
             v_scale: The same for values.
             out: `[qo_indptr[-1], num_qo_heads, head_dim_vo]`, written to; None: a new tensor.
-            lse: `[qo_indptr[-1], num_qo_heads]` of float32, written to with return_lse.
+            lse: `[qo_indptr[-1], num_qo_heads]` of float32, written to, with and without return_lse.
             return_lse: Whether the log-sum-exp is returned, too, to base 2.
             enable_pdl: Not used.
             window_left: In the place of plan's.
