@@ -162,6 +162,9 @@ class Planned:
         if dtype_name(cache) not in FLOATS:
             given = {"k_scale": k_scale, "v_scale": v_scale if isinstance(v_scale, Tensor) else None}
             kernel_scales = {name: each.float().reshape(-1) for name, each in given.items() if each is not None}
+        if lse is not None and out is None:  # paged_attention takes both or neither
+            size = options["head_size_v"] if isinstance(caches, Tensor) else caches[1].shape[-1]
+            out = q.new_empty(*q.shape[:2], size)
         result, sums = read.paged_attention(
             q, caches, self.tables, self.seq_lens, query_start_loc=self.starts, scale=scale,
             out=out, lse=lse, return_lse=True, **kernel_scales, **options,
