@@ -4,7 +4,7 @@
     out = jaxkv.paged_attention(query, (key_cache, value_cache), block_tables, seq_lens)
 
 Under `jax.jit` with donated caches, in scans, loops and shardings, the caches are updated where they are. Docs:
-README.md. Layouts: `jaxkv.CacheLayout`.
+README.md. Layouts: `jaxkv.CacheLayout`. Under Pallas's names: `jaxkv.integrations.pallas`.
 
 Wherever a function takes an array, it takes one of JAX's or NumPy's, or a list; numbers in lists are float32, and what
 JAX would round (NumPy's float64) is a TypeError. Slots, tables, lengths, starts and layers may be integers of any

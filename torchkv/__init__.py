@@ -3,7 +3,8 @@
     torchkv.reshape_and_cache_flash(key, value, key_cache, value_cache, slot_mapping)
     out = torchkv.paged_attention(query, (key_cache, value_cache), block_tables, seq_lens)
 
-Docs: README.md. Layouts: `torchkv.CacheLayout`. Under vLLM's names: `torchkv.integrations.vllm`.
+Docs: README.md. Layouts: `torchkv.CacheLayout`. Under other projects' names:
+`torchkv.integrations.vllm` and `torchkv.integrations.flashinfer`.
 """
 
 from typing import TYPE_CHECKING
