@@ -1,0 +1,59 @@
+"""What goes from the cache to the attention of one layer, and how it gets there.
+
+transformers hands a layer's attention the keys and values that `Cache.update` returned, but no cache. From 5.24 on,
+models give `update` the dictionary of keyword arguments that attention is about to get, for caches to change: the
+handle goes into it. Before 5.24 it is an attribute of the keys. Either way it lives for one call of one layer: nothing
+is global, so that any number of caches, models and threads go on side by side.
+"""
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torchkv.integrations.transformers.cache import PagedLayer
+
+ATTENTION = "torchkv"
+"""The name of the attention, for `set_attn_implementation`."""
+
+KEYWORD = "torchkv_handle"
+
+
+class UnsupportedError(ValueError):
+    """What a model or a call asks for cannot be done with a paged cache."""
+
+
+class Handle(NamedTuple):
+    """A layer's part of the cache, and the new keys that it was given, `[batch, heads, tokens, head_size]`."""
+
+    layer: "PagedLayer"
+    key: Tensor
+
+
+def pass_on(handle: Handle, kwargs: dict[str, Any] | None) -> None:
+    """Leaves a handle for the attention that comes next."""
+    if kwargs is None:
+        handle.key._torchkv_handle = handle  # type: ignore[attr-defined]
+    else:
+        kwargs[KEYWORD] = handle
+
+
+def take(key: Tensor, kwargs: dict[str, Any]) -> Handle:
+    """The handle that `pass_on` left.
+
+    Raises:
+        UnsupportedError: there is none, or the keys are others than those that it came with.
+    """
+    handle = kwargs.pop(KEYWORD, None)
+    if handle is None:
+        handle = getattr(key, "_torchkv_handle", None)
+    if handle is None:
+        raise UnsupportedError(
+            f'attention "{ATTENTION}" must be used with a torchkv PagedCache, whose keys the model leaves as they are: '
+            "pass past_key_values=PagedCache.for_model(model, …), also to a forward without generate"
+        )
+    if handle.key is not key:
+        raise UnsupportedError(
+            "key must be what the cache was given: this model changes keys between its cache and its attention"
+        )
+    return handle
