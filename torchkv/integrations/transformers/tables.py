@@ -223,9 +223,7 @@ class FixedTables(Tables):
         require((seq_lens <= self.max_tokens).all(), self._too_long(), ValueError)
         self._lengths.copy_(seq_lens)
         self.length.add_(tokens)
-        step = make_step(
-            self._block_tables, seq_lens.contiguous(), mask, tokens, self.block_size, backend=self.backend
-        )
+        step = make_step(self._block_tables, seq_lens.contiguous(), mask, tokens, self.block_size, backend=self.backend)
         self._steps = {device: step}
         return step
 
