@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchkv._arguments import refuse_gradients
 from torchkv.integrations.transformers.handle import UnsupportedError, take
 
 _UNKNOWN = (
@@ -51,7 +52,10 @@ def paged_attention_forward(
         UnsupportedError: there is no PagedCache, or an argument is another than described here, or asks for weights.
         ValueError: a shape does not fit, or the cache has too few tokens for this call.
         OutOfBlocks: the cache has too few blocks for this call.
+        NotImplementedError: autograd follows an argument.
     """
+    handle = take(key, kwargs)
+    refuse_gradients("paged_attention_forward", query, key, value, s_aux)
     if kwargs.get("output_attentions"):
         raise UnsupportedError(
             "output_attentions must be False, got True: weights are not kept; use attn_implementation='eager'"
@@ -63,6 +67,5 @@ def paged_attention_forward(
     for name in _UNKNOWN:
         if kwargs.get(name) is not None:
             raise UnsupportedError(f"{name} must be None with a paged cache, got {type(kwargs[name]).__name__}")
-    handle = take(key, kwargs)
     options = {"scale": scaling, "soft_cap": softcap, "sinks": s_aux}
     return handle.layer.attend(query, key, value, attention_mask, sliding_window, options), None

@@ -69,6 +69,10 @@ class PagedLayer(CacheLayerMixin):
         pass_on(Handle(self, key_states), kwargs)
         return key_states, value_states
 
+    def arrived(self) -> None:
+        """Says that the attention that `update` left keys to is the right one."""
+        self._tables.pending = None
+
     def attend(
         self,
         query: Tensor,
@@ -79,6 +83,8 @@ class PagedLayer(CacheLayerMixin):
         options: dict[str, Any],
     ) -> Tensor:
         """Writes the new keys and values, and attends: `[batch, tokens, num_q_heads, head_size_v]`."""
+        tables, store, backend = self._tables, self.store, self._tables.backend
+        assert store is not None
         if window is not None and window != self.sliding_window:
             raise UnsupportedError(
                 f"sliding_window must be {self.sliding_window} in layer {self.index}, as in the config, got {window}"
@@ -91,8 +97,6 @@ class PagedLayer(CacheLayerMixin):
                 "attention_mask must have shape (batch, tokens), nonzero where a token is real: masks of other shapes "
                 f"cannot be read from a paged cache, got {tuple(mask.shape)} of {mask.dtype}"
             )
-        tables, store, backend = self._tables, self.store, self._tables.backend
-        assert store is not None
         step = tables.begin(mask, batch, tokens, key.device) if self.index == 0 else tables.step(key.device)
         if step.pairs is not None:
             store.copy_blocks(step.pairs, backend=backend)
@@ -104,7 +108,6 @@ class PagedLayer(CacheLayerMixin):
         ).view(batch, tokens, query.shape[1], value.shape[2])  # fmt: skip
         if step.order is not None:
             out = torch.empty_like(out).scatter_(1, step.order[:, :, None, None].expand_as(out), out)
-        tables.pending = None
         if self.index == self._count - 1:
             tables.end()
         return out

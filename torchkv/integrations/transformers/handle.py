@@ -52,6 +52,7 @@ def take(key: Tensor, kwargs: dict[str, Any]) -> Handle:
             f'attention "{ATTENTION}" must be used with a torchkv PagedCache, whose keys the model leaves as they are: '
             "pass past_key_values=PagedCache.for_model(model, …), also to a forward without generate"
         )
+    handle.layer.arrived()
     if handle.key is not key:
         raise UnsupportedError(
             "key must be what the cache was given: this model changes keys between its cache and its attention"

@@ -42,6 +42,11 @@ class Tables:
             self._steps[device] = next(iter(self._steps.values())).to(device)
         return self._steps[device]
 
+    def check_ended(self) -> None:
+        """Raises an UnsupportedError where the forward before did not get to its end: it wrote some layers only."""
+        if self._steps:
+            raise UnsupportedError("the forward before this one did not get to its last layer; call cache.reset()")
+
     def end(self) -> None:
         """Ends a forward."""
         self._steps = {}
@@ -84,7 +89,9 @@ class GrowingTables(Tables):
 
     def begin(self, mask: Tensor | None, batch: int, tokens: int, device: torch.device) -> Step:
         """Takes blocks for the next tokens."""
-        order = None
+        self.check_ended()
+        self._check_batch(batch, len(self._rows) or batch)
+        before, order = self._lengths or [0] * batch, None
         if mask is None:
             if any(length != self.length for length in self._lengths):
                 raise UnsupportedError(PADDED)
@@ -92,21 +99,20 @@ class GrowingTables(Tables):
             unbroken = lengths
         else:
             (lengths, new, *columns) = zip(*mask[:, 0, 0].tolist(), strict=True)
-            rows = list(zip(*columns, strict=True))
-            if any(0 in row[tokens - n :] for row, n in zip(rows, new, strict=True)):
+            real = list(zip(*columns, strict=True))
+            if any(0 in row[tokens - n :] for row, n in zip(real, new, strict=True)):
                 order = mask[:, 0, 0, COUNTS:].argsort(dim=1, stable=True)
             unbroken = [
                 past + tokens if 0 not in row else row[::-1].index(0)
-                for past, row in zip(self._unbroken or [0] * batch, rows, strict=True)
+                for past, row in zip(self._unbroken or [0] * batch, real, strict=True)
             ]
-        if not self._rows:
-            self._rows, self._lengths = [[] for _ in range(batch)], [0] * batch
-        self._check_batch(batch, len(self._rows))
-        if any(length - n != past for length, n, past in zip(lengths, new, self._lengths, strict=True)):
+        if any(length - n != past for length, n, past in zip(lengths, new, before, strict=True)):
             raise UnsupportedError(CHANGED)
         if max(lengths) > self.max_tokens:
             raise ValueError(f"{self._too_long()}, for {max(lengths)} tokens")
-        pairs = self._append(new)
+        rows = self._rows or [[] for _ in range(batch)]
+        pairs = self._append(rows, before, new)
+        self._rows = rows
         self._lengths, self._unbroken, self.length = list(lengths), list(unbroken), self.length + tokens
         if self._device_tables is None:
             padded = [row + [-1] * (self.width - len(row)) for row in self._rows]
@@ -152,19 +158,19 @@ class GrowingTables(Tables):
         self._rows, self._lengths, self._unbroken, self.length = [], [], [], 0
         self._device_tables, self._steps, self.pending = None, {}, None
 
-    def _append(self, new: Sequence[int]) -> list[tuple[int, int]]:
+    def _append(self, rows: list[list[int]], lengths: Sequence[int], new: Sequence[int]) -> list[tuple[int, int]]:
         """Blocks for new tokens, all or none; source and destination of those that are copied."""
         size, needed, writers = self.block_size, 0, Counter[int]()
-        for row, length, n in zip(self._rows, self._lengths, new, strict=True):
+        for row, length, n in zip(rows, lengths, new, strict=True):
             needed += max(0, -(-(length + n) // size) - len(row))
             if n and length % size:
                 writers[row[length // size]] += 1
-        held = Counter(block for row in self._rows for block in row[-1:])
+        held = Counter(block for row in rows for block in row[-1:])
         needed += sum(min(n, held[block] - 1) for block, n in writers.items())
         if needed > self._pool.num_free:
             raise OutOfBlocks(needed, self._pool.num_free)
         pairs = []
-        for row, length, n in zip(self._rows, self._lengths, new, strict=True):
+        for row, length, n in zip(rows, lengths, new, strict=True):
             before = len(row)
             copies = self._pool.append(row, length, n)
             if copies or len(row) != before:
@@ -207,6 +213,7 @@ class FixedTables(Tables):
 
     def begin(self, mask: Tensor | None, batch: int, tokens: int, device: torch.device) -> Step:
         """Has all sequences grow."""
+        self.check_ended()
         self.prepare(batch, device)
         self._check_batch(batch, self.batch)
         assert isinstance(self.length, Tensor)
