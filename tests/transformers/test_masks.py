@@ -104,7 +104,7 @@ def test_other_patterns_are_refused():
     from transformers import masking_utils as masks
 
     window = masks.sliding_window_causal_mask_function
-    with pytest.raises(UnsupportedError, match="must be causal, with or without a sliding window: .* got and_masks"):
+    with pytest.raises(UnsupportedError, match=r"must be causal, with or without a sliding window: .* got and_masks"):
         paged_mask(1, 4, 4, mask_function=window(5), local_size=4)
     paged_mask(1, 4, 4, mask_function=window(4), local_size=4)
     for function in (

@@ -11,7 +11,7 @@ from examples.llama.gguf_model import ArrayReader, find_model
 from tests.cases.examples import PROMPTS
 from torchkv.integrations.transformers import PagedCache
 
-NEW_TOKENS = 24
+NEW_TOKENS = 16
 TEXT = " ".join(topics["specialnames"].split()[:260])
 
 

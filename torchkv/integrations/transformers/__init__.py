@@ -2,7 +2,7 @@
 
     from torchkv.integrations.transformers import PagedCache
     cache = PagedCache.for_model(model, max_tokens=2048, batch_size=4, kv_cache_dtype="fp8")
-    model.generate(**inputs, past_key_values=cache)
+    model.generate(**inputs, cache=cache)  # past_key_values=cache before transformers 5.24
 
 Importing it registers the attention "torchkv" with transformers, for `model.set_attn_implementation("torchkv")`, which
 `for_model` calls. Docs: docs/transformers.md.

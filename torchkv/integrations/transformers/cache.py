@@ -132,9 +132,10 @@ class PagedLayer(CacheLayerMixin):
 
 
 class PagedCache(Cache):
-    """A cache for `generate` and for a model's forward, in blocks, quantised if you like: `past_key_values=cache`.
+    """A cache for `generate` and for a model's forward, in blocks, quantised if you like.
 
-    The model's attention has to be "torchkv"; `for_model` sees to it. Sequences take blocks as they grow, and the beams
+    It is passed as `cache=`, before transformers 5.24 as `past_key_values=`. The model's attention has to be "torchkv";
+    `for_model` sees to it. Sequences take blocks as they grow, and the beams
     of a search share those that they have in common. A cache serves one batch at a time; `reset` empties it.
 
     Args:
@@ -164,7 +165,7 @@ class PagedCache(Cache):
         >>> sizes = {"hidden_size": 32, "intermediate_size": 32, "vocab_size": 64, "num_hidden_layers": 2}
         >>> model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)).eval()
         >>> cache = PagedCache.for_model(model, max_tokens=64, kv_cache_dtype="int8", per_token_head=True)
-        >>> text = model.generate(torch.tensor([[1, 2, 3]]), past_key_values=cache, max_new_tokens=4, do_sample=False)
+        >>> text = model.generate(torch.tensor([[1, 2, 3]]), cache=cache, max_new_tokens=4, do_sample=False)
         >>> text.shape, cache.get_seq_length(), cache.blocks_in_use
         (torch.Size([1, 7]), 6, 1)
     """

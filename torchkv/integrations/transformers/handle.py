@@ -50,7 +50,7 @@ def take(key: Tensor, kwargs: dict[str, Any]) -> Handle:
     if handle is None:
         raise UnsupportedError(
             f'attention "{ATTENTION}" must be used with a torchkv PagedCache, whose keys the model leaves as they are: '
-            "pass past_key_values=PagedCache.for_model(model, …), also to a forward without generate"
+            "pass cache=PagedCache.for_model(model, …), also to a forward without generate"
         )
     handle.layer.arrived()
     if handle.key is not key:

@@ -7,7 +7,7 @@ MINIMUM = (5, 17)
 
 _NEEDED = f"torchkv.integrations.transformers needs transformers {'.'.join(map(str, MINIMUM))} or newer"
 
-MISSING = f"transformers is not installed: {_NEEDED}; install jaxkv[torch,transformers]"
+MISSING = f"transformers is not installed: {_NEEDED}; install jaxkv[transformers]"
 
 
 def check_version(version: str) -> None:
