@@ -27,7 +27,7 @@ def forced(model, cache):
     return torch.cat(parts, 1)[mask.bool()].float()
 
 
-@pytest.mark.parametrize(("name",), params([(name,) for name in MODELS], smoke=[("gemma3",)]))
+@pytest.mark.parametrize("name", params([(name,) for name in MODELS], smoke=[("gemma3",)]))
 @pytest.mark.parametrize("compileable", [False, True], ids=["growing", "fixed"])
 def test_logits(name, compileable):
     """float32, of whose products tensor cores keep 11 bits where they may."""

@@ -14,7 +14,7 @@ def text(model, ids, mask=None, **options):
     return model.generate(ids, attention_mask=mask, **{**GREEDY, **options})
 
 
-def paged(model, batch_size=len(LENGTHS), **options):
+def paged(model, batch_size=3, **options):
     return PagedCache.for_model(model, **{"max_tokens": 48, "batch_size": batch_size, "block_size": 4, **options})
 
 

@@ -6,12 +6,9 @@ handle goes into it. Before 5.24 it is an attribute of the keys. Either way it l
 is global, so that any number of caches, models and threads go on side by side.
 """
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from torchkv.integrations.transformers.cache import PagedLayer
 
 ATTENTION = "torchkv"
 """The name of the attention, for `set_attn_implementation`."""
@@ -23,10 +20,29 @@ class UnsupportedError(ValueError):
     """What a model or a call asks for cannot be done with a paged cache."""
 
 
+class Layer(Protocol):
+    """What attention needs of a layer's part of the cache."""
+
+    def arrived(self) -> None:
+        """Says that the attention that `update` left keys to is the right one."""
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        window: int | None,
+        options: dict[str, Any],
+    ) -> Tensor:
+        """Writes the new keys and values, and attends: `[batch, tokens, num_q_heads, head_size_v]`."""
+        ...
+
+
 class Handle(NamedTuple):
     """A layer's part of the cache, and the new keys that it was given, `[batch, heads, tokens, head_size]`."""
 
-    layer: "PagedLayer"
+    layer: Layer
     key: Tensor
 
 

@@ -20,7 +20,7 @@ COUNTS = 2
 def require(condition: Tensor | bool, message: str, error: type[Exception] = UnsupportedError) -> None:
     """Raises an error unless a condition holds; in compiled code, on the device, without waiting for it."""
     if torch.compiler.is_compiling() and isinstance(condition, Tensor):
-        torch._assert_async(condition, message)
+        torch.ops.aten._assert_async.msg(condition, message)
     elif not condition:
         raise error(message)
 

@@ -1,6 +1,6 @@
 """A step: where the new tokens of one forward go, and what each of them reads. All layers share it."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,8 @@ class Step(NamedTuple):
 
     def to(self, device: torch.device) -> "Step":
         """The step on a device."""
-        return Step(*(None if tensor is None else tensor.to(device) for tensor in self))
+        moved: list[Any] = [None if tensor is None else tensor.to(device) for tensor in self]
+        return Step(*moved)
 
 
 def make_step(

@@ -29,7 +29,8 @@ class Tables:
     """
 
     def __init__(self, num_blocks: int, block_size: int, max_tokens: int, backend: TorchBackend | None) -> None:
-        self.num_blocks, self.block_size, self.max_tokens, self.backend = num_blocks, block_size, max_tokens, backend
+        self.num_blocks, self.block_size, self.max_tokens = num_blocks, block_size, max_tokens
+        self.backend: TorchBackend | None = backend
         self.width = -(-max_tokens // block_size)
         self.pending: int | None = None
         self._steps: dict[torch.device, Step] = {}
