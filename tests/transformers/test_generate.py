@@ -64,6 +64,7 @@ def test_prompt_lookup_crops_what_was_rejected(models, name):
     cache = paged(model)
     assert torch.equal(text(model, ids, cache=cache, prompt_lookup_num_tokens=4), want)
     assert cache.get_seq_length() <= want.shape[1]
+    assert cache.blocks_in_use == -(-cache.get_seq_length() // 4)
 
 
 def test_assistant_model(models):

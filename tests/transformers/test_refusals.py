@@ -1,6 +1,8 @@
 """What is refused, each time before anything is computed from it."""
 
+import gc
 import re
+import weakref
 
 import pytest
 import torch
@@ -58,6 +60,30 @@ def test_keys_changed_after_the_cache(llama, monkeypatch):
     monkeypatch.setattr(PagedCache, "update", lambda *a, **k: tuple(t * 1 for t in update(*a, **k)))
     with pytest.raises(UnsupportedError, match="changes keys between its cache and its attention"):
         llama(prompts((5,))[0], cache=cache)
+
+
+@pytest.mark.parametrize("kwargs", [None, {}], ids=["before 5.24", "from 5.24 on"])
+def test_attention_finds_its_cache(llama, kwargs):
+    cache, module = paged(llama), llama.model.layers[0].self_attn
+    key, value, query = torch.randn(1, 2, 3, 16), torch.randn(1, 2, 3, 16), torch.randn(1, 4, 3, 16)
+    options = {} if kwargs is None else {"kwargs": kwargs}
+    new_key, new_value = cache.update(key, value, 0, **options)
+    out, weights = paged_attention_forward(module, query, new_key, new_value, None, **(kwargs or {}))
+    want = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(out, want.transpose(1, 2))
+    assert weights is None
+
+
+def test_the_layer_keeps_no_keys(llama):
+    key = torch.randn(1, 2, 3, 16)
+    gone = weakref.ref(key)
+    paged(llama).update(key, key, 0)
+    gc.disable()  # a circle would be found
+    try:
+        del key
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_weights(llama):

@@ -49,7 +49,7 @@ class Handle(NamedTuple):
 def pass_on(handle: Handle, kwargs: dict[str, Any] | None) -> None:
     """Leaves a handle for the attention that comes next."""
     if kwargs is None:
-        handle.key._torchkv_handle = handle  # type: ignore[attr-defined]
+        handle.key._torchkv_layer = handle.layer  # type: ignore[attr-defined]  # no handle: it would keep its own key
     else:
         kwargs[KEYWORD] = handle
 
@@ -60,9 +60,9 @@ def take(key: Tensor, kwargs: dict[str, Any]) -> Handle:
     Raises:
         UnsupportedError: there is none, or the keys are others than those that it came with.
     """
-    handle = kwargs.pop(KEYWORD, None)
-    if handle is None:
-        handle = getattr(key, "_torchkv_handle", None)
+    handle, layer = kwargs.pop(KEYWORD, None), getattr(key, "_torchkv_layer", None)
+    if handle is None and layer is not None:
+        handle = Handle(layer, key)
     if handle is None:
         raise UnsupportedError(
             f'attention "{ATTENTION}" must be used with a torchkv PagedCache, whose keys the model leaves as they are: '

@@ -3,7 +3,7 @@
 import re
 
 MINIMUM = (5, 17)
-"""The oldest that is tested. From 5.24 on, models hand the keyword arguments of attention to the cache."""
+"""The oldest that was tried. From 5.24 on, models hand the keyword arguments of attention to the cache."""
 
 _NEEDED = f"torchkv.integrations.transformers needs transformers {'.'.join(map(str, MINIMUM))} or newer"
 
