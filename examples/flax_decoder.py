@@ -135,23 +135,24 @@ def main(steps: int = 32, prompt_lengths: tuple[int, ...] = (5, 19, 11)) -> np.n
     def second_half(model: Decoder, answers: jax.Array) -> np.ndarray:
         return np.concatenate([answers, decode(model, answers[-1], lengths + steps, block_tables, steps)])
 
-    model = Decoder(num_blocks, nnx.Rngs(0))
+    devices = jax.devices()[: max(count for count in (1, 2, 4) if count <= jax.device_count())]
+    mesh = jax.make_mesh((len(devices),), ("tp",), axis_types=(AxisType.Auto,), devices=devices)
+    model, on_mesh, restored = (Decoder(num_blocks, nnx.Rngs(seed)) for seed in (0, 0, 1))
+    split(on_mesh, mesh)
+    split(restored, mesh)
+
     answers = first_half(model)
     with tempfile.TemporaryDirectory() as folder, ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(Path(folder) / "state", nnx.state(model))
         checkpointer.wait_until_finished()
-        expected = second_half(model, answers)
-        restored = Decoder(num_blocks, nnx.Rngs(1))
-        nnx.update(restored, checkpointer.restore(Path(folder) / "state", nnx.state(restored)))
+        nnx.update(restored, checkpointer.restore(Path(folder) / "state", nnx.state(restored)))  # onto the mesh
+    expected = second_half(model, answers)
+
+    same = np.array_equal(second_half(on_mesh, first_half(on_mesh)), expected)
+    print(f"the same tokens on a mesh of {len(devices)}: {same}")
+    assert same
     same = np.array_equal(second_half(restored, answers), expected)
     print(f"the same tokens after a checkpoint: {same}")
-    assert same
-
-    devices = jax.devices()[: max(count for count in (1, 2, 4) if count <= jax.device_count())]
-    model = Decoder(num_blocks, nnx.Rngs(0))
-    split(model, jax.make_mesh((len(devices),), ("tp",), axis_types=(AxisType.Auto,), devices=devices))
-    same = np.array_equal(second_half(model, first_half(model)), expected)
-    print(f"the same tokens on a mesh of {len(devices)}: {same}")
     assert same
     return expected
 
