@@ -30,20 +30,21 @@ import jaxkv
 
 LAYERS, HIDDEN, MLP, VOCABULARY, MAX_LENGTH = 2, 64, 128, 256, 128
 Q_HEADS, KV_HEADS, HEAD_SIZE, BLOCK_SIZE = 8, 4, 16, 8
-OUTPUTS, INPUTS = P("tp", None), P(None, "tp")  # which axis of a Linear's weight a mesh splits
+COLUMNS, ROWS = P(None, "tp"), P("tp", None)  # which axis of a matrix a mesh splits
 
 
-class Linear(eqx.nn.Linear):
-    """A matrix for tokens, [num_tokens, inputs]. It knows how a mesh splits it."""
+class Linear(eqx.Module):
+    """A matrix, and how a mesh splits it."""
 
+    weight: jax.Array
     split: P = eqx.field(static=True)
 
     def __init__(self, inputs: int, outputs: int, split: P, key: jax.Array):
-        super().__init__(inputs, outputs, use_bias=False, key=key)
+        self.weight = jax.random.normal(key, (inputs, outputs)) * inputs**-0.5
         self.split = split
 
-    def __call__(self, x, *, key=None):
-        return x @ self.weight.T
+    def __call__(self, x):
+        return x @ self.weight
 
 
 class Layer(eqx.Module):
@@ -60,12 +61,12 @@ class Layer(eqx.Module):
     def __init__(self, key: jax.Array):
         keys = iter(jax.random.split(key, 7))
         self.norm, self.mlp_norm = eqx.nn.RMSNorm(HIDDEN), eqx.nn.RMSNorm(HIDDEN)
-        self.to_query = Linear(HIDDEN, Q_HEADS * HEAD_SIZE, OUTPUTS, next(keys))
-        self.to_key = Linear(HIDDEN, KV_HEADS * HEAD_SIZE, OUTPUTS, next(keys))
-        self.to_value = Linear(HIDDEN, KV_HEADS * HEAD_SIZE, OUTPUTS, next(keys))
-        self.from_heads = Linear(Q_HEADS * HEAD_SIZE, HIDDEN, INPUTS, next(keys))
-        self.gate, self.up = Linear(HIDDEN, MLP, OUTPUTS, next(keys)), Linear(HIDDEN, MLP, OUTPUTS, next(keys))
-        self.down = Linear(MLP, HIDDEN, INPUTS, next(keys))
+        self.to_query = Linear(HIDDEN, Q_HEADS * HEAD_SIZE, COLUMNS, next(keys))
+        self.to_key = Linear(HIDDEN, KV_HEADS * HEAD_SIZE, COLUMNS, next(keys))
+        self.to_value = Linear(HIDDEN, KV_HEADS * HEAD_SIZE, COLUMNS, next(keys))
+        self.from_heads = Linear(Q_HEADS * HEAD_SIZE, HIDDEN, ROWS, next(keys))
+        self.gate, self.up = Linear(HIDDEN, MLP, COLUMNS, next(keys)), Linear(HIDDEN, MLP, COLUMNS, next(keys))
+        self.down = Linear(MLP, HIDDEN, ROWS, next(keys))
 
     def __call__(self, x, cache, layer, positions, slots, table, **tables):
         normed = jax.vmap(self.norm)(x)
@@ -88,7 +89,7 @@ class Decoder(eqx.Module):
         embed, head, *layers = jax.random.split(key, 2 + LAYERS)
         self.embed = jax.random.normal(embed, (VOCABULARY, HIDDEN))
         self.layers = [Layer(key) for key in layers]
-        self.norm, self.head = eqx.nn.RMSNorm(HIDDEN), Linear(HIDDEN, VOCABULARY, OUTPUTS, head)
+        self.norm, self.head = eqx.nn.RMSNorm(HIDDEN), Linear(HIDDEN, VOCABULARY, COLUMNS, head)
 
     def __call__(self, cache, tokens, positions, **tables):
         """The cache, and the next token after each of `tokens`, whose keys and values are put into the cache."""
@@ -123,28 +124,29 @@ def decode(kept, cache, steps: int):
 
 def split(model: Decoder, cache: jaxkv.PagedKVCache, mesh: jax.sharding.Mesh) -> tuple[Decoder, jaxkv.PagedKVCache]:
     """A model and a cache on a mesh: each device has some heads of both."""
-    is_linear = lambda node: isinstance(node, Linear)  # noqa: E731
-    specs = jax.tree.map(lambda node: node.split if is_linear(node) else P(), model, is_leaf=is_linear)
-    put = lambda spec, part: eqx.filter_shard(part, NamedSharding(mesh, spec))  # noqa: E731
-    is_spec = lambda node: isinstance(node, P)  # noqa: E731
-    model = jax.tree.map(put, specs, model, is_leaf=is_spec)
-    return model, jax.tree.map(put, cache.partition_spec(heads="tp"), cache, is_leaf=is_spec)
+
+    def is_linear(node):
+        return isinstance(node, Linear)
+
+    def place(node, spec=None):
+        return jax.device_put(node, NamedSharding(mesh, spec or (node.split if is_linear(node) else P())))
+
+    return jax.tree.map(place, model, is_leaf=is_linear), jax.tree.map(place, cache, cache.partition_spec(heads="tp"))
 
 
 def addresses(cache: jaxkv.PagedKVCache) -> list[int]:
     return [shard.data.unsafe_buffer_pointer() for array in cache.caches for shard in array.addressable_shards]
 
 
-def main(steps: int = 32, prompt_lengths: tuple[int, ...] = (5, 19, 11)) -> np.ndarray:
-    """Returns the tokens `[2 * steps, num_seqs]`, after finding them three times."""
-    rng = np.random.default_rng(0)
+def main(prompts: list[np.ndarray], steps: int) -> np.ndarray:
+    """Returns the tokens `[1 + 2 * steps, num_seqs]` after the prompts, found three times."""
     per_sequence = MAX_LENGTH // BLOCK_SIZE
-    num_blocks = len(prompt_lengths) * per_sequence
-    block_tables = jnp.asarray(rng.permutation(num_blocks).reshape(-1, per_sequence), jnp.int32)
-    prompts = jnp.asarray(rng.integers(VOCABULARY, size=sum(prompt_lengths)), jnp.int32)  # one after another
+    num_blocks = len(prompts) * per_sequence
+    block_tables = jax.random.permutation(jax.random.key(0), num_blocks).reshape(-1, per_sequence)  # in any order
+    prompt_lengths = [len(prompt) for prompt in prompts]
+    tokens = jnp.asarray(np.concatenate(prompts), jnp.int32)  # one prompt after another
     positions = jnp.concatenate([jnp.arange(length) for length in prompt_lengths])
-    starts = jnp.asarray(np.cumsum([0, *prompt_lengths]), jnp.int32)
-    lengths = jnp.asarray(prompt_lengths, jnp.int32)
+    starts, lengths = jnp.asarray(np.cumsum([0, *prompt_lengths])), jnp.asarray(prompt_lengths)
     tables = {"block_tables": block_tables, "query_start_loc": starts, "seq_lens": lengths}
 
     def empty_cache() -> jaxkv.PagedKVCache:
@@ -155,11 +157,11 @@ def main(steps: int = 32, prompt_lengths: tuple[int, ...] = (5, 19, 11)) -> np.n
 
     def first_half(model: Decoder, cache: jaxkv.PagedKVCache) -> tuple[jaxkv.PagedKVCache, jax.Array]:
         before = addresses(cache)
-        cache, first = prefill((model, prompts, positions, tables), cache)
-        cache, answers = decode((model, first, lengths, block_tables), cache, steps)
+        cache, first = prefill((model, tokens, positions, tables), cache)
+        cache, rest = decode((model, first, lengths, block_tables), cache, steps)
         print(f"{len(before)} buffers of {cache} are where they were: {addresses(cache) == before}")
         assert addresses(cache) == before
-        return cache, answers
+        return cache, jnp.concatenate([first[None], rest])
 
     def second_half(model: Decoder, cache: jaxkv.PagedKVCache, answers: jax.Array) -> np.ndarray:
         _, rest = decode((model, answers[-1], lengths + steps, block_tables), cache, steps)
@@ -186,4 +188,5 @@ def main(steps: int = 32, prompt_lengths: tuple[int, ...] = (5, 19, 11)) -> np.n
 
 
 if __name__ == "__main__":
-    print(main())
+    rng = np.random.default_rng(0)
+    print(main([rng.integers(VOCABULARY, size=length) for length in (5, 19, 11)], steps=32))

@@ -112,25 +112,24 @@ def addresses(model: Decoder) -> list[int]:
     return [shard.data.unsafe_buffer_pointer() for array in arrays for shard in array.addressable_shards]
 
 
-def main(steps: int = 32, prompt_lengths: tuple[int, ...] = (5, 19, 11)) -> np.ndarray:
-    """Returns the tokens `[2 * steps, num_seqs]`, after finding them three times."""
-    rng = np.random.default_rng(0)
+def main(prompts: list[np.ndarray], steps: int) -> np.ndarray:
+    """Returns the tokens `[1 + 2 * steps, num_seqs]` after the prompts, found three times."""
     per_sequence = MAX_LENGTH // BLOCK_SIZE
-    num_blocks = len(prompt_lengths) * per_sequence
-    block_tables = jnp.asarray(rng.permutation(num_blocks).reshape(-1, per_sequence), jnp.int32)
-    prompts = jnp.asarray(rng.integers(VOCABULARY, size=sum(prompt_lengths)), jnp.int32)  # one after another
+    num_blocks = len(prompts) * per_sequence
+    block_tables = jax.random.permutation(jax.random.key(0), num_blocks).reshape(-1, per_sequence)  # in any order
+    prompt_lengths = [len(prompt) for prompt in prompts]
+    tokens = jnp.asarray(np.concatenate(prompts), jnp.int32)  # one prompt after another
     positions = jnp.concatenate([jnp.arange(length) for length in prompt_lengths])
-    starts = jnp.asarray(np.cumsum([0, *prompt_lengths]), jnp.int32)
-    lengths = jnp.asarray(prompt_lengths, jnp.int32)
+    starts, lengths = jnp.asarray(np.cumsum([0, *prompt_lengths])), jnp.asarray(prompt_lengths)
     tables = {"block_tables": block_tables, "query_start_loc": starts, "seq_lens": lengths}
 
     def first_half(model: Decoder) -> jax.Array:
         before = addresses(model)
-        first = prefill(model, prompts, positions, **tables)
-        answers = decode(model, first, lengths, block_tables, steps)
+        first = prefill(model, tokens, positions, **tables)
+        rest = decode(model, first, lengths, block_tables, steps)
         print(f"{len(before)} buffers of {model.cache.get_value()} are where they were: {addresses(model) == before}")
         assert addresses(model) == before
-        return answers
+        return jnp.concatenate([first[None], rest])
 
     def second_half(model: Decoder, answers: jax.Array) -> np.ndarray:
         return np.concatenate([answers, decode(model, answers[-1], lengths + steps, block_tables, steps)])
@@ -158,4 +157,5 @@ def main(steps: int = 32, prompt_lengths: tuple[int, ...] = (5, 19, 11)) -> np.n
 
 
 if __name__ == "__main__":
-    print(main())
+    rng = np.random.default_rng(0)
+    print(main([rng.integers(VOCABULARY, size=length) for length in (5, 19, 11)], steps=32))
