@@ -102,14 +102,14 @@ class Decoder(eqx.Module):
         return cache, self.head(jax.vmap(self.norm)(x)).argmax(-1).astype(jnp.int32)
 
 
-@eqx.filter_jit(donate="all-except-first")  # the cache, and nothing else: what is used again is in the first argument
+@eqx.filter_jit(donate="warn-except-first")  # the cache, and nothing else: what is used again is in the first argument
 def prefill(kept, cache):
     model, tokens, positions, tables = kept
     cache, tokens = model(cache, tokens, positions, **tables)
     return cache, tokens[tables["query_start_loc"][1:] - 1]
 
 
-@eqx.filter_jit(donate="all-except-first")
+@eqx.filter_jit(donate="warn-except-first")
 def decode(kept, cache, steps: int):
     model, tokens, lengths, block_tables = kept
 
@@ -177,8 +177,8 @@ def main(prompts: list[np.ndarray], steps: int) -> np.ndarray:
         restored = eqx.tree_deserialise_leaves(Path(folder) / "state.eqx", like)
     expected = second_half(model, cache, answers)
 
-    on_mesh = split(model, empty_cache(), mesh)
-    same = np.array_equal(second_half(on_mesh[0], *first_half(*on_mesh)), expected)
+    on_mesh, cache = split(model, empty_cache(), mesh)
+    same = np.array_equal(second_half(on_mesh, *first_half(on_mesh, cache)), expected)
     print(f"the same tokens on a mesh of {len(devices)}: {same}")
     assert same
     same = np.array_equal(second_half(*split(*restored, mesh), answers), expected)

@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.12"
-# dependencies = ["jaxkv[jax]", "flax>=0.12.12"]
+# dependencies = ["jaxkv[jax]", "flax>=0.12.12", "orbax-checkpoint>=0.12.8"]
 #
 # [tool.uv.sources]
 # jaxkv = { path = "..", editable = true }

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from tests.cases.dense_llama import check_answers
+from tests.cases.processes import ROOT
+from tests.cases.readme import python_blocks
 
 eqx = pytest.importorskip("equinox")
 
@@ -47,6 +49,13 @@ def test_the_tokens_of_a_model_without_a_cache(capsys):
 
 
 # ---- what docs/flax.md says
+
+
+def test_code_of_the_page():
+    page = ROOT / "docs" / "flax.md"
+    blocks = python_blocks(page.read_text().split("## Equinox\n")[1])
+    assert len(blocks) == 3
+    exec(compile("\n".join(blocks), str(page), "exec"), {"__name__": "page"})
 
 
 class Holder(eqx.Module):
@@ -95,3 +104,15 @@ def test_a_donated_cache_is_gone():
 def test_a_field_is_among_what_is_trained():
     """Why the example has the cache beside the model."""
     assert eqx.filter(make_holder(), eqx.is_inexact_array).cache.caches[0] is not None
+
+
+def test_the_loop_has_no_copy_of_the_cache():
+    model = example.Decoder(jax.random.key(0))
+    cache = jaxkv.PagedKVCache.create(
+        num_layers=2, num_blocks=1024, block_size=8, num_heads=4, head_size=16, dtype="float32"
+    )
+    numbers = np.arange(3, dtype=np.int32)
+    lowered = example.decode.lower((model, numbers, numbers, numbers[:, None]), cache, 4)
+    memory = lowered.compile().compiled.memory_analysis()
+    assert memory.alias_size_in_bytes == cache.spec.nbytes
+    assert memory.temp_size_in_bytes < cache.spec.nbytes / 10

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from tests.cases.dense_llama import check_answers
+from tests.cases.processes import ROOT
+from tests.cases.readme import python_blocks
 
 pytest.importorskip("flax")
 pytest.importorskip("orbax.checkpoint")
@@ -48,6 +50,13 @@ def test_the_tokens_of_a_model_without_a_cache(capsys):
 # ---- what docs/flax.md says
 
 
+def test_code_of_the_page():
+    page = ROOT / "docs" / "flax.md"
+    blocks = python_blocks(page.read_text().split("## Equinox\n")[0])
+    assert len(blocks) == 3
+    exec(compile("\n".join(blocks), str(page), "exec"), {"__name__": "page"})
+
+
 def make_cache():
     return jaxkv.PagedKVCache.create(num_blocks=2, block_size=4, num_heads=2, head_size=8, dtype="float32")
 
@@ -84,10 +93,32 @@ def test_writes_come_out_of_jit_but_where_nnx_data_meets_tree_mode(kind, graph):
     assert float(cache.caches[0].sum()) == (0 if lost else 16)
 
 
+@pytest.mark.parametrize(("graph", "kept"), [(True, jaxkv.PagedKVCache), (False, nnx.Cache)])
+def test_an_assignment_replaces_the_variable_or_is_lost(graph, kept):
+    def assign(model):
+        model.cache = model.cache.write(np.ones((1, 2, 8), np.float32), np.ones((1, 2, 8), np.float32), np.array([3]))
+
+    model = Holder(nnx.Cache)
+    nnx.jit(assign, donate_argnums=0, graph=graph)(model)
+    assert type(model.cache) is kept
+    assert float(model.cache.caches[0].sum()) == 16 * graph
+
+
 def test_what_a_variable_holds_has_no_index():
     with pytest.raises(TypeError, match="'PagedKVCache' object is not subscriptable"):
         _ = Holder(nnx.Cache).cache[...]
 
 
-def test_the_cache_is_no_parameter():
-    assert not nnx.to_flat_state(nnx.state(Holder(nnx.Cache), nnx.Param))
+def test_a_split_of_weights_without_a_mesh_is_an_error_of_flax():
+    with pytest.raises(ValueError, match="An auto mesh context or metadata is required"):
+        nnx.Linear(4, 4, kernel_metadata={"out_sharding": (None, "tp")}, rngs=nnx.Rngs(0))
+
+
+def test_the_loop_has_no_copy_of_the_cache():
+    model = example.Decoder(1024, nnx.Rngs(0))
+    numbers = np.arange(3, dtype=np.int32)
+    lowered = example.decode.lower(model, numbers, numbers, numbers[:, None], steps=4)
+    memory = lowered.compile().compiled.memory_analysis()
+    size = model.cache.get_value().spec.nbytes
+    assert memory.alias_size_in_bytes > size
+    assert memory.temp_size_in_bytes < size / 10
