@@ -178,10 +178,12 @@ def main(prompts: list[np.ndarray], steps: int) -> np.ndarray:
     expected = second_half(model, cache, answers)
 
     on_mesh, cache = split(model, empty_cache(), mesh)
-    same = np.array_equal(second_half(on_mesh, *first_half(on_mesh, cache)), expected)
+    cache, answers_on_mesh = first_half(on_mesh, cache)
+    same = np.array_equal(second_half(on_mesh, cache, answers_on_mesh), expected)
     print(f"the same tokens on a mesh of {len(devices)}: {same}")
     assert same
-    same = np.array_equal(second_half(*split(*restored, mesh), answers), expected)
+    model, cache = split(*restored, mesh)
+    same = np.array_equal(second_half(model, cache, answers), expected)
     print(f"the same tokens after a checkpoint: {same}")
     assert same
     return expected
