@@ -174,7 +174,7 @@ def main(prompts: list[np.ndarray], steps: int) -> np.ndarray:
     with tempfile.TemporaryDirectory() as folder:
         eqx.tree_serialise_leaves(Path(folder) / "state.eqx", (model, cache))
         like = eqx.filter_eval_shape(lambda: (Decoder(jax.random.key(0)), empty_cache()))
-        restored = eqx.tree_deserialise_leaves(Path(folder) / "state.eqx", like)
+        restored, restored_cache = eqx.tree_deserialise_leaves(Path(folder) / "state.eqx", like)
     expected = second_half(model, cache, answers)
 
     on_mesh, cache = split(model, empty_cache(), mesh)
@@ -182,8 +182,7 @@ def main(prompts: list[np.ndarray], steps: int) -> np.ndarray:
     same = np.array_equal(second_half(on_mesh, cache, answers_on_mesh), expected)
     print(f"the same tokens on a mesh of {len(devices)}: {same}")
     assert same
-    model, cache = split(*restored, mesh)
-    same = np.array_equal(second_half(model, cache, answers), expected)
+    same = np.array_equal(second_half(*split(restored, restored_cache, mesh), answers), expected)
     print(f"the same tokens after a checkpoint: {same}")
     assert same
     return expected
