@@ -30,6 +30,7 @@ def dense_weights(model):
     return {"embed": np.asarray(embed), "norm": np.asarray(norm), "head": np.asarray(head), "layers": layers}
 
 
+@pytest.mark.usefixtures("quick_compiler")
 def test_the_tokens_of_a_model_without_a_cache(capsys):
     rng = np.random.default_rng(7)
     prompts = [rng.integers(example.VOCABULARY, size=length) for length in (9, 1, 17)]  # one past a block; one token
