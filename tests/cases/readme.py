@@ -1,4 +1,4 @@
-"""README's code."""
+"""Code of README, and of other pages."""
 
 import re
 from pathlib import Path
@@ -6,4 +6,9 @@ from pathlib import Path
 README = Path(__file__).parents[2] / "README.md"
 
 
-BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+def python_blocks(text: str) -> list[str]:
+    """The blocks of a page, or of a part of it, that are Python."""
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+BLOCKS = python_blocks(README.read_text())

@@ -4,6 +4,7 @@ import importlib.util
 import sys
 
 import gguf
+import jax
 import pytest
 
 from examples.llama.gguf_model import ArrayReader, find_model, load_model
@@ -52,3 +53,12 @@ def cli():
     spec.loader.exec_module(module)
     yield module
     sys.path.remove(str(EXAMPLES))
+
+
+@pytest.fixture
+def quick_compiler():
+    """XLA takes half the time to compile. Last bits differ, which tokens do not show."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
