@@ -24,6 +24,7 @@ from jaxkv._read import Caches, cache_of, read_checked
 from kvcore.choices import JaxBackend, KVCacheDtype, Layout
 from kvcore.contract.checks import check_options
 from kvcore.contract.read import check_attention_options
+from kvcore.integers import integer
 from kvcore.layout import CacheLayout
 
 
@@ -264,7 +265,7 @@ def gather_kv(
         head_size=as_static("head_size", head_size),
         head_size_v=as_static("head_size_v", head_size_v),
         backend=backend,
-        max_len=as_static("max_len", max_len),
+        max_len=integer("max_len", as_static("max_len", max_len)),
         dtype=None if dtype is None else dtype_name(dtype),
     )
     key, value = read_checked(options, operands)

@@ -262,8 +262,7 @@ def gather_kv(
         >>> key[0, :, 0].tolist()  # block 2, then the first slot of block 0; position 3 is past the length
         [[8.0, 9.0], [10.0, 11.0], [0.0, 1.0], [0.0, 0.0]]
     """
-    if seq_lens is None:  # which the op takes for slots
-        check_tensors(seq_lens=seq_lens)
+    check_tensors(seq_lens=seq_lens)  # the op's may be None, for slots
     return gather_with(
         "gather_kv", caches, block_tables, seq_lens, max_len, dtype, kv_cache_dtype, k_scale, v_scale, layout,
         scale_layout, layer, head_size, head_size_v, out, backend,

@@ -65,7 +65,7 @@ def launched(monkeypatch):
     def read(options, operands):
         return jax_launch.read(options.describe(operands), options, operands, H100)
 
-    monkeypatch.setattr(jaxkv.read, "read", read)
+    monkeypatch.setattr(jaxkv._read, "read", read)
     return seen
 
 

@@ -243,7 +243,7 @@ def test_bad_calls(monkeypatch, bad, way):
         raise AssertionError("launched")
 
     monkeypatch.setattr(interpreter, "run", launched)
-    monkeypatch.setattr(jaxkv.read, "read", launched)
+    monkeypatch.setattr(jaxkv._read, "read", launched)
     op, differs, kind, message = BAD[bad]
     arguments = (ATTEND if op == "attend" else GATHER) | differs
     with pytest.raises(kind) as error:
