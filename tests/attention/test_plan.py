@@ -8,7 +8,7 @@ pytest.importorskip("triton")
 import jax
 import jax.numpy as jnp
 
-import jaxkv.read
+import jaxkv._read
 import torchkv
 from jaxkv._triton import launch as jax_launch
 from kvcore.plan.kernel import Target
