@@ -97,7 +97,7 @@ def test_a_cache_of_jax_is_updated_in_place():
     assert {a.sharding.memory_kind for a in host.caches} == {"pinned_host"}
     rows = jax.random.normal(jax.random.key(0), (640, 8, 64), jnp.bfloat16)
     cache = cache.write(rows, -rows, jnp.arange(640), layer=1)
-    want = [np.asarray(a) for a in cache.caches]
+    want = [np.array(a) for a in cache.caches]  # copies: what NumPy refers to is not donated
     swap = jax.jit(jaxkv.PagedKVCache.swap_blocks, donate_argnums=1)
     host = swap(cache, host, jnp.full((40, 2), -1))  # on a CPU, what create_host made may be memory of NumPy's
     before = [a.unsafe_buffer_pointer() for a in (*host.caches, *cache.caches)]

@@ -19,6 +19,7 @@ OPS = {
         "paged_attention", "gather_kv", "reshape_and_cache_flash", "reshape_and_cache_flash_diffkv",
         "reshape_and_cache_flash_per_token_head_quant", "reshape_and_cache_flash_diffkv_per_token_head_quant",
         "concat_and_cache_mla", "rope_and_cache", "slot_mapping", "copy_blocks", "zero_blocks", "swap_blocks",
+        "relayout",
     )
 }  # fmt: skip
 BLOCKS, BLOCK_SIZE, HEADS, SIZE, LAYERS = 5, 4, 2, 16, 2
@@ -54,6 +55,7 @@ LAYER_SCALES = dict(k_scale=scales(LAYERS, HEADS), v_scale=scales(LAYERS, HEADS)
 ROTATED = dict(query=normal(5, 4, SIZE), cos_sin=normal(10, SIZE), q_norm=normal(SIZE), k_norm=normal(SIZE), eps=1e-6)
 SCALE_CACHES = [scales(BLOCKS, BLOCK_SIZE, HEADS) for _ in range(2)]
 PAIRS = dict(pairs=tensor(np.array([[1, 2], [2, 3], [3, 1], [-1, 4], [0, 4]], np.int32)))
+MOVES = tensor(np.array([[1, 2], [20, 3], [3, 17], [-1, 4], [0, 9]], np.int32))
 CALLS = {
     "attention": ("paged_attention", dict(
         query=normal(4, 4, SIZE), caches=CACHES, query_start_loc=tensor(np.array([0, 3, 4], np.int32)),
@@ -141,6 +143,19 @@ CALLS = {
         source_key_cache=poison(7, BLOCK_SIZE, HEADS, 2 * SIZE), source_k_scale_cache=scales(7, BLOCK_SIZE, HEADS),
         source_v_scale_cache=scales(7, BLOCK_SIZE, HEADS), key_cache=poison(BLOCKS, BLOCK_SIZE, HEADS, 2 * SIZE),
         k_scale_cache=scales(BLOCKS, BLOCK_SIZE, HEADS), v_scale_cache=scales(BLOCKS, BLOCK_SIZE, HEADS), **PAIRS,
+    )),
+    "moved slots": ("relayout", dict(
+        key_cache=poison(LAYERS, BLOCKS, HEADS, BLOCK_SIZE, SIZE, dtype="float16"),
+        value_cache=poison(LAYERS, BLOCKS, HEADS, BLOCK_SIZE, SIZE, dtype="float16"),
+        source=[poison(LAYERS, 7, 3, HEADS, SIZE, dtype="float16") for _ in range(2)], pairs=MOVES,
+        layout="layer block head slot dim", source_layout="layer block slot head dim",
+    )),
+    "moved slots with scales": ("relayout", dict(
+        key_cache=poison(BLOCKS, BLOCK_SIZE, HEADS, 2 * SIZE), k_scale_cache=scales(BLOCKS, BLOCK_SIZE, HEADS),
+        v_scale_cache=scales(BLOCKS, BLOCK_SIZE, HEADS),
+        source=[poison(7, 3, HEADS, SIZE), poison(7, 3, HEADS, SIZE), scales(7, 3, HEADS), scales(7, 3, HEADS)],
+        pairs=MOVES, kv_cache_dtype="int8", layout="block slot head k+v", scale_layout="block slot head",
+        source_layout="block slot head dim", source_scale_layout="block slot head", head_size_v=SIZE,
     )),
     "zeroed blocks": ("zero_blocks", dict(
         key_cache=poison(BLOCKS, BLOCK_SIZE, HEADS, SIZE), value_cache=poison(BLOCKS, BLOCK_SIZE, HEADS, SIZE),
@@ -253,7 +268,7 @@ def check(name, backend, device="cpu", only=None, ways=tuple(VARIANTS)):
         moved = VARIANTS[variant](t, axis)
         want = usual
         scale_cache = "scale" in argument and t.dim() > 2
-        if variant == "expanded" and t.dim() > 1 and ("cache" in argument or scale_cache):
+        if variant == "expanded" and t.dim() > 1 and ("cache" in argument or argument == "source" or scale_cache):
             with pytest.raises(ValueError, match=f"with stride 0 puts its {t.shape[axis]} elements in one place"):
                 run(op, put(given, argument, i, moved), backend)
             continue
