@@ -2,8 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ import numpy as np
 from jax import lax
 
 from jaxkv._arguments import BACKENDS, ArrayLike, as_indices
-from jaxkv._call import CacheOperands, CacheOptions
+from jaxkv._call import CacheOperands, CacheOptions, spec_of
 from jaxkv._primitive import relayout as primitive
 from jaxkv._relayout import RelayoutOperands, RelayoutOptions
 from kvcore.cache_spec import CacheSpec, check_any_cache
@@ -31,6 +30,15 @@ class Cache(Protocol):
     @property
     def spec(self) -> CacheSpec:
         """What they are."""
+        ...
+
+    @property
+    def _memory(self) -> tuple[jax.Array, ...]:
+        """Caches and scale caches."""
+        ...
+
+    def _with(self, memory: Sequence[jax.Array]) -> Self:
+        """The cache with new ones."""
         ...
 
     def read(self, slots: Any, *, dtype: Any, layer: Any, backend: Any) -> tuple[jax.Array, jax.Array]:
@@ -100,7 +108,6 @@ def relayout[C: Cache](
     if not bits:
         return _rewrite(source, destination, indices, backend)
     spec = source.spec
-    memory = _memory_of(destination)
     options = RelayoutOptions(
         _options_of(destination.spec), _options_of(spec), spec.head_size, spec.reading["head_size_v"], backend
     )
@@ -108,10 +115,7 @@ def relayout[C: Cache](
         _operands_of(destination), _operands_of(source), None if indices is None else jnp.asarray(indices)
     )
     options.describe(operands)
-    new = primitive.relayout(options, operands)
-    count = len(destination.caches)
-    scales = dict(zip(("k_scale", "v_scale"), new[count : len(memory)], strict=False))
-    return replace(destination, caches=tuple(new[:count]), **scales)  # type: ignore
+    return destination._with(primitive.relayout(options, operands))
 
 
 def _options_of(spec: CacheSpec) -> CacheOptions:
@@ -119,14 +123,10 @@ def _options_of(spec: CacheSpec) -> CacheOptions:
     return CacheOptions(spec.kv_cache_dtype, spec.layout, spec.scale_layout, layer)
 
 
-def _operands_of(cache: Any) -> CacheOperands:
-    memory = tuple(map(jnp.asarray, _memory_of(cache)))
+def _operands_of(cache: Cache) -> CacheOperands:
+    memory = tuple(map(jnp.asarray, cache._memory))
     count = len(cache.caches)
     return CacheOperands(memory[:count], memory[count:], None, None, None)
-
-
-def _memory_of(cache: Any) -> Sequence[jax.Array]:
-    return cache.caches if cache.spec.scale_layout is None else (*cache.caches, cache.k_scale, cache.v_scale)
 
 
 # ---- where formats differ
@@ -137,19 +137,12 @@ def _rewrite(source: Any, destination: Any, pairs: Any, backend: Any) -> Any:
     if pairs is None:
         slots = jnp.arange(source.spec.num_blocks * source.spec.block_size, dtype=jnp.int32)
         pairs = jnp.stack([slots, slots], axis=1)
-    check_pairs(pairs)
+    check_indices("pairs", spec_of(pairs), ("n", 2))
     pairs = jnp.asarray(pairs)
     chunk = chunk_of(source.spec, pairs.shape[0])
     if 0 in (pairs.shape[0], source.spec.num_blocks * source.spec.block_size):
         return destination
     return _rewritten(source, destination, pairs, chunk, backend)
-
-
-def check_pairs(pairs: Any) -> None:
-    """Raises unless pairs are `[n, 2]` integers."""
-    from jaxkv._call import spec_of
-
-    check_indices("pairs", spec_of(pairs), ("n", 2))
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4), inline=True)

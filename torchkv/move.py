@@ -80,17 +80,13 @@ def relayout(
         _rewrite(source, destination, pairs, backend)
         return
     arguments = (
-        *as_memory(_memory_of(destination)), list(_memory_of(source)), pairs, spec.kv_cache_dtype,
+        *as_memory(destination._memory), list(source._memory), pairs, spec.kv_cache_dtype,
         as_pattern(target.layout), as_scale_pattern(target.scale_layout), as_pattern(spec.layout),
         as_scale_pattern(spec.scale_layout), spec.head_size, spec.reading["head_size_v"], backend,
     )  # fmt: skip
     if call_again(_library.relayout, arguments) is None:
-        refuse_gradients("relayout", *_memory_of(destination), *_memory_of(source))
+        refuse_gradients("relayout", *destination._memory, *source._memory)
         call(_library.relayout, arguments)
-
-
-def _memory_of(cache: Any) -> tuple[Tensor, ...]:
-    return cache.caches if cache.spec.scale_layout is None else (*cache.caches, cache.k_scale, cache.v_scale)
 
 
 # ---- where formats differ

@@ -48,7 +48,7 @@ def _specs(
         raise source_split_error(mesh_axes, of_source)
     if mesh_axes is not None:  # of a source that every device has whole, each takes its own heads
         check_regions(options.source, mesh_axes)
-    new = _split(options, operands, mesh_axes, mesh_axes)
+    new = _split(options, operands, mesh_axes)
     return new, list(new.cache.memory)
 
 
@@ -56,13 +56,14 @@ def _rule(options: RelayoutOptions, operands: RelayoutOperands) -> Rule:
     """KV heads are shared by both caches; every other axis is on its own."""
     splits = [rows_factor(options._replace(cache=cache)) for cache in (options.cache, options.source)]
     heads = None if None in splits else "h"
-    return Rule(_split(options, operands, heads, heads), results=[], updates=True)
+    return Rule(_split(options, operands, heads), results=[], updates=True)
 
 
-def _split(options: RelayoutOptions, operands: RelayoutOperands, heads: Any, of_source: Any) -> RelayoutOperands:
+def _split(options: RelayoutOptions, operands: RelayoutOperands, heads: Any) -> RelayoutOperands:
+    """Specs of operands, or factors, with heads of both caches split alike."""
     return replicated(operands)._replace(
         cache=cache_specs(options.cache, operands.cache, heads),
-        source=cache_specs(options.source, operands.source, of_source),
+        source=cache_specs(options.source, operands.source, heads),
     )
 
 

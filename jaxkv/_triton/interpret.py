@@ -33,15 +33,7 @@ from kvcore.plan.kernel import INTERPRETER, KernelPlan, Target
 
 def write(call: Write, options: WriteOptions, operands: WriteOperands) -> list[jax.Array]:
     """The new caches and scale caches."""
-
-    def on_host(host: WriteOperands) -> list[np.ndarray]:
-        memory = [array.copy() for array in host.cache.memory]
-        host = host._replace(cache=host.cache.with_memory(memory))
-        launch_write(call, options, host, INTERPRETER, launch)
-        return memory
-
-    results = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in operands.cache.memory]
-    return _call_on_host(on_host, results, operands)
+    return _updated(operands, lambda host: launch_write(call, options, host, INTERPRETER, launch))
 
 
 def rope_and_cache(call: Rope, options: RotatedWriteOptions, operands: RotatedWriteOperands) -> list[jax.Array]:
@@ -58,40 +50,19 @@ def rope_and_cache(call: Rope, options: RotatedWriteOptions, operands: RotatedWr
 
 def move_blocks(call: Blocks, options: BlocksOptions, operands: BlocksOperands) -> list[jax.Array]:
     """The new caches and scale caches."""
-
-    def on_host(host: BlocksOperands) -> list[np.ndarray]:
-        memory = [array.copy() for array in host.cache.memory]
-        launch_blocks(call, host._replace(cache=host.cache.with_memory(memory)), INTERPRETER, launch)
-        return memory
-
-    results = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in operands.cache.memory]
-    return _call_on_host(on_host, results, operands)
+    return _updated(operands, lambda host: launch_blocks(call, host, INTERPRETER, launch))
 
 
 def relayout(call: Relayout, operands: RelayoutOperands) -> list[jax.Array]:
     """The new caches and scale caches."""
-
-    def on_host(host: RelayoutOperands) -> list[np.ndarray]:
-        memory = [array.copy() for array in host.cache.memory]
-        launch_relayout(call, host._replace(cache=host.cache.with_memory(memory)), INTERPRETER, launch)
-        return memory
-
-    results = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in operands.cache.memory]
-    return _call_on_host(on_host, results, operands)
+    return _updated(operands, lambda host: launch_relayout(call, host, INTERPRETER, launch))
 
 
 def swap_blocks(call: Swap, operands: SwapOperands) -> list[jax.Array]:
     """The new caches and scale caches of the destination, in the memory that they are in."""
-
-    def on_host(host: SwapOperands) -> list[np.ndarray]:
-        memory = [array.copy() for array in host.cache.memory]
-        launch_swap(call, host._replace(cache=host.cache.with_memory(memory)), INTERPRETER, launch)
-        return memory
-
-    results = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in operands.cache.memory]
     here = jax.tree.map(lambda array: jax.device_put(array, jax.memory.Space.Device), operands)
     places = [jax.typeof(array).memory_space for array in operands.cache.memory]
-    new = _call_on_host(on_host, results, here)
+    new = _updated(here, lambda host: launch_swap(call, host, INTERPRETER, launch))
     return [jax.device_put(array, place) for array, place in zip(new, places, strict=True)]
 
 
@@ -126,6 +97,18 @@ def launch(
     ]
     _worker().submit(interpreter.run, kernel, grid, pointers).result()
     return out
+
+
+def _updated(operands: Any, start: Callable[[Any], Any]) -> list[jax.Array]:
+    """Caches and scale caches after a launch that `start` makes of the operands, in which they are copies."""
+
+    def on_host(host: Any) -> list[np.ndarray]:
+        memory = [array.copy() for array in host.cache.memory]
+        start(host._replace(cache=host.cache.with_memory(memory)))
+        return memory
+
+    results = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in operands.cache.memory]
+    return _call_on_host(on_host, results, operands)
 
 
 def _call_on_host(function: Callable[[Any], Any], results: Any, operands: Any) -> Any:

@@ -1,7 +1,7 @@
 """The Triton kernels, compiled and launched through jax_triton: the only module that imports it."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -47,10 +47,7 @@ _PTX_VERSION_OF_TMA = 86
 
 def write(call: Write, options: WriteOptions, operands: WriteOperands, target: Target) -> list[jax.Array]:
     """The new caches and scale caches: the same buffers, updated in place."""
-    memory = operands.cache.memory
-    refs = _refs_of(memory)
-    launch_write(call, options, operands._replace(cache=operands.cache.with_memory(refs)), target, launch)
-    return _freeze(refs, memory)
+    return _updated(operands, lambda refs: launch_write(call, options, refs, target, launch))
 
 
 def rope_and_cache(
@@ -66,18 +63,12 @@ def rope_and_cache(
 
 def move_blocks(call: Blocks, options: BlocksOptions, operands: BlocksOperands, target: Target) -> list[jax.Array]:
     """The new caches and scale caches: the same buffers, updated in place."""
-    memory = operands.cache.memory
-    refs = _refs_of(memory)
-    launch_blocks(call, operands._replace(cache=operands.cache.with_memory(refs)), target, launch)
-    return _freeze(refs, memory)
+    return _updated(operands, lambda refs: launch_blocks(call, refs, target, launch))
 
 
 def relayout(call: Relayout, operands: RelayoutOperands, target: Target) -> list[jax.Array]:
     """The new caches and scale caches of the destination: the same buffers, updated in place."""
-    memory = operands.cache.memory
-    refs = _refs_of(memory)
-    launch_relayout(call, operands._replace(cache=operands.cache.with_memory(refs)), target, launch)
-    return _freeze(refs, memory)
+    return _updated(operands, lambda refs: launch_relayout(call, refs, target, launch))
 
 
 def swap_blocks(call: Swap, operands: SwapOperands, target: Target) -> list[jax.Array]:
@@ -85,10 +76,7 @@ def swap_blocks(call: Swap, operands: SwapOperands, target: Target) -> list[jax.
 
     XLA hands a kernel an operand in pinned memory as it is, and the GPU reaches it by the bus.
     """
-    memory = operands.cache.memory
-    refs = _refs_of(memory)
-    launch_swap(call, operands._replace(cache=operands.cache.with_memory(refs)), target, launch)
-    return _freeze(refs, memory)
+    return _updated(operands, lambda refs: launch_swap(call, refs, target, launch))
 
 
 def read(
@@ -129,6 +117,14 @@ def launch(
         name=kernel.name,
         **kernel.constexprs,
     )
+
+
+def _updated(operands: Any, start: Callable[[Any], Any]) -> list[jax.Array]:
+    """Caches and scale caches after a launch that `start` makes of the operands, in which they are Refs."""
+    memory = operands.cache.memory
+    refs = _refs_of(memory)
+    start(operands._replace(cache=operands.cache.with_memory(refs)))
+    return _freeze(refs, memory)
 
 
 def _refs_of(memory: Sequence[jax.Array]) -> list[jax.Ref]:

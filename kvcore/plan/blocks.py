@@ -160,7 +160,8 @@ def rows_of(arrays: Sequence[BlockArray], aligned: bool, batched: bool) -> list[
         aligned: Whether all begin at a multiple of 16 bytes.
         batched: Whether they have a batch in front.
     """
-    first, itemsize = arrays[0], itemsize_of(arrays[0])
+    first = arrays[0]
+    itemsize = FLOATS[first.dtype].bits // 8 if first.dtype in FLOATS else 1
     inside = [
         (tuple(array.steps[i] for array in arrays), size)
         for i, size in enumerate(first.shape)
@@ -191,11 +192,6 @@ def rows_of(arrays: Sequence[BlockArray], aligned: bool, batched: bool) -> list[
         )
         for i, (block_stride, batch_stride) in enumerate(outside)
     ]  # fmt: skip
-
-
-def itemsize_of(array: BlockArray) -> int:
-    """Bytes of an element."""
-    return FLOATS[array.dtype].bits // 8 if array.dtype in FLOATS else 1
 
 
 def steps_of(indices: ArraySpec, batched: bool) -> IndexSteps:
