@@ -174,7 +174,7 @@ class ReadOperands(NamedTuple):
     query: Any | None
     cache: CacheOperands
     block_tables: Any
-    seq_lens: Any | None
+    seq_lens: Any  # None for slots
     query_start_loc: Any | None
     sinks: Any | None
 
