@@ -90,6 +90,7 @@ def relayout_kernel(
     PAIR_STEP: tl.constexpr,          # elements from one pair to the next
     COLUMN_STEP: tl.constexpr,        # … from source to destination
     TOKENS: tl.constexpr,             # pairs of a program
+    TOGETHER: tl.constexpr,           # slots in a row of which all or none exist, without pairs: at most TOKENS
 ):  # fmt: skip
     """Copy slots to slots."""
     i = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
@@ -101,6 +102,9 @@ def relayout_kernel(
         slot = tl.load(pairs_ptr + i * PAIR_STEP, mask=exists, other=-1).to(tl.int64)
         target = tl.load(pairs_ptr + i * PAIR_STEP + COLUMN_STEP, mask=exists, other=-1).to(tl.int64)
     exists = exists & (slot >= 0) & (slot < num_slots) & (target >= 0) & (target < num_target_slots)
+    if pairs_ptr is None:
+        # Blocks are whole: slots that share one exist together. Where slots are innermost, a thread moves several then.
+        exists = tl.max_constancy(exists, TOGETHER)
     block, place = slot // BLOCK_SIZE, slot % BLOCK_SIZE
     target_block, target_place = target // TARGET_BLOCK_SIZE, target % TARGET_BLOCK_SIZE
 

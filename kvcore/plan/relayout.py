@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
+from math import gcd
 from typing import Any, NamedTuple
 
 from kvcore.contract.relayout import Relayout, Run
@@ -91,6 +92,7 @@ def plan_relayout(call: Relayout, target: Target) -> RelayoutPlan:
         "PAIR_STEP": pair_step,
         "COLUMN_STEP": column_step,
         "TOKENS": tokens,
+        "TOGETHER": gcd(tokens, call.source.extents.block_size, call.destination.extents.block_size),
     }
     kernel = KernelPlan(
         module="relayout",

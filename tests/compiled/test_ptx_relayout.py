@@ -48,6 +48,13 @@ def test_slots_move_128_bits_at_a_time(source, destination, pairs, target):
     assert stores == {128}
 
 
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("source", "destination"), [("NHD", "HEAD_MAJOR"), ("HEAD_MAJOR", "NHD")])
+def test_eight_slots_move_at_a_time_where_slots_are_innermost(source, destination, target):
+    kernel = compile_for(TARGETS[target], describe(source, destination, pairs=False, target_size=16))
+    assert accesses(kernel) == ({128}, {128})
+
+
 @pytest.mark.parametrize("pairs", [True, False])
 def test_nothing_is_stored_before_all_is_loaded(pairs):
     """A thread that waits for K before it asks for V has half as many bytes under way."""
