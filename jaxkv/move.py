@@ -62,7 +62,7 @@ def relayout[C: Cache](
 
     Where formats are the same, the stored bits move, scales of each token and head among them, in one launch; static
     scales stay each cache's own. Else, or with requantise, keys and values are read, a chunk of slots at a time, and
-    written as `write` does, in float32 if the destination is quantised. All layers move.
+    written as `write` does; on their way they are float32 if both are quantised. All layers move.
 
     A vmap is one call, in place, where blocks are the first axis of all arrays that it maps; else, as with an axis
     layer in front, it is a loop that copies each item's destination once. Where heads are split over devices, both
@@ -157,7 +157,7 @@ def _rewritten(source: Any, destination: Any, pairs: jax.Array, chunk: int, back
     def step(cache: Any, at: jax.Array) -> tuple[Any, None]:
         layer = None if layers is None else at // chunks
         slots = pairs[at % chunks]
-        key, value = source.read(slots[:, 0], dtype=between(spec), layer=layer, backend=backend)
+        key, value = source.read(slots[:, 0], dtype=between(source.spec, spec), layer=layer, backend=backend)
         if latent:  # kv_c and k_pe
             key, value = key[:, 0, : spec.head_size_v], key[:, 0, spec.head_size_v :]
         return cache.write(key, value, slots[:, 1], layer=layer, backend=backend), None

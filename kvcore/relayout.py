@@ -45,9 +45,16 @@ def chunk_of(spec: CacheSpec, num_pairs: int) -> int:
     return max(1, min(num_pairs, _CHUNK_ELEMENTS // max(of_slot, 1)))
 
 
-def between(destination: CacheSpec) -> str:
-    """The dtype of keys and values on their way, where numbers move: what the destination is written with."""
-    return destination.dtype if destination.kv_cache_dtype == "auto" else "float32"
+def between(source: CacheSpec, destination: CacheSpec) -> str:
+    """The dtype of keys and values on their way, where numbers move: the narrowest that loses none.
+
+    Args:
+        source: What is read; its own dtype where it is not quantised, and the destination is.
+        destination: What is written; its own dtype where it is not quantised, as writing takes no other.
+    """
+    if destination.kv_cache_dtype == "auto":
+        return destination.dtype
+    return source.dtype if source.kv_cache_dtype == "auto" else "float32"
 
 
 def _kind(spec: CacheSpec) -> tuple[Any, ...]:

@@ -34,7 +34,7 @@ def relayout(
 
     Where formats are the same, the stored bits move, scales of each token and head among them, in one launch; static
     scales stay each cache's own. Else, or with requantise, keys and values are read, a chunk of slots at a time, and
-    written as `write` does, in float32 if the destination is quantised. All layers move.
+    written as `write` does; on their way they are float32 if both are quantised. All layers move.
 
     DTensors, with `torchkv.distributed`, must have heads split alike; of a source that is replicated, each rank takes
     its own.
@@ -105,7 +105,7 @@ def _rewrite(source: Any, destination: Any, pairs: Tensor | None, backend: Any) 
     chunk = chunk_of(spec, slots.shape[0])
     for layer in [None] if spec.num_layers is None else range(spec.num_layers):
         for some, places in zip(slots.split(chunk), targets.split(chunk), strict=True):
-            key, value = source.read(some, dtype=between(target), layer=layer, backend=backend)
+            key, value = source.read(some, dtype=between(spec, target), layer=layer, backend=backend)
             if target.layout.latent:  # kv_c and k_pe
                 key, value = key[:, 0, : target.head_size_v], key[:, 0, target.head_size_v :]
             destination.write(key, value, places, layer=layer, backend=backend)
