@@ -1,6 +1,6 @@
 """Pictures of the committed results: one SVG each, for light and for dark pages.
 
-`uv run --group plots python -m benchmarks plot` draws all of them into docs/pictures; `--text` prints README's.
+`uv run python -m benchmarks plot` draws all of them into docs/pictures; `--text` prints README's.
 """
 
 import argparse
