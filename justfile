@@ -27,6 +27,10 @@ lint:
 gpu *options:
     uv run --extra cuda13 pytest -m gpu "$@"
 
+# build what is published, and try it in clean environments: PYTHONS=3.12 just release
+release *options:
+    bash .ci/release "$@"
+
 # measure: just benchmark write --json FILE; without a name it lists what there is
 benchmark *name:
     uv run python -m benchmarks "$@"

@@ -17,7 +17,7 @@ NAMES = {
     "decode": "a model of Llama 3 8B's shape, decoding in JAX, against its limit",
     "batching": "continuous batching beside one request at a time, and what its scheduler costs",
     "pool": "what handing out blocks costs on the host",
-    "plot": "a picture of attention's results",
+    "plot": "pictures of results, for the docs",
     "accuracy": "SmolLM2's perplexity and greedy text over each format of the cache",
     "generate": "SmolLM2's decode loop on this host",
 }
