@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
+from torch.nn import Parameter
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -99,5 +100,11 @@ class _MetaOnGpu(TorchDispatchMode):
         return self._moved[id(fake)][1]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = pytree.tree_map_only(Tensor, self, (args, kwargs or {}))
+        # A fake mode runs what has no fake tensor among its arguments but a number: `counter.add_(1)`, too.
+        convert = self._fake if func._schema.is_mutable else self
+        args, kwargs = pytree.tree_map_only(Tensor, convert, (args, kwargs or {}))
         return func(*args, **kwargs)
+
+    def _fake(self, tensor: Tensor) -> Tensor:
+        """The fake tensor for one that has memory."""
+        return self(self._mode.from_tensor(tensor) if type(tensor) in (Tensor, Parameter) else tensor)

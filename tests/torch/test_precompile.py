@@ -191,6 +191,23 @@ def _check_nothing_is_written():
     assert not all((tensor == POISON).all() for tensor in cache.caches)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda counter: counter.add_(1),  # torch's own fake mode runs it, for want of another tensor
+        lambda counter: torch.mul(counter, 2, out=counter),
+        lambda counter: counter.__setitem__(0, 5),
+        lambda counter: counter.copy_(torch.tensor([8, 9])),
+    ],
+)
+def test_what_a_step_counts_elsewhere_is_not_changed(change):
+    counter = torch.tensor([3, 4])
+    parameter = torch.nn.Parameter(torch.tensor([3, 4]), requires_grad=False)
+    assert torchkv.precompile(lambda: (change(counter), change(parameter))) == 0
+    assert counter.tolist() == parameter.tolist() == [3, 4]
+    assert torchkv.precompile(lambda: torch.tensor(2).item()) == 0  # a number that is known
+
+
 def test_tensors_on_meta_stay_what_they_are():
     weight = torch.nn.Parameter(torch.empty(3, DIM, device="meta"), requires_grad=False)
     assert torchkv.precompile(lambda x: x + weight, weight) == 0
