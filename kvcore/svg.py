@@ -8,14 +8,16 @@ CHARACTER = 7.4
 MARGIN = 12
 
 # Colours are written out for both schemes: not every program that shows SVG knows CSS variables. The background is the
-# picture's own, so that it can be read wherever it is put.
+# picture's own, so that it can be read wherever it is put. a, b and c are sequences; "-on" is what is pointed out.
 LIGHT = {
     "paper": "#ffffff", "ink": "#1f2328", "muted": "#59636e", "line": "#8c959f", "band": "#f3f5f7",
     "k": "#c9e2fb", "v": "#fde0c2", "k-on": "#0b61ad", "v-on": "#a84b00", "on": "#ffffff",
+    "a": "#cdeed3", "b": "#e6dafa", "c": "#f9d8e4", "a-on": "#1a7f37", "b-on": "#7446b8", "c-on": "#b03060",
 }  # fmt: skip
 DARK = {
     "paper": "#14181d", "ink": "#e6edf3", "muted": "#9aa5b1", "line": "#6b7683", "band": "#20262e",
     "k": "#163c60", "v": "#5a3410", "k-on": "#79c0ff", "v-on": "#ffa657", "on": "#0d1117",
+    "a": "#1b4a2a", "b": "#40306b", "c": "#5e2540", "a-on": "#7ee08f", "b-on": "#c9a8ff", "c-on": "#ff9bc0",
 }  # fmt: skip
 
 

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 
 from kvcore.layout import CacheLayout
 from kvcore.svg import DARK, LIGHT, Canvas
+from tests.cases.drawings import SVG, assert_stands_on_its_own
 from tests.cases.layouts import CONSTANTS, VLLM, WITH_LAYER, axes_of, numpy_places
 
 PATTERNS = [
     *CONSTANTS.values(), *WITH_LAYER, *VLLM.values(), "block slot latent", "layer block slot latent",
     "slot latent layer block", "block x slot (head kv) dim/x", "block slot dim head, head x block slot dim/x",
 ]  # fmt: skip
-SVG = "{http://www.w3.org/2000/svg}"
 
 
 def sizes_of(layout, **sizes):
@@ -204,24 +204,9 @@ def test_svg_stands_on_its_own(pattern):
     layout = CacheLayout(pattern)
     svg = layout.draw(**sizes_of(layout), slot=1).svg
     assert svg == layout.draw(**sizes_of(layout), slot=1).svg
-    root = ElementTree.fromstring(svg)
-    assert root.tag == SVG + "svg"
-    assert root.get("role") == "img"
-    assert [child.tag for child in root][:2] == [SVG + "title", SVG + "desc"]
+    root = assert_stands_on_its_own(svg)
     assert pattern in root.find(SVG + "title").text
     assert root.find(SVG + "desc").text.startswith("kv_cache: " if layout.single_array else "key_cache: ")
-    assert "prefers-color-scheme:dark" in root.find(SVG + "style").text
-    assert not re.search(r"href|url\(|@import|<script|currentColor", svg)
-    *_, width, height = map(float, root.get("viewBox").split())
-    assert (width, height) == (float(root.get("width")), float(root.get("height")))
-    for box in root.iter(SVG + "rect"):
-        assert float(box.get("x", 0)) + float(box.get("width")) <= width
-        assert float(box.get("y", 0)) + float(box.get("height")) <= height
-    for text in root.iter(SVG + "text"):
-        length = 6.6 * len(text.text)
-        begin = float(text.get("x")) - {"middle": length / 2, "end": length, None: 0}[text.get("text-anchor")]
-        assert 0 <= begin <= begin + length <= width
-        assert 0 <= float(text.get("y")) <= height
 
 
 def luminance(colour):
@@ -232,7 +217,8 @@ def luminance(colour):
 
 @pytest.mark.parametrize(
     ("ink", "below"),
-    [("ink", "paper"), ("muted", "paper"), ("ink", "band"), ("ink", "k"), ("ink", "v"), ("on", "k-on"), ("on", "v-on")],
+    [("ink", "paper"), ("muted", "paper"), ("ink", "band"), ("ink", "k"), ("ink", "v"), ("on", "k-on"), ("on", "v-on")]
+    + [pair for name in "abc" for pair in (("ink", name), ("on", f"{name}-on"))],
 )
 def test_words_can_be_read(ink, below):
     """A contrast of 4.5, which WCAG 2 asks of text (AA)."""
