@@ -9,18 +9,29 @@ A layout is a pattern that names an array's axes from the slowest to the fastest
     block slot (head kv) dim                          one array, heads of K and V alternate
     block slot latent                                 MLA: one head; K is the whole row, V its first elements
     layer block slot head dim                         any of these for all layers at once
-
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import ClassVar
 
-from kvcore.arrays import check_integers, contiguous_strides, python_integers
-from kvcore.pattern import AXES, CONSTANTS, VLLM, Axis, MeshAxes, from_json, mesh_axes, parse, spell, to_json, validate
-from kvcore.placement import Placement, place
+from kvcore.drawing import Picture, draw
+from kvcore.pattern import (
+    CONSTANTS,
+    Axis,
+    MeshAxes,
+    constant,
+    from_json,
+    from_vllm,
+    mesh_axes,
+    parse,
+    spell,
+    to_json,
+    validate,
+)
+from kvcore.placement import Placement, place, shapes_of
+from kvcore.strips import describe, small
 
 
 @dataclass(frozen=True)
@@ -87,11 +98,7 @@ class CacheLayout:
         >>> CacheLayout.from_vllm("BLHNC")
         CacheLayout('block layer head slot k+v')
         """
-        if not isinstance(name, str):
-            raise TypeError(f"name must be a string, got {name!r}")
-        if name.strip().upper() not in VLLM:
-            raise ValueError(f"name must be one of {', '.join(VLLM)}, got {name!r}")
-        return _from_pattern(VLLM[name.strip().upper()])
+        return _from_pattern(from_vllm(name))
 
     def to_json(self) -> str:
         """The layout as JSON, for other programs, and for `from_json`.
@@ -193,42 +200,10 @@ class CacheLayout:
             ValueError: an extent is missing, superfluous, not positive, or does not fit its axis.
             TypeError: an extent is no integer.
         """
-        check_integers(
-            num_blocks=num_blocks, block_size=block_size, num_heads=num_heads, head_size=head_size,
-            head_size_v=head_size_v, num_layers=num_layers, x=x,
+        return shapes_of(
+            self.pattern, self.arrays, num_blocks=num_blocks, block_size=block_size, num_heads=num_heads,
+            head_size=head_size, head_size_v=head_size_v, num_layers=num_layers, x=x,
         )  # fmt: skip
-        num_blocks, block_size, num_heads, head_size, head_size_v, num_layers, x = python_integers(
-            num_blocks, block_size, num_heads, head_size, head_size_v, num_layers, x
-        )
-        size_v = head_size if head_size_v is None else head_size_v
-        of_axis = {"layer": num_layers, "block": num_blocks, "slot": block_size, "head": num_heads, "x": x}
-        named = {name for axes in self.arrays for axis in axes for name in axis}
-        for name, size in (*of_axis.items(), ("dim", head_size), ("dim", size_v)):
-            if size is None and name in named:
-                raise ValueError(f"layout '{self}' needs the size of axis {name}, got None")
-            if size is not None and name not in named and name in ("layer", "x"):
-                raise ValueError(f"layout '{self}' has no axis {name}, got size {size} for it")
-            if size is not None and size < 1:
-                raise ValueError(f"axis {name} must have a positive size, got {size}")
-        dims = {"head_size": head_size, "head_size_v": size_v}
-        for axes, (name, size) in zip(self.arrays, dims.items(), strict=False):
-            if x is not None and ("x",) in axes and size % x:
-                raise ValueError(f"axis x of size {x} must divide {name} = {size}")
-        if self.latent and (num_heads != 1 or size_v > head_size):
-            raise ValueError(
-                f"layout '{self}' needs num_heads = 1 and head_size_v of at most head_size = {head_size} along axis "
-                f"latent, got {num_heads} and {size_v}"
-            )
-        if self.single_array and not (self.packed or self.latent) and size_v != head_size:
-            raise ValueError(
-                f"layout '{self}' needs head_size_v = head_size along axis dim, got {size_v} and {head_size}"
-            )
-        sizes: dict[str, int] = {name: size for name, size in of_axis.items() if size is not None}
-        out = []
-        for axes, dim in zip(self.arrays, (head_size, size_v), strict=False):
-            sizes |= {"dim": dim, "dim/x": dim // (x or 1), "kv": 2, "k+v": head_size + size_v, "latent": head_size}
-            out.append(tuple(math.prod(sizes[name] for name in axis) for axis in axes))
-        return tuple(out)
 
     def place(
         self,
@@ -289,27 +264,55 @@ class CacheLayout:
             num_blocks=num_blocks, block_size=block_size, num_heads=num_heads, head_size=head_size,
             head_size_v=head_size_v, num_layers=num_layers, x=x,
         )  # fmt: skip
-        names = ("kv_cache",) if self.single_array else ("key_cache  ", "value_cache")
-        return "\n".join(
-            f"{name}  "
-            + " | ".join(
-                f"{spell((axis,))} {size} × {stride}"
-                for axis, size, stride in zip(axes, shape, contiguous_strides(shape), strict=True)
-            )
-            for name, axes, shape in zip(names, self.arrays, shapes, strict=True)
-        )
+        return "\n".join(describe(self.arrays, shapes))
+
+    def draw(
+        self, *, num_blocks: int = 2, block_size: int = 2, num_heads: int | None = None, head_size: int = 4,
+        head_size_v: int | None = None, num_layers: int | None = None, x: int | None = None, slot: int | None = None,
+    ) -> Picture:  # fmt: skip
+        """A picture of the memory of small arrays: a cell for each element, in the order in which they lie there.
+
+        Notebooks show it as SVG, terminals as text: `.svg` and `str()` are these. Offsets are from the array's first.
+
+        Args:
+            num_blocks: Blocks, per layer.
+            block_size: Slots per block.
+            num_heads: KV heads; None: 2, or 1 where the layout has an axis `latent`.
+            head_size: Elements of a key head.
+            head_size_v: Elements of a value head; None: `head_size`.
+            num_layers: Layers; None: 2 where the layout has the axis.
+            x: Elements of a packed run; None: 2 where the layout has the axis.
+            slot: A slot to point out, `block * block_size + place`: which elements are its token's, in each layer.
+
+        Raises:
+            ValueError: an extent does not fit, as in `shapes`; an array has more than 1,024 elements; no such slot.
+            TypeError: an extent, or slot, is no integer.
+
+        >>> print(CacheLayout.MLA.draw(head_size=4, head_size_v=3, slot=2))
+        MLA: block slot latent   (slot 2: place 0 of block 1)
+        <BLANKLINE>
+        kv_cache  block 2 × 8 | slot 2 × 4 | latent 4 × 1
+        block  │0              │1              │
+        slot   │0      │1      │0      │1      │
+        kv     │KV   │K│KV   │K│KV   │K│KV   │K│
+        dim    │0 1 2│3│0 1 2│3│0 1 2│3│0 1 2│3│
+        token  │· · ·│·│· · ·│·│■ ■ ■│■│· · ·│·│
+        offset  0       4       8       12
+        slot 2: 4 elements in 1 run: 8–11
+        """
+        num_heads, num_layers, x = small(self.arrays, num_heads, num_layers, x)
+        shapes = self.shapes(
+            num_blocks=num_blocks, block_size=block_size, num_heads=num_heads, head_size=head_size,
+            head_size_v=head_size_v, num_layers=num_layers, x=x,
+        )  # fmt: skip
+        place = self.place(shapes, head_size=head_size, head_size_v=head_size_v or head_size)
+        return draw(self.pattern, self.arrays, shapes, place, slot)
 
 
 @lru_cache
 def _from_pattern(pattern: str) -> CacheLayout:
-    name = pattern.strip().upper()
-    if name in CONSTANTS:
-        return getattr(CacheLayout, name)
-    if name.isidentifier() and name.lower() not in AXES:
-        raise ValueError(
-            f"layout must be one of {', '.join(CONSTANTS)}, or a pattern of the axes {', '.join(AXES)}, got '{pattern}'"
-        )
-    return CacheLayout(pattern)
+    name = constant(pattern)
+    return getattr(CacheLayout, name) if name else CacheLayout(pattern)
 
 
 for _name, _pattern in CONSTANTS.items():

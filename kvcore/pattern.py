@@ -96,6 +96,36 @@ def _are_axes(axes: Any) -> bool:
     )
 
 
+def constant(pattern: str) -> str | None:
+    """The name in `CONSTANTS` that a pattern is, in any case; None: it is none.
+
+    Raises:
+        ValueError: it is neither a name nor a pattern.
+    """
+    name = pattern.strip().upper()
+    if name in CONSTANTS:
+        return name
+    if name.isidentifier() and name.lower() not in AXES:
+        raise ValueError(
+            f"layout must be one of {', '.join(CONSTANTS)}, or a pattern of the axes {', '.join(AXES)}, got '{pattern}'"
+        )
+    return None
+
+
+def from_vllm(name: Any) -> str:
+    """The pattern of the layout that vLLM calls so, in any case.
+
+    Raises:
+        ValueError: vLLM has no layout of that name.
+        TypeError: `name` is no string.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a string, got {name!r}")
+    if name.strip().upper() not in VLLM:
+        raise ValueError(f"name must be one of {', '.join(VLLM)}, got {name!r}")
+    return VLLM[name.strip().upper()]
+
+
 def validate(pattern: str, arrays: tuple[tuple[Axis, ...], ...]) -> None:
     """Raises unless a pattern, split into the axes of its arrays, describes a cache.
 

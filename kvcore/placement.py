@@ -3,10 +3,11 @@
 Every layout is affine, so eight integers say where all elements of K, or of V, are, to all kernels and both frameworks.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from kvcore.arrays import array_names, contiguous_strides
+from kvcore.arrays import array_names, check_integers, contiguous_strides, python_integers
 from kvcore.pattern import Axis, spell
 
 
@@ -70,6 +71,73 @@ class Placement(NamedTuple):
     extents: Extents
     key: Address
     value: Address
+
+
+def shapes_of(
+    pattern: str,
+    arrays: Sequence[tuple[Axis, ...]],
+    *,
+    num_blocks: int,
+    block_size: int,
+    num_heads: int,
+    head_size: int,
+    head_size_v: int | None,
+    num_layers: int | None,
+    x: int | None,
+) -> tuple[tuple[int, ...], ...]:
+    """Shapes of the arrays for these extents: `CacheLayout.shapes`, where they are described.
+
+    Args:
+        pattern: What errors call the layout.
+        arrays: Its axes, of each array.
+        num_blocks: See there.
+        block_size: See there.
+        num_heads: See there.
+        head_size: See there.
+        head_size_v: See there.
+        num_layers: See there.
+        x: See there.
+
+    Raises:
+        ValueError: an extent is missing, superfluous, not positive, or does not fit its axis.
+        TypeError: an extent is no integer.
+    """
+    check_integers(
+        num_blocks=num_blocks, block_size=block_size, num_heads=num_heads, head_size=head_size,
+        head_size_v=head_size_v, num_layers=num_layers, x=x,
+    )  # fmt: skip
+    num_blocks, block_size, num_heads, head_size, head_size_v, num_layers, x = python_integers(
+        num_blocks, block_size, num_heads, head_size, head_size_v, num_layers, x
+    )
+    size_v = head_size if head_size_v is None else head_size_v
+    of_axis = {"layer": num_layers, "block": num_blocks, "slot": block_size, "head": num_heads, "x": x}
+    named = {name for axes in arrays for axis in axes for name in axis}
+    for name, size in (*of_axis.items(), ("dim", head_size), ("dim", size_v)):
+        if size is None and name in named:
+            raise ValueError(f"layout '{pattern}' needs the size of axis {name}, got None")
+        if size is not None and name not in named and name in ("layer", "x"):
+            raise ValueError(f"layout '{pattern}' has no axis {name}, got size {size} for it")
+        if size is not None and size < 1:
+            raise ValueError(f"axis {name} must have a positive size, got {size}")
+    dims = {"head_size": head_size, "head_size_v": size_v}
+    for axes, (name, size) in zip(arrays, dims.items(), strict=False):
+        if x is not None and ("x",) in axes and size % x:
+            raise ValueError(f"axis x of size {x} must divide {name} = {size}")
+    if "latent" in named and (num_heads != 1 or size_v > head_size):
+        raise ValueError(
+            f"layout '{pattern}' needs num_heads = 1 and head_size_v of at most head_size = {head_size} along axis "
+            f"latent, got {num_heads} and {size_v}"
+        )
+    if len(arrays) == 1 and named.isdisjoint(("k+v", "latent")) and size_v != head_size:
+        raise ValueError(
+            f"layout '{pattern}' needs head_size_v = head_size along axis dim, got {size_v} and {head_size}"
+        )
+    sizes: dict[str, int] = {name: size for name, size in of_axis.items() if size is not None}
+    out = []
+    for axes, dim in zip(arrays, (head_size, size_v), strict=False):
+        sizes |= {"dim": dim, "dim/x": dim // (x or 1), "kv": 2, "k+v": head_size + size_v, "latent": head_size}
+        out.append(tuple(math.prod(sizes[name] for name in axis) for axis in axes))
+    return tuple(out)
 
 
 def place(

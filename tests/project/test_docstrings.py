@@ -68,6 +68,7 @@ def test_examples_of_torch(name):
     [
         "BlockPool",
         "CacheLayout.describe",
+        "CacheLayout.draw",
         "CacheLayout.from_vllm",
         "CacheLayout.to_json",
         "CacheLayout.from_json",
