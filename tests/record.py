@@ -24,6 +24,8 @@ from kvcore.layout import CacheLayout
 from kvcore.pattern import CONSTANTS, VLLM
 from kvcore.plan.kernel import KernelPlan
 
+ROOT = Path(__file__).parents[1]
+
 # What carries out an op. `call` or `described` is what the contract said; with a kernel, `target` is what it is for.
 OPS = (
     *("jaxkv._triton.write:launch_write", "jaxkv._triton.read:launch_read", "jaxkv._triton.rope:launch_rope"),
@@ -168,7 +170,15 @@ class Recorder:
         self._path, self._writes, self._has_gpu = path, writes, has_gpu
         self._watch = Watch()
         self._met: set[Found] = set()
+        self._environment: dict[str, Any] = {}
         self._outcomes = {"passed": 0, "skipped": 0, "failed": 0}
+
+    def pytest_sessionstart(self) -> None:
+        """Says of what the tests are."""
+        from benchmarks.report import environment
+
+        if self._writes:
+            self._environment = environment()
 
     def pytest_runtest_setup(self, item: Any) -> None:
         """Begins with nothing found."""
@@ -206,9 +216,7 @@ class Recorder:
         """Writes the file."""
         if not self._writes:
             return
-        from benchmarks.report import environment
-
-        record = environment() | {"command": _command(session.config)} | self._outcomes
+        record = self._environment | {"command": _command(session.config)} | self._outcomes
         Path(self._path).write_text(dumps(record, self._met))
 
     def pytest_unconfigure(self) -> None:
@@ -218,9 +226,9 @@ class Recorder:
 
 
 def _command(config: Any) -> str:
-    """The command that recorded, less the file's folder."""
-    words = [word for word in config.invocation_params.args if not str(word).startswith("--record")]
-    return " ".join(["pytest", *map(str, words)])
+    """The command that recorded, without what a reader has no use for: the file, and folders of this machine."""
+    words = [str(word).replace(f"{ROOT}/", "") for word in config.invocation_params.args]
+    return " ".join(["pytest", *(word for word in words if not word.startswith(("--record", "-p", "--rootdir", "/")))])
 
 
 def dumps(record: dict[str, Any], met: set[Found]) -> str:
