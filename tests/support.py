@@ -69,8 +69,8 @@ def letters(found: Iterable[Found], both: Callable[[Found], Any] | None = None) 
     for op, letter in LETTERS.items():
         if op in ops:
             alone = both is not None and len(ops[op]) == 1
-            parts.append(f"{letter} ({next(iter(ops[op]))})" if alone else letter)
-    return " ".join(parts)
+            parts.append(f"{letter}({next(iter(ops[op]))})" if alone else letter)
+    return "\N{NO-BREAK SPACE}".join(parts)
 
 
 def table(

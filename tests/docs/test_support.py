@@ -147,11 +147,11 @@ def test_a_page():
         f"| [{name}](../benchmarks/results/{name}-tests.json) | NVIDIA H100 | {versions}"
         for name in ("gpu", "compiled", "cpu")
     ]
-    tables = "\n".join(lines).partition("## On an NVIDIA H100")[2]
+    tables = "\n".join(lines).replace("\N{NO-BREAK SPACE}", " ").partition("## On an NVIDIA H100")[2]
     assert [line for line in tables.splitlines() if line.startswith("|") and "---" not in line] == [
         "| | `int8 token_head` | `any` |",
-        "| `NHD` | W G (torch) |  |",
-        "| `slot block head dim` |  | B (jax) |",
+        "| `NHD` | W G(torch) |  |",
+        "| `slot block head dim` |  | B(jax) |",
         "| | sm_80 | sm_100 | gfx942 |",
         "| `int4` | W |  | W |",
         "| `fp8_ds_mla` |  | A |  |",
