@@ -48,6 +48,7 @@ COMPILER = "kvcore.run.compiler:compile_kernel"
 
 Found = tuple[str, str, str, str, str]
 """Target, framework, op, layout, format."""
+COLUMNS = ("target", "framework", "op", "layout")
 
 
 # ---- what a call is about
@@ -216,7 +217,7 @@ class Recorder:
         """Writes the file."""
         if not self._writes:
             return
-        record = self._environment | {"command": _command(session.config)} | self._outcomes
+        record = self._environment | {"benchmark": "tests", "command": _command(session.config)} | self._outcomes
         Path(self._path).write_text(dumps(record, self._met))
 
     def pytest_unconfigure(self) -> None:
@@ -232,35 +233,17 @@ def _command(config: Any) -> str:
 
 
 def dumps(record: dict[str, Any], met: set[Found]) -> str:
-    """A record as JSON, a line for each layout: target, framework, op, layout, formats."""
-    nested: dict[str, Any] = {}
-    for target, framework, op, layout, stored in sorted(met):
-        nested.setdefault(target, {}).setdefault(framework, {}).setdefault(op, {}).setdefault(layout, []).append(stored)
-    head = json.dumps(record, indent=1).removesuffix("\n}")
-    lines = []
-    for target, frameworks in nested.items():
-        parts = []
-        for framework, ops in frameworks.items():
-            rows = [
-                f'   "{op}": {{\n'
-                + ",\n".join(f"    {json.dumps(layout)}: {json.dumps(stored)}" for layout, stored in layouts.items())
-                + "\n   }"
-                for op, layouts in ops.items()
-            ]
-            parts.append(f'  "{framework}": {{\n' + ",\n".join(rows) + "\n  }")
-        lines.append(f' "{target}": {{\n' + ",\n".join(parts) + "\n }")
-    return f'{head},\n "met": {{\n' + ",\n".join(lines) + "\n }\n}\n"
+    """A record as JSON, like the benchmarks': a row, on a line, has the formats that an op has met in a layout."""
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for *what, stored in sorted(met):
+        rows.setdefault(tuple(what), []).append(stored)
+    lines = [json.dumps({**dict(zip(COLUMNS, what, strict=True)), "formats": rows[what]}) for what in rows]
+    head = json.dumps(record | {"rows": []}, indent=1).removesuffix("[]\n}")
+    return f"{head}[\n  " + ",\n  ".join(lines) + "\n ]\n}\n"
 
 
 def loads(text: str) -> tuple[dict[str, Any], set[Found]]:
     """What `dumps` has written."""
     record = json.loads(text)
-    nested = record.pop("met")
-    return record, {
-        (target, framework, op, layout, stored)
-        for target, frameworks in nested.items()
-        for framework, ops in frameworks.items()
-        for op, layouts in ops.items()
-        for layout, formats in layouts.items()
-        for stored in formats
-    }
+    rows = record.pop("rows")
+    return record, {(*(row[name] for name in COLUMNS), stored) for row in rows for stored in row["formats"]}
