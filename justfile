@@ -23,6 +23,11 @@ lint:
     uv run ruff format --check .
     uv run pyright
 
+# build the site into site/, without a warning
+docs:
+    uv run python docs/_hooks.py
+    uv run --group docs mkdocs build --strict
+
 # run the tests that need an NVIDIA GPU
 gpu *options:
     uv run --extra cuda13 pytest -m gpu "$@"

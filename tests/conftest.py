@@ -26,6 +26,15 @@ def pytest_addoption(parser):
     parser.addoption(
         "--cases", choices=["values", "pairs", "all"], default="pairs", help="cases of a test with several parameters"
     )
+    parser.addoption("--record", metavar="FILE", help="where to write what the tests that passed have met, as JSON")
+
+
+def pytest_configure(config):
+    if config.getoption("record"):
+        from tests.record import Recorder
+
+        in_worker = hasattr(config, "workerinput")
+        config.pluginmanager.register(Recorder(config.getoption("record"), not in_worker, HAS_GPU), "record")
 
 
 def pytest_generate_tests(metafunc):

@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 
 from tests.cases.dense_llama import check_answers
-from tests.cases.processes import ROOT
-from tests.cases.readme import python_blocks
 
 eqx = pytest.importorskip("equinox")
 
@@ -50,13 +48,6 @@ def test_the_tokens_of_a_model_without_a_cache(capsys):
 
 
 # ---- what docs/flax.md says
-
-
-def test_code_of_the_page():
-    page = ROOT / "docs" / "flax.md"
-    blocks = python_blocks(page.read_text().split("## Equinox\n")[1])
-    assert len(blocks) == 3
-    exec(compile("\n".join(blocks), str(page), "exec"), {"__name__": "page"})
 
 
 class Holder(eqx.Module):

@@ -19,7 +19,7 @@ PAGES = [
     "README.md",
     "CONTRIBUTING.md",
     "CHANGELOG.md",
-    *(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md")),
+    *(file.relative_to(ROOT).as_posix() for file in (ROOT / "docs").rglob("*.md")),
 ]
 
 
@@ -89,7 +89,7 @@ def test_files_that_pages_name_are_there(page):
     names = [name for name in re.findall(r"`([^`\n]+)`", text) if PATH.fullmatch(name)]
     prose = re.sub(r"```.*?```|`[^`\n]+`", "", text, flags=re.S)
     links = [link.partition("#")[0] for link in re.findall(r"\]\((?!https:|#)(.*?)\)", prose)]
-    assert names or links
+    assert names or links or page.startswith("docs/")
     assert [name for name in names if not (ROOT / name).exists()] == []
     assert [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == []
 
@@ -111,6 +111,7 @@ def test_source_distribution_has_what_it_lists():
     assert [name for name in included if not (ROOT / name).exists()] == []
     assert {
         "justfile",
+        "mkdocs.yml",
         ".pre-commit-config.yaml",
         "LICENSE",
         *PYPROJECT["tool"]["pytest"]["ini_options"]["testpaths"],
@@ -141,7 +142,7 @@ def recipes():
 
 def test_contributing_names_every_recipe():
     named = re.findall(r"`just ([a-z-]+)", (ROOT / "CONTRIBUTING.md").read_text())
-    assert {*named} == {*recipes()} == {"setup", "test", "test-file", "lint", "gpu", "release", "benchmark"}
+    assert {*named} == {*recipes()} == {"setup", "test", "test-file", "lint", "docs", "gpu", "release", "benchmark"}
 
 
 @pytest.mark.parametrize("line", [line.strip() for lines in recipes().values() for line in lines])
@@ -155,15 +156,21 @@ def test_recipes_run_what_there_is(line):
         assert words == []
         return
     assert command == "run"
+    tools = TOOLS
     if words[0] == "--extra":
         assert words[1] in PROJECT["optional-dependencies"]
         words = words[2:]
+    if words[0] == "--group":
+        tools = {re.split(r"[>=<\[]", need)[0] for need in PYPROJECT["dependency-groups"][words[1]]}
+        words = words[2:]
     tool, *words = words
+    if tool == "python" and words[0] != "-m":
+        assert (ROOT / words[0]).is_file()
+        return
     if tool == "python":
-        assert words[0] == "-m"
         assert (ROOT / words[1] / "__main__.py").is_file()
         return
-    assert tool in TOOLS
+    assert tool in tools
     if tool == "pytest" and "-m" in words:
         markers = PYPROJECT["tool"]["pytest"]["ini_options"]["markers"]
         assert words[words.index("-m") + 1] in {marker.partition(":")[0] for marker in markers}

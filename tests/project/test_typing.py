@@ -23,7 +23,7 @@ from kvcore.contract.scales import check_kv_scales
 from kvcore.formats import FLOATS, KV_CACHE_DTYPES, NVFP4, PER_TOKEN_HEAD
 from kvcore.layout import CacheLayout
 from kvcore.pattern import CONSTANTS
-from tests.cases.readme import BLOCKS
+from tests.cases.pages import README, python_blocks
 
 ROOT = Path(__file__).parents[2]
 RIGHT, WRONG = ROOT / "tests" / "project" / "typing" / "right.py", ROOT / "tests" / "project" / "typing" / "wrong.py"
@@ -67,7 +67,7 @@ def reports(tmp_path_factory):
     """What each type checker says of all files: one run of each, both at once."""
     folder = tmp_path_factory.mktemp("types")
     files = [RIGHT, WRONG]
-    for number, block in enumerate(BLOCKS):
+    for number, block in enumerate(python_blocks(README.read_text())):
         files.append(folder / f"readme_{number}.py")
         files[-1].write_text(block)
     with ThreadPoolExecutor() as pool:
