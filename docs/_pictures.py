@@ -15,7 +15,7 @@ from kvcore.svg import MARGIN, Canvas
 
 FOLDER = Path(__file__).parent / "pictures"
 
-CELL, ROW = 20, 20
+CELL, ROW = 16, 20
 """Width and height of a token's cell, in px."""
 
 
@@ -49,30 +49,30 @@ def pool(canvas: Canvas, y: float, num_blocks: int, block_size: int, holds: dict
 
 def page() -> str:
     """Tokens, their slots, and padding."""
-    slots, block_size, num_blocks = [6, 7, 12, -1], 4, 8
+    slots, block_size, num_blocks = [6, 7, 12, -1], 4, 6
     canvas = Canvas("Slot mapping", f"slot_mapping = {slots}, block_size = {block_size}: token 3 is padding")
-    x = 200
+    x = 150
     for token, slot in enumerate(slots):
         canvas.box(
-            x + token * 40, 34, 40, ROW, "none dashed" if slot < 0 else "k-on", label=str(token), ink="on" * (slot >= 0)
+            x + token * 40, 16, 40, ROW, "none dashed" if slot < 0 else "k-on", label=str(token), ink="on" * (slot >= 0)
         )
-        canvas.box(x + token * 40, 60, 40, ROW, "none dashed" if slot < 0 else "band", label=str(slot))
-    canvas.text(x - 8, 48, "token of key", "muted", "end")
-    canvas.text(x - 8, 74, "slot_mapping", "muted", "end")
-    canvas.text(x + 164, 74, "skipped", "muted")
+        canvas.box(x + token * 40, 42, 40, ROW, "none dashed" if slot < 0 else "band", label=str(slot))
+    canvas.text(x - 8, 30, "token of key", "muted", "end")
+    canvas.text(x - 8, 56, "slot_mapping", "muted", "end")
+    canvas.text(x + 164, 56, "skipped", "muted")
     holds = {slot: ("k-on", str(token)) for token, slot in enumerate(slots)}
-    middles = pool(canvas, 138, num_blocks, block_size, holds)
+    middles = pool(canvas, 120, num_blocks, block_size, holds)
     for token, slot in enumerate(slots):
         if slot >= 0:
             at = middles[slot // block_size] + (slot % block_size - block_size / 2 + 0.5) * 16
-            canvas.arrow((x + token * 40 + 20, 82), (at, 119))
-    canvas.text(MARGIN, 206, "slot 6 = 1 · 4 + 2: place 2 of block 1. Eight blocks of block_size = 4 slots.")
+            canvas.arrow((x + token * 40 + 20, 64), (at, 101))
+    canvas.text(MARGIN, 188, "slot 6 = 1 · 4 + 2: place 2 of block 1  (block_size = 4)")
     return canvas.svg()
 
 
 def page_table() -> str:
     """Two sequences, their block tables, and the blocks of the cache that they hold."""
-    tables, lengths, block_size, num_blocks = [[5, 2, 7], [4, 0, -1]], [10, 6], 4, 8
+    tables, lengths, block_size, num_blocks = [[5, 2, 3], [4, 0, -1]], [10, 6], 4, 6
     canvas = Canvas("Block tables", f"block_tables = {tables}, seq_lens = {lengths}, block_size = {block_size}")
     holds, entries, x = {}, [], 12 + 100
     for seq, (table, length) in enumerate(zip(tables, lengths, strict=True)):
@@ -88,7 +88,7 @@ def page_table() -> str:
             at = x + column * block_size * CELL
             canvas.box(at, 72, block_size * CELL, ROW, "none dashed" if block < 0 else kind, label=str(block))
             entries += [(at + block_size * CELL / 2, block)] * (block >= 0)
-        x += len(table) * block_size * CELL + 20
+        x += len(table) * block_size * CELL + 36
     canvas.text(104, 52, "position", "muted", "end")
     canvas.text(104, 86, "block_tables", "muted", "end")
     middles = pool(canvas, 162, num_blocks, block_size, holds)
@@ -106,14 +106,14 @@ def page_table() -> str:
 
 def ragged_batch() -> str:
     """One call for a chunk of a prompt, two sequences that decode, and padding."""
-    tables, block_size, num_tokens = np.array([[1, 4, 2], [3, 5, -1], [6, 0, -1]]), 4, 10
-    starts, lengths = np.array([0, 5, 6, 7]), np.array([9, 6, 7])
+    tables, block_size, num_tokens = np.array([[1, 4, 2], [3, 5, -1], [0, -1, -1]]), 4, 10
+    starts, lengths = np.array([0, 5, 6, 7]), np.array([9, 6, 3])
     slots = slot_mapping(tables, starts, lengths, block_size, num_tokens).tolist()
     canvas = Canvas(
         "A ragged batch",
         f"query_start_loc = {starts.tolist()}, seq_lens = {lengths.tolist()}, slot_mapping = {slots}",
     )
-    left, y, kinds = 200, 12.0, "abc"
+    left, y, kinds = 192, 12.0, "abc"
     roles = ["prompt chunk", "decode", "decode"]
     rows = {}
     for seq, (length, role) in enumerate(zip(lengths.tolist(), roles, strict=True)):
@@ -121,16 +121,16 @@ def ragged_batch() -> str:
         canvas.text(left - 8, y + 14, f"sequence {seq}, {role}", anchor="end")
         for position in range(length):
             new = position >= first
-            canvas.box(left + position * 32, y, 32, ROW, kinds[seq] + "-on" * new, label=str(position), ink="on" * new)
+            canvas.box(left + position * 28, y, 28, ROW, kinds[seq] + "-on" * new, label=str(position), ink="on" * new)
             if new:
                 rows[int(starts[seq]) + position - first] = (seq, position)
-        canvas.text(left + length * 32 + 8, y + 14, f"seq_lens[{seq}] = {length}", "muted")
+        canvas.text(left + length * 28 + 8, y + 14, f"seq_lens[{seq}] = {length}", "muted")
         y += 28
     canvas.text(left, y + 10, "strong colours: new tokens, of this call", "muted")
     y += 44
     canvas.text(left - 8, y - 4, "query_start_loc", "muted", "end")
     for start in starts.tolist():
-        canvas.text(left + start * 32 + 3, y - 4, str(start), "bold")
+        canvas.text(left + start * 28 + 3, y - 4, str(start), "bold")
     for name in ("query, key, value", "position", "slot_mapping"):
         canvas.text(left - 8, y + 14, name, "muted", "end")
         for token in range(num_tokens):
@@ -138,9 +138,9 @@ def ragged_batch() -> str:
             label = {"query, key, value": token, "position": position, "slot_mapping": slots[token]}[name]
             main = name == "query, key, value" and seq is not None
             kind = "none dashed" if seq is None else kinds[seq] + "-on" * main
-            canvas.box(left + token * 32, y, 32, ROW, kind, label=str(label), ink="on" * main)
+            canvas.box(left + token * 28, y, 28, ROW, kind, label=str(label), ink="on" * main)
         y += ROW + 4
-    canvas.text(left + 7 * 32 + 4, y + 12, "padding", "muted")
+    canvas.text(left + 7 * 28 + 4, y + 12, "padding", "muted")
     return canvas.svg()
 
 
@@ -149,7 +149,7 @@ def split_and_merge() -> str:
     lses = np.array([1.2, 3.1, 2.4])
     lse = np.log(np.exp(lses).sum())
     canvas = Canvas("Split and merge", f"Three parts with log-sum-exps {lses.tolist()}, merged: {lse:.2f}")
-    left, wide = 12 + 90, 160
+    left, wide = 12 + 80, 156
     canvas.text(left - 8, 34, "positions", "muted", "end")
     canvas.text(left - 8, 92, "attention", "muted", "end")
     canvas.text(left - 8, 150, "weight", "muted", "end")
