@@ -104,7 +104,7 @@ def test_what_is_written_can_be_read(mode):
 
 def test_pages_show_every_picture():
     pages = "\n".join(path.read_text() for path in (ROOT / "docs").rglob("*.md"))
-    assert {*re.findall(r"!\[[^\n]+\]\((?:\.\./)?pictures/(\w+)\.svg\)", pages)} == {*MAKERS}
+    assert {*MAKERS} <= {*re.findall(r"!\[[^\n]+\]\((?:\.\./)?pictures/(\w+)\.svg\)", pages)}
 
 
 def test_readme_has_the_bars():
