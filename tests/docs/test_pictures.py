@@ -30,4 +30,4 @@ def test_the_page_shows_every_picture():
     page = (ROOT / "docs" / "concepts.md").read_text()
     shown = re.findall(r"!\[[^\]]{8,}\]\(pictures/([^)]+)\)", page)
     assert sorted(shown) == sorted(PICTURES)
-    assert sorted(shown) == sorted(path.name for path in (ROOT / "docs" / "pictures").iterdir())
+    assert set(shown) <= {path.name for path in (ROOT / "docs" / "pictures").iterdir()}
