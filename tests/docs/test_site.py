@@ -36,6 +36,13 @@ def test_llms_txt_has_a_line_for_a_page():
     ]  # fmt: skip
 
 
+def test_every_picture_is_on_a_page():
+    shown = {path for name in page_names() for path in hooks.targets((ROOT / name).read_text(), (ROOT / name).parent)}
+    pictures = {*(ROOT / "docs").rglob("*.svg"), *(ROOT / "docs").rglob("*.png")}
+    assert pictures
+    assert pictures <= shown
+
+
 # ---- the API pages
 
 
