@@ -33,7 +33,8 @@ class OutOfBlocks(RuntimeError):  # noqa: N818, what a server expects, then wait
 
     def __str__(self) -> str:
         kept = f", {self.kept} of them kept by the watermark" if self.kept else ""
-        return f"{self.asked} blocks were asked for, {self.free} are free{kept}"
+        asked = "1 block was" if self.asked == 1 else f"{self.asked} blocks were"
+        return f"{asked} asked for, {self.free} {'is' if self.free == 1 else 'are'} free{kept}"
 
 
 class BlockPool:

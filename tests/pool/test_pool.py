@@ -39,7 +39,7 @@ def test_integers_of_numpy():
 def test_out_of_blocks():
     pool = BlockPool(4, 16)
     pool.allocate(3)
-    with says(OutOfBlocks, "2 blocks were asked for, 1 are free") as error:
+    with says(OutOfBlocks, "2 blocks were asked for, 1 is free") as error:
         pool.allocate(2)
     assert (error.value.asked, error.value.free, error.value.kept) == (2, 1, 0)
     assert pool.allocate(1) == [3]
@@ -107,7 +107,7 @@ def test_no_block_for_a_copy():
     pool = BlockPool(3, 4)
     table = pool.allocate(2)
     other = pool.fork(table)
-    with says(OutOfBlocks, "2 blocks were asked for, 1 are free"):
+    with says(OutOfBlocks, "2 blocks were asked for, 1 is free"):
         pool.append(other, 5, 4)  # a copy of block 1, and a new one
     assert other == [0, 1]
     assert pool.append(other, 5, 3) == [(1, 2)]

@@ -219,7 +219,7 @@ def test_a_new_sequence_leaves_the_watermark_and_one_that_runs_does_not():
     sequence.append(8)
     sequence.append(8)
     assert pool.num_free == 0
-    with says(OutOfBlocks, "1 blocks were asked for, 0 are free"):
+    with says(OutOfBlocks, "1 block was asked for, 0 are free"):
         sequence.append()
     assert sequence.length == 16
 
