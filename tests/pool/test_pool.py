@@ -57,12 +57,12 @@ def test_the_watermark_is_kept_for_those_that_run():
     with says(OutOfBlocks, "3 blocks were asked for, 4 are free, 2 of them kept by the watermark"):
         pool.allocate(3)
     table = pool.allocate(2)
-    with says(OutOfBlocks, "1 blocks were asked for, 2 are free, 2 of them kept by the watermark"):
+    with says(OutOfBlocks, "1 block was asked for, 2 are free, 2 of them kept by the watermark"):
         pool.append([], 0, 1, admit=True)
     assert pool.append(table, 4, 3) == []
     assert pool.num_free == 0
     assert pool.allocate(0) == []
-    with says(OutOfBlocks, "1 blocks were asked for, 0 are free"):
+    with says(OutOfBlocks, "1 block was asked for, 0 are free"):
         pool.allocate(1)
 
 
