@@ -133,6 +133,7 @@ def test_a_page():
         ("sm_90", "jax", "blocks", "slot block head dim", "any"),
         ("portable", "jax", "attention", "HND", "bfloat16"),
         ("sm_90", "kernel", "attention", "HND", "bfloat16"),
+        ("sm_80", "jax", "attention", "HND", "bfloat16"),
     }
     compiled = {
         ("sm_100", "kernel", "attention", "MLA", "fp8_ds_mla"),
