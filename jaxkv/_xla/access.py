@@ -135,8 +135,8 @@ def take(arrays: Sequence[jax.Array], part: Part, indices: Mapping[str, jax.Arra
         # an index, else bytes of the whole cache would be made before a loop.
         array, block = lax.optimization_barrier((array, indices["block"]))
         array, indices = lax.bitcast_convert_type(array, jnp.uint8), {**indices, "block": block}
-    names = list(part.sizes)
     index, indexed, window_axes = _index(part, indices, window)
+    names = _axes(array, part, window_axes)
     kept = [name for name in names if name in window_axes]
     batch = index.ndim - 1
     numbers = lax.GatherDimensionNumbers(
@@ -145,9 +145,10 @@ def take(arrays: Sequence[jax.Array], part: Part, indices: Mapping[str, jax.Arra
         start_index_map=tuple(names.index(name) for name in indexed),
     )
     slices = tuple(_taken(part, name) if name in window_axes else 1 for name in names)
-    array = array.reshape(tuple(part.sizes.values()))
+    array = array.reshape(tuple(part.sizes[name] for name in names))
     units = lax.gather(array, index, numbers, slices, mode=lax.GatherScatterMode.FILL_OR_DROP, fill_value=0)
-    units = units.transpose(*range(batch), *(batch + kept.index(name) for name in window_axes))
+    units = units.transpose(*range(batch), *(batch + kept.index(name) for name in window_axes if name in kept))
+    units = units.reshape(*units.shape[:batch], *(_taken(part, name) for name in window_axes))
     return units.reshape(*units.shape[: units.ndim - 2], -1) if "x" in window_axes else units
 
 
@@ -165,8 +166,9 @@ def put(array: jax.Array, part: Part, indices: Mapping[str, jax.Array], rows: ja
     if array.dtype.name in FP8:  # XLA scatters fp8 as wider floats, and NaN comes back with other bits
         new = put(lax.bitcast_convert_type(array, jnp.uint8), part, indices, rows)
         return lax.bitcast_convert_type(new, array.dtype)
-    names = list(part.sizes)
     index, indexed, window_axes = _index(part, indices, "head")
+    names = _axes(array, part, window_axes)
+    window_axes = [name for name in window_axes if name in names]
     kept = [name for name in names if name in window_axes]
     front = index.shape[:-1]
     rows = lax.bitcast_convert_type(rows, array.dtype).reshape(*front, *(_taken(part, name) for name in window_axes))
@@ -176,9 +178,21 @@ def put(array: jax.Array, part: Part, indices: Mapping[str, jax.Array], rows: ja
         inserted_window_dims=tuple(n for n, name in enumerate(names) if name not in window_axes),
         scatter_dims_to_operand_dims=tuple(names.index(name) for name in indexed),
     )
-    whole = array.reshape(tuple(part.sizes.values()))
+    whole = array.reshape(tuple(part.sizes[name] for name in names))
     new = lax.scatter(whole, index, rows, numbers, mode=lax.GatherScatterMode.FILL_OR_DROP)
     return new.reshape(array.shape)
+
+
+def _axes(array: jax.Array, part: Part, window_axes: Sequence[str]) -> list[str]:
+    """The part's axes but for those of one element that the array lacks, as dim in an array of scales.
+
+    XLA's CPU code puts such an axis at another place in memory, and copies the whole array for it.
+    """
+    names = list(part.sizes)
+    for name in reversed(window_axes):
+        if len(names) > array.ndim and part.sizes[name] == 1:
+            names.remove(name)
+    return names
 
 
 def _index(part: Part, indices: Mapping[str, jax.Array], window: str) -> tuple[jax.Array, list[str], list[str]]:

@@ -105,6 +105,25 @@ def test_a_cache_vmapped():
     np.testing.assert_array_equal(caches.k_scale[0] * 8, caches.k_scale[1])
 
 
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("layout", ["NHD", "HND", "INTERLEAVED", "KV_NHD"])
+def test_a_loop_over_layers_copies_no_array(layout, heads):
+    """XLA's CPU code moves axes of one element about: a copy of all scales, where each device has one head."""
+    cache = create(layout=layout, num_heads=heads, num_blocks=4099)  # a number that nothing else has
+    key, query = jnp.ones((9, heads, HEAD_SIZE)), jnp.ones((2, heads, HEAD_SIZE))
+
+    def step(layer, carried):
+        cache, out = carried
+        cache = cache.write(key, key, SLOTS, layer=layer)
+        return cache, out + cache.attend(query, jnp.asarray(TABLES), jnp.asarray(LENS), layer=layer)
+
+    loop = jax.jit(lambda cache: lax.fori_loop(0, LAYERS, step, (cache, jnp.zeros_like(query))), donate_argnums=0)
+    compiled = loop.lower(cache).compile()
+    assert "4099" in compiled.as_text()
+    assert not re.findall(r"= \w+\[[\d,]*4099[\d,]*\]\S* copy\(", compiled.as_text())
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.02 * cache.nbytes
+
+
 @pytest.mark.parametrize("layout", ["NHD", "HND", "INTERLEAVED"])
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("scales", ["token and head", "head", "layer and head"])
