@@ -95,8 +95,9 @@ class CacheLayout:
             ValueError: vLLM has no layout of that name.
             TypeError: `name` is no string.
 
-        >>> CacheLayout.from_vllm("BLHNC")
-        CacheLayout('block layer head slot k+v')
+        Example:
+            >>> CacheLayout.from_vllm("BLHNC")
+            CacheLayout('block layer head slot k+v')
         """
         return _from_pattern(from_vllm(name))
 
@@ -107,8 +108,9 @@ class CacheLayout:
         K and V, or one for the key and one for the value cache: their axes from the slowest to the fastest, each a list
         of names. An axis of two names is two joined ones, the second varies faster. The names are those of patterns.
 
-        >>> CacheLayout.INTERLEAVED.to_json()
-        '{"version": 1, "arrays": [[["block"], ["slot"], ["head", "kv"], ["dim"]]]}'
+        Example:
+            >>> CacheLayout.INTERLEAVED.to_json()
+            '{"version": 1, "arrays": [[["block"], ["slot"], ["head", "kv"], ["dim"]]]}'
         """
         return to_json(self.arrays)
 
@@ -120,8 +122,9 @@ class CacheLayout:
             ValueError: it is no JSON, or of no layout, or of another version.
             TypeError: `text` is no text.
 
-        >>> CacheLayout.from_json('{"version": 1, "arrays": [[["block"], ["slot"], ["latent"]]]}')
-        CacheLayout.MLA
+        Example:
+            >>> CacheLayout.from_json('{"version": 1, "arrays": [[["block"], ["slot"], ["latent"]]]}')
+            CacheLayout.MLA
         """
         return cls(from_json(text))
 
@@ -168,8 +171,9 @@ class CacheLayout:
         Raises:
             ValueError: the layout has no such axis, or has it joined with another that varies slower.
 
-        >>> CacheLayout.HND.with_layer().partition_spec(heads="tp", layers="pp")[0]
-        ('pp', None, 'tp', None, None)
+        Example:
+            >>> CacheLayout.HND.with_layer().partition_spec(heads="tp", layers="pp")[0]
+            ('pp', None, 'tp', None, None)
         """
         return tuple(mesh_axes(self.pattern, axes, head=heads, block=blocks, layer=layers) for axes in self.arrays)
 
@@ -254,11 +258,12 @@ class CacheLayout:
     ) -> str:
         """What memory looks like for these extents (the arguments of `shapes`), one line an array.
 
-        >>> print(CacheLayout.HND.describe(num_blocks=1024, block_size=16, num_heads=8, head_size=128))
-        key_cache    block 1024 × 16384 | head 8 × 2048 | slot 16 × 128 | dim 128 × 1
-        value_cache  block 1024 × 16384 | head 8 × 2048 | slot 16 × 128 | dim 128 × 1
-
         Each axis is `name size × stride`, slowest first; strides count elements.
+
+        Example:
+            >>> print(CacheLayout.HND.describe(num_blocks=1024, block_size=16, num_heads=8, head_size=128))
+            key_cache    block 1024 × 16384 | head 8 × 2048 | slot 16 × 128 | dim 128 × 1
+            value_cache  block 1024 × 16384 | head 8 × 2048 | slot 16 × 128 | dim 128 × 1
         """
         shapes = self.shapes(
             num_blocks=num_blocks, block_size=block_size, num_heads=num_heads, head_size=head_size,
@@ -288,17 +293,18 @@ class CacheLayout:
             ValueError: an extent does not fit, as in `shapes`; an array has more than 1,024 elements; no such slot.
             TypeError: an extent, or slot, is no integer.
 
-        >>> print(CacheLayout.MLA.draw(head_size=4, head_size_v=3, slot=2))
-        MLA: block slot latent   (slot 2: place 0 of block 1)
-        <BLANKLINE>
-        kv_cache  block 2 × 8 | slot 2 × 4 | latent 4 × 1
-        block  │0              │1              │
-        slot   │0      │1      │0      │1      │
-        kv     │KV   │K│KV   │K│KV   │K│KV   │K│
-        dim    │0 1 2│3│0 1 2│3│0 1 2│3│0 1 2│3│
-        token  │· · ·│·│· · ·│·│■ ■ ■│■│· · ·│·│
-        offset  0       4       8       12
-        slot 2: 4 elements in 1 run: 8–11
+        Example:
+            >>> print(CacheLayout.MLA.draw(head_size=4, head_size_v=3, slot=2))
+            MLA: block slot latent   (slot 2: place 0 of block 1)
+            <BLANKLINE>
+            kv_cache  block 2 × 8 | slot 2 × 4 | latent 4 × 1
+            block  │0              │1              │
+            slot   │0      │1      │0      │1      │
+            kv     │KV   │K│KV   │K│KV   │K│KV   │K│
+            dim    │0 1 2│3│0 1 2│3│0 1 2│3│0 1 2│3│
+            token  │· · ·│·│· · ·│·│■ ■ ■│■│· · ·│·│
+            offset  0       4       8       12
+            slot 2: 4 elements in 1 run: 8–11
         """
         num_heads, num_layers, x = small(self.arrays, num_heads, num_layers, x)
         shapes = self.shapes(
