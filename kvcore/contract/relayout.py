@@ -13,7 +13,6 @@ from kvcore.formats import DS_MLA_ROW, FLOATS, FloatFormat
 from kvcore.layout import CacheLayout
 from kvcore.placement import Address, Placement
 
-
 _CHUNK_ELEMENTS = 2**23
 """About as many elements of keys and values are read at once: 32 MiB of float32."""
 

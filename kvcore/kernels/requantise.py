@@ -37,24 +37,21 @@ def _units(cache_ptr, head, layer, block, place, exists, R: tl.constexpr, STORED
 def _computed_scales(
     scales_ptr, head, layer, block, place, exists, R: tl.constexpr, S: tl.constexpr, HARDWARE: tl.constexpr
 ):
-    """The computed scales of rows as float32, `[ROWS, groups]`; None where there are none."""
-    if S is None:
-        return None
+    """The computed scales of rows as float32, `[ROWS, groups]`."""
+    ADDRESS: tl.constexpr = S.address
+    FORMAT: tl.constexpr = S.format
+    group = tl.arange(0, R.columns * R.elements_per_unit // S.group)
+    in_head = group * S.group < R.head_units * R.elements_per_unit
+    if R.wide:
+        group = group.to(tl.int64)
+    offset = head_row_offsets(layer, block, place, head, group, ADDRESS)
+    mask = exists[:, None] & in_head[None, :]
+    if FORMAT.bits == 8:
+        scale = tl.load(scales_ptr.to(tl.pointer_type(tl.uint8)) + offset, mask=mask, other=0)
+        scale = decode(scale, FORMAT, HARDWARE)
     else:
-        ADDRESS: tl.constexpr = S.address
-        FORMAT: tl.constexpr = S.format
-        group = tl.arange(0, R.columns * R.elements_per_unit // S.group)
-        in_head = group * S.group < R.head_units * R.elements_per_unit
-        if R.wide:
-            group = group.to(tl.int64)
-        offset = head_row_offsets(layer, block, place, head, group, ADDRESS)
-        mask = exists[:, None] & in_head[None, :]
-        if FORMAT.bits == 8:
-            scale = tl.load(scales_ptr.to(tl.pointer_type(tl.uint8)) + offset, mask=mask, other=0)
-            scale = decode(scale, FORMAT, HARDWARE)
-        else:
-            scale = tl.load(scales_ptr.to(tl.pointer_type(tl.float32)) + offset, mask=mask, other=0)
-        return widen(scale)
+        scale = tl.load(scales_ptr.to(tl.pointer_type(tl.float32)) + offset, mask=mask, other=0)
+    return widen(scale)
 
 
 @triton.jit
@@ -96,7 +93,7 @@ def requantise_kernel(
     value_target_ptr,
     k_scale_target_ptr,
     v_scale_target_ptr,
-    pairs_ptr,          # [n, 2] int32 or int64: slots of the source and of the destination; None: all, to the same number
+    pairs_ptr,          # [n, 2] int32 or int64: slots of source and destination; None: each slot to its own number
     k_scale_ptr,        # static, of the source: one, one a head, or rows of such for all layers, float32; None for 1
     v_scale_ptr,        # … of V
     k_target_static_ptr,  # … of the destination
@@ -150,10 +147,12 @@ def requantise_kernel(
     values_ptr = key_cache_ptr if value_cache_ptr is None else value_cache_ptr
     k = _units(key_cache_ptr, head, layer, block, place, exists, K, STORED)
     v = _units(values_ptr, head, layer, block, place, exists, V, STORED)
-    k_scales_ptr = key_cache_ptr if k_scale_cache_ptr is None else k_scale_cache_ptr
-    v_scales_ptr = values_ptr if v_scale_cache_ptr is None else v_scale_cache_ptr
-    k_computed = _computed_scales(k_scales_ptr, head, layer, block, place, exists, K, KS, HARDWARE)
-    v_computed = _computed_scales(v_scales_ptr, head, layer, block, place, exists, V, VS, HARDWARE)
+    k_computed, v_computed = None, None
+    if KS is not None:
+        k_scales_ptr = key_cache_ptr if KS.inside else k_scale_cache_ptr
+        v_scales_ptr = values_ptr if VS.inside else v_scale_cache_ptr
+        k_computed = _computed_scales(k_scales_ptr, head, layer, block, place, exists, K, KS, HARDWARE)
+        v_computed = _computed_scales(v_scales_ptr, head, layer, block, place, exists, V, VS, HARDWARE)
     k_static = _static_scales(k_scale_ptr, head, layer, K)
     v_static = _static_scales(v_scale_ptr, head, layer, V)
     k_target_static = _static_scales(k_target_static_ptr, head, layer, TARGET_K)

@@ -18,8 +18,8 @@ POINTERS = (
     *_MEMORY, *(name.replace("cache_ptr", "target_ptr") for name in _MEMORY), "pairs_ptr",
     "k_scale_ptr", "v_scale_ptr", "k_target_static_ptr", "v_target_static_ptr",
 )  # fmt: skip
-"""Pointer arguments of the kernel, in order. An array is passed once, as JAX loses what is written to one that is passed
-twice: one that has K and V is key's, and value's is None. `SCALARS` of plan.relayout follow."""
+"""Pointer arguments of the kernel, in order; `SCALARS` of plan.relayout follow. An array is passed once, as JAX loses
+what is written to one that is passed twice: one that has K and V is key's, and value's is None."""
 
 STATIC_SCALES = POINTERS[-4:]
 """Those that may be no multiples of 16."""
@@ -144,17 +144,17 @@ def _is_static(cache: Cache) -> bool:
 
 def _sides(cache: Cache, widths: Sequence[int]) -> tuple[HeadRows, HeadRows, ScaleRows | None, ScaleRows | None]:
     """K and V of a cache, and their computed scales."""
-    (extents, *addresses), scales = cache.placement, cache.scales
+    (extents, *_), scales = cache.placement, cache.scales
+    addresses = cache.placement.key, cache.placement.value
     per_unit = cache.format.elements_per_unit
     static = cache.scale_strides if _is_static(cache) else ((0, 0), (0, 0))
+    places = (None, None) if scales is None else (scales.placement.key, scales.placement.value)
     rows, computed = [], []
     sizes = extents.head_units, extents.head_units_v
     for side, (address, units, width) in enumerate(zip(addresses, sizes, widths, strict=True)):
         reach = (extents.num_heads - 1) * address.head + units * max(address.dim, address.x_stride)
         columns = width // per_unit
         rows.append(HeadRows(units, per_unit, *static[side], address, columns, reach >= 2**31))
-        if scales is None:
-            computed.append(None)
-        else:
-            computed.append(scale_rows(scales, scales.placement[1 + side], width, cache.format))
+        place = places[side]
+        computed.append(place and scales and scale_rows(scales, place, width, cache.format))
     return rows[0], rows[1], computed[0], computed[1]
