@@ -73,11 +73,11 @@ def _split(options: RelayoutOptions, operands: RelayoutOperands, heads: Any) -> 
 
 
 def _batched(options: RelayoutOptions, operands: RelayoutOperands, is_batched: Any, batch: int) -> list[jax.Array]:
-    """One call for the whole batch where blocks are in front: those of all items follow each other. Else a loop, also
-    where items have static scales of their own.
+    """One call for the whole batch where blocks are in front: those of all items follow each other. Else a loop.
 
-    The call is in place. The loop copies each item of the destination: an op that moves all layers has no way to move
-    those of one item, where the batch is one axis with them.
+    It is a loop, too, where items have static scales of their own. The call is in place. The loop copies each item of
+    the destination: an op that moves all layers has no way to move those of one item, where the batch is one axis with
+    them.
     """
     of_source = any(is_batched.source.memory)
     own_scales = any(cache.k_scale or cache.v_scale for cache in (is_batched.cache, is_batched.source))

@@ -5,8 +5,8 @@ from typing import Any
 
 from jaxkv._relayout import RelayoutOperands
 from kvcore.contract.relayout import Relayout
-from kvcore.plan.kernel import Target
 from kvcore.plan import requantise
+from kvcore.plan.kernel import Target
 from kvcore.plan.relayout import arguments, plan_relayout, scalars
 
 

@@ -22,9 +22,12 @@ def requantise(call: Relayout, options: RelayoutOptions, operands: RelayoutOpera
     else:
         slots, targets = operands.pairs[:, 0], operands.pairs[:, 1]
     targets = jnp.where((slots >= 0) & (slots < call.source.extents.num_slots), targets, -1)
-    chunks = -(-call.num_pairs // call.chunk)
-    padding = (0, chunks * call.chunk - call.num_pairs)
-    slots, targets = (jnp.pad(a, padding, constant_values=-1).reshape(chunks, -1) for a in (slots, targets))
+    chunks = 1
+    if isinstance(call.num_pairs, int):  # else jax.export leaves it open, and all are read at once
+        chunks = -(-call.num_pairs // call.chunk)
+        padding = (0, chunks * call.chunk - call.num_pairs)
+        slots, targets = (jnp.pad(array, padding, constant_values=-1) for array in (slots, targets))
+    slots, targets = slots.reshape(chunks, -1), targets.reshape(chunks, -1)
     reading = ReadOptions(
         _of_any_layer(options.source), options.head_size, options.head_size_v, None, max_len=None, dtype=call.between
     )

@@ -74,7 +74,7 @@ def plan_requantise(call: Relayout, target: Target) -> RelayoutPlan:
     heads = source.extents.num_heads
     # Elements of a tile: powers of two that cover a head.
     widths = [max(16, power_of_two(size)) for size in (source.head_size, source.head_size_v)]
-    rows = _elements(call, target) // max(widths)
+    rows = max(1, _elements(call, target) // max(widths))
     # Where slots are innermost in one of them, neighbours share cache lines there: a program takes many of one head.
     innermost = any(_slots_are_innermost(cache) for cache in (source, destination))
     taken = 1 if innermost else min(rows, power_of_two(heads))

@@ -212,6 +212,28 @@ def test_heads_on_eight_devices(new, axis_type):
         np.testing.assert_array_equal(bits(array), bits(want))
 
 
+def test_export_of_any_number_of_pairs():
+    pairs = np.array(PAIRS, np.int32)
+    source, destination = two(np.random.default_rng(14), FORMATS["int8"], FORMATS["fp8"])
+
+    def call(old, new, pairs):
+        caches = (jaxkv.PagedKVCache(tuple(c), s[0]) for c, s in ((old, source), (new, destination)))
+        return next(caches).relayout(next(caches), pairs).caches
+
+    shapes = [[jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays] for _, arrays in (source, destination)]
+    n = jax.export.symbolic_shape("n, 2")
+    exported = jax.export.export(jax.jit(call))(*shapes, jax.ShapeDtypeStruct(n, np.int32))
+    for some in (pairs, pairs[:3]):
+        got = exported.call(source[1], destination[1], some)
+        for array, want in zip(got, requantised(source, destination, some), strict=True):
+            np.testing.assert_array_equal(np.asarray(array), want)
+
+
+def test_heads_larger_than_a_tile():
+    source, destination = two(np.random.default_rng(15), {}, FORMATS["int8 of tokens"], head_size=4096, num_heads=1)
+    assert_requantises(source, destination, np.array(PAIRS), ways=INTERPRETED)
+
+
 # ---- torch
 
 
