@@ -16,7 +16,7 @@ from jaxkv._relayout import RelayoutOperands, RelayoutOptions
 from kvcore.cache_spec import CacheSpec, check_any_cache
 from kvcore.choices import JaxBackend
 from kvcore.contract.cache import Cache as DescribedCache
-from kvcore.contract.checks import check_backend, check_indices
+from kvcore.contract.checks import check_backend, check_indices, check_scale_type
 from kvcore.contract.relayout import chunk_of
 from kvcore.relayout import between, in_one_launch, moves_bits
 
@@ -138,8 +138,11 @@ def _operands_of(cache: Any, scaled: bool = False) -> CacheOperands:
     """A cache's arrays, with its static scales where these count."""
     memory = tuple(map(jnp.asarray, cache._memory))
     count = len(cache.caches)
-    scales = (as_scale(cache.k_scale), as_scale(cache.v_scale)) if scaled and not memory[count:] else (None, None)
-    return CacheOperands(memory[:count], memory[count:], *scales, None)
+    if not scaled or memory[count:]:
+        return CacheOperands(memory[:count], memory[count:], None, None, None)
+    for name in ("k_scale", "v_scale"):
+        check_scale_type(name, getattr(cache, name))
+    return CacheOperands(memory, (), as_scale(cache.k_scale), as_scale(cache.v_scale), None)
 
 
 def _with_used_scales(operands: CacheOperands, cache: DescribedCache) -> CacheOperands:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kvcore.cache_spec import check_any_cache
 from kvcore.choices import TorchBackend
-from kvcore.contract.checks import check_backend, check_indices
+from kvcore.contract.checks import check_backend, check_indices, check_scale_type
 from kvcore.contract.relayout import chunk_of
 from kvcore.relayout import between, in_one_launch, moves_bits
 from torchkv._arguments import (
@@ -99,6 +99,8 @@ def relayout(
 def _static_scales(cache: Any) -> tuple[Tensor | None, Tensor | None]:
     if cache.spec.scale_layout is not None:
         return None, None
+    for name in ("k_scale", "v_scale"):
+        check_scale_type(name, getattr(cache, name))
     return as_scale(cache.k_scale, cache.caches[0]), as_scale(cache.v_scale, cache.caches[0])
 
 

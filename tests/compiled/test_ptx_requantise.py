@@ -28,9 +28,14 @@ FORMATS = {
 }
 
 
-def cache(block_size, num_layers, static, dtype="bfloat16", layout="NHD", kv_cache_dtype="auto", per_token_head=False):
+def cache(
+    block_size, num_layers, static, dtype="bfloat16", layout="NHD", kv_cache_dtype="auto", per_token_head=False,
+    heads=8, head_size=128,
+):  # fmt: skip
     """What the contract is told of a cache, and the dtypes of its arrays and of its static scales."""
-    spec = CacheSpec.create(num_layers, 1, block_size, 8, 128, None, dtype, layout, kv_cache_dtype, per_token_head)
+    spec = CacheSpec.create(
+        num_layers, 1, block_size, heads, head_size, None, dtype, layout, kv_cache_dtype, per_token_head
+    )
     spec = replace(spec, num_blocks=65536 // block_size)
     scales = [ArraySpec(shape, "float32") for shape in spec.scale_shapes]
     has_static = static is not None and kv_cache_dtype != "auto" and not per_token_head
@@ -43,7 +48,9 @@ def cache(block_size, num_layers, static, dtype="bfloat16", layout="NHD", kv_cac
 def compile_for(target: Target, source, destination, pairs=True, num_layers=None, static=(1,)):
     sides = cache(16, num_layers, static, **source), cache(32, num_layers, static, **destination)
     (old, old_memory, old_static), (new, new_memory, new_static) = sides
-    call = check_relayout(old, new, ArraySpec((4096, 2), "int32") if pairs else None, 128, None, True)
+    call = check_relayout(
+        old, new, ArraySpec((4096, 2), "int32") if pairs else None, source.get("head_size", 128), None, True
+    )
     given = arguments(call, old_memory, new_memory, "int32" if pairs else None, old_static + new_static)
     pointees = dict(zip(POINTERS, given, strict=True))
     aligned = frozenset(name for name in pointees if pointees[name] and name not in STATIC_SCALES)
@@ -83,3 +90,15 @@ def test_it_fits(old, new, tmp_path):
     source, destination = (of | FORMATS[f] for of, f in zip(layouts, (old, new), strict=True))
     kernel = compile_for(TARGETS["sm_90"], source, destination, num_layers=num_layers, static=static)
     assert spilled(ptxas(kernel, tmp_path)) == 0
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "case", [("bfloat16", "fp8"), ("fp8", "int8 of tokens"), ("int8 of tokens", "nvfp4"), ("nvfp4", "float32")]
+)
+@pytest.mark.parametrize("sizes", [(3, 128), (40, 128), (5, 80), (1, 4096)])
+def test_heads_and_sizes_that_are_no_power_of_two(sizes, case, target):
+    """Whole tiles of heads, and parts; what a tile has beyond a head is masked."""
+    heads, head_size = sizes
+    source, destination = (FORMATS[name] | dict(heads=heads, head_size=head_size) for name in case)
+    compile_for(TARGETS[target], source, destination, static=(heads,))

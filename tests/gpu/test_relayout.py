@@ -84,7 +84,6 @@ REQUANTISED = {
 } | {"bfloat16": {}, "float16": dict(dtype="float16"), "float32": dict(dtype="float32")}
 
 
-@pytest.mark.gpu_smoke
 @pytest.mark.parametrize("old", REQUANTISED)
 @pytest.mark.parametrize("new", REQUANTISED)
 def test_other_formats(old, new):
@@ -107,6 +106,7 @@ def test_other_formats_of_layouts(layout, new):
         assert_requantises(source, destination, np.array(PAIRS, np.int64), ways=ways(), device=DEVICE)
 
 
+@pytest.mark.gpu_smoke
 def test_many_of_another_format():
     rng, n = np.random.default_rng(9), 300 if HAS_GPU else 20
     source, destination = two(

@@ -301,6 +301,16 @@ def test_bad_scales(scales, kind, text, side):
             caches[0].relayout(caches[1], convert(np.array(PAIRS)))
 
 
+def test_scales_that_are_none():
+    import torch
+
+    for module in (jaxkv, torchkv):
+        pair = [cache_of(module, *cache) for cache in two(np.random.default_rng(16), FORMATS["int8"], FORMATS["fp8"])]
+        old = module.PagedKVCache(pair[0].caches, pair[0].spec, "big")
+        with pytest.raises(TypeError, match=r"^k_scale must be a number or an array of float32, got 'big'$"):
+            old.relayout(pair[1], [] if module is jaxkv else torch.zeros(0, 2, dtype=torch.int32))
+
+
 def test_what_is_not_named_stays():
     """The kernel writes no byte beside the rows that move: destination arrays are poison elsewhere."""
     rng = np.random.default_rng(13)
