@@ -1,4 +1,4 @@
-"""A call of `relayout` that moves bits, as the primitive and backends pass it on: its options and its operands."""
+"""A call of `relayout`, as the primitive and backends pass it on: its options and its operands."""
 
 from typing import Any, NamedTuple
 
@@ -42,6 +42,7 @@ class RelayoutOptions(NamedTuple):
         head_size_v: Elements of a value head where the layout does not tell; else None.
         backend: "triton", "xla" or "interpret"; None for the platform's usual one.
         compute_capability: Of the CUDA devices that are compiled for; None where it is not known.
+        requantise: Whether keys and values are read and written; else bits move.
     """
 
     cache: CacheOptions
@@ -50,12 +51,13 @@ class RelayoutOptions(NamedTuple):
     head_size_v: int | None
     backend: str | None
     compute_capability: int | None = None
+    requantise: bool = False
 
     def describe(self, operands: RelayoutOperands) -> Relayout:
         """The contract's description of the call."""
         specs = specs_of(operands)
         caches = _arguments(self.source, specs.source), _arguments(self.cache, specs.cache)
-        return check_relayout(*caches, specs.pairs, self.head_size, self.head_size_v)
+        return check_relayout(*caches, specs.pairs, self.head_size, self.head_size_v, self.requantise)
 
 
 def _arguments(options: CacheOptions, specs: CacheOperands) -> CacheArguments:

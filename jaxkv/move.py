@@ -9,14 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxkv._arguments import BACKENDS, ArrayLike, as_indices
+from jaxkv._arguments import BACKENDS, ArrayLike, as_indices, as_scale, with_axis
 from jaxkv._call import CacheOperands, CacheOptions, spec_of
 from jaxkv._primitive import relayout as primitive
 from jaxkv._relayout import RelayoutOperands, RelayoutOptions
 from kvcore.cache_spec import CacheSpec, check_any_cache
 from kvcore.choices import JaxBackend
-from kvcore.contract.checks import check_backend, check_indices
-from kvcore.relayout import between, chunk_of, moves_bits
+from kvcore.contract.cache import Cache as DescribedCache
+from kvcore.contract.checks import check_backend, check_indices, check_scale_type
+from kvcore.contract.relayout import chunk_of
+from kvcore.relayout import between, in_one_launch, moves_bits
 
 
 class Cache(Protocol):
@@ -60,9 +62,10 @@ def relayout[C: Cache](
 ) -> C:
     """Moves what slots of a cache hold into slots of another one, of another layout, block size or format.
 
-    Where formats are the same, the stored bits move, scales of each token and head among them, in one launch; static
-    scales stay each cache's own. Else, or with requantise, keys and values are read, a chunk of slots at a time, and
-    written as `write` does; on their way they are float32 if both are quantised. All layers move.
+    Where formats are the same, the stored bits move, scales of each token and head among them; static scales stay each
+    cache's own. Else, or with requantise, keys and values are read, and written as `write` does; on their way they are
+    float32 if both are quantised. All layers move. Either is one launch, but latent rows of other formats are read and
+    written a chunk of slots at a time.
 
     A vmap is one call, in place, where blocks are the first axis of all arrays that it maps; else, as with an axis
     layer in front, it is a loop that copies each item's destination once. Where heads are split over devices, both
@@ -105,16 +108,24 @@ def relayout[C: Cache](
         pairs = np.zeros((0, 2), np.int32)
     indices = None if pairs is None else as_indices(pairs)
     bits = moves_bits(source.spec, destination.spec, indices is None, requantise)
-    if not bits:
+    if not bits and not in_one_launch(source.spec, destination.spec):
         return _rewrite(source, destination, indices, backend)
     spec = source.spec
     options = RelayoutOptions(
-        _options_of(destination.spec), _options_of(spec), spec.head_size, spec.reading["head_size_v"], backend
-    )
+        _options_of(destination.spec), _options_of(spec), spec.head_size, spec.reading["head_size_v"], backend,
+        requantise=not bits,
+    )  # fmt: skip
     operands = RelayoutOperands(
-        _operands_of(destination), _operands_of(source), None if indices is None else jnp.asarray(indices)
+        _operands_of(destination, not bits),
+        _operands_of(source, not bits),
+        None if indices is None else jnp.asarray(indices),
     )
-    options.describe(operands)
+    described = options.describe(operands)
+    if not bits:
+        operands = operands._replace(
+            cache=_with_used_scales(operands.cache, described.destination),
+            source=_with_used_scales(operands.source, described.source),
+        )
     return destination._with(primitive.relayout(options, operands))
 
 
@@ -123,13 +134,24 @@ def _options_of(spec: CacheSpec) -> CacheOptions:
     return CacheOptions(spec.kv_cache_dtype, spec.layout, spec.scale_layout, layer)
 
 
-def _operands_of(cache: Cache) -> CacheOperands:
+def _operands_of(cache: Any, scaled: bool = False) -> CacheOperands:
+    """A cache's arrays, with its static scales where these count."""
     memory = tuple(map(jnp.asarray, cache._memory))
     count = len(cache.caches)
-    return CacheOperands(memory[:count], memory[count:], None, None, None)
+    if not scaled or memory[count:]:
+        return CacheOperands(memory[:count], memory[count:], None, None, None)
+    for name in ("k_scale", "v_scale"):
+        check_scale_type(name, getattr(cache, name))
+    return CacheOperands(memory, (), as_scale(cache.k_scale), as_scale(cache.v_scale), None)
 
 
-# ---- where formats differ
+def _with_used_scales(operands: CacheOperands, cache: DescribedCache) -> CacheOperands:
+    """Static scales as arrays with an axis, and None where the format has no use for them."""
+    k_scale, v_scale = (with_axis(scale) if cache.scaled else None for scale in (operands.k_scale, operands.v_scale))
+    return operands._replace(k_scale=k_scale, v_scale=v_scale)
+
+
+# ---- where numbers move, and no kernel does all of it
 
 
 def _rewrite(source: Any, destination: Any, pairs: Any, backend: Any) -> Any:
@@ -139,8 +161,9 @@ def _rewrite(source: Any, destination: Any, pairs: Any, backend: Any) -> Any:
         pairs = jnp.stack([slots, slots], axis=1)
     check_indices("pairs", spec_of(pairs), ("n", 2))
     pairs = jnp.asarray(pairs)
-    chunk = chunk_of(source.spec, pairs.shape[0])
-    if 0 in (pairs.shape[0], source.spec.num_blocks * source.spec.block_size):
+    spec = source.spec
+    chunk = chunk_of(spec.num_heads, spec.head_size, spec.head_size_v, pairs.shape[0])
+    if 0 in (pairs.shape[0], spec.num_blocks * spec.block_size):
         return destination
     return _rewritten(source, destination, pairs, chunk, backend)
 

@@ -3,11 +3,9 @@
 from typing import Any
 
 from kvcore.cache_spec import CacheSpec
+from kvcore.contract import relayout as contract
 from kvcore.contract.relayout import check_room
-from kvcore.formats import KV_CACHE_DTYPES
-
-_CHUNK_ELEMENTS = 2**23
-"""About as many elements of keys and values are decoded at once: 32 MiB of float32."""
+from kvcore.formats import FLOATS, KV_CACHE_DTYPES, FloatFormat
 
 
 def moves_bits(source: CacheSpec, destination: CacheSpec, every: bool, requantise: Any) -> bool:
@@ -39,22 +37,18 @@ def moves_bits(source: CacheSpec, destination: CacheSpec, every: bool, requantis
     return alike and not requantise
 
 
-def chunk_of(spec: CacheSpec, num_pairs: int) -> int:
-    """Slots of a layer that are decoded at once, where numbers move."""
-    of_slot = spec.num_heads * (spec.head_size + spec.head_size_v)
-    return max(1, min(num_pairs, _CHUNK_ELEMENTS // max(of_slot, 1)))
+def in_one_launch(source: CacheSpec, destination: CacheSpec) -> bool:
+    """Whether one kernel reads and writes, where numbers move. Of latent rows, K and V are written by another op."""
+    return not source.layout.latent and not destination.layout.latent
 
 
 def between(source: CacheSpec, destination: CacheSpec) -> str:
-    """The dtype of keys and values on their way, where numbers move: the narrowest that loses none.
+    """The dtype of keys and values on their way, where numbers move: the narrowest that loses none."""
+    return contract.between(_format(source), _format(destination))
 
-    Args:
-        source: What is read; its own dtype where it is not quantised, and the destination is.
-        destination: What is written; its own dtype where it is not quantised, as writing takes no other.
-    """
-    if destination.kv_cache_dtype == "auto":
-        return destination.dtype
-    return source.dtype if source.kv_cache_dtype == "auto" else "float32"
+
+def _format(spec: CacheSpec) -> FloatFormat:
+    return KV_CACHE_DTYPES[spec.kv_cache_dtype] or FLOATS[spec.dtype]
 
 
 def _kind(spec: CacheSpec) -> tuple[Any, ...]:

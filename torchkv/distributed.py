@@ -142,10 +142,10 @@ class _Split:
                 raise contract.source_split_error(self._names(self.heads) or None, self._names(got))
             self.of_caches[f"source[{i}]"] = names
         if any(self.heads):
-            self._check_regions(layout)
+            self._check_regions(layout, self.given["source_kv_cache_dtype"])
 
-    def _check_regions(self, layout: CacheLayout) -> None:
-        if self.given.get("kv_cache_dtype") == "nvfp4" and heads_share_regions(layout):
+    def _check_regions(self, layout: CacheLayout, kv_cache_dtype: str | None = None) -> None:
+        if (kv_cache_dtype or self.given.get("kv_cache_dtype")) == "nvfp4" and heads_share_regions(layout):
             raise contract.region_error(layout, self._names(self.heads))
 
     def _ranks(self, split: Sequence[bool]) -> int:
@@ -197,7 +197,7 @@ class _Split:
         if name in self.of_caches:
             return self._over(self.heads, _head_axis(self.of_caches[name]))
         name = name.removeprefix("source_")
-        if name in ("k_scale_cache", "v_scale_cache") or (name in ("k_scale", "v_scale") and self.scale_axes):
+        if name in ("k_scale_cache", "v_scale_cache") or (name in ("k_scale", "v_scale") and tensor.dim() > 2):
             return self._over(self.heads, _head_axis(self.scale_axes[0 if name[0] == "k" else -1]))
         if name in ("k_scale", "v_scale"):  # of one element or one a head, maybe for each layer
             return self._over(self.heads, tensor.dim() - 1 if tensor.shape[-1:] > (1,) else None)

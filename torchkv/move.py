@@ -7,12 +7,14 @@ from torch import Tensor
 
 from kvcore.cache_spec import check_any_cache
 from kvcore.choices import TorchBackend
-from kvcore.contract.checks import check_backend, check_indices
-from kvcore.relayout import between, chunk_of, moves_bits
+from kvcore.contract.checks import check_backend, check_indices, check_scale_type
+from kvcore.contract.relayout import chunk_of
+from kvcore.relayout import between, in_one_launch, moves_bits
 from torchkv._arguments import (
     BACKENDS,
     as_memory,
     as_pattern,
+    as_scale,
     as_scale_pattern,
     check_tensors,
     refuse_gradients,
@@ -32,9 +34,10 @@ def relayout(
 ) -> None:
     """Moves what slots of a cache hold into slots of another one, of another layout, block size or format, in place.
 
-    Where formats are the same, the stored bits move, scales of each token and head among them, in one launch; static
-    scales stay each cache's own. Else, or with requantise, keys and values are read, a chunk of slots at a time, and
-    written as `write` does; on their way they are float32 if both are quantised. All layers move.
+    Where formats are the same, the stored bits move, scales of each token and head among them; static scales stay each
+    cache's own. Else, or with requantise, keys and values are read, and written as `write` does; on their way they are
+    float32 if both are quantised. All layers move. Either is one launch, but latent rows of other formats are read and
+    written a chunk of slots at a time.
 
     DTensors, with `torchkv.distributed`, must have heads split alike; of a source that is replicated, each rank takes
     its own.
@@ -76,20 +79,32 @@ def relayout(
     if pairs is not None:
         check_tensors(pairs=pairs)
     spec, target = source.spec, destination.spec
-    if not moves_bits(spec, target, pairs is None, requantise):
+    bits = moves_bits(spec, target, pairs is None, requantise)
+    if not bits and not in_one_launch(spec, target):
         _rewrite(source, destination, pairs, backend)
         return
+    numbers: tuple[Any, ...] = (None,) * 5
+    if not bits:
+        numbers = (spec.kv_cache_dtype, *_static_scales(source), *_static_scales(destination))
     arguments = (
-        *as_memory(destination._memory), list(source._memory), pairs, spec.kv_cache_dtype,
+        *as_memory(destination._memory), list(source._memory), pairs, target.kv_cache_dtype,
         as_pattern(target.layout), as_scale_pattern(target.scale_layout), as_pattern(spec.layout),
-        as_scale_pattern(spec.scale_layout), spec.head_size, spec.reading["head_size_v"], backend,
+        as_scale_pattern(spec.scale_layout), spec.head_size, spec.reading["head_size_v"], backend, *numbers,
     )  # fmt: skip
     if call_again(_library.relayout, arguments) is None:
         refuse_gradients("relayout", *destination._memory, *source._memory)
         call(_library.relayout, arguments)
 
 
-# ---- where formats differ
+def _static_scales(cache: Any) -> tuple[Tensor | None, Tensor | None]:
+    if cache.spec.scale_layout is not None:
+        return None, None
+    for name in ("k_scale", "v_scale"):
+        check_scale_type(name, getattr(cache, name))
+    return as_scale(cache.k_scale, cache.caches[0]), as_scale(cache.v_scale, cache.caches[0])
+
+
+# ---- where numbers move, and no kernel does all of it
 
 
 def _rewrite(source: Any, destination: Any, pairs: Tensor | None, backend: Any) -> None:
@@ -102,7 +117,7 @@ def _rewrite(source: Any, destination: Any, pairs: Tensor | None, backend: Any) 
         check_indices("pairs", spec_of(pairs), ("n", 2))
         slots = pairs[:, 0]
         targets = pairs[:, 1].where((slots >= 0) & (slots < num_slots), -1)
-    chunk = chunk_of(spec, slots.shape[0])
+    chunk = chunk_of(spec.num_heads, spec.head_size, spec.head_size_v, slots.shape[0])
     for layer in [None] if spec.num_layers is None else range(spec.num_layers):
         for some, places in zip(slots.split(chunk), targets.split(chunk), strict=True):
             key, value = source.read(some, dtype=between(spec, target), layer=layer, backend=backend)

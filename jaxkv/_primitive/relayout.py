@@ -1,4 +1,4 @@
-"""`relayout` where bits move, as a primitive. Results: caches and scale caches of the destination, as they are then."""
+"""`relayout` as a primitive. Results: caches and scale caches of the destination, as they are then."""
 
 from typing import Any
 
@@ -13,6 +13,7 @@ from jaxkv._primitive.write import merge_front, rows_factor, spread
 from jaxkv._relayout import RelayoutOperands, RelayoutOptions
 from jaxkv._triton import interpret
 from jaxkv._xla import relayout as xla
+from jaxkv._xla import requantise as xla_requantise
 from kvcore.contract.devices import source_split_error
 from kvcore.contract.relayout import Relayout
 
@@ -30,7 +31,8 @@ def _compute(
     call: Relayout, options: RelayoutOptions, operands: RelayoutOperands, backend: str, platform: str
 ) -> list[jax.Array]:
     if backend == "xla":
-        return xla.relayout(call, options, operands)
+        compute = xla_requantise.requantise if call.requantise else xla.relayout
+        return compute(call, options, operands)
     if backend == "interpret":
         return interpret.relayout(call, operands)
     from jaxkv._triton import launch  # imports Triton, which only GPUs need
@@ -73,10 +75,12 @@ def _split(options: RelayoutOptions, operands: RelayoutOperands, heads: Any) -> 
 def _batched(options: RelayoutOptions, operands: RelayoutOperands, is_batched: Any, batch: int) -> list[jax.Array]:
     """One call for the whole batch where blocks are in front: those of all items follow each other. Else a loop.
 
-    The call is in place. The loop copies each item of the destination: an op that moves all layers has no way to move
-    those of one item, where the batch is one axis with them.
+    It is a loop, too, where items have static scales of their own. The call is in place. The loop copies each item of
+    the destination: an op that moves all layers has no way to move those of one item, where the batch is one axis with
+    them.
     """
-    of_source = any(jax.tree.leaves(is_batched.source))
+    of_source = any(is_batched.source.memory)
+    own_scales = any(cache.k_scale or cache.v_scale for cache in (is_batched.cache, is_batched.source))
     item = jax.tree.map(
         lambda array, has_batch: jax.ShapeDtypeStruct(array.shape[1:] if has_batch else array.shape, array.dtype),
         operands,
@@ -89,7 +93,8 @@ def _batched(options: RelayoutOptions, operands: RelayoutOperands, is_batched: A
         slots = targets = jnp.arange(call.num_pairs, dtype=jnp.int32)
     else:
         slots, targets = operands.pairs[..., 0], operands.pairs[..., 1]
-    if {array[0] for array in axes} != {("block",)} or batch * max(here, there) > jnp.iinfo(slots.dtype).max:
+    fits = batch * max(here, there) <= jnp.iinfo(slots.dtype).max
+    if {array[0] for array in axes} != {("block",)} or own_scales or not fits:
         return loop_over(relayout_p)(options, operands, is_batched, batch)
     exists = (slots >= 0) & (slots < here) & (targets >= 0) & (targets < there)
     shape, of_item = (batch, slots.shape[-1]), jnp.arange(batch, dtype=slots.dtype)[:, None]

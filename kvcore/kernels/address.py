@@ -87,6 +87,16 @@ def slot_offset(layer, block, place, ADDRESS: tl.constexpr):
 
 
 @triton.jit
+def head_row_offsets(layer, block, place, head, unit, ADDRESS: tl.constexpr):
+    """Offsets in the cache of units of one head of a slot each, `[ROWS, units]`.
+
+    `block`, `place` and `head` are `[ROWS]`, or `[1]` where all rows have the same, `unit` is `[units]`.
+    """
+    row_offset = slot_offset(layer, block, place, ADDRESS) + head * ADDRESS.head
+    return row_offset[:, None] + unit_offset(unit, ADDRESS)[None, :]
+
+
+@triton.jit
 def unit_offset(unit, ADDRESS: tl.constexpr):
     """Offsets of units from the beginning of their head; of the shape of `unit`."""
     if ADDRESS.x > 1:

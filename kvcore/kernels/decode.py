@@ -54,6 +54,25 @@ def decode(x, FORMAT: tl.constexpr, HARDWARE: tl.constexpr):
     return x
 
 
+@triton.jit
+def unpack(units, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FORMAT: tl.constexpr):
+    """Elements of stored units `[ROWS, COLUMNS]`, each in the low bits of its own: what `encode.pack` undoes."""
+    if FORMAT.bits == 4:
+        units = tl.reshape(tl.join(units, units >> 4), [ROWS, COLUMNS * 2])
+    return units
+
+
+@triton.jit
+def dequantise(x, computed_scale, static_scale, FORMAT: tl.constexpr, HARDWARE: tl.constexpr):
+    """Elements of FORMAT, in the low bits of units, times their scales, as float32; a scale of None is 1."""
+    x = widen(decode(x, FORMAT, HARDWARE))
+    if computed_scale is not None:
+        x = x * computed_scale
+    if static_scale is not None:
+        x = x * static_scale
+    return x
+
+
 # PTX that turns one element of each of two 16-bit words, which share the register $1, into two float16 in $0.
 _TEMPLATE = "{{ .reg .b32 r, s; .reg .b16 t; {} }}"
 

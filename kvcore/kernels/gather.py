@@ -25,7 +25,7 @@ from .address import (
     token_offsets,
     unit_offset,
 )
-from .decode import decode, widen
+from .decode import decode, dequantise, widen
 from .encode import encode
 
 
@@ -61,17 +61,6 @@ def _static_scales(scale_ptr, column, in_row, R: tl.constexpr):
 
 
 @triton.jit
-def _dequantise(x, computed_scale, static_scale, FORMAT: tl.constexpr, HARDWARE: tl.constexpr):
-    """Elements of FORMAT, in the low bits of units, times their scales, as float32: `[TOKENS, columns]`."""
-    x = widen(decode(x, FORMAT, HARDWARE))
-    if computed_scale is not None:
-        x = x * computed_scale
-    if static_scale is not None:
-        x = x * static_scale
-    return x
-
-
-@triton.jit
 def _gather(
     cache_ptr, scale_ptr, array_ptr, layer, block, place, token, exists, in_array,
     R: tl.constexpr, S: tl.constexpr, FORMAT: tl.constexpr, OUT: tl.constexpr, HARDWARE: tl.constexpr,
@@ -94,11 +83,11 @@ def _gather(
         if S is None or S.inside:
             static_scale = _static_scales(scale_ptr, column, in_row, R)
         if R.elements_per_unit == 2:
-            low = _dequantise(x, computed_scale, static_scale, FORMAT, HARDWARE)
-            high = _dequantise(x >> 4, computed_scale, static_scale, FORMAT, HARDWARE)
+            low = dequantise(x, computed_scale, static_scale, FORMAT, HARDWARE)
+            high = dequantise(x >> 4, computed_scale, static_scale, FORMAT, HARDWARE)
             x = tl.reshape(tl.join(low, high), [TOKENS, R.columns * 2])
         else:
-            x = _dequantise(x, computed_scale, static_scale, FORMAT, HARDWARE)
+            x = dequantise(x, computed_scale, static_scale, FORMAT, HARDWARE)
         x = encode(x, None, OUT, False)
         # Where nothing exists, the load gave zeros, but a scale that is NaN has turned them into NaN.
         x = tl.where(exists[:, None], x, tl.full([1, 1], 0, x.dtype))

@@ -16,7 +16,7 @@ rows are of one token; `layer` is `[1]`.
 import triton
 import triton.language as tl
 
-from .address import head_offset, in_layer, layer_index, scales_of_layer, slot_offset, unit_offset
+from .address import head_offset, head_row_offsets, in_layer, layer_index, scales_of_layer
 from .decode import widen
 from .encode import encode, pack
 from .scales import encoded_scales, float_scales, power_scales, spread
@@ -96,9 +96,8 @@ def _store_scales(
     in_head = group * S.group < R.head_units * R.elements_per_unit
     if R.wide:
         group = group.to(tl.int64)
-    row_offset = slot_offset(layer, block, place, ADDRESS) + head * ADDRESS.head
     tl.store(
-        scales_ptr.to(tl.pointer_type(scale.dtype)) + row_offset[:, None] + unit_offset(group, ADDRESS)[None, :],
+        scales_ptr.to(tl.pointer_type(scale.dtype)) + head_row_offsets(layer, block, place, head, group, ADDRESS),
         scale,
         mask=written[:, None] & in_head[None, :],
     )
@@ -111,17 +110,25 @@ def store_units(cache_ptr, x, head, layer, block, place, written, R: tl.constexp
     unit = tl.arange(0, R.columns)
     if R.wide:
         unit = unit.to(tl.int64)
-    row_offset = slot_offset(layer, block, place, ADDRESS) + head * ADDRESS.head
     tl.store(
-        cache_ptr.to(tl.pointer_type(x.dtype)) + row_offset[:, None] + unit_offset(unit, ADDRESS)[None, :],
+        cache_ptr.to(tl.pointer_type(x.dtype)) + head_row_offsets(layer, block, place, head, unit, ADDRESS),
         x,
         mask=written[:, None] & (unit < R.head_units)[None, :],
     )
 
 
 @triton.jit
+def static_scales(scale_ptr, head, R: tl.constexpr):
+    """The static scales of rows, `[ROWS, 1]`; None for 1."""
+    scale = scale_ptr
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr + head[:, None] * R.scale_stride)
+    return scale
+
+
+@triton.jit
 def store_rows(
-    x, in_head, cache_ptr, scale_cache_ptr, scale_ptr, head, slot, layer, written,
+    x, in_head, cache_ptr, scale_cache_ptr, static_scale, head, slot, layer, written,
     R: tl.constexpr, S: tl.constexpr, FORMAT: tl.constexpr, HARDWARE_CAST: tl.constexpr,
     HARDWARE_SCALES: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -129,9 +136,6 @@ def store_rows(
     WIDTH: tl.constexpr = R.columns * R.elements_per_unit
     block = slot // BLOCK_SIZE
     place = slot % BLOCK_SIZE
-    static_scale = scale_ptr
-    if scale_ptr is not None:
-        static_scale = tl.load(scale_ptr + head[:, None] * R.scale_stride)
     if S is not None:
         x, scale = _quantise(x, in_head, static_scale, S, FORMAT, HARDWARE_CAST, HARDWARE_SCALES, ROWS, WIDTH)
         scales_ptr = cache_ptr if S.inside else scale_cache_ptr
@@ -149,8 +153,9 @@ def write_rows(
 ):  # fmt: skip
     """Writes rows of K, or of V, out of an array of tokens."""
     x, in_head = load_rows(array_ptr, token, head, in_batch, R)
+    static_scale = static_scales(scale_ptr, head, R)
     store_rows(
-        x, in_head, cache_ptr, scale_cache_ptr, scale_ptr, head, slot, layer, written,
+        x, in_head, cache_ptr, scale_cache_ptr, static_scale, head, slot, layer, written,
         R, S, FORMAT, HARDWARE_CAST, HARDWARE_SCALES, BLOCK_SIZE, ROWS,
     )  # fmt: skip
 

@@ -16,7 +16,7 @@ import triton.language as tl
 from .address import in_layer, layer_index, scales_of_layer
 from .decode import widen
 from .encode import encode
-from .quantize import find_rows, load_rows, row_offsets, store_rows, store_units
+from .quantize import find_rows, load_rows, row_offsets, static_scales, store_rows, store_units
 from .reduce import total
 
 
@@ -218,8 +218,9 @@ def _write_side(
             array_ptr, norm_ptr, positions_ptr, cos_sin_ptr, token, head, in_batch, max_position,
             R, ROTATES, NORM_STRIDE, ROTARY, ROWS,
         )  # fmt: skip
+    static_scale = static_scales(scale_ptr, head, R)
     store_rows(
-        x, in_head, cache_ptr, scale_cache_ptr, scale_ptr, head, slot, index, written,
+        x, in_head, cache_ptr, scale_cache_ptr, static_scale, head, slot, index, written,
         R, S, FORMAT, HARDWARE_CAST, HARDWARE_SCALES, BLOCK_SIZE, ROWS,
     )  # fmt: skip
 

@@ -63,6 +63,33 @@ def slots_and_moves(mesh, heads_axis, placements):
         source.relayout(quantised, pairs)
         for g, w in zip(target, quantised.caches, strict=True):
             same(g, w)
+    requantised(mesh, heads_axis, wholes[0], parts[0], pairs)
+
+
+def requantised(mesh, heads_axis, whole, parts, pairs):
+    """A cache of int8 with scales of tokens, split or whole, into others that have static scales, or nvfp4."""
+    heads, scales = 4, [torch.rand(4, device=DEVICE) + 0.5, torch.rand(1, device=DEVICE) + 0.5]
+    for scale in scales:  # the same on all ranks
+        scale.copy_(torch.arange(scale.numel()) + 0.5)
+    for options in (dict(kv_cache_dtype="fp8"), {}):
+        target = whole_caches("HND", heads, **options)
+        like = split(mesh, target.caches, torchkv.distributed.placements("HND", mesh, heads=heads_axis))
+        want, got = (
+            torchkv.PagedKVCache(tuple(caches), target.spec, *(scales if options else ()))
+            for caches in (target.caches, like)
+        )
+        whole.relayout(want, pairs)
+        for old in parts:
+            old.relayout(got, pairs)
+            for g, w in zip(got.caches, want.caches, strict=True):
+                same(g, w)
+        if options:  # and back, with static scales of what is read
+            ours, theirs = (whole_caches("NHD", heads) for _ in range(2))
+            new = split(mesh, theirs.caches, torchkv.distributed.placements("NHD", mesh, heads=heads_axis))
+            want.relayout(ours, pairs)
+            got.relayout(torchkv.PagedKVCache(tuple(new), theirs.spec), pairs)
+            for g, w in zip(new, ours.caches, strict=True):
+                same(g, w)
 
 
 def moves_that_are_refused(mesh, heads_axis, placements):

@@ -7,8 +7,10 @@ import torch
 import jaxkv
 import torchkv
 from kvcore.formats import FLOATS, KV_CACHE_DTYPES
+from kvcore.oracle import read, write
 from kvcore.oracle import relayout as oracle
 from kvcore.oracle.views import scale_views, views
+from kvcore.relayout import between
 from tests.cases.arrays import bits, from_torch, random_bits, to_torch
 
 PAIRS = ((3, 0), (-1, 4), (5, 11), (12, 2), (15, 7), (99, 6), (1, 10**6), (0, 13), (11, 12), (2, -5))
@@ -92,5 +94,61 @@ def assert_moves(source, destination, pairs, ways=WAYS, device="cpu"):
     want = wanted(source, destination, pairs)
     for name, way in ways.items():
         for got, array in zip(move(*way, source, destination, pairs, device=device), want, strict=True):
+            np.testing.assert_array_equal(bits(got), bits(array), err_msg=name)
+    return want
+
+
+def requantised(source, destination, pairs, scales=((None, None), (None, None))):
+    """Arrays of the destination as they are to be where numbers move: gathered by the oracle, written by the oracle.
+
+    `scales` are static ones, of keys and of values, of the source and of the destination.
+    """
+    (spec, old), (target, new) = source, [destination[0], [a.copy() for a in destination[1]]]
+    if pairs is None:
+        pairs = [(i, i) for i in range(spec.num_blocks * spec.block_size)]
+    count, slots = len(spec.shapes), spec.num_blocks * spec.block_size
+    pairs = np.array([p for p in pairs if 0 <= p[0] < slots], np.int64).reshape(-1, 2)
+    patterns = [s and s.pattern.replace(" dim", "") for s in (spec.scale_layout, target.scale_layout)]
+    for layer in [None] if spec.num_layers is None else range(spec.num_layers):
+        key, value = read.gather_slots(
+            old[:count], pairs[:, 0], dtype=np.dtype(between(spec, target)), head_size=spec.head_size,
+            head_size_v=spec.head_size_v, kv_cache_dtype=spec.kv_cache_dtype, layout=spec.layout,
+            **dict(zip(("k_scale", "v_scale"), old[count:] or scales[0], strict=True)), scale_layout=patterns[0],
+            layer=layer,
+        )  # fmt: skip
+        count_new = len(target.shapes)
+        write.write_rows(
+            key, value, new[:count_new], pairs[:, 1], target.kv_cache_dtype, scales[1], target.layout, layer,
+            new[count_new:], patterns[1],
+        )  # fmt: skip
+    return new
+
+
+def with_scales(module, cache, scales, device="cpu"):
+    """A cache with static scales of keys and of values, unless its heads have their own."""
+    if cache.spec.scale_layout is not None:
+        return cache
+    array = (lambda a: to_torch(a, device)) if module is torchkv else jnp.asarray
+    return module.PagedKVCache(cache.caches, cache.spec, *(None if s is None else array(s) for s in scales))
+
+
+def requantise(module, backend, source, destination, pairs, scales=((None, None), (None, None)), device="cpu"):
+    """Arrays of the destination after `relayout(…, requantise=True)` of caches with static scales."""
+    old, new = (
+        with_scales(module, cache_of(module, *cache, device), of, device)
+        for cache, of in zip((source, destination), scales, strict=True)
+    )
+    if pairs is not None:
+        pairs = torch.as_tensor(pairs, device=device) if module is torchkv else np.asarray(pairs)
+    returned = module.relayout(old, new, pairs, requantise=True, backend=backend)
+    for array, before in zip(memory_of(old), source[1], strict=True):
+        np.testing.assert_array_equal(bits(array), bits(before))
+    return memory_of(new if module is torchkv else returned)
+
+
+def assert_requantises(source, destination, pairs, scales=((None, None), (None, None)), ways=WAYS, device="cpu"):
+    want = requantised(source, destination, pairs, scales)
+    for name, way in ways.items():
+        for got, array in zip(requantise(*way, source, destination, pairs, scales, device), want, strict=True):
             np.testing.assert_array_equal(bits(got), bits(array), err_msg=name)
     return want

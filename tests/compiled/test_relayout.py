@@ -111,7 +111,47 @@ def test_vmap_is_one_launch_where_blocks_are_in_front(pairs):
     program.assert_in_place(program.compile(jax.vmap(move), pairs))
 
 
-def test_numbers_are_read_and_written_in_place():
-    """A chunk of slots in float32 is all that is kept beside the caches."""
-    program = Program({}, dict(kv_cache_dtype="fp8", layout="HND"), layers=32)
+REQUANTISED = {
+    "bfloat16 to fp8": ({}, dict(kv_cache_dtype="fp8", layout="HND")),
+    "fp8 to bfloat16": (dict(kv_cache_dtype="fp8"), dict(layout="HND")),
+    "in one array": (dict(layout="KV_NHD"), dict(kv_cache_dtype="int8", layout="INTERLEAVED")),
+    "to scales of tokens": (dict(kv_cache_dtype="fp8"), dict(kv_cache_dtype="int8", per_token_head=True)),
+    "of scales of tokens": (dict(kv_cache_dtype="int4", per_token_head=True), dict(kv_cache_dtype="nvfp4")),
+}
+SCALES = dict(k_scale=jax.ShapeDtypeStruct((4, 8), jnp.float32), v_scale=jax.ShapeDtypeStruct((1,), jnp.float32))
+
+
+@pytest.mark.parametrize("pairs", [True, False])
+@pytest.mark.parametrize("case", REQUANTISED)
+def test_other_formats(case, pairs):
+    """Read and written by one launch, in place."""
+    program = Program(*REQUANTISED[case])
+    program.assert_in_place(program.compile(pairs=pairs))
+
+
+def test_static_scales_of_layers_and_heads():
+    program = Program(dict(kv_cache_dtype="fp8"), dict(kv_cache_dtype="int8"))
+    scales = [jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=program.pairs.sharding) for s in SCALES.values()]
+    program.old, program.new = (
+        jaxkv.PagedKVCache(cache.caches, cache.spec, *scales) for cache in (program.old, program.new)
+    )
+    program.nbytes = sum(a.size * a.dtype.itemsize for a in program.new.caches)
+    program.assert_in_place(program.compile())
+
+
+@pytest.mark.parametrize("case", ["bfloat16 to fp8", "to scales of tokens"])
+def test_other_formats_on_eight_devices(case):
+    program = Program(*REQUANTISED[case], devices=8)
+    program.assert_in_place(program.compile())
+
+
+def test_vmap_of_other_formats_is_one_launch_where_blocks_are_in_front():
+    program = Program(*REQUANTISED["bfloat16 to fp8"], layers=None, batch=(2,))
+    program.assert_in_place(program.compile(jax.vmap(move)))
+
+
+def test_latent_rows_are_read_and_written_in_place():
+    """A chunk of slots is all that is kept beside the caches."""
+    sizes = dict(num_heads=1, head_size=576, head_size_v=512, layout="block slot latent")
+    program = Program(sizes, sizes | dict(kv_cache_dtype="fp8"), layers=32)
     program.assert_in_place(program.compile(), launches=2, most=0.2)

@@ -9,7 +9,18 @@ from tests.cases.arrays import bits
 from tests.cases.gathers import SLOTS, read_slots, wanted_slots
 from tests.cases.gpu import DEVICE, HAS_GPU, captured
 from tests.cases.reads import make_read
-from tests.cases.relayouts import FORMATS, PAIRS, SIZES, arrays_of, assert_moves, cache_of, memory_of, wanted
+from tests.cases.relayouts import (
+    FORMATS,
+    PAIRS,
+    SIZES,
+    arrays_of,
+    assert_moves,
+    assert_requantises,
+    cache_of,
+    memory_of,
+    requantised,
+    wanted,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -67,6 +78,47 @@ def test_formats(name):
     assert_moves(source, destination, np.array(PAIRS, np.int32), ways(), DEVICE)
 
 
+REQUANTISED = {
+    name: dict(kv_cache_dtype=name, per_token_head=of_tokens)
+    for name, of_tokens in (("fp8", False), ("fp8_e5m2", False), ("int8", True), ("int4", False), ("nvfp4", False))
+} | {"bfloat16": {}, "float16": dict(dtype="float16"), "float32": dict(dtype="float32")}
+
+
+@pytest.mark.parametrize("old", REQUANTISED)
+@pytest.mark.parametrize("new", REQUANTISED)
+def test_other_formats(old, new):
+    """Random bits, read and written by one kernel, with static scales of layers and heads."""
+    rng = np.random.default_rng(7)
+    source, destination = two(rng, REQUANTISED[old], dict(layout="HND") | REQUANTISED[new], num_layers=2, num_heads=3)
+    scales = [[rng.uniform(0.01, 2, (2, 3)).astype(np.float32) for _ in range(2)] for _ in range(2)]
+    assert_requantises(source, destination, np.array(PAIRS, np.int32), scales, ways(), DEVICE)
+
+
+@pytest.mark.parametrize("new", ["fp8", "int8", "nvfp4"])
+@pytest.mark.parametrize("layout", HEADS)
+def test_other_formats_of_layouts(layout, new):
+    if new == "nvfp4" and layout == "HEAD_MAJOR":
+        new = "int4"  # nvfp4 wants dim to be the last axis
+    rng, of = np.random.default_rng(8), REQUANTISED[new]
+    sizes = dict(num_heads=5, head_size=80)
+    for old, new_ in ((dict(layout=layout), of | dict(layout="HND")), (of | dict(layout="NHD"), dict(layout=layout))):
+        source, destination = two(rng, old, new_, **sizes)
+        assert_requantises(source, destination, np.array(PAIRS, np.int64), ways=ways(), device=DEVICE)
+
+
+@pytest.mark.gpu_smoke
+def test_many_of_another_format():
+    rng, n = np.random.default_rng(9), 300 if HAS_GPU else 20
+    source, destination = two(
+        rng, dict(num_blocks=n, block_size=16), dict(num_blocks=2 * n, block_size=8, kv_cache_dtype="fp8"),
+        num_layers=2, num_heads=8, head_size=128,
+    )  # fmt: skip
+    scales = (None, None), [np.float32([0.5]), np.float32([0.7])]
+    pairs = np.stack([rng.permutation(16 * n)[:n], rng.permutation(16 * n)[:n]], axis=1)
+    assert_requantises(source, destination, pairs, scales, ways(), DEVICE)
+    assert_requantises(source, destination, None, scales, ways(), DEVICE)
+
+
 def test_latent_caches():
     sizes = dict(num_heads=1, head_size=576, head_size_v=512, kv_cache_dtype="fp8_ds_mla", layout="block slot latent")
     assert_moves(*two(np.random.default_rng(3), {}, {}, **sizes), np.array(PAIRS, np.int32), ways(), DEVICE)
@@ -83,12 +135,13 @@ def test_many():
     assert_moves(source, destination, None, ways(), DEVICE)
 
 
-def test_cuda_graph():
+@pytest.mark.parametrize("options", [{}, dict(kv_cache_dtype="fp8")], ids=["bits", "numbers"])
+def test_cuda_graph(options):
     import torch
 
     import torchkv
 
-    source, destination = two(np.random.default_rng(5), {}, dict(layout="HND"))
+    source, destination = two(np.random.default_rng(5), {}, dict(layout="HND") | options)
     old, new = cache_of(torchkv, *source, DEVICE), cache_of(torchkv, *destination, DEVICE)
     pairs = torch.full((len(PAIRS), 2), -1, device=DEVICE)
 
@@ -99,19 +152,22 @@ def test_cuda_graph():
     _, replay = captured(step)
     pairs.copy_(torch.tensor(PAIRS))
     replay()
-    for got, want in zip(memory_of(new), wanted(source, destination, PAIRS), strict=True):
+    expected = (requantised if options else wanted)(source, destination, PAIRS)
+    for got, want in zip(memory_of(new), expected, strict=True):
         np.testing.assert_array_equal(bits(got), bits(want))
 
 
-def test_jax_in_place():
+@pytest.mark.parametrize("options", [{}, dict(kv_cache_dtype="fp8")], ids=["bits", "numbers"])
+def test_jax_in_place(options):
     import jax
 
     import jaxkv
 
-    source, destination = two(np.random.default_rng(6), {}, dict(layout="HND"))
+    source, destination = two(np.random.default_rng(6), {}, dict(layout="HND") | options)
     old, new = cache_of(jaxkv, *source), cache_of(jaxkv, *destination)
     before = [array.unsafe_buffer_pointer() for array in new.caches]
     got = jax.jit(lambda new, old, pairs: old.relayout(new, pairs), donate_argnums=0)(new, old, np.array(PAIRS))
     assert [array.unsafe_buffer_pointer() for array in got.caches] == before
-    for array, want in zip(memory_of(got), wanted(source, destination, PAIRS), strict=True):
+    expected = (requantised if options else wanted)(source, destination, PAIRS)
+    for array, want in zip(memory_of(got), expected, strict=True):
         np.testing.assert_array_equal(bits(array), bits(want))

@@ -157,6 +157,21 @@ CALLS = {
         pairs=MOVES, kv_cache_dtype="int8", layout="block slot head k+v", scale_layout="block slot head",
         source_layout="block slot head dim", source_scale_layout="block slot head", head_size_v=SIZE,
     )),
+    "requantised slots": ("relayout", dict(
+        key_cache=poison(LAYERS, BLOCKS, HEADS, BLOCK_SIZE, SIZE),
+        value_cache=poison(LAYERS, BLOCKS, HEADS, BLOCK_SIZE, SIZE),
+        source=[tensor(rng.integers(0, 120, (LAYERS, 7, 3, HEADS, SIZE), np.uint8)) for _ in range(2)], pairs=MOVES,
+        kv_cache_dtype="fp8", layout="layer block head slot dim", source_kv_cache_dtype="int8",
+        source_layout="layer block slot head dim", source_k_scale=scales(LAYERS, HEADS), source_v_scale=scales(HEADS),
+        k_scale=scales(HEADS), v_scale=scales(LAYERS, HEADS),
+    )),
+    "requantised slots with scales": ("relayout", dict(
+        key_cache=poison(BLOCKS, BLOCK_SIZE, HEADS, 2 * SIZE), k_scale_cache=scales(BLOCKS, BLOCK_SIZE, HEADS),
+        v_scale_cache=scales(BLOCKS, BLOCK_SIZE, HEADS),
+        source=[*(poison(7, 3, HEADS, SIZE // 2) for _ in range(2)), *(scales(7, 3, HEADS) for _ in range(2))],
+        pairs=MOVES, kv_cache_dtype="int8", layout="block slot head k+v", scale_layout="block slot head",
+        source_kv_cache_dtype="int4", source_layout="block slot head dim", source_scale_layout="block slot head",
+    )),
     "zeroed blocks": ("zero_blocks", dict(
         key_cache=poison(BLOCKS, BLOCK_SIZE, HEADS, SIZE), value_cache=poison(BLOCKS, BLOCK_SIZE, HEADS, SIZE),
         k_scale_cache=scales(BLOCKS, BLOCK_SIZE, HEADS), v_scale_cache=scales(BLOCKS, BLOCK_SIZE, HEADS),

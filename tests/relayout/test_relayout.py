@@ -106,10 +106,8 @@ def filled(rng, **extents):
         ({}, dict(kv_cache_dtype="int8", per_token_head=True)),
     ],
 )
-def test_other_formats(old, new, layers, monkeypatch):
-    """The bits of a gather, then a write, also where that takes several chunks."""
-    for module in ("jaxkv", "torchkv"):
-        monkeypatch.setattr(f"{module}.move.chunk_of", lambda spec, n: min(4, n), raising=True)
+def test_other_formats(old, new, layers):
+    """The bits of a gather, then a write: test_requantise.py has more of it."""
     rng = np.random.default_rng(7)
     source = filled(rng, **old, num_layers=layers)
     destination = arrays_of(rng, **(SIZES | dict(num_blocks=5, block_size=3, layout="HND") | new), num_layers=layers)
@@ -124,6 +122,23 @@ def test_other_formats(old, new, layers, monkeypatch):
     for name, way in WAYS.items():
         for got, want in zip(move(*way, source, destination, pairs), memory_of(ours), strict=True):
             np.testing.assert_array_equal(bits(got), bits(want), err_msg=name)
+
+
+@pytest.mark.parametrize("new", [dict(kv_cache_dtype="fp8"), dict(kv_cache_dtype="fp8_ds_mla")])
+def test_latent_rows_of_other_formats(new, monkeypatch):
+    """The bits of a gather, then a write, of a chunk of slots at a time."""
+    monkeypatch.setattr("kvcore.contract.relayout._CHUNK_ELEMENTS", 4 * (576 + 512))
+    rng, sizes = np.random.default_rng(7), dict(num_heads=1, head_size=576, head_size_v=512, layout="block slot latent")
+    source = filled(rng, **sizes, num_layers=2)
+    destination = arrays_of(rng, **sizes, **new, num_blocks=5, block_size=3, num_layers=2)
+    old, ours = cache_of(torchkv, *source), cache_of(torchkv, *destination)
+    slots, targets = torch.tensor([p for p in PAIRS if 0 <= p[0] < 16]).unbind(1)
+    for layer in range(2):
+        key, _ = old.read(slots, layer=layer)
+        ours.write(key[:, 0, :512], key[:, 0, 512:], targets, layer=layer)
+    for name, way in WAYS.items():
+        got = move(*way, source, destination, np.array(PAIRS, np.int32))
+        np.testing.assert_array_equal(got[0], memory_of(ours)[0], err_msg=name)
 
 
 def test_other_static_scales():

@@ -209,6 +209,7 @@ def test_every_kernel_says_whether_multiply_and_add_may_fuse(monkeypatch, target
     torchkv.swap_blocks(caches, [cache.clone() for cache in caches], pairs, backend="interpret")
     old, new = (torchkv.PagedKVCache.create(num_blocks=2, block_size=2, num_heads=1, head_size=16) for _ in range(2))
     old.relayout(new, backend="interpret")
+    old.relayout(new, requantise=True, backend="interpret")
     torchkv.slot_mapping(pairs[:3], None, pairs[:3, 0], 4, backend="interpret")
 
     defined = {

@@ -1,4 +1,4 @@
-"""`relayout` where bits move, in place of the destination, as torch.library knows it."""
+"""`relayout`, in place of the destination, as torch.library knows it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +15,8 @@ from torchkv._triton.relayout import Relayouts
 _SCHEMA = (
     "relayout(Tensor(a!) key_cache, Tensor(b!)? value_cache, Tensor(c!)? k_scale_cache, Tensor(d!)? v_scale_cache, "
     "Tensor[] source, Tensor? pairs, str kv_cache_dtype, str layout, str? scale_layout, str source_layout, "
-    "str? source_scale_layout, int head_size, int? head_size_v, str? backend) -> ()"
+    "str? source_scale_layout, int head_size, int? head_size_v, str? backend, str? source_kv_cache_dtype=None, "
+    "Tensor? source_k_scale=None, Tensor? source_v_scale=None, Tensor? k_scale=None, Tensor? v_scale=None) -> ()"
 )
 
 

@@ -1,4 +1,4 @@
-"""The kernel of `relayout`: how it is prepared and run."""
+"""The kernels of `relayout`: how they are prepared and run."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kvcore.contract.relayout import Relayout
 from kvcore.plan import relayout as plan_relayout
+from kvcore.plan import requantise as plan_requantise
 from kvcore.plan.kernel import Target
 from torchkv._relayout import RelayoutCall
 from torchkv._triton.launch import Load, Runner, aligned_pointers, pointees
@@ -22,7 +23,7 @@ class RelayoutKernel(NamedTuple):
     Attributes:
         described: What the contract says of the call.
         plan: How it is launched.
-        kernel: What copies.
+        kernel: What copies, or reads and writes.
     """
 
     described: Relayout
@@ -38,7 +39,7 @@ class RelayoutKernel(NamedTuple):
 
 
 class Relayouts(Launches[RelayoutKernel]):
-    """Launches of an op whose tensors are those that are written to, those of the source, and pairs."""
+    """Launches of an op whose tensors are those that are written to, those of the source, pairs, and static scales."""
 
     def __init__(self) -> None:
         # The guards let lengths of one tensor vary, not of one in a list: shapes say it all.
@@ -48,22 +49,29 @@ class Relayouts(Launches[RelayoutKernel]):
         return (*arguments[:_SOURCE], *arguments[_SOURCE], *arguments[_SOURCE + 1 :])
 
     def tensors(self, call: RelayoutCall) -> list[Tensor]:
-        return [*call.written, *call.source, *(() if call.pairs is None else (call.pairs,))]
+        return [t for t in (*call.written, *call.source, call.pairs, *call.static_scales) if t is not None]
 
     def pointers(self, described: Relayout, call: RelayoutCall) -> list[Any]:
-        arguments = plan_relayout.arguments(described, call.source, call.written, call.pairs)
-        return arguments[: len(plan_relayout.POINTERS)]
+        memory = call.source, call.written, call.pairs
+        if described.requantise:
+            return plan_requantise.arguments(described, *memory, call.static_scales)
+        return plan_relayout.arguments(described, *memory)[: len(plan_relayout.POINTERS)]
 
     def prepare(self, call: RelayoutCall, described: Relayout, target: Target, load: Load) -> Launch[RelayoutKernel]:
-        plan, values = plan_relayout.plan_relayout(described, target), self.pointers(described, call)
-        names = plan_relayout.POINTERS
-        kernel = load(plan.kernel, pointees(names, values), aligned_pointers(names, values))
-        count = len(call.written)
+        values = self.pointers(described, call)
+        if described.requantise:
+            plan, names = plan_requantise.plan_requantise(described, target), plan_requantise.POINTERS
+        else:
+            plan, names = plan_relayout.plan_relayout(described, target), plan_relayout.POINTERS
+        # Static scales count as unaligned.
+        aligned = aligned_pointers(names, values) - {*plan_requantise.STATIC_SCALES}
+        kernel = load(plan.kernel, pointees(names, values), aligned)
+        count, static = len(call.written), sum(scale is not None for scale in call.static_scales)
         return Launch(
             RelayoutKernel(described, plan, kernel),
             call.device,
             num_layers=None,
-            aligned=len(self.tensors(call)),
+            aligned=len(self.tensors(call)) - static,
             any_length=(),
             written=range(count),
             apart=Apart(call.pairs_apart()),
