@@ -31,8 +31,8 @@ OPS = (
     *("jaxkv._triton.write:launch_write", "jaxkv._triton.read:launch_read", "jaxkv._triton.rope:launch_rope"),
     *("jaxkv._triton.relayout:launch_relayout", "jaxkv._triton.blocks:launch_blocks", "jaxkv._triton.swap:launch_swap"),
     *("jaxkv._xla.write:write", "jaxkv._xla.read:attention", "jaxkv._xla.gather:gather"),
-    *("jaxkv._xla.rope:rope_and_cache", "jaxkv._xla.relayout:relayout", "jaxkv._xla.blocks:move_blocks"),
-    *("jaxkv._xla.swap:swap_blocks",),
+    *("jaxkv._xla.rope:rope_and_cache", "jaxkv._xla.relayout:relayout", "jaxkv._xla.requantise:requantise"),
+    *("jaxkv._xla.blocks:move_blocks", "jaxkv._xla.swap:swap_blocks"),
     *("torchkv._triton.write:Writes.prepare", "torchkv._triton.attention:Attentions.prepare"),
     *("torchkv._triton.gather:Gathers.prepare", "torchkv._triton.rope:Ropes.prepare"),
     *("torchkv._triton.relayout:Relayouts.prepare", "torchkv._triton.blocks:Moves.prepare"),
@@ -42,7 +42,8 @@ OPS = (
 )  # fmt: skip
 # What makes a kernel's plan, with the call as its first argument, and what compiles the kernels of plans.
 PLANS = tuple(
-    f"kvcore.plan.{op}:plan_{op}" for op in ("write", "attention", "gather", "rope", "relayout", "blocks", "swap")
+    f"kvcore.plan.{op}:plan_{op}"
+    for op in ("write", "attention", "gather", "rope", "relayout", "requantise", "blocks", "swap")
 )
 COMPILER = "kvcore.run.compiler:compile_kernel"
 
