@@ -1,8 +1,8 @@
 """transformers' continuous batching over torchkv's caches and attention: `generate_batch`, and the manager below it.
 
 transformers makes the cache of its continuous batching itself, and from 5.24 on refuses attentions that it does not
-know: there is no hook for either. So a model gets a method of its own, `init_continuous_batching`, which makes a manager
-with another cache. Other models, and transformers' modules, stay as they are.
+know: there is no hook for either. So a model gets a method of its own, `init_continuous_batching`, whose manager makes
+another cache. Other models, and transformers' modules, stay as they are.
 """
 
 import inspect
@@ -11,10 +11,10 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from importlib import import_module
+from importlib.metadata import version
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 from kvcore.choices import KVCacheDtype, TorchBackend
@@ -25,7 +25,7 @@ from torchkv.integrations.transformers.handle import UnsupportedError
 from torchkv.integrations.transformers.kind import CacheKind
 
 CONTINUOUS = "torchkv_continuous"
-"""The name of the attention. It has no mask: sequences lie one behind the other, and their lengths say which is whose."""
+"""The name of the attention. It has no mask: sequences lie one behind the other, with a list of their lengths."""
 
 _METHOD = "init_continuous_batching"
 _PACKAGE = "transformers.generation.continuous_batching"
@@ -55,7 +55,8 @@ def continuous_batching(
         backend: None, "triton", "torch" or "interpret".
 
     Returns:
-        What undoes it: `close()`, or the end of a `with`. A manager that was kept (`persistent_manager=True`) ends then.
+        What undoes it: `close()`, or the end of a `with`. A manager that was kept (`persistent_manager=True`) ends with
+            it.
 
     Raises:
         UnsupportedError: the model has layers of another kind than attention, with or without a sliding window; or this
@@ -74,9 +75,12 @@ def continuous_batching(
         >>> [len(answer.generated_tokens) for answer in answers.values()]
         [4, 4]
     """
-    layer_windows(model.config)
+    config, windows = layer_windows(model.config)
     kind = CacheKind(kv_cache_dtype, per_token_head, k_scale, v_scale, backend)
-    kind.spec(16, 1, 128, model.dtype)  # raises where a choice does not fit
+    num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    for layer in range(len(windows)):  # what does not fit is said here, not by a thread of transformers
+        kind.create(layer, 1, num_heads, head_size, dtype=model.dtype, device="cpu")
     method = types.MethodType(_initialiser(kind), model)
     before = model.__dict__.get(_METHOD)
     model.__dict__[_METHOD] = method
@@ -141,14 +145,18 @@ def with_globals(function: Any, **values: Any) -> Callable[..., Any]:
         function.__defaults__,
         function.__closure__,
     )
-    made.__kwdefaults__, made.__doc__, made.__qualname__ = function.__kwdefaults__, function.__doc__, function.__qualname__
+    made.__kwdefaults__, made.__doc__, made.__qualname__ = (
+        function.__kwdefaults__,
+        function.__doc__,
+        function.__qualname__,
+    )
     return made
 
 
 def unknown_version(what: str) -> UnsupportedError:
     """The error for a transformers whose continuous batching is another than those that this was written for."""
     return UnsupportedError(
-        f"continuous_batching works with transformers 5.17 and 5.24, got {transformers.__version__}: {what}"
+        f"continuous_batching works with transformers 5.17 and 5.24, got {version('transformers')}: {what}"
     )
 
 
@@ -190,14 +198,16 @@ def continuous_attention_forward(
         UnsupportedError: there is no such cache, or an argument is another than described here, or asks for weights.
         NotImplementedError: autograd follows an argument.
     """
-    cache = kwargs.get("cache")
+    cache: Any = kwargs.get("cache")
     if not hasattr(cache, "torchkv_attend"):
         raise UnsupportedError(
             f'attention "{CONTINUOUS}" must be used within continuous batching (generate_batch) of a model that '
             f"continuous_batching was called for; cache is {type(cache).__name__}"
         )
     refuse_gradients("continuous_attention_forward", query, key, value, s_aux)
-    check_call(module, dropout, is_causal, {"attention_mask": attention_mask, **kwargs}, ("attention_mask", "block_table"))
+    check_call(
+        module, dropout, is_causal, {"attention_mask": attention_mask, **kwargs}, ("attention_mask", "block_table")
+    )
     options = {"scale": scaling, "soft_cap": softcap, "sinks": s_aux}
     rows = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     out = cache.torchkv_attend(module.layer_idx, *rows, sliding_window, kwargs, options)

@@ -4,32 +4,30 @@ Layer i of each group has tensor i, and no two groups have the same block. Who h
 affair, with sharing of prefixes and forks; what lies in a block is torchkv's.
 """
 
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.generation.continuous_batching.cache import (
-    PagedAttentionCache,
-    PagedAttentionMemoryHandler,
-    find_head_dim,
-    find_num_kv_heads,
-    group_layers_by_attn_type,
-)
 
 from torchkv.integrations.transformers.continuous import with_globals
 from torchkv.integrations.transformers.handle import UnsupportedError
 from torchkv.integrations.transformers.kind import CacheKind, Group, PagedSteps, ring_blocks
 
+_theirs: Any = import_module("transformers.generation.continuous_batching.cache")
 
-def _memory(kind: CacheKind, dtype: torch.dtype) -> type[PagedAttentionMemoryHandler]:
+
+def _memory(kind: CacheKind, dtype: torch.dtype) -> type[Any]:
     """What finds how many blocks fit, where there are no masks, and nothing of the cache is copied to be read."""
 
-    class Memory(PagedAttentionMemoryHandler):
+    class Memory(_theirs.PagedAttentionMemoryHandler):
         def __init__(self, *, config: Any, **options: Any) -> None:
             super().__init__(config=config, **options)
             self.num_attention_masks = 0
             self.activation_dtype = dtype
-            block = kind.spec(self.block_size, find_num_kv_heads(config), find_head_dim(config), dtype).nbytes
+            block = kind.spec(
+                self.block_size, _theirs.find_num_kv_heads(config), _theirs.find_head_dim(config), dtype
+            ).nbytes
             self.page_size = -(-block // (2 * self.block_size * self.cache_dtype.itemsize))  # scales among it
 
         @property
@@ -40,7 +38,7 @@ def _memory(kind: CacheKind, dtype: torch.dtype) -> type[PagedAttentionMemoryHan
     return Memory
 
 
-class GroupCache(PagedSteps, PagedAttentionCache):
+class GroupCache(PagedSteps, _theirs.PagedAttentionCache):
     """`PagedAttentionCache` of transformers 5.17 over torchkv's caches."""
 
     def __init__(self, kind: CacheKind, *, dtype: torch.dtype, **options: Any) -> None:
@@ -51,11 +49,11 @@ class GroupCache(PagedSteps, PagedAttentionCache):
                 "cpu_offload_space must be 0 with per_token_head in transformers before 5.24, which does not swap "
                 f"scales, got {settings.cpu_offload_space}"
             )
-        head_size = find_head_dim(config)
-        small = kind.spec(settings.block_size, find_num_kv_heads(config), head_size, dtype)
+        head_size = _theirs.find_head_dim(config)
+        small = kind.spec(settings.block_size, _theirs.find_num_kv_heads(config), head_size, dtype)
         element = getattr(torch, small.dtype)
         initialise = with_globals(
-            PagedAttentionCache.__init__,
+            _theirs.PagedAttentionCache.__init__,
             PagedAttentionMemoryHandler=_memory(kind, dtype),
             find_head_dim=lambda config: small.shapes[0][-1],  # of a tensor, bytes where two elements share one
         )
@@ -73,7 +71,7 @@ class GroupCache(PagedSteps, PagedAttentionCache):
             caches = [self.key_cache[place].view(spec.shapes[0]), self.value_cache[place].view(spec.shapes[1])]
             stores[layer] = kind.store(layer, spec, dtype, caches, self._scale_caches[place])
         groups = []
-        layers_of, types = group_layers_by_attn_type(config)
+        layers_of, types = _theirs.group_layers_by_attn_type(config)
         for index, (layers, layer_type) in enumerate(zip(layers_of, types, strict=True)):
             manager: Any = self.group_cache_managers[index]
             group = Group(index, layer_type, layers, manager.block_table)

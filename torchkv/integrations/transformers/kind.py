@@ -24,22 +24,33 @@ class CacheKind:
     v_scale: Tensor | float | None
     backend: TorchBackend | None
 
-    def spec(self, block_size: int, num_heads: int, head_size: int, dtype: torch.dtype, num_blocks: int = 1) -> CacheSpec:
+    def spec(
+        self, block_size: int, num_heads: int, head_size: int, dtype: torch.dtype, num_blocks: int = 1
+    ) -> CacheSpec:
         """The cache of one layer."""
         return CacheSpec.create(
             None, num_blocks, block_size, num_heads, head_size, None, str(dtype).removeprefix("torch."), "NHD",
             self.kv_cache_dtype, self.per_token_head,
         )  # fmt: skip
 
+    def create(self, layer: int, block_size: int, num_heads: int, head_size: int, **options: Any) -> PagedKVCache:
+        """The cache of one layer, of one block.
+
+        Raises:
+            ValueError: a choice or a scale's shape does not fit.
+        """
+        return PagedKVCache.create(
+            num_blocks=1, block_size=block_size, num_heads=num_heads, head_size=head_size,
+            kv_cache_dtype=self.kv_cache_dtype, per_token_head=self.per_token_head,
+            k_scale=of_layer(self.k_scale, layer), v_scale=of_layer(self.v_scale, layer), **options,
+        )  # fmt: skip
+
     def store(
         self, layer: int, spec: CacheSpec, dtype: torch.dtype, caches: Sequence[Tensor], scale_caches: Sequence[Tensor]
     ) -> PagedKVCache:
         """The cache of one layer, in memory that is there already."""
-        small = PagedKVCache.create(
-            num_blocks=1, block_size=spec.block_size, num_heads=spec.num_heads, head_size=spec.head_size, dtype=dtype,
-            kv_cache_dtype=self.kv_cache_dtype, per_token_head=self.per_token_head, device=caches[0].device,
-            k_scale=of_layer(self.k_scale, layer), v_scale=of_layer(self.v_scale, layer),
-        )  # fmt: skip
+        sizes = spec.block_size, spec.num_heads, spec.head_size
+        small = self.create(layer, *sizes, dtype=dtype, device=caches[0].device)
         scales = scale_caches or (small.k_scale, small.v_scale)
         return PagedKVCache(tuple(caches), replace(small.spec, num_blocks=spec.num_blocks), *scales)
 

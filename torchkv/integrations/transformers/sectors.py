@@ -7,21 +7,19 @@ torchkv's.
 
 from collections.abc import Sequence
 from functools import partial
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.generation.continuous_batching.cache import PagedAttentionCache, PagedAttentionMemoryHandler
-from transformers.generation.continuous_batching.cache_allocators import (
-    FullAttentionCacheAllocator,
-    SlidingAttentionCacheAllocator,
-)
 
 from kvcore.cache_spec import CacheSpec
 from torchkv.cache import PagedKVCache
 from torchkv.integrations.transformers.continuous import with_globals
 from torchkv.integrations.transformers.kind import CacheKind, Group, PagedSteps, ring_blocks
+
+_theirs: Any = import_module("transformers.generation.continuous_batching.cache")
 
 _ALIGNMENT = 16
 """Bytes: what each part of a page begins at a multiple of, for kernels that load as many at once."""
@@ -99,11 +97,11 @@ class _Pages:
         return past_length + query_length - self.torchkv_group.start(past_length, self.tokens_per_page)
 
 
-class _FullPages(_Pages, FullAttentionCacheAllocator):
+class _FullPages(_Pages, _theirs.FullAttentionCacheAllocator):
     pass
 
 
-class _SlidingPages(_Pages, SlidingAttentionCacheAllocator):
+class _SlidingPages(_Pages, _theirs.SlidingAttentionCacheAllocator):
     def set_ring(self, max_batch_tokens: int) -> None:
         """Has a request keep, beside the window, as many tokens as a step may write."""
         group = self.torchkv_group
@@ -112,7 +110,7 @@ class _SlidingPages(_Pages, SlidingAttentionCacheAllocator):
         self.sliding_window = group.ring * self.tokens_per_page  # of which transformers counts the blocks
 
 
-class _Memory(PagedAttentionMemoryHandler):
+class _Memory(_theirs.PagedAttentionMemoryHandler):
     """How many blocks fit, where there are no masks, and nothing of the cache is copied to be read."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -121,15 +119,15 @@ class _Memory(PagedAttentionMemoryHandler):
         self.kv_heads_at_peak = 0
 
 
-class SectorCache(PagedSteps, PagedAttentionCache):
+class SectorCache(PagedSteps, _theirs.PagedAttentionCache):
     """`PagedAttentionCache` of transformers 5.24 over torchkv's caches."""
 
     def __init__(self, kind: CacheKind, **options: Any) -> None:
         self.torchkv_kind = kind
-        theirs = {"full_attention": _FullPages, "sliding_attention": _SlidingPages}
+        kinds = {"full_attention": _FullPages, "sliding_attention": _SlidingPages}
         initialise = with_globals(
-            PagedAttentionCache.__init__,
-            ATTN_TYPE_TO_ALLOCATOR={name: partial(made, kind) for name, made in theirs.items()},
+            _theirs.PagedAttentionCache.__init__,
+            ATTN_TYPE_TO_ALLOCATOR={name: partial(made, kind) for name, made in kinds.items()},
             FullAttentionCacheAllocator=SimpleNamespace(get_bytes_per_page=partial(bytes_per_page, kind)),
             PagedAttentionMemoryHandler=_Memory,
         )
@@ -150,4 +148,3 @@ class SectorCache(PagedSteps, PagedAttentionCache):
         """Leaves the new keys and values to the attention that comes next, which writes them and attends."""
         kwargs["cache"] = self
         return key_states, value_states
-
