@@ -238,6 +238,18 @@ def test_quantised_blocks_are_small(models):
     assert part < whole / 3
 
 
+def test_memory_has_room_for_more_quantised_blocks(models):
+    model, (inputs, *_) = reference(models("llama"), "llama"), rows()
+    config = dict(num_blocks=None, max_memory_percent=0.0002, max_requests_per_batch=8)
+
+    def blocks(**options):
+        with continuous_batching(model, **options), Held(model, room(**config)) as held:
+            assert held.answers(inputs[:1])
+            return held.cache.num_blocks
+
+    assert 1.5 < blocks(**QUANTISED["int8"]) / blocks() < 3.2  # 20 bytes in the place of 64, and 8 beside either
+
+
 def memory(cache):
     if hasattr(cache, "key_cache"):
         return sum(store.nbytes for store in cache.torchkv_stores)
