@@ -316,6 +316,18 @@ def test_what_is_refused(models):
     reference(model, "llama")
 
 
+@pytest.mark.skipif(SIZE == "page_size", reason="transformers 5.24 swaps whole blocks, with their scales")
+def test_scales_would_not_be_swapped(models):
+    model = reference(models("llama"), "llama")
+    inputs, *_ = rows()
+    with (
+        continuous_batching(model, **QUANTISED["int8"]),
+        pytest.raises(UnsupportedError, match="cpu_offload_space must be 0 with per_token_head"),
+    ):
+        model.generate_batch(inputs, settings(), continuous_batching_config=room(cpu_offload_space=0.1))
+    reference(model, "llama")
+
+
 def test_another_version_of_transformers_is_named(models, monkeypatch):
     model = reference(models("llama"), "llama")
     monkeypatch.setattr(continuous_api.ContinuousBatchingManager, "_create_batch_processor", lambda self: None)
