@@ -1,6 +1,6 @@
 """transformers' continuous batching over torchkv's caches and attention: `generate_batch`, and the manager below it.
 
-transformers makes the cache of its continuous batching itself, and from 5.24 on refuses attentions that it does not
+transformers makes the cache of its continuous batching itself, and in 5.24 refuses attentions that it does not
 know: there is no hook for either. So a model gets a method of its own, `init_continuous_batching`, whose manager makes
 another cache. Other models, and transformers' modules, stay as they are.
 """
@@ -104,7 +104,7 @@ def _initialiser(kind: CacheKind) -> Callable[..., Any]:
         api, caches = import_module(f"{_PACKAGE}.continuous_api"), import_module(f"{_PACKAGE}.cache")
         theirs = api.ContinuousBatchingManager
         create, initialise = theirs._create_batch_processor, getattr(api.ContinuousMixin, _METHOD)
-        if hasattr(caches, "ATTN_TYPE_TO_ALLOCATOR"):  # 5.24
+        if hasattr(caches, "ATTN_TYPE_TO_ALLOCATOR"):  # from 5.18 on
             from torchkv.integrations.transformers.sectors import SectorCache as OurCache
         else:  # 5.17
             from torchkv.integrations.transformers.groups import GroupCache as OurCache
@@ -156,7 +156,7 @@ def with_globals(function: Any, **values: Any) -> Callable[..., Any]:
 def unknown_version(what: str) -> UnsupportedError:
     """The error for a transformers whose continuous batching is another than those that this was written for."""
     return UnsupportedError(
-        f"continuous_batching works with transformers 5.17 and 5.24, got {version('transformers')}: {what}"
+        f"continuous_batching works with transformers 5.17 to 5.24, got {version('transformers')}: {what}"
     )
 
 

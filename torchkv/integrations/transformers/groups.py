@@ -46,7 +46,7 @@ class GroupCache(PagedSteps, _theirs.PagedAttentionCache):
         config, settings = options["config"], options["continuous_batching_config"]
         if kind.per_token_head and settings.cpu_offload_space != 0:
             raise UnsupportedError(
-                "cpu_offload_space must be 0 with per_token_head in transformers before 5.24, which does not swap "
+                "cpu_offload_space must be 0 with per_token_head in transformers before 5.18, which does not swap "
                 f"scales, got {settings.cpu_offload_space}"
             )
         head_size = _theirs.find_head_dim(config)

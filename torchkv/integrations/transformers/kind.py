@@ -168,9 +168,9 @@ class PagedSteps:
     def _step(self, group: Group, starts: Tensor, slots: Tensor, step: dict[str, Any]) -> _Step:
         """Block tables and lengths, on the device, without waiting for it."""
         size, read = self.torchkv_block_size, step["read_index"][group.index]
-        longest = step["max_length_k"] if "max_length_k" in step else step["max_seqlen_k"]  # before 5.24
+        longest = step["max_length_k"] if "max_length_k" in step else step["max_seqlen_k"]  # in older ones
         ends = step["cu_seq_lens_k"]
-        if isinstance(ends, dict):  # before 5.24, not with layers of one type
+        if isinstance(ends, dict):  # in older ones not with layers of one type
             longest, ends = longest[group.layer_type], ends[group.layer_type]
         seq_lens = ends.diff()
         columns = torch.arange(-(-longest // size), device=seq_lens.device)

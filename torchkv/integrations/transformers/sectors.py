@@ -1,4 +1,4 @@
-"""The cache of continuous batching in transformers 5.24: sectors of bytes, dealt out to layers of either kind.
+"""The cache of continuous batching in transformers from 5.18 on: sectors of bytes, dealt out to layers of either kind.
 
 A block of transformers has a page for each layer of its kind; a page is what torchkv calls a block of that layer's
 cache. Who has which block stays transformers' affair, with sharing of prefixes, forks and swaps; what lies in a page is
@@ -58,8 +58,8 @@ class _Pages:
     layer_type: str
     _after_cache_tensor_init: Any
 
-    def __init__(self, kind: CacheKind, **options: Any) -> None:
-        self.torchkv_kind = kind
+    def __init__(self, kind: CacheKind, layer_type: str, **options: Any) -> None:
+        self.torchkv_kind, self.layer_type = kind, layer_type
         super().__init__(**options)
         self.block_physical_stride = self.tokens_per_page  # a layer's slots of a block, in a view of that layer
 
@@ -120,14 +120,14 @@ class _Memory(_theirs.PagedAttentionMemoryHandler):
 
 
 class SectorCache(PagedSteps, _theirs.PagedAttentionCache):
-    """`PagedAttentionCache` of transformers 5.24 over torchkv's caches."""
+    """`PagedAttentionCache` of transformers from 5.18 on over torchkv's caches."""
 
     def __init__(self, kind: CacheKind, **options: Any) -> None:
         self.torchkv_kind = kind
         kinds = {"full_attention": _FullPages, "sliding_attention": _SlidingPages}
         initialise = with_globals(
             _theirs.PagedAttentionCache.__init__,
-            ATTN_TYPE_TO_ALLOCATOR={name: partial(made, kind) for name, made in kinds.items()},
+            ATTN_TYPE_TO_ALLOCATOR={name: partial(made, kind, name) for name, made in kinds.items()},
             FullAttentionCacheAllocator=SimpleNamespace(get_bytes_per_page=partial(bytes_per_page, kind)),
             PagedAttentionMemoryHandler=_Memory,
         )
