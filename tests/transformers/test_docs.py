@@ -1,15 +1,18 @@
-"""The docstrings' example runs, and what is said where something is missing."""
+"""The docstrings' examples run, and what is said where something is missing."""
 
 import doctest
 
+import pytest
+
 from tests.cases.processes import run
-from torchkv.integrations.transformers import PagedCache
+from torchkv.integrations.transformers import PagedCache, continuous_batching
 
 
-def test_the_example_of_the_class():
+@pytest.mark.parametrize("documented", [PagedCache, continuous_batching])
+def test_the_example(documented):
     import torch
 
-    (test,) = doctest.DocTestFinder(recurse=False).find(PagedCache, globs={"torch": torch})
+    (test,) = doctest.DocTestFinder(recurse=False).find(documented, globs={"torch": torch})
     results = doctest.DocTestRunner(verbose=False).run(test)
     assert results.attempted > 4
     assert not results.failed

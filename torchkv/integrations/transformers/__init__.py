@@ -20,10 +20,23 @@ from transformers import AttentionInterface, AttentionMaskInterface  # noqa: E40
 
 from torchkv.integrations.transformers.attention import paged_attention_forward  # noqa: E402
 from torchkv.integrations.transformers.cache import PagedCache  # noqa: E402
+from torchkv.integrations.transformers.continuous import (  # noqa: E402
+    CONTINUOUS,
+    continuous_attention_forward,
+    continuous_batching,
+)
 from torchkv.integrations.transformers.handle import ATTENTION, UnsupportedError  # noqa: E402
 from torchkv.integrations.transformers.masks import paged_mask  # noqa: E402
 
 AttentionInterface.register(ATTENTION, paged_attention_forward)
 AttentionMaskInterface.register(ATTENTION, paged_mask)
+AttentionInterface.register(CONTINUOUS, continuous_attention_forward)
 
-__all__ = ["PagedCache", "UnsupportedError", "paged_attention_forward", "paged_mask"]
+__all__ = [
+    "PagedCache",
+    "UnsupportedError",
+    "continuous_attention_forward",
+    "continuous_batching",
+    "paged_attention_forward",
+    "paged_mask",
+]

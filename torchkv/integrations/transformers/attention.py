@@ -9,8 +9,7 @@ from torchkv._arguments import refuse_gradients
 from torchkv.integrations.transformers.handle import UnsupportedError, take
 
 _UNKNOWN = (
-    "position_bias", "head_mask", "indices", "block_indices", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "sinks",
-    "learnable_sink",
+    "position_bias", "head_mask", "indices", "block_indices", "seq_idx", "sinks", "learnable_sink",
 )  # fmt: skip
 """Arguments of transformers' attentions that change the result, and that this one has no meaning for."""
 
@@ -56,6 +55,23 @@ def paged_attention_forward(
     """
     handle = take(key, kwargs)
     refuse_gradients("paged_attention_forward", query, key, value, s_aux)
+    check_call(module, dropout, is_causal, kwargs, ("cu_seq_lens_q", "cu_seq_lens_k"))
+    options = {"scale": scaling, "soft_cap": softcap, "sinks": s_aux}
+    return handle.layer.attend(query, key, value, attention_mask, sliding_window, options), None
+
+
+def check_call(
+    module: torch.nn.Module, dropout: float, is_causal: bool | None, kwargs: dict[str, Any], unknown: tuple[str, ...]
+) -> None:
+    """Raises an UnsupportedError where a layer's attention is asked for what a paged cache cannot give.
+
+    Args:
+        module: The model's attention.
+        dropout: Its dropout.
+        is_causal: What the call says, or None.
+        kwargs: Other arguments of the call.
+        unknown: Which of them have no meaning here either.
+    """
     if kwargs.get("output_attentions"):
         raise UnsupportedError(
             "output_attentions must be False, got True: weights are not kept; use attn_implementation='eager'"
@@ -64,8 +80,6 @@ def paged_attention_forward(
         raise UnsupportedError(f"dropout must be 0 with a paged cache, got {dropout}: call model.eval()")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise UnsupportedError("is_causal must be True with a paged cache, got False")
-    for name in _UNKNOWN:
+    for name in (*_UNKNOWN, *unknown):
         if kwargs.get(name) is not None:
             raise UnsupportedError(f"{name} must be None with a paged cache, got {type(kwargs[name]).__name__}")
-    options = {"scale": scaling, "soft_cap": softcap, "sinks": s_aux}
-    return handle.layer.attend(query, key, value, attention_mask, sliding_window, options), None

@@ -82,7 +82,7 @@ class PagedCache(Cache):
                 self._tables,
                 (i, len(windows)),
                 window,
-                {**options, "k_scale": _of_layer(k_scale, i), "v_scale": _of_layer(v_scale, i)},
+                {**options, "k_scale": of_layer(k_scale, i), "v_scale": of_layer(v_scale, i)},
             )
             for i, window in enumerate(windows)
         ]
@@ -178,5 +178,6 @@ class PagedCache(Cache):
         )
 
 
-def _of_layer(scale: Tensor | float | None, layer: int) -> Tensor | float | None:
+def of_layer(scale: Tensor | float | None, layer: int) -> Tensor | float | None:
+    """The scale of one layer, of those that a user gave."""
     return scale[layer] if isinstance(scale, Tensor) and scale.dim() == 2 else scale
