@@ -19,7 +19,7 @@ from kvcore.pool_statistics import PoolStatistics
 
 
 class OutOfBlocks(RuntimeError):  # noqa: N818, what a server expects, then waits or preempts
-    """Fewer blocks are free than were asked for. Nothing has changed.
+    """Fewer blocks are free than were asked for. The call has changed nothing, and freed nothing.
 
     Attributes:
         asked: Blocks that were asked for.
