@@ -23,8 +23,10 @@ def allocate(
 
     Raises:
         ValueError: a scale's shape does not fit, or the sharding splits what nothing can use.
-        TypeError: a scale is no float32.
+        TypeError: a scale is no float32, or sharding is no sharding.
     """
+    if not (sharding is None or isinstance(sharding, jax.sharding.Sharding | jax.Device)):
+        raise TypeError(f"sharding must be a jax.sharding.Sharding, as NamedSharding(mesh, spec), got {sharding!r}")
     splits: list[dict[str, Any]] = [{}] * len(spec.shapes)
     if isinstance(sharding, NamedSharding):
         splits = [mesh_axes_by_name(axes, used_spec(sharding)) for axes in spec.layout.arrays]

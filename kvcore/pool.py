@@ -19,13 +19,16 @@ from kvcore.pool_statistics import PoolStatistics
 
 
 class OutOfBlocks(RuntimeError):  # noqa: N818, what a server expects, then waits or preempts
-    """Fewer blocks are free than were asked for. Nothing has changed.
+    """Fewer blocks are free than were asked for. The call has changed nothing, and freed nothing.
 
     Attributes:
         asked: Blocks that were asked for.
         free: Blocks that are free.
         kept: Of these, blocks that the watermark keeps; 0 for sequences that run already.
+        hint: What the message ends with, from who knows how many blocks there are and why.
     """
+
+    hint = ""
 
     def __init__(self, asked: int, free: int, kept: int = 0) -> None:
         super().__init__(asked, free, kept)
@@ -34,7 +37,7 @@ class OutOfBlocks(RuntimeError):  # noqa: N818, what a server expects, then wait
     def __str__(self) -> str:
         kept = f", {self.kept} of them kept by the watermark" if self.kept else ""
         asked = "1 block was" if self.asked == 1 else f"{self.asked} blocks were"
-        return f"{asked} asked for, {self.free} {'is' if self.free == 1 else 'are'} free{kept}"
+        return f"{asked} asked for, {self.free} {'is' if self.free == 1 else 'are'} free{kept}{self.hint}"
 
 
 class BlockPool:

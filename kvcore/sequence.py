@@ -17,7 +17,7 @@ class Sequence:
         pool: Whose blocks it takes, and gives back with `free`.
         prompt: Tokens that it will begin with. Blocks that hold a beginning of them become its own, too: it has
             `num_shared` tokens, and the others are still to be appended. That is the last one at least, since a model
-            makes the next token from its output.
+            makes the next token from its output. It holds these blocks from now on, until `free`.
         salt: What else keys and values depend on, as an adapter's name: only sequences with an equal one share blocks.
 
     Attributes:
@@ -71,7 +71,8 @@ class Sequence:
             another sequence has it, too: for `copy_blocks`.
 
         Raises:
-            OutOfBlocks: too few blocks are free. Nothing has changed.
+            OutOfBlocks: too few blocks are free. The call has changed nothing: what the sequence had before, it has
+                still, also blocks that it found when it was made. `free` it if it will not be tried again.
             ValueError: n is negative, or the sequence is freed.
             TypeError: n is no integer.
         """
@@ -152,6 +153,8 @@ class Sequence:
 
     def free(self) -> None:
         """Gives all blocks back. Of the sequence, `tokens` are left: a prompt with which another can go on.
+
+        A token that was sampled and not yet committed is not among them: append it to that prompt.
 
         Raises:
             ValueError: the sequence is freed already.

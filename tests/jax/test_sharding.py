@@ -229,6 +229,20 @@ def test_a_cache_is_not_created_with_a_split_that_nothing_can_use(layout, split,
     )
 
 
+@pytest.mark.parametrize("sharding", ["tp", P(None, None, "tp"), 2])
+def test_a_cache_is_not_created_with_what_is_no_sharding(sharding):
+    with pytest.raises(TypeError, match=r"^sharding must be") as error:
+        jaxkv.PagedKVCache.create(**SIZES, sharding=sharding)
+    assert str(error.value) == (
+        f"sharding must be a jax.sharding.Sharding, as NamedSharding(mesh, spec), got {sharding!r}"
+    )
+
+
+def test_a_cache_is_created_on_a_device():
+    device = jax.devices()[1]
+    assert jaxkv.PagedKVCache.create(**SIZES, sharding=device).caches[0].devices() == {device}
+
+
 @pytest.mark.parametrize(("layout", "spec", "scales"), [
     ("NHD", P("tp"), P("tp")), ("NHD", P(None, "tp"), P(None, "tp")),
     ("HND", P(None, None, "tp"), P(None, None, None, "tp")),

@@ -291,3 +291,16 @@ def test_no_sequence():
         Sequence(pool, ["a"])
     with says(TypeError, "salt must be hashable, got [1]"):
         Sequence(pool, salt=[1])
+
+
+def test_an_admission_that_fails_holds_what_it_found_until_it_is_freed():
+    pool = BlockPool(4, 4)
+    written(pool, PROMPT).free()
+    others = pool.allocate(1)  # an empty one; two of the three free ones are cached
+    sequence = Sequence(pool, PROMPT)
+    with pytest.raises(OutOfBlocks):
+        sequence.append(9)
+    assert (sequence.length, sequence.table, pool.num_free) == (8, [0, 1], 1)
+    sequence.free()
+    assert pool.num_free == 3
+    pool.free(others)

@@ -136,6 +136,29 @@ def test_more_tokens_than_there_is_room_for(llama):
         llama(ids[:2], cache=paged(llama, num_blocks=8, compileable=True))
 
 
+@pytest.mark.parametrize("options", [{}, {"compileable": True}])
+def test_a_batch_larger_than_batch_size(llama, options):
+    cache = paged(llama, max_tokens=8, batch_size=1, **options)
+    with pytest.raises(OutOfBlocks) as error:
+        llama(prompts((8, 8))[0], cache=cache)
+    assert str(error.value) == (
+        "4 blocks were asked for, 2 are free; num_blocks is 2 (by default batch_size * ceil(max_tokens / block_size)), "
+        "for 2 sequences of up to 2 blocks: give a larger batch_size, which is prompts times beams, or num_blocks"
+    )
+    assert (error.value.asked, error.value.free) == (4, 2)
+
+
+def test_another_text_without_reset(llama):
+    cache, (ids, mask) = paged(llama), prompts((5, 9))
+    llama.generate(ids, attention_mask=mask, cache=cache, **GREEDY)
+    with pytest.raises(UnsupportedError) as error:
+        llama.generate(ids, attention_mask=mask, cache=cache, **GREEDY)
+    assert str(error.value) == (
+        "attention_mask must have a column for each token so far and each new one, got 9 columns; call cache.reset() "
+        "before another text"
+    )
+
+
 def test_another_batch(llama):
     cache, (ids, _) = paged(llama), prompts((5, 5))
     llama(ids, cache=cache)

@@ -62,7 +62,10 @@ def paged_mask(
         return None
     mask = attention_mask != 0
     total = mask.shape[1]
-    message = f"attention_mask must have a column for each token so far and each new one, got {total} columns"
+    message = (
+        f"attention_mask must have a column for each token so far and each new one, got {total} columns; call "
+        "cache.reset() before another text"
+    )
     require(q_offset + q_length == total, message)
     new = mask[:, total - q_length :]
     length = mask.sum(1)

@@ -13,6 +13,10 @@ from torchkv.integrations.transformers.masks import COUNTS, require
 from torchkv.integrations.transformers.steps import Step, make_step
 
 PADDED = "attention_mask must be given, as the cache holds padding, got None"
+TOO_FEW = (
+    "; num_blocks is {num_blocks} (by default batch_size * ceil(max_tokens / block_size)), for {batch} sequences of up "
+    "to {width} blocks: give a larger batch_size, which is prompts times beams, or num_blocks"
+)
 CHANGED = (
     "attention_mask must say of tokens in the cache what it said when they were written: a token cannot be hidden "
     "from, or shown to, later ones"
@@ -55,6 +59,11 @@ class Tables:
     def _check_batch(self, batch: int, expected: int) -> None:
         if batch != expected:
             raise ValueError(f"batch must be {expected}, as in the cache, got {batch}; cache.reset() begins anew")
+
+    def _out_of_blocks(self, asked: int, free: int, batch: int) -> OutOfBlocks:
+        error = OutOfBlocks(asked, free)
+        error.hint = TOO_FEW.format(num_blocks=self.num_blocks, batch=batch, width=self.width)
+        return error
 
     def _too_long(self) -> str:
         return f"max_tokens must be at least the tokens of each sequence, got {self.max_tokens}"
@@ -169,7 +178,7 @@ class GrowingTables(Tables):
         held = Counter(block for row in rows for block in row[-1:])
         needed += sum(min(n, held[block] - 1) for block, n in writers.items())
         if needed > self._pool.num_free:
-            raise OutOfBlocks(needed, self._pool.num_free)
+            raise self._out_of_blocks(needed, self._pool.num_free, len(rows))
         pairs = []
         for row, length, n in zip(rows, lengths, new, strict=True):
             before = len(row)
@@ -202,7 +211,7 @@ class FixedTables(Tables):
         if self.batch:
             return
         if batch * self.width > self.num_blocks:
-            raise OutOfBlocks(batch * self.width, self.num_blocks)
+            raise self._out_of_blocks(batch * self.width, self.num_blocks, batch)
         self.batch = batch
         blocks = torch.arange(batch * self.width, dtype=torch.int32, device=device)
         self._block_tables = blocks.view(batch, self.width)
