@@ -5,13 +5,11 @@ know: there is no hook for either. So a model gets a method of its own, `init_co
 another cache. Other models, and transformers' modules, stay as they are.
 """
 
-import inspect
 import types
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from importlib import import_module
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -23,6 +21,7 @@ from torchkv.integrations.transformers.attention import check_call
 from torchkv.integrations.transformers.config import layer_windows
 from torchkv.integrations.transformers.handle import UnsupportedError
 from torchkv.integrations.transformers.kind import CacheKind
+from torchkv.integrations.transformers.rebinding import unknown_version, with_globals
 
 CONTINUOUS = "torchkv_continuous"
 """The name of the attention. It has no mask: sequences lie one behind the other, with a list of their lengths."""
@@ -126,38 +125,6 @@ def _initialiser(kind: CacheKind) -> Callable[..., Any]:
         _create_batch_processor = with_globals(create, PagedAttentionCache=partial(OurCache, kind))
 
     return torch.no_grad()(with_globals(initialise, ContinuousBatchingManager=Manager))
-
-
-def with_globals(function: Any, **values: Any) -> Callable[..., Any]:
-    """A function like another one, without its decorators, in which some global names have other values.
-
-    Raises:
-        UnsupportedError: it does not use one of the names.
-    """
-    function = inspect.unwrap(function)
-    missing = [name for name in values if name not in function.__code__.co_names]
-    if missing:
-        raise unknown_version(f"{function.__qualname__} does not use {', '.join(missing)}")
-    made = types.FunctionType(
-        function.__code__,
-        {**function.__globals__, **values},
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
-    made.__kwdefaults__, made.__doc__, made.__qualname__ = (
-        function.__kwdefaults__,
-        function.__doc__,
-        function.__qualname__,
-    )
-    return made
-
-
-def unknown_version(what: str) -> UnsupportedError:
-    """The error for a transformers whose continuous batching is another than those that this was written for."""
-    return UnsupportedError(
-        f"continuous_batching works with transformers 5.17 to 5.24, got {version('transformers')}: {what}"
-    )
 
 
 @torch.compiler.disable

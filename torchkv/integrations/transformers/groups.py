@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchkv.integrations.transformers.continuous import with_globals
 from torchkv.integrations.transformers.handle import UnsupportedError
 from torchkv.integrations.transformers.kind import CacheKind, Group, PagedSteps, ring_blocks
+from torchkv.integrations.transformers.rebinding import with_globals
 
 _theirs: Any = import_module("transformers.generation.continuous_batching.cache")
 

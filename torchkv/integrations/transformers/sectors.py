@@ -16,8 +16,8 @@ from torch import Tensor
 
 from kvcore.cache_spec import CacheSpec
 from torchkv.cache import PagedKVCache
-from torchkv.integrations.transformers.continuous import with_globals
 from torchkv.integrations.transformers.kind import CacheKind, Group, PagedSteps, ring_blocks
+from torchkv.integrations.transformers.rebinding import with_globals
 
 _theirs: Any = import_module("transformers.generation.continuous_batching.cache")
 
