@@ -112,6 +112,8 @@ def behind(model, row, text, cache):
 @pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
 def test_continuous_batching(name, room, options):
     """Each token is the likeliest one after those before it, but for products of which tensor cores keep 11 bits."""
+    if name == "gpt_oss" and room["use_cuda_graph"] and HAS_GPU:
+        pytest.skip("graphs cannot capture transformers' experts: grouped_mm copies from memory that is not pinned")
     model = reference(tiny(name, DEVICE), name)
     ids, mask = prompts((21, 14, 8, 3, 40), device=DEVICE)
     rows = [row[kept.bool()].tolist() for row, kept in zip(ids, mask, strict=True)]
