@@ -246,16 +246,9 @@ class CacheLayout:
         return f"CacheLayout.{name}" if name else f"CacheLayout({self.pattern!r})"
 
     def describe(
-        self,
-        *,
-        num_blocks: int,
-        block_size: int,
-        num_heads: int,
-        head_size: int,
-        head_size_v: int | None = None,
-        num_layers: int | None = None,
-        x: int | None = None,
-    ) -> str:
+        self, *, num_blocks: int, block_size: int, num_heads: int, head_size: int, head_size_v: int | None = None,
+        num_layers: int | None = None, x: int | None = None,
+    ) -> str:  # fmt: skip
         """What memory looks like for these extents (the arguments of `shapes`), one line an array.
 
         Each axis is `name size × stride`, slowest first; strides count elements.

@@ -138,14 +138,17 @@ PARTS = {"gpu": on_gpu, "compiled": compiled, "cpu": on_cpu}
 
 
 def page(records: dict[str, str]) -> str:
-    """The page, of records by the beginnings of their files' names: "gpu", "compiled", "cpu"."""
+    """The page, of records by the beginnings of their files' names: "gpu", "compiled" and "cpu", alone or as in "gpu-…".
+
+    Records of one machine, with other versions or of other tests, share their tables.
+    """
     heads = [
         "## Records\n",
         "| | machine | versions | date, commit | passed | skipped | failed |",
         "|---|---|---|---|---|---|---|",
     ]
-    parts = []
-    for name in sorted(records, key=lambda name: (ORDER[name], name)):
+    parts: dict[tuple[str, str], tuple[dict[str, Any], set[Found]]] = {}
+    for name in sorted(records, key=lambda name: (ORDER[_kind(name)], name)):
         record, met = loads(records[name])
         versions = ", ".join(
             f"{package} {record['versions'][package]}"
@@ -157,14 +160,19 @@ def page(records: dict[str, str]) -> str:
         heads.append(
             f"| {link} | {record['device']} | {versions} | {record['date']}, `{record['commit']}` | {counts} |"
         )
-        parts.append(PARTS[name](record, met))
-    return "\n\n".join([BEGINNING.strip(), "\n".join(heads), *parts]) + "\n"
+        parts.setdefault((_kind(name), record["device"]), (record, set()))[1].update(met)
+    tables = [PARTS[kind](record, met) for (kind, _), (record, met) in parts.items()]
+    return "\n\n".join([BEGINNING.strip(), "\n".join(heads), *tables]) + "\n"
 
 
 def page_of_project() -> str:
     """What `docs/support.md` must be."""
     ending = "-tests.json"
     return page({file.name.removesuffix(ending): file.read_text() for file in RECORDS.glob(f"*{ending}")})
+
+
+def _kind(name: str) -> str:
+    return name.partition("-")[0]
 
 
 def _size(target: str) -> tuple[bool, int | str]:
