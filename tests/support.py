@@ -138,7 +138,7 @@ PARTS = {"gpu": on_gpu, "compiled": compiled, "cpu": on_cpu}
 
 
 def page(records: dict[str, str]) -> str:
-    """The page, of records by the beginnings of their files' names: "gpu", "compiled" and "cpu", alone or as in "gpu-…".
+    """The page, of records by the beginnings of their files' names: "gpu", "compiled" and "cpu", or "gpu-…" and so on.
 
     Records of one machine, with other versions or of other tests, share their tables.
     """
