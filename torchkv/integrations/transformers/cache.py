@@ -48,7 +48,8 @@ class PagedCache(Cache):
         >>> sizes = {"hidden_size": 32, "intermediate_size": 32, "vocab_size": 64, "num_hidden_layers": 2}
         >>> model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)).eval()
         >>> cache = PagedCache.for_model(model, max_tokens=64, kv_cache_dtype="int8", per_token_head=True)
-        >>> text = model.generate(torch.tensor([[1, 2, 3]]), cache=cache, max_new_tokens=4, do_sample=False)
+        >>> exactly = {"min_new_tokens": 4, "max_new_tokens": 4, "do_sample": False}
+        >>> text = model.generate(torch.tensor([[1, 2, 3]]), cache=cache, **exactly)
         >>> text.shape, cache.get_seq_length(), cache.blocks_in_use
         (torch.Size([1, 7]), 6, 1)
     """
