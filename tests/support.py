@@ -147,6 +147,7 @@ def page(records: dict[str, str]) -> str:
         "| | machine | versions | date, commit | passed | skipped | failed |",
         "|---|---|---|---|---|---|---|",
     ]
+    notes: list[str] = []
     parts: dict[tuple[str, str], tuple[dict[str, Any], set[Found]]] = {}
     for name in sorted(records, key=lambda name: (ORDER[_kind(name)], name)):
         record, met = loads(records[name])
@@ -160,9 +161,11 @@ def page(records: dict[str, str]) -> str:
         heads.append(
             f"| {link} | {record['device']} | {versions} | {record['date']}, `{record['commit']}` | {counts} |"
         )
+        if "note" in record:  # written by hand
+            notes.append(f"**{name}**: {record['note']}")
         parts.setdefault((_kind(name), record["device"]), (record, set()))[1].update(met)
     tables = [PARTS[kind](record, met) for (kind, _), (record, met) in parts.items()]
-    return "\n\n".join([BEGINNING.strip(), "\n".join(heads), *tables]) + "\n"
+    return "\n\n".join([BEGINNING.strip(), "\n".join(heads), *notes, *tables]) + "\n"
 
 
 def page_of_project() -> str:
