@@ -2,6 +2,9 @@
 
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+
 from jaxkv._call import CacheOperands, CacheOptions, specs_of
 from kvcore.contract.cache import CacheArguments
 from kvcore.contract.relayout import Relayout, check_relayout
@@ -30,6 +33,13 @@ class RelayoutOperands(NamedTuple):
         source = {f"source's {name}": array for name, array in self.source.named().items()}
         pairs = {} if self.pairs is None else {"pairs": self.pairs}
         return self.cache.named() | source | pairs
+
+    def slots(self, num_pairs: Any) -> tuple[jax.Array, jax.Array]:
+        """Slots of the source and of the destination; in a vmap, pairs may have a batch in front."""
+        if self.pairs is None:
+            slots = jnp.arange(num_pairs, dtype=jnp.int32)
+            return slots, slots
+        return self.pairs[..., 0], self.pairs[..., 1]
 
 
 class RelayoutOptions(NamedTuple):

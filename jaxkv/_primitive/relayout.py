@@ -31,6 +31,9 @@ def _compute(
     call: Relayout, options: RelayoutOptions, operands: RelayoutOperands, backend: str, platform: str
 ) -> list[jax.Array]:
     if backend == "xla":
+        arrays = *operands.cache.memory, *operands.source.memory
+        if 0 in (call.num_pairs, call.num_layers, *(array.size for array in arrays)):
+            return list(operands.cache.memory)
         compute = xla_requantise.requantise if call.requantise else xla.relayout
         return compute(call, options, operands)
     if backend == "interpret":
@@ -89,10 +92,7 @@ def _batched(options: RelayoutOptions, operands: RelayoutOperands, is_batched: A
     call = options.describe(item)
     here, there = call.source.extents.num_slots, call.destination.extents.num_slots
     axes = [*options.cache.arrays, *(options.source.arrays if of_source else ())]
-    if operands.pairs is None:
-        slots = targets = jnp.arange(call.num_pairs, dtype=jnp.int32)
-    else:
-        slots, targets = operands.pairs[..., 0], operands.pairs[..., 1]
+    slots, targets = operands.slots(call.num_pairs)
     fits = batch * max(here, there) <= jnp.iinfo(slots.dtype).max
     if {array[0] for array in axes} != {("block",)} or own_scales or not fits:
         return loop_over(relayout_p)(options, operands, is_batched, batch)

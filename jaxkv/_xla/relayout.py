@@ -12,12 +12,7 @@ from kvcore.contract.relayout import Relayout
 def relayout(call: Relayout, options: RelayoutOptions, operands: RelayoutOperands) -> list[jax.Array]:
     """The new arrays. A scatter for each run of units, of what was gathered before: in place where donated."""
     memory = list(operands.cache.memory)
-    if 0 in (call.num_pairs, call.num_layers, *(a.size for a in (*memory, *operands.source.memory))):
-        return memory
-    if operands.pairs is None:
-        slots = targets = jnp.arange(call.num_pairs, dtype=jnp.int32)
-    else:
-        slots, targets = operands.pairs[:, 0], operands.pairs[:, 1]
+    slots, targets = operands.slots(call.num_pairs)
     here, there = call.source.extents.num_slots, call.destination.extents.num_slots
     exists = (slots >= 0) & (slots < here) & (targets >= 0) & (targets < there)
     layers = jnp.repeat(jnp.arange(call.num_layers, dtype=jnp.int32), call.num_pairs)

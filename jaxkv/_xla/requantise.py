@@ -15,12 +15,7 @@ from kvcore.contract.relayout import Relayout
 def requantise(call: Relayout, options: RelayoutOptions, operands: RelayoutOperands) -> list[jax.Array]:
     """The new arrays, in place where donated: a loop over layers and chunks."""
     memory = list(operands.cache.memory)
-    if 0 in (call.num_pairs, call.num_layers, *(a.size for a in (*memory, *operands.source.memory))):
-        return memory
-    if operands.pairs is None:
-        slots = targets = jnp.arange(call.num_pairs, dtype=jnp.int32)
-    else:
-        slots, targets = operands.pairs[:, 0], operands.pairs[:, 1]
+    slots, targets = operands.slots(call.num_pairs)
     targets = jnp.where((slots >= 0) & (slots < call.source.extents.num_slots), targets, -1)
     chunks = 1
     if isinstance(call.num_pairs, int):  # else jax.export leaves it open, and all are read at once

@@ -84,7 +84,10 @@ class GroupCache(PagedSteps, _theirs.PagedAttentionCache):
 
     def get_seqlens_k(self, past_length: int, query_length: int) -> dict[str, int]:
         """Positions that new tokens may see, from the beginning of a block on, by the type of the layer."""
-        return {group.layer_type: self.seqlen_of(group, past_length, query_length) for group in self.torchkv_groups}
+        return {
+            group.layer_type: group.seen(past_length, query_length, self.torchkv_block_size)
+            for group in self.torchkv_groups
+        }
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Not called by the attention that this cache is for.

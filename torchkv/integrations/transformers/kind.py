@@ -79,6 +79,10 @@ class Group:
         """The first position that new tokens see, rounded down to where a block begins."""
         return 0 if self.window is None else max(0, past - self.window + 1) // block_size * block_size
 
+    def seen(self, past: int, tokens: int, block_size: int) -> int:
+        """Positions that a request's new tokens may see, from the beginning of a block on."""
+        return past + tokens - self.start(past, block_size)
+
     def blocks(self, request: str, start: int, end: int, block_size: int) -> list[int]:
         """The blocks that hold positions from start to below end, of which start begins one."""
         table, first, last = self.tables[request], start // block_size, -(-end // block_size)
@@ -115,10 +119,6 @@ class PagedSteps:
         self.torchkv_stores = [stores[layer] for layer in sorted(stores)]
         self._of_layer = {layer: group for group in groups for layer in group.layers}
         self._steps: dict[int, _Step] = {}
-
-    def seqlen_of(self, group: Group, past: int, tokens: int) -> int:
-        """Positions that a request's new tokens may see, from the beginning of a block on."""
-        return past + tokens - group.start(past, self.torchkv_block_size)
 
     def extend_read_and_write_indices(
         self,

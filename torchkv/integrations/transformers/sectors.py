@@ -94,7 +94,7 @@ class _Pages:
 
     def get_seqlen_k(self, past_length: int, query_length: int) -> int:
         """Positions that new tokens may see, from the beginning of a block on."""
-        return past_length + query_length - self.torchkv_group.start(past_length, self.tokens_per_page)
+        return self.torchkv_group.seen(past_length, query_length, self.tokens_per_page)
 
 
 class _FullPages(_Pages, _theirs.FullAttentionCacheAllocator):
