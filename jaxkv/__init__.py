@@ -9,7 +9,8 @@ README.md. Layouts: `jaxkv.CacheLayout`. Under Pallas's names: `jaxkv.integratio
 Wherever a function takes an array, it takes one of JAX's or NumPy's, or a list; numbers in lists are float32, and what
 JAX would round (NumPy's float64) is a TypeError. Slots, tables, lengths, starts and layers may be integers of any
 width, never bools or floats. Where JAX has no 64-bit integers, those that do not fit stay outside: slots and blocks
-that do not exist, lengths beyond any table. NumPy's scalars count as Python's numbers.
+that do not exist, lengths beyond any table. NumPy's scalars count as Python's numbers, and NumPy's arrays may change
+once a function has returned.
 
 `jax.export` may leave sizes of arrays open on CPU and TPU; on a GPU they are static, since launches depend on them.
 """

@@ -22,12 +22,16 @@ BACKENDS = ("triton", "xla", "interpret")
 def as_array(argument: Any) -> Any:
     """An array of JAX, or still of NumPy, so that the contract sees a dtype that JAX would narrow.
 
-    Refs are read, and views sliced. Lists of numbers are float32, as single numbers are.
+    Refs are read, and views sliced. Lists of numbers are float32, as single numbers are. NumPy's arrays are copied: on
+    a CPU, JAX reads them where they are (`jnp.array` too), and maybe after the call, when the caller may have changed
+    them: a server fills its block tables anew each step.
     """
     if isinstance(argument, jax.Ref):
         return argument[...]
     if is_view(argument):
         return argument.check().sliced()
+    if isinstance(argument, np.ndarray):
+        return argument.copy()
     if hasattr(argument, "dtype"):
         return argument
     numbers = _numbers(argument)
@@ -45,7 +49,7 @@ def as_scale(scale: Any) -> Any:
     """A number as float32, a list or Ref as an array; None and what is no array stay, for the contract to judge."""
     if is_number(scale):
         return jnp.float32(scale)
-    return as_array(scale) if isinstance(scale, (list, tuple, jax.Ref)) else scale
+    return as_array(scale) if isinstance(scale, (list, tuple, np.ndarray, jax.Ref)) else scale
 
 
 def with_axis(scale: Any) -> jax.Array | None:
@@ -58,7 +62,7 @@ def as_indices(indices: Any, lengths: bool = False) -> Any:
 
     What does not fit stays as far outside as it was: a slot or block becomes -1, lengths and starts the nearest number.
     """
-    if isinstance(indices, jax.Ref) or is_view(indices):
+    if isinstance(indices, (jax.Ref, np.ndarray)) or is_view(indices):
         indices = as_array(indices)
     if not hasattr(indices, "dtype"):
         numbers = _numbers(indices)

@@ -162,7 +162,7 @@ def context_attention(
         lens, in_order = context_lens(lens, axis_name), None
     else:
         # A view of heads would have to be turned into rows for this, too.
-        query = jnp.asarray(query)
+        query = jnp.asarray(as_array(query))
         order, in_order, starts, last = _in_turns(starts, lens, query.shape[0], parts)
         query, tables, lens = query[order], jnp.repeat(tables, parts, axis=0), _seen(last, axis_name)
     out, lse = attend(query, tables, lens, query_start_loc=starts, causal=causal, return_lse=True, **options)

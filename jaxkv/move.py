@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxkv._arguments import BACKENDS, ArrayLike, as_indices, as_scale, with_axis
+from jaxkv._arguments import BACKENDS, ArrayLike, as_array, as_indices, as_scale, with_axis
 from jaxkv._call import CacheOperands, CacheOptions, spec_of
 from jaxkv._primitive import relayout as primitive
 from jaxkv._relayout import RelayoutOperands, RelayoutOptions
@@ -136,7 +136,7 @@ def _options_of(spec: CacheSpec) -> CacheOptions:
 
 def _operands_of(cache: Any, scaled: bool = False) -> CacheOperands:
     """A cache's arrays, with its static scales where these count."""
-    memory = tuple(map(jnp.asarray, cache._memory))
+    memory = tuple(jnp.asarray(as_array(array)) for array in cache._memory)
     count = len(cache.caches)
     if not scaled or memory[count:]:
         return CacheOperands(memory[:count], memory[count:], None, None, None)

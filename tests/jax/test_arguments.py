@@ -222,6 +222,41 @@ def test_a_cache_takes_lists():
     np.testing.assert_array_equal(value[0, 1], VALUE[0])
 
 
+# ---- arrays of NumPy that change after the call, as a server's tables do; JAX reads them where they are, and later
+
+
+@jax.jit
+def unhurried(x):
+    """The array, computed for so long that a call which needs it returns before; XLA runs what is small at once."""
+    square = jnp.full((1500, 1500), 1 / 1500, x.dtype)
+    return x + 0 * jax.lax.fori_loop(0, 15, lambda _, y: y @ square, square)[0, 0]
+
+
+def shareable(x):
+    """An array of NumPy like this one at an address that JAX takes as it is."""
+    memory = np.zeros(x.nbytes + 64, np.uint8)
+    at = -memory.ctypes.data % 64
+    new = memory[at : at + x.nbytes].view(x.dtype).reshape(x.shape)
+    new[...] = x
+    return new
+
+
+@pytest.mark.parametrize("name", [name for name in OPS if name != "kv_scales"])  # which waits itself
+def test_what_numpy_holds_may_change_after_the_call(name):
+    op, arguments = OPS[name]
+    awaited = next(n for n in ("query", "key", "kv_c", "outs", "k_scale") if n in arguments)
+    on_time = jnp.asarray(arguments[awaited])
+    want = call(name, **{awaited: on_time})
+    given = jax.tree.map(lambda x: shareable(x) if isinstance(x, np.ndarray) else x, arguments)
+    late = unhurried(on_time)
+    got = op(**(given | {awaited: late}))
+    for x in jax.tree.leaves(given):
+        if isinstance(x, np.ndarray):
+            x[...] = 1
+    assert not late.is_ready()
+    assert_same([np.asarray(x) for x in (got if isinstance(got, tuple) else (got,))], want)
+
+
 # ---- one array given twice
 
 
