@@ -41,6 +41,7 @@ from jaxkv.slots import gather_slots, slot_mapping
 from jaxkv.tables import rope_table
 from jaxkv.views import heads
 from jaxkv.write import reshape_and_cache_flash, reshape_and_cache_flash_diffkv
+from kvcore.batch import RaggedBatch, ragged_batch
 from kvcore.fitting import blocks_that_fit
 from kvcore.layout import CacheLayout
 from kvcore.pool import BlockPool, OutOfBlocks
@@ -52,6 +53,7 @@ __all__ = [
     "CacheLayout",
     "OutOfBlocks",
     "PagedKVCache",
+    "RaggedBatch",
     "Sequence",
     "blocks_that_fit",
     "check_tables",
@@ -70,6 +72,7 @@ __all__ = [
     "merge_attention",
     "paged_attention",
     "precompile",
+    "ragged_batch",
     "relayout",
     "reshape_and_cache_flash",
     "reshape_and_cache_flash_diffkv",

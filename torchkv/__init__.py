@@ -14,6 +14,7 @@ from kvcore import installed
 with installed.needed("torch", installed.TORCH):
     import torch as _  # noqa: F401, the parts below import it without a word
 
+from kvcore.batch import RaggedBatch, ragged_batch
 from kvcore.fitting import blocks_that_fit
 from kvcore.layout import CacheLayout
 from kvcore.pool import BlockPool, OutOfBlocks
@@ -49,6 +50,7 @@ __all__ = [
     "CacheLayout",
     "OutOfBlocks",
     "PagedKVCache",
+    "RaggedBatch",
     "Sequence",
     "blocks_that_fit",
     "check_tables",
@@ -63,6 +65,7 @@ __all__ = [
     "merge_attn_states",
     "paged_attention",
     "precompile",
+    "ragged_batch",
     "relayout",
     "reshape_and_cache_flash",
     "reshape_and_cache_flash_diffkv",

@@ -9,7 +9,15 @@ import numpy as np
 from jax import Array, lax
 from jax.stages import Compiled
 
-from jaxkv import BlockPool, CacheLayout, PagedKVCache, blocks_that_fit, check_tables, slot_mapping
+from jaxkv import (
+    BlockPool,
+    CacheLayout,
+    PagedKVCache,
+    blocks_that_fit,
+    check_tables,
+    ragged_batch,
+    slot_mapping,
+)
 from kvcore.nbytes import bytes_of
 
 from . import jax_model
@@ -27,6 +35,7 @@ class Step(NamedTuple):
     block_tables: Any  # int32 [num_seqs, max_blocks]
     seq_lens: Any  # int32 [num_seqs], these tokens among them
     query_start_loc: Any  # int32 [num_seqs + 1]; None: one token each, all decode
+    positions: Any  # int32 [num_tokens]
     temperatures: Any  # float32 [num_seqs]
     seeds: Any  # uint32 [num_seqs]
 
@@ -39,16 +48,9 @@ def run_step(
     Returns:
         The new tokens, int32 [num_seqs], the slots of the old ones, int32 [num_tokens], and the cache.
     """
-    tokens, tables, seq_lens, starts, temperatures, seeds = step
-    count, num_seqs = len(tokens), len(seq_lens)
-    slots = slot_mapping(tables, starts, seq_lens, state.spec.block_size, count)
-    if starts is None:
-        positions, last = seq_lens - 1, jnp.arange(num_seqs)
-    else:
-        token = jnp.arange(count)
-        seq = jnp.clip(jnp.searchsorted(starts, token, side="right") - 1, 0, num_seqs - 1)
-        positions, last = seq_lens[seq] - starts[seq + 1] + token, jnp.maximum(starts[1:] - 1, 0)
-    positions = jnp.clip(positions, 0, len(weights["cos_sin"]) - 1)  # of padding, which has any
+    tokens, tables, seq_lens, starts, positions, temperatures, seeds = step
+    slots = slot_mapping(tables, starts, seq_lens, state.spec.block_size, len(tokens))
+    last = jnp.arange(len(seq_lens)) if starts is None else jnp.maximum(starts[1:] - 1, 0)
     x, cache = jax_model.run_layers(config, weights, state, tokens, positions, slots, tables, seq_lens, starts)
     return choose(jax_model.logits(config, weights, x[last]), temperatures, seeds, seq_lens), slots, cache
 
@@ -161,18 +163,17 @@ class JaxBatcher:
 
     def _arrays(self, pieces: Sequence[Piece], room: int | None) -> Step:
         """A step with room for so many tokens; None: for one of each sequence."""
-        rows = self.num_seqs
-        tokens = np.zeros(room or rows, np.int32)
-        tables = np.full((rows, self.max_blocks), -1, np.int32)
-        seq_lens, starts = np.zeros(rows, np.int32), np.zeros(rows + 1, np.int32)
-        temperatures, seeds = np.zeros(rows, np.float32), np.zeros(rows, np.uint32)
-        end = 0
-        for row, (job, sequence, new, *_) in enumerate(pieces):
-            tokens[end : end + len(new)] = new
-            end += len(new)
-            starts[row + 1] = end
-            tables[row, : len(sequence.table)] = sequence.table
-            seq_lens[row] = sequence.length
-            temperatures[row], seeds[row] = job.request.temperature, job.request.seed
-        starts[len(pieces) + 1 :] = end
-        return Step(tokens, tables, seq_lens, None if room is None else starts, temperatures, seeds)
+        rows, new = self.num_seqs, [token for piece in pieces for token in piece.tokens]
+        tables, starts, seq_lens, positions = ragged_batch(
+            [piece.sequence for piece in pieces], [len(piece.tokens) for piece in pieces],
+            num_seqs=rows, max_blocks=self.max_blocks, num_tokens=room or rows,
+        )  # fmt: skip
+        tokens, temperatures, seeds = (
+            np.zeros(room or rows, np.int32),
+            np.zeros(rows, np.float32),
+            np.zeros(rows, np.uint32),
+        )
+        tokens[: len(new)] = new
+        for row, piece in enumerate(pieces):
+            temperatures[row], seeds[row] = piece.job.request.temperature, piece.job.request.seed
+        return Step(tokens, tables, seq_lens, None if room is None else starts, positions, temperatures, seeds)

@@ -12,6 +12,7 @@ import torch
 
 import jaxkv
 import torchkv
+from kvcore.batch import RaggedBatch, ragged_batch
 from kvcore.fitting import blocks_that_fit
 from kvcore.layout import CacheLayout
 from kvcore.pool import BlockPool, OutOfBlocks
@@ -21,7 +22,17 @@ from kvcore.slots import check_tables, find_duplicate_slots
 TWINS = {"jax": jaxkv, "torch": torchkv}
 SHARED = {
     each.__name__: each
-    for each in (BlockPool, CacheLayout, OutOfBlocks, Sequence, blocks_that_fit, check_tables, find_duplicate_slots)
+    for each in (
+        BlockPool,
+        CacheLayout,
+        OutOfBlocks,
+        RaggedBatch,
+        Sequence,
+        blocks_that_fit,
+        check_tables,
+        find_duplicate_slots,
+        ragged_batch,
+    )
 }
 JAX_ONLY = ["heads", "local_indices", "context_attention", "context_lens", "context_slots"]
 OPS = sorted(set(jaxkv.__all__) - set(SHARED) - {"PagedKVCache", *JAX_ONLY})
@@ -76,6 +87,7 @@ def test_examples_of_torch(name):
         "blocks_that_fit",
         "check_tables",
         "find_duplicate_slots",
+        "ragged_batch",
     ],
 )
 def test_examples_of_both(name):

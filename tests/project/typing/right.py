@@ -112,6 +112,10 @@ def host(prompt: list[int]) -> None:
     assert_type(copies, list[tuple[int, int]])
     sequence.commit(prompt[sequence.num_shared :])
     assert_type(sequence.fork(), jaxkv.Sequence)
+    batch = jaxkv.ragged_batch([sequence, sequence.fork()], (1, 0), num_seqs=4, max_blocks=8, num_tokens=16)
+    assert_type(batch, torchkv.RaggedBatch)
+    tables, _, lens, _ = batch
+    assert_type(torchkv.slot_mapping(torch.from_numpy(tables), None, torch.from_numpy(lens), 16), torch.Tensor)
     assert_type(pool.statistics.hit_rate, float)
     pool.free(pool.allocate(3))
     blocks = torchkv.blocks_that_fit("2GiB", block_size=16, num_heads=8, head_size=128, dtype=torch.float16)
