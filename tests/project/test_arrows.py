@@ -25,6 +25,7 @@ LEVELS = {
         "arrays nbytes contents pool_statistics svg",
         "pool",
         "sequence",
+        "batch",
         "formats",
         "pattern",
         "placement",
