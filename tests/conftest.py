@@ -1,3 +1,4 @@
+import gc
 import os
 from pathlib import Path
 
@@ -42,6 +43,21 @@ def pytest_generate_tests(metafunc):
     if metafunc.definition.get_closest_marker("x64"):
         metafunc.fixturenames.append("x64")
         metafunc.parametrize("x64", [False, True], ids=["x32", "x64"], indirect=True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def frozen_heap():
+    """Garbage collections need not go through what earlier modules left: torch, JAX and its programs stay anyhow.
+
+    transformers collects ten times a text. In a process of the whole suite, that took half a second each.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    """What is frozen at the end counts as leaked, of which extensions warn."""
+    gc.unfreeze()
 
 
 @pytest.fixture
