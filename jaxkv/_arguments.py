@@ -40,6 +40,11 @@ def as_array(argument: Any) -> Any:
     return numbers.astype(np.float32) if numbers.dtype.kind in "iuf" else numbers
 
 
+def is_ref(x: Any) -> bool:
+    """Whether it is a Ref outside jit: it has a buffer, which to read there is to copy."""
+    return isinstance(x, jax.Ref) and not isinstance(x, Tracer)
+
+
 def as_rows(argument: Any) -> Any:
     """Key, value or query: an array as `as_array` has it, or a view, whose array is checked to have the heads."""
     return argument.check() if is_view(argument) else as_array(argument)
@@ -117,5 +122,8 @@ def dtype_name(dtype: Any) -> str:
 
 
 def _numbers(argument: Any) -> np.ndarray | None:
-    """Numbers in lists as an array of NumPy's; None where there are arrays among them."""
-    return None if any(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(argument)) else np.asarray(argument)
+    """Numbers in lists as an array of NumPy's; None where there are arrays among them.
+
+    Copied, as what is no list may show someone's memory: a memoryview.
+    """
+    return None if any(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(argument)) else np.array(argument)

@@ -38,7 +38,8 @@ def allocate(
         for name, scale in zip(("k_scale", "v_scale"), scales, strict=True):
             if scale is not None:
                 check_scale(name, spec_of(scale), spec.num_heads, spec.num_layers)
-        return caches, jax.tree.map(jnp.asarray, scales)
+        # Copied, so that the cache can be donated, whoever else has a scale: the caller, another cache, or both names.
+        return caches, jax.tree.map(jnp.copy, scales)
     shardings = [sharding] * 2
     if isinstance(sharding, NamedSharding):
         shardings = [

@@ -15,12 +15,11 @@ from jaxkv._arguments import (
     as_indices,
     as_layer,
     as_rows,
-    as_scale,
     as_static,
     dtype_name,
 )
 from jaxkv._call import ReadOperands, ReadOptions
-from jaxkv._read import Caches, cache_of, read_checked
+from jaxkv._read import Caches, as_read_scale, cache_of, read_checked
 from kvcore.choices import JaxBackend, KVCacheDtype, Layout
 from kvcore.contract.checks import check_options
 from kvcore.contract.read import check_attention_options
@@ -167,7 +166,7 @@ def paged_attention(
 
     The result is the mean of the values at positions 0 to 2: those of block 2, and the first of block 0.
     """
-    k_scale, v_scale, layer = as_scale(k_scale), as_scale(v_scale), as_layer(layer)
+    k_scale, v_scale, layer = as_read_scale(k_scale), as_read_scale(v_scale), as_layer(layer)
     check_options(kv_cache_dtype, k_scale, v_scale, layer, backend, BACKENDS)
     cache_options, cache = cache_of(caches, kv_cache_dtype, k_scale, v_scale, layout, scale_layout, layer)
     operands = ReadOperands(
@@ -249,7 +248,7 @@ def gather_kv(
         >>> key[0, :, 0].tolist()  # block 2, then the first slot of block 0; position 3 is past the length
         [[8.0, 9.0], [10.0, 11.0], [0.0, 1.0], [0.0, 0.0]]
     """
-    k_scale, v_scale, layer = as_scale(k_scale), as_scale(v_scale), as_layer(layer)
+    k_scale, v_scale, layer = as_read_scale(k_scale), as_read_scale(v_scale), as_layer(layer)
     check_options(kv_cache_dtype, k_scale, v_scale, layer, backend, BACKENDS)
     cache_options, cache = cache_of(caches, kv_cache_dtype, k_scale, v_scale, layout, scale_layout, layer)
     operands = ReadOperands(

@@ -1,5 +1,7 @@
 """Static scales out of samples."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -49,5 +51,10 @@ def kv_scales(
     key, value = as_array(key), as_array(value)
     largest = check_kv_scales(spec_of(key), spec_of(value), kv_cache_dtype, granularity)
     axes = (0, 1, 2) if granularity == "tensor" else (0, 2)
-    k_scale, v_scale = (scale_of(largest_of(jnp.asarray(x, jnp.float32), axes), largest) for x in (key, value))
+    return _scales(axes, largest, jnp.asarray(key), jnp.asarray(value))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _scales(axes: tuple[int, ...], largest: float, key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
+    k_scale, v_scale = (scale_of(largest_of(x.astype(jnp.float32), axes), largest) for x in (key, value))
     return k_scale, v_scale

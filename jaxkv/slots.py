@@ -13,13 +13,12 @@ from jaxkv._arguments import (
     Scale,
     as_indices,
     as_layer,
-    as_scale,
     as_static,
     dtype_name,
 )
 from jaxkv._call import ReadOperands, ReadOptions
 from jaxkv._primitive import slots as primitive
-from jaxkv._read import Caches, cache_of, read_checked
+from jaxkv._read import Caches, as_read_scale, cache_of, read_checked
 from jaxkv._slots import SlotOperands, SlotOptions
 from kvcore.choices import JaxBackend, KVCacheDtype, Layout
 from kvcore.contract.checks import check_backend, check_options
@@ -143,7 +142,7 @@ def gather_slots(
         >>> key.ravel().tolist()
         [4.0, 0.0, 1.0]
     """
-    k_scale, v_scale, layer = as_scale(k_scale), as_scale(v_scale), as_layer(layer)
+    k_scale, v_scale, layer = as_read_scale(k_scale), as_read_scale(v_scale), as_layer(layer)
     check_options(kv_cache_dtype, k_scale, v_scale, layer, backend, BACKENDS)
     cache_options, cache = cache_of(caches, kv_cache_dtype, k_scale, v_scale, layout, scale_layout, layer)
     operands = ReadOperands(None, cache, as_indices(slots), None, None, None)

@@ -207,3 +207,26 @@ def test_bad_caches(bad):
     with pytest.raises(ValueError) as error:  # noqa: PT011  # the whole message is compared
         create(**options)
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize("convert", [jnp.asarray, np.asarray], ids=["jax", "numpy"])
+def test_a_donated_cache_leaves_scales_to_whoever_gave_them(convert):
+    """One scale for keys, for values, for another cache; and the array stays the caller's."""
+    scale = convert(K_SCALES)
+    cache, other = (create(per_token_head=False, k_scale=scale, v_scale=scale) for _ in range(2))
+    write = jax.jit(jaxkv.PagedKVCache.write, donate_argnums=0)
+    slots, layer = jnp.asarray(SLOTS), jnp.array(1)
+    want = create(per_token_head=False, k_scale=K_SCALES, v_scale=K_SCALES).write(KEY, KEY, SLOTS, layer=1)
+    for each in (cache, other):
+        new = write(each, jnp.asarray(KEY), jnp.asarray(KEY), slots, layer=layer)
+        np.testing.assert_array_equal(new.caches[0], want.caches[0])
+        np.testing.assert_array_equal(new.caches[1], want.caches[1])
+    np.testing.assert_array_equal(scale, K_SCALES)
+
+
+def test_scales_are_computed_by_one_program():
+    """One op after the other would hold copies of the sample, and a NaN on the way would stop `jax.debug_nans`."""
+    with jax.debug_nans(True):
+        got = jaxkv.kv_scales(jnp.asarray(KEY), jnp.asarray(VALUE), "int8", "head")
+    for scales, want in zip(got, (K_SCALES, V_SCALES), strict=True):
+        np.testing.assert_array_equal(scales, want)
