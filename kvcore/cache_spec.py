@@ -43,7 +43,7 @@ class CacheSpec:
     scale_layout: CacheLayout | None = None
 
     def __post_init__(self) -> None:
-        _ = self.reading  # now, not when first asked for: torch.compile would guard that it is missing, as in CacheLayout
+        _ = self.reading  # now, not when first asked for: torch.compile guards that it is missing, as in CacheLayout
 
     @classmethod
     def create(

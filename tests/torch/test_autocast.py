@@ -1,4 +1,4 @@
-"""Under torch.autocast the ops compute what they compute elsewhere: as kernels do, in the dtypes that they are given."""
+"""Under torch.autocast ops compute what they compute elsewhere: as kernels do, in the dtypes that they are given."""
 
 import pytest
 import torch

@@ -12,7 +12,7 @@ SIZES = {"num_blocks": 4, "block_size": 2, "num_heads": 2, "head_size": 8, "dtyp
 
 @pytest.mark.parametrize("scale", [torch.tensor(0.5), torch.tensor([0.5, 0.25])], ids=["one", "of heads"])
 def test_scales_are_copies(scale):
-    """Else loading a state, or another cache's change, would change what the caller passed, and v_scale with k_scale."""
+    """Else loading a state would change what the caller passed, and v_scale with k_scale."""
     given = scale.clone()
     cache = PagedKVCache.create(**SIZES, kv_cache_dtype="int8", k_scale=scale, v_scale=scale)
     other = PagedKVCache.create(**SIZES, kv_cache_dtype="int8", k_scale=scale * 2, v_scale=scale * 3)
