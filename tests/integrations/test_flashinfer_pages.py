@@ -111,6 +111,15 @@ def test_merge_of_parts():
         flashinfer.merge_states(v[:, None], s)
 
 
+@pytest.mark.parametrize("place", [2, 1, 3])
+def test_parts_of_other_shapes_are_refused(place):
+    parts = [torch.zeros(3, 2, 8), torch.zeros(3, 2), torch.zeros(3, 2, 8), torch.zeros(3, 2)]
+    parts[place] = parts[place][1:]
+    name = ("v_a", "s_a", "v_b", "s_b")[place]
+    with pytest.raises(ValueError, match=rf"{name} must have shape \(3, 2.*\), as v_a, got \(2, 2"):
+        flashinfer.merge_state(*parts)
+
+
 def test_bases_of_the_log_sum_exp():
     lse = torch.tensor([0.0, 1.0, -math.inf])
     assert flashinfer.lse_to_base_2(lse).tolist() == pytest.approx([0, 1 / math.log(2), -math.inf])
