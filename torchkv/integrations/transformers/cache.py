@@ -77,6 +77,7 @@ class PagedCache(Cache):
             num_blocks = batch_size * -(-max_tokens // block_size)
         kind = FixedTables if compileable else GrowingTables
         self._tables = kind(integer("num_blocks", num_blocks, 1), block_size, max_tokens, backend)
+        check_rows(len(windows), k_scale=k_scale, v_scale=v_scale)
         options = {"kv_cache_dtype": kv_cache_dtype, "per_token_head": per_token_head, "layout": layout}
         self._layers = [
             PagedLayer(
@@ -179,6 +180,18 @@ class PagedCache(Cache):
         )
 
 
-def of_layer(scale: Tensor | float | None, layer: int) -> Tensor | float | None:
+def of_layer(scale: Any, layer: int) -> Any:
     """The scale of one layer, of those that a user gave."""
-    return scale[layer] if isinstance(scale, Tensor) and scale.dim() == 2 else scale
+    return scale[layer] if len(_shape(scale)) == 2 else scale
+
+
+def check_rows(layers: int, **scales: Any) -> None:
+    """Raises a ValueError unless scales, by their names, that have two axes have a row for each layer."""
+    for name, scale in scales.items():
+        shape = _shape(scale)
+        if len(shape) == 2 and shape[0] != layers:
+            raise ValueError(f"{name} must have a row for each of the {layers} layers, got shape {tuple(shape)}")
+
+
+def _shape(scale: Any) -> tuple[int, ...]:
+    return tuple(getattr(scale, "shape", ()))
