@@ -238,6 +238,15 @@ def test_a_crop_beyond_padding_changes_nothing(llama):
     assert torch.equal(got, llama(ids[:, :1], attention_mask=more, cache=other).logits)
 
 
+def test_a_reorder_that_cannot_be_changes_nothing(llama):
+    cache, (ids, _) = paged(llama), prompts((9, 9))
+    llama(ids, cache=cache)
+    with pytest.raises(IndexError):
+        cache.reorder_cache(torch.tensor([0, 2]))
+    cache.reset()
+    assert cache.blocks_in_use == 0
+
+
 def test_crop_forward(llama):
     with pytest.raises(ValueError, match="tokens_to_remove must be negative, or 0, got 3"):
         paged(llama).crop(3)

@@ -82,21 +82,25 @@ def continuous_batching(
     check_rows(len(windows), k_scale=k_scale, v_scale=v_scale)
     for layer in range(len(windows)):  # what does not fit is said here, not by a thread of transformers
         kind.create(layer, 1, num_heads, head_size, dtype=model.dtype, device="cpu")
-    method = types.MethodType(_initialiser(kind), model)
-    before = model.__dict__.get(_METHOD)
-    model.__dict__[_METHOD] = method
+    made: Any = _initialiser(kind)
+    made.torchkv_before, made.torchkv_undone = model.__dict__.get(_METHOD), False
+    model.__dict__[_METHOD] = types.MethodType(made, model)
     undo = ExitStack()
-    undo.callback(_restore, model, before)
+    undo.callback(_restore, model, made, kind)
     return undo
 
 
-def _restore(model: Any, before: Any) -> None:
+def _restore(model: Any, made: Any, kind: CacheKind) -> None:
+    """Undoes what one call has made. What a later call has made stays, until it is undone."""
     manager = getattr(model, "_cached_continuous_batching_manager", None)
-    if getattr(manager, "torchkv_kind", None) is not None:
+    if getattr(manager, "torchkv_kind", None) is kind:
         model.destroy_cached_continuous_batching_manager()
-    del model.__dict__[_METHOD]
-    if before is not None:
-        model.__dict__[_METHOD] = before
+    made.torchkv_undone = True
+    method = model.__dict__.pop(_METHOD, None)
+    while getattr(method, "torchkv_undone", False):
+        method = method.torchkv_before
+    if method is not None:
+        model.__dict__[_METHOD] = method
 
 
 def _initialiser(kind: CacheKind) -> Callable[..., Any]:

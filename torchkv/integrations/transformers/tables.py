@@ -155,7 +155,8 @@ class GrowingTables(Tables):
 
     def reorder(self, indices: Sequence[int]) -> None:
         """Has sequence i go on from what sequence indices[i] is, in the same blocks."""
-        rows = [self._pool.fork(self._rows[i]) for i in indices]
+        chosen = [self._rows[i] for i in indices]  # all, before any is forked
+        rows = [self._pool.fork(row) for row in chosen]
         for row in self._rows:
             self._pool.free(row)
         self._rows, self._device_tables = rows, None
