@@ -38,6 +38,20 @@ def test_pages_of_nothing(sequences):
     assert flashinfer.slot_mapping(whose, positions, none, indptr, PAGE).tolist() == [-1, -1]
 
 
+@pytest.mark.parametrize(
+    ("lens", "want"),
+    [
+        ([100, 3], ([0, 2, 3], [7, 5, 1, -1], [4, 3])),
+        ([3, 100], ([0, 1, 3], [7, 1, 2, -1], [3, 4])),
+        ([-3, 8], ([0, 0, 2], [1, 2, -1, -1], [0, 4])),
+    ],
+)
+def test_pages_of_lengths_beyond_the_tables(lens, want):
+    tables = torch.tensor([[7, 5], [1, 2]], dtype=torch.int32)
+    found = flashinfer.page_indices(tables, torch.tensor(lens), 4)
+    assert tuple(x.tolist() for x in found) == want
+
+
 def test_positions_of_new_tokens():
     starts, lens = torch.tensor([0, 2, 2, 5]), torch.tensor([9, 4, 3])
     buffers = [torch.full((7,), 9, dtype=torch.int32) for _ in range(2)]

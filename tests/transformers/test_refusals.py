@@ -215,6 +215,23 @@ def test_numbers(llama, name):
         PagedCache(llama.config, **{"max_tokens": 8, name: 0})
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kv_cache_dtype": "int9"}, "kv_cache_dtype must be"),
+        ({"layout": "HDN"}, "HDN"),
+        ({"per_token_head": True}, "per_token_head needs kv_cache_dtype"),
+        ({"kv_cache_dtype": "int8", "per_token_head": True, "k_scale": 0.1}, "k_scale must be None with per_token"),
+        ({"backend": "tritn"}, "backend must be None, 'triton', 'torch' or 'interpret', got 'tritn'"),
+    ],
+)
+def test_choices_that_do_not_fit(llama, options, message):
+    """The model's attention stays as it is."""
+    with pytest.raises(ValueError, match=message):
+        paged(llama, **options)
+    assert llama.config._attn_implementation == "sdpa"
+
+
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("name", ["k_scale", "v_scale"])
 def test_scales_of_other_layers(llama, name, rows):
