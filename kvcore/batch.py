@@ -14,6 +14,8 @@ from kvcore.sequence import Sequence
 class RaggedBatch(NamedTuple):
     """What `ragged_batch` makes: arrays of NumPy, int32. In JAX it is a pytree, to be passed to jit as it is.
 
+    For torch, `torch.from_numpy(array).to(device)` makes a tensor of each.
+
     Attributes:
         block_tables: `[num_seqs, max_blocks]`: the blocks of each sequence, in order; -1 where there is none.
         query_start_loc: `[num_seqs + 1]`: sequence s has the rows from `query_start_loc[s]` to below

@@ -42,6 +42,9 @@ class CacheSpec:
     kv_cache_dtype: str
     scale_layout: CacheLayout | None = None
 
+    def __post_init__(self) -> None:
+        _ = self.reading  # now, not when first asked for: torch.compile guards that it is missing, as in CacheLayout
+
     @classmethod
     def create(
         cls,
@@ -222,10 +225,9 @@ class CacheSpec:
     @cached_property
     def reading(self) -> dict[str, Any]:
         """The arguments that say how to read the arrays."""
-        head_size_v = self.head_size_v if self.layout.latent else None
         return {
-            "kv_cache_dtype": self.kv_cache_dtype, "layout": self.layout, "head_size_v": head_size_v,
-            "scale_layout": self.scale_layout,
+            "kv_cache_dtype": self.kv_cache_dtype, "layout": self.layout, "scale_layout": self.scale_layout,
+            "head_size_v": self.head_size_v if self.layout.latent else None,
         }  # fmt: skip
 
     @property

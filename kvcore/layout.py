@@ -75,6 +75,8 @@ class CacheLayout:
         validate(normal, self.arrays)
         if patterns[1:] == patterns[:1]:  # said twice of two arrays, which one pattern means too
             object.__setattr__(self, "pattern", patterns[0])
+        for name in ("single_array", "has_layer", "packed", "latent"):  # now: torch.compile guards that one is missing,
+            getattr(self, name)  # and then fails, or compiles again, when it is there
 
     @classmethod
     def of(cls, layout: "str | CacheLayout") -> "CacheLayout":

@@ -107,7 +107,7 @@ class PagedKVCache(Described, Readable, Writable, Stateful):
             if scale is not None:
                 if not isinstance(scale, (list, tuple)):
                     check_scale_type(name, scale)
-                made = torch.as_tensor(scale, dtype=torch.float32, device=caches[0].device)
+                made = torch.as_tensor(scale, dtype=torch.float32, device=caches[0].device).clone()
                 check_scale(name, spec_of(made), spec.num_heads, spec.num_layers)
                 scales[index] = made
         return cls(caches, spec, *scales)
@@ -200,7 +200,12 @@ class PagedKVCache(Described, Readable, Writable, Stateful):
         Args:
             device: Where.
             non_blocking: Whether a copy to or from pinned memory may still be under way afterwards.
+
+        Raises:
+            TypeError: device is none, but a dtype: `relayout` makes a cache of another.
         """
+        if not isinstance(device, (torch.device, str, int)):
+            raise TypeError(f"device must be a torch.device, its name or its index, got {device!r}")
         moved = [None if t is None else t.to(device, non_blocking=non_blocking) for t in self._tensors.values()]
         if all(new is old for new, old in zip(moved, self._tensors.values(), strict=True)):
             return self
@@ -210,7 +215,8 @@ class PagedKVCache(Described, Readable, Writable, Stateful):
     def create_host(self, *, num_blocks: int | None = None, memory: int | str | None = None) -> "PagedKVCache":
         """Allocates a cache of zeros like this one in the host's memory, which `swap_blocks` copies blocks to and from.
 
-        Of a cache on a GPU it is in pinned memory, which is dear to allocate: once, when a server starts.
+        Of a cache on a GPU it is in pinned memory, which is dear to allocate: once, when a server starts. Static scales
+        are copied there, too.
 
         Args:
             num_blocks: Blocks, per layer.
@@ -234,7 +240,8 @@ class PagedKVCache(Described, Readable, Writable, Stateful):
             for shape, dtype in zip((*spec.shapes, *spec.scale_shapes), dtypes, strict=True)
         ]
         count = len(spec.shapes)
-        k_scale, v_scale = caches[count:] or (self.k_scale, self.v_scale)
+        static = (None if s is None else s.to("cpu", copy=True) for s in (self.k_scale, self.v_scale))
+        k_scale, v_scale = caches[count:] or static
         return PagedKVCache(tuple(caches[:count]), spec, k_scale, v_scale)
 
     def __repr__(self) -> str:

@@ -38,6 +38,20 @@ def test_pages_of_nothing(sequences):
     assert flashinfer.slot_mapping(whose, positions, none, indptr, PAGE).tolist() == [-1, -1]
 
 
+@pytest.mark.parametrize(
+    ("lens", "want"),
+    [
+        ([100, 3], ([0, 2, 3], [7, 5, 1, -1], [4, 3])),
+        ([3, 100], ([0, 1, 3], [7, 1, 2, -1], [3, 4])),
+        ([-3, 8], ([0, 0, 2], [1, 2, -1, -1], [0, 4])),
+    ],
+)
+def test_pages_of_lengths_beyond_the_tables(lens, want):
+    tables = torch.tensor([[7, 5], [1, 2]], dtype=torch.int32)
+    found = flashinfer.page_indices(tables, torch.tensor(lens), 4)
+    assert tuple(x.tolist() for x in found) == want
+
+
 def test_positions_of_new_tokens():
     starts, lens = torch.tensor([0, 2, 2, 5]), torch.tensor([9, 4, 3])
     buffers = [torch.full((7,), 9, dtype=torch.int32) for _ in range(2)]
@@ -109,6 +123,15 @@ def test_merge_of_parts():
     close((v_a, s_a), want)
     with pytest.raises(ValueError, match="and s its first three sizes, got"):
         flashinfer.merge_states(v[:, None], s)
+
+
+@pytest.mark.parametrize("place", [2, 1, 3])
+def test_parts_of_other_shapes_are_refused(place):
+    parts = [torch.zeros(3, 2, 8), torch.zeros(3, 2), torch.zeros(3, 2, 8), torch.zeros(3, 2)]
+    parts[place] = parts[place][1:]
+    name = ("v_a", "s_a", "v_b", "s_b")[place]
+    with pytest.raises(ValueError, match=rf"{name} must have shape \(3, 2.*\), as v_a, got \(2, 2"):
+        flashinfer.merge_state(*parts)
 
 
 def test_bases_of_the_log_sum_exp():

@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from tests.cases.arrays import from_torch, make_case, random_bits, run_oracle, to_torch, with_case
 from tests.cases.torch_compile import assert_bits, assert_no_copies, compiled_code
 from tests.cases.torch_writes import diffkv, flash, small, tensors
-from torchkv import CacheLayout
+from torchkv import CacheLayout, PagedKVCache
 
 # name: what to write, and how the compiled function calls the op with key, value, caches, slots
 COMPILED = {
@@ -153,6 +153,34 @@ def test_any_number_of_tokens_is_compiled_once(rng):
         key, value, caches, slots = tensors(case)
         write(key, value, *caches, slots)
         assert_bits(caches, run_oracle(case))
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("method", ["write", "attend", "read"])
+@pytest.mark.parametrize("pattern", ["block head slot dim", "block head dim/x slot x, block head slot dim", "MLA"])
+def test_a_cache_that_nothing_was_asked_of_is_compiled_once(pattern, method):
+    """What a layout and a spec keep of themselves is there before torch.compile looks for it."""
+    latent = pattern == "MLA"
+    layout = CacheLayout("block slot latent" if latent else pattern)  # not one that other tests have used
+    sizes = {"num_heads": 1, "head_size": 24, "head_size_v": 16} if latent else {"num_heads": 2, "head_size": 16}
+    cache = PagedKVCache.create(num_blocks=4, block_size=4, dtype=torch.float32, layout=layout, **sizes)
+    key, value = (torch.randn(3, 16), torch.randn(3, 8)) if latent else torch.randn(2, 3, 2, 16)
+    slots, tables, lens = torch.tensor([4, 5, 6]), torch.tensor([[1]]), torch.tensor([3])
+    query = torch.randn(1, 2, cache.head_size)
+
+    def call():
+        if method == "write":
+            cache.write(key, value, slots)
+        elif method == "attend":
+            cache.attend(query, tables, lens)
+        else:
+            cache.read(slots)
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(call, fullgraph=True, backend=counter)
+    compiled()
+    compiled()
+    assert counter.frame_count == 1
 
 
 @pytest.mark.usefixtures("compiler")

@@ -45,6 +45,17 @@ def test_generate_compiles_one_graph(models, name, padded):
     assert int(cache.get_seq_length()) == want.shape[1] - 1
 
 
+def test_other_batches_after_reset_are_compiled_once_each(models):
+    model, (ids, mask) = reference(models("llama"), "llama"), prompts()
+    want = model.generate(ids, attention_mask=mask, **GREEDY)
+    cache = fixed(model)
+    for batch in (3, 2, 3, 2):
+        cache.reset()
+        options = {"attention_mask": mask[:batch], "cache": cache, "compile_config": compiled(), **GREEDY}
+        assert torch.equal(model.generate(ids[:batch], **options), want[:batch])
+    assert counters["stats"]["unique_graphs"] == 2
+
+
 def test_a_compiled_forward_without_generate(models):
     model = reference(models("gemma3"), "gemma3")
     ids, _ = prompts((9, 9, 9))

@@ -275,6 +275,16 @@ def test_undone_all_is_transformers_own(models):
         assert type(held.cache) is PagedAttentionCache
 
 
+def test_undone_in_another_order(models):
+    model = reference(models("llama"), "llama")
+    first = continuous_batching(model)
+    second = continuous_batching(model, kv_cache_dtype="fp8")
+    first.close()
+    assert model.init_continuous_batching(settings(), room()).torchkv_kind.kv_cache_dtype == "fp8"
+    second.close()
+    assert "init_continuous_batching" not in vars(model)
+
+
 def test_a_manager_that_is_kept_ends_with_the_undoing(models):
     model, (inputs, *_) = reference(models("llama"), "llama"), rows()
     with continuous_batching(model):

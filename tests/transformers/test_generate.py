@@ -95,6 +95,17 @@ def test_a_conversation_goes_on_in_the_same_cache(models, name):
     assert torch.equal(got, text(reference(model, name), longer, longer_mask))
 
 
+@pytest.mark.parametrize("options", [{}, {"compileable": True}, {"kv_cache_dtype": "int8", "per_token_head": True}])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt_oss"])
+def test_under_autocast(models, name, options):
+    """Where keys are rotated in float32, and values come in bfloat16."""
+    model, (ids, mask) = reference(models(name), name), prompts(LENGTHS)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        want = model(ids, attention_mask=mask).logits[:, -1]
+        got = model(ids, attention_mask=mask, cache=paged(model, **options)).logits[:, -1]
+    torch.testing.assert_close(got, want, rtol=0.1, atol=0.1 * want.abs().max().item())
+
+
 def test_two_caches_at_once(models):
     model = reference(models("llama"), "llama")
     ids, _ = prompts((9, 9))

@@ -10,7 +10,13 @@ from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig
 
 from tests.cases.tiny_models import COMMON, GREEDY, prompts, reference, tiny
 from torchkv import OutOfBlocks
-from torchkv.integrations.transformers import PagedCache, UnsupportedError, paged_attention_forward, paged_mask
+from torchkv.integrations.transformers import (
+    PagedCache,
+    UnsupportedError,
+    continuous_batching,
+    paged_attention_forward,
+    paged_mask,
+)
 from torchkv.integrations.transformers.versions import check_version
 
 
@@ -159,14 +165,21 @@ def test_another_text_without_reset(llama):
     )
 
 
-def test_another_batch(llama):
-    cache, (ids, _) = paged(llama), prompts((5, 5))
-    llama(ids, cache=cache)
+@pytest.mark.parametrize("compileable", [False, True])
+def test_another_batch(llama, compileable):
+    ids, _ = prompts((5, 5, 5))
+    want = llama(ids).logits
+    cache = paged(llama, compileable=compileable)
+    llama(ids[:2], cache=cache)
     with pytest.raises(ValueError, match=r"batch must be 2, as in the cache, got 1; cache.reset\(\) begins anew"):
         llama(ids[:1], cache=cache)
+    for batch in (1, 3, 2):
+        cache.reset()
+        torch.testing.assert_close(llama(ids[:batch], cache=cache).logits, want[:batch])
+        assert cache.batch_size == batch
     cache.reset()
-    llama(ids[:1], cache=cache)
-    assert cache.batch_size == 1
+    with pytest.raises(OutOfBlocks, match="num_blocks is 36"):
+        llama(ids.repeat(8, 1) if compileable else ids.repeat(13, 1), cache=cache)
 
 
 def test_a_forward_that_was_broken_off(llama, monkeypatch):
@@ -200,6 +213,55 @@ def test_configs(config, message):
 def test_numbers(llama, name):
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
         PagedCache(llama.config, **{"max_tokens": 8, name: 0})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kv_cache_dtype": "int9"}, "kv_cache_dtype must be"),
+        ({"layout": "HDN"}, "HDN"),
+        ({"per_token_head": True}, "per_token_head needs kv_cache_dtype"),
+        ({"kv_cache_dtype": "int8", "per_token_head": True, "k_scale": 0.1}, "k_scale must be None with per_token"),
+        ({"backend": "tritn"}, "backend must be None, 'triton', 'torch' or 'interpret', got 'tritn'"),
+    ],
+)
+def test_choices_that_do_not_fit(llama, options, message):
+    """The model's attention stays as it is."""
+    with pytest.raises(ValueError, match=message):
+        paged(llama, **options)
+    assert llama.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("name", ["k_scale", "v_scale"])
+def test_scales_of_other_layers(llama, name, rows):
+    scales = {name: torch.ones(rows, 1)}
+    message = re.escape(f"{name} must have a row for each of the 2 layers, got shape ({rows}, 1)")
+    with pytest.raises(ValueError, match=message):
+        PagedCache(llama.config, max_tokens=8, kv_cache_dtype="int8", **scales)
+    with pytest.raises(ValueError, match=message):
+        continuous_batching(llama, kv_cache_dtype="int8", **scales)
+
+
+def test_a_crop_beyond_padding_changes_nothing(llama):
+    cache, (ids, mask) = paged(llama), prompts((9, 6), padding="right")
+    llama(ids, attention_mask=mask, cache=cache)
+    with pytest.raises(UnsupportedError, match="crop must drop at most 0 tokens, which follow padding, got 2"):
+        cache.crop(-2)
+    more = torch.cat((mask, torch.ones(2, 1, dtype=torch.long)), 1)
+    got = llama(ids[:, :1], attention_mask=more, cache=cache).logits
+    other = paged(llama)
+    llama(ids, attention_mask=mask, cache=other)
+    assert torch.equal(got, llama(ids[:, :1], attention_mask=more, cache=other).logits)
+
+
+def test_a_reorder_that_cannot_be_changes_nothing(llama):
+    cache, (ids, _) = paged(llama), prompts((9, 9))
+    llama(ids, cache=cache)
+    with pytest.raises(IndexError):
+        cache.reorder_cache(torch.tensor([0, 2]))
+    cache.reset()
+    assert cache.blocks_in_use == 0
 
 
 def test_crop_forward(llama):

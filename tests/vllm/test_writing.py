@@ -202,4 +202,12 @@ def test_merging(dtype, tokens, in_place):
     torch.testing.assert_close(output.to(dtype), torch.cat([want, suffix[n:]]))
 
 
-# ---- a patched vLLM
+@pytest.mark.parametrize("name", ["prefix_output", "prefix_lse", "suffix_output", "suffix_lse"])
+def test_parts_that_do_not_fit_are_refused_and_nothing_is_written(name):
+    names = ("prefix_output", "prefix_lse", "suffix_output", "suffix_lse")
+    parts = dict(zip(names, states(torch.float32), strict=True))
+    parts[name] = parts[name].transpose(0, 1).contiguous()
+    output = torch.full((6, 4, 16), 7.0)
+    with pytest.raises(ValueError, match=f"{name} must have shape .* as output, got"):
+        vllm.merge_attn_states(output, **parts, prefill_tokens_with_context=4)
+    assert (output == 7).all()

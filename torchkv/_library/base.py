@@ -80,6 +80,11 @@ def define(schema: str, call_of: Callable[..., Any], launches: Launches, backend
         if followed:
             torch.autograd.graph.increment_version(followed)
 
+    def in_torch(described: Any, call: Any) -> Any:
+        """Computes with torch's operations, in the dtypes that they are given, as kernels do: autocast has others."""
+        with torch.no_grad(), torch.autocast(call.device.type, enabled=False):
+            return backends.torch(described, call)
+
     def on_gpu(*args: Any) -> Any:
         args = (*args, *defaults[len(args) :])  # the dispatcher leaves out what equals its default, at the end
         results = launches.again(args)
@@ -94,8 +99,7 @@ def define(schema: str, call_of: Callable[..., Any], launches: Launches, backend
             if call.backend == "interpret":
                 raise no_interpreter_error(str(call.device))
             call.check_memory(described)
-            with torch.no_grad():
-                results = backends.torch(described, call)
+            results = in_torch(described, call)
         return results if returns else None
 
     def on_host(*args: Any) -> Any:
@@ -104,12 +108,12 @@ def define(schema: str, call_of: Callable[..., Any], launches: Launches, backend
         if call.backend == "triton":
             raise no_triton_error(call.device.type)
         call.check_memory(described)
-        with torch.no_grad():
-            if call.backend == "interpret":
+        if call.backend == "interpret":
+            with torch.no_grad():
                 results = launches.interpret(described, call)
-                mark(args)
-            else:
-                results = backends.torch(described, call)
+            mark(args)
+        else:
+            results = in_torch(described, call)
         return results if returns else None
 
     def fake(*args: Any) -> Any:

@@ -87,6 +87,17 @@ def check_data_types(q: Any, kv: Any, o: Any) -> tuple[torch.dtype, torch.dtype]
     return q_dtype, kv_dtype
 
 
+def check_batch(batch: str, batch_size: int, **indptrs: Tensor) -> None:
+    """Checks that tensors, by their names, say where each sequence of a batch begins, and where the last one ends.
+
+    Raises:
+        ValueError: one has another number of elements.
+    """
+    for name, indptr in indptrs.items():
+        if len(indptr) != batch_size + 1:
+            raise ValueError(f"{name} must have {batch_size + 1} elements, one more than {batch}, got {len(indptr)}")
+
+
 def check_planned_dtype(name: str, tensor: Tensor, planned: str, dtype: torch.dtype) -> None:
     """Checks that a tensor has the dtype that plan was told.
 

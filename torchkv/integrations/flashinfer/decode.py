@@ -11,6 +11,7 @@ from torchkv.integrations.flashinfer.arguments import (
     UnsupportedError,
     check_absent,
     check_backend,
+    check_batch,
     check_data_types,
     check_kv_layout,
     check_no_more,
@@ -19,7 +20,7 @@ from torchkv.integrations.flashinfer.arguments import (
     scales_of,
 )
 from torchkv.integrations.flashinfer.page import get_seq_lens
-from torchkv.integrations.flashinfer.planned import Planned, check_rows, window_of
+from torchkv.integrations.flashinfer.planned import Planned, check_page_size, check_rows, window_of
 
 
 class _Options(NamedTuple):
@@ -143,7 +144,7 @@ class BatchDecodeWithPagedKVCacheWrapper:
 
         Raises:
             UnsupportedError: an argument is another than described here.
-            ValueError: the batch does not fit what CUDA graphs were promised.
+            ValueError: tensors do not fit each other, or what CUDA graphs were promised.
         """
         check_pos_encoding_mode(pos_encoding_mode)
         if window_right != 0:
@@ -154,11 +155,12 @@ class BatchDecodeWithPagedKVCacheWrapper:
         kv_data_type = data_type if kv_data_type is None else kv_data_type
         self._dtypes = check_data_types(q_data_type, kv_data_type, o_data_type)
         batch_size, starts = len(last_page_len), None
+        check_batch("last_page_len", batch_size, indptr=indptr)
         if q_len_per_req > 1:
             starts = torch.arange(batch_size + 1, dtype=torch.int32) * q_len_per_req
         lens = get_seq_lens(indptr.to(last_page_len.device), last_page_len, page_size)
         self._planned.plan(starts, indptr, indices, last_page_len, lens, batch_size * q_len_per_req)
-        self._options = _Options(window_left, logits_soft_cap, sm_scale)
+        self._options, self._page_size = _Options(window_left, logits_soft_cap, sm_scale), page_size
 
     begin_forward = plan
 
@@ -222,6 +224,7 @@ class BatchDecodeWithPagedKVCacheWrapper:
                 f"got {q_len_per_req}"
             )
         check_rows(q, planned.rows, self._dtypes[0], caches[0], self._dtypes[1])
+        check_page_size(caches[0], self._kv_layout, self._page_size)
         options = self._options
         left = options.window_left if window_left is None else window_left
         scale, k_scale, v_scale = scales_of(q, caches[0], options.sm_scale, q_scale, k_scale, v_scale)

@@ -37,6 +37,10 @@ def merge_state(v_a: Tensor, s_a: Tensor, v_b: Tensor, s_b: Tensor) -> tuple[Ten
         ValueError: a shape or a device does not fit.
         TypeError: a dtype does not fit.
     """
+    shape = tuple(v_a.shape)
+    for name, tensor, wanted in (("v_b", v_b, shape), ("s_a", s_a, shape[:2]), ("s_b", s_b, shape[:2])):
+        if tensor.shape != wanted:
+            raise ValueError(f"{name} must have shape {wanted}, as v_a, got {tuple(tensor.shape)}")
     return merge_states(torch.stack([v_a, v_b], 1), torch.stack([s_a.float(), s_b.float()], 1))
 
 

@@ -11,6 +11,7 @@ from torchkv.integrations.flashinfer.arguments import (
     UnsupportedError,
     check_absent,
     check_backend,
+    check_batch,
     check_data_types,
     check_planned_dtype,
 )
@@ -92,12 +93,13 @@ class BatchMLAPagedAttentionWrapper:
 
         Raises:
             UnsupportedError: an argument is another than described here.
-            ValueError: the batch does not fit what CUDA graphs were promised.
+            ValueError: tensors do not fit each other, or what CUDA graphs were promised.
         """
         if use_profiler:
             raise UnsupportedError(f"use_profiler must be False, got {use_profiler}")
         self._dtypes = check_data_types(q_data_type, kv_data_type, None)
         kv_indptr = kv_indptr[: len(qo_indptr)]
+        check_batch("kv_len_arr", len(kv_len_arr), qo_indptr=qo_indptr, kv_indptr=kv_indptr)
         self._planned.plan(qo_indptr, kv_indptr, kv_indices, kv_len_arr, kv_len_arr, int(qo_indptr[-1]))
         self._causal, self._sm_scale = causal, sm_scale
 

@@ -57,7 +57,7 @@ def page_indices(block_tables: Tensor, seq_lens: Tensor, page_size: int) -> tupl
     Returns:
         indptr `[batch_size + 1]` and last_page_len `[batch_size]` of int32, and between them indices
         `[batch_size * max_pages]` of block_tables' dtype, of which the first `indptr[-1]` are pages and the rest -1.
-        Where seq_lens is 0, there is no page, and last_page_len is 0.
+        Where seq_lens is 0, there is no page, and last_page_len is 0. Positions beyond the tables are left out.
 
     Example:
         >>> tables = torch.tensor([[7, 5], [-1, -1], [6, -1]])
@@ -65,10 +65,10 @@ def page_indices(block_tables: Tensor, seq_lens: Tensor, page_size: int) -> tupl
         [[0, 2, 2, 3], [7, 5, 6, -1, -1, -1], [4, 0, 16]]
     """
     batch_size, max_pages = block_tables.shape
-    pages = (seq_lens + page_size - 1) // page_size
+    pages = ((seq_lens + page_size - 1) // page_size).clamp(0, max_pages)
     indptr = torch.zeros(batch_size + 1, dtype=torch.int32, device=block_tables.device)
     indptr[1:] = pages.cumsum(0)
-    last_page_len = (seq_lens - (pages - 1) * page_size).clamp(min=0).where(pages > 0, 0).to(torch.int32)
+    last_page_len = (seq_lens - (pages - 1) * page_size).clamp(0, page_size).where(pages > 0, 0).to(torch.int32)
     column = torch.arange(max_pages, device=block_tables.device)
     at = torch.where(column < pages[:, None], indptr[:-1, None] + column, batch_size * max_pages)
     indices = block_tables.new_full((batch_size * max_pages + 1,), -1)  # the last place is for what is no page

@@ -40,6 +40,7 @@ class Planned:
         self.tables: Tensor | None = None
         self.seq_lens: Tensor | None = None
         self.starts: Tensor | None = None
+        self._kept_starts: Tensor | None = None
         self.rows = self.most_rows = -1
         if buffers is None:
             return
@@ -62,7 +63,7 @@ class Planned:
     def plan(
         self, starts: Tensor | None, indptr: Tensor, indices: Tensor, last: Tensor, lens: Tensor, rows: int
     ) -> None:
-        """Takes a batch.
+        """Takes a batch, whose tensors the caller may change afterwards.
 
         Args:
             starts: Where each sequence's rows of the query begin, or None for one row each.
@@ -73,9 +74,11 @@ class Planned:
             rows: Of the query.
 
         Raises:
-            ValueError: it does not fit what CUDA graphs were promised.
+            ValueError: it does not fit what CUDA graphs were promised, or indptr names more pages than there are.
         """
-        longest = int(indptr.diff().max()) if len(indptr) > 1 else 0
+        longest, total = torch.stack((indptr.diff().max(), indptr[-1])).tolist() if len(indptr) > 1 else (0, 0)
+        if total > len(indices):
+            raise ValueError(f"indices must have the {total} pages that indptr names, got {len(indices)}")
         if self.buffers is None:
             # A power of two: batches of many widths are few programs.
             width = 1 << max(longest - 1, 0).bit_length()
@@ -88,9 +91,11 @@ class Planned:
             if len(self.buffers) == 4 and starts is not None:
                 self.buffers[0].copy_(starts)
         tables = block_tables(indptr.to(self.device), indices.to(self.device), width)
-        self.tables = self._kept(self.tables, tables)
+        self.tables = tables if self.tables is None or self.buffers is None else self.tables.copy_(tables)
         self.seq_lens = self._kept(self.seq_lens, lens.to(self.device))
-        self.starts = None if starts is None else self._kept(self.starts, starts.to(self.device))
+        if starts is not None:  # kept, too, where a plan between has none
+            self._kept_starts = self._kept(self._kept_starts, starts.to(self.device))
+        self.starts = None if starts is None else self._kept_starts
         self.rows, self.batch_size = rows, len(lens)
         if self.most_rows < 0:
             self.most_rows = rows
@@ -118,10 +123,8 @@ class Planned:
             raise ValueError(f"a batch must have at most the {self.most_rows} rows of the first one, got {rows}")
 
     def _kept(self, kept: Tensor | None, new: Tensor) -> Tensor:
-        """The new tensor; with CUDA graphs its contents, where they were before."""
-        if kept is None or self.buffers is None:
-            return new
-        return kept.copy_(new)
+        """A copy of the new tensor, which may be the caller's; with CUDA graphs where the one before was."""
+        return new.clone() if kept is None or self.buffers is None else kept.copy_(new)
 
     def attend(
         self,
@@ -190,6 +193,17 @@ def check_rows(q: Tensor, rows: int, dtype: torch.dtype, cache: Tensor, cache_dt
     check_planned_dtype("paged_kv_cache", cache, "kv_data_type", cache_dtype)
     if q.shape[0] != rows:
         raise ValueError(f"q must have the {rows} rows that plan was told, got shape {tuple(q.shape)}")
+
+
+def check_page_size(cache: Tensor, kv_layout: str, page_size: int) -> None:
+    """Checks that pages have as many slots as plan was told, of which it made lengths.
+
+    Raises:
+        ValueError: they have others.
+    """
+    slots = cache.shape[1 if kv_layout == "NHD" else 2]
+    if slots != page_size:
+        raise ValueError(f"paged_kv_cache must have pages of plan's page_size, {page_size} slots, got {slots}")
 
 
 def window_of(window_left: int) -> int | None:

@@ -11,6 +11,7 @@ from torchkv.integrations.flashinfer.arguments import (
     UnsupportedError,
     check_absent,
     check_backend,
+    check_batch,
     check_data_types,
     check_kv_layout,
     check_no_more,
@@ -19,7 +20,7 @@ from torchkv.integrations.flashinfer.arguments import (
     scales_of,
 )
 from torchkv.integrations.flashinfer.page import get_seq_lens
-from torchkv.integrations.flashinfer.planned import Planned, check_rows, window_of
+from torchkv.integrations.flashinfer.planned import Planned, check_page_size, check_rows, window_of
 
 
 class _Options(NamedTuple):
@@ -170,7 +171,7 @@ class BatchPrefillWithPagedKVCacheWrapper:
 
         Raises:
             UnsupportedError: an argument is another than described here.
-            ValueError: the batch does not fit what CUDA graphs were promised.
+            ValueError: tensors do not fit each other, or what CUDA graphs were promised.
         """
         check_absent(
             custom_mask=custom_mask, packed_custom_mask=packed_custom_mask, prefix_len_ptr=prefix_len_ptr,
@@ -178,11 +179,14 @@ class BatchPrefillWithPagedKVCacheWrapper:
         )  # fmt: skip
         check_pos_encoding_mode(pos_encoding_mode)
         self._dtypes = check_data_types(q_data_type, kv_data_type, o_data_type)
+        check_batch(
+            "paged_kv_last_page_len", len(paged_kv_last_page_len), qo_indptr=qo_indptr, paged_kv_indptr=paged_kv_indptr
+        )
         lens = get_seq_lens(paged_kv_indptr.to(paged_kv_last_page_len.device), paged_kv_last_page_len, page_size)
         self._planned.plan(
             qo_indptr, paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len, lens, int(qo_indptr[-1])
         )
-        self._options = _Options(causal, window_left, logits_soft_cap, sm_scale)
+        self._options, self._page_size = _Options(causal, window_left, logits_soft_cap, sm_scale), page_size
 
     begin_forward = plan
 
@@ -243,6 +247,7 @@ class BatchPrefillWithPagedKVCacheWrapper:
         planned = self._planned.check()
         caches = key_and_value(paged_kv_cache, self._kv_layout)
         check_rows(q, planned.rows, self._dtypes[0], caches[0], self._dtypes[1])
+        check_page_size(caches[0], self._kv_layout, self._page_size)
         options = self._options
         left = options.window_left if window_left is None else window_left
         if left >= 0 and not options.causal:

@@ -6,8 +6,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from kvcore.cache_spec import CacheSpec
 from kvcore.choices import KVCacheDtype, Layout, TorchBackend
+from kvcore.contract.checks import check_backend
 from kvcore.integers import integer
+from torchkv._arguments import BACKENDS
 from torchkv.integrations.transformers.config import layer_windows
 from torchkv.integrations.transformers.handle import ATTENTION, UnsupportedError
 from torchkv.integrations.transformers.layer import PagedLayer
@@ -39,7 +42,7 @@ class PagedCache(Cache):
 
     Raises:
         UnsupportedError: the model has layers of another kind than attention, with or without a sliding window.
-        ValueError: a number is too small.
+        ValueError: a number is too small, or a choice or a scale's shape does not fit.
         TypeError: a number is no integer.
 
     Example:
@@ -77,6 +80,13 @@ class PagedCache(Cache):
             num_blocks = batch_size * -(-max_tokens // block_size)
         kind = FixedTables if compileable else GrowingTables
         self._tables = kind(integer("num_blocks", num_blocks, 1), block_size, max_tokens, backend)
+        check_backend(backend, BACKENDS)
+        # What does not fit is said here, not by the first forward. A head of 128 stands for those of the model.
+        spec = CacheSpec.create(
+            None, 1, block_size, 1, 128, None, "float32", layout, kv_cache_dtype, per_token_head
+        )  # fmt: skip
+        spec.check_scales(k_scale, v_scale)
+        check_rows(len(windows), k_scale=k_scale, v_scale=v_scale)
         options = {"kv_cache_dtype": kv_cache_dtype, "per_token_head": per_token_head, "layout": layout}
         self._layers = [
             PagedLayer(
@@ -99,7 +109,7 @@ class PagedCache(Cache):
 
         Raises:
             UnsupportedError: as for PagedCache.
-            ValueError: a number is too small, or the model's attention cannot be chosen.
+            ValueError: a number is too small, a choice does not fit, or the model's attention cannot be chosen.
         """
         cache = cls(model.config, **options)
         model.set_attn_implementation(ATTENTION)
@@ -179,6 +189,18 @@ class PagedCache(Cache):
         )
 
 
-def of_layer(scale: Tensor | float | None, layer: int) -> Tensor | float | None:
+def of_layer(scale: Any, layer: int) -> Any:
     """The scale of one layer, of those that a user gave."""
-    return scale[layer] if isinstance(scale, Tensor) and scale.dim() == 2 else scale
+    return scale[layer] if len(_shape(scale)) == 2 else scale
+
+
+def check_rows(layers: int, **scales: Any) -> None:
+    """Raises a ValueError unless scales, by their names, that have two axes have a row for each layer."""
+    for name, scale in scales.items():
+        shape = _shape(scale)
+        if len(shape) == 2 and shape[0] != layers:
+            raise ValueError(f"{name} must have a row for each of the {layers} layers, got shape {tuple(shape)}")
+
+
+def _shape(scale: Any) -> tuple[int, ...]:
+    return tuple(getattr(scale, "shape", ()))

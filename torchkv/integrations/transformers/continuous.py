@@ -18,6 +18,7 @@ from torch import Tensor
 from kvcore.choices import KVCacheDtype, TorchBackend
 from torchkv._arguments import refuse_gradients
 from torchkv.integrations.transformers.attention import check_call
+from torchkv.integrations.transformers.cache import check_rows
 from torchkv.integrations.transformers.config import layer_windows
 from torchkv.integrations.transformers.handle import UnsupportedError
 from torchkv.integrations.transformers.kind import CacheKind
@@ -78,23 +79,28 @@ def continuous_batching(
     kind = CacheKind(kv_cache_dtype, per_token_head, k_scale, v_scale, backend)
     num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    check_rows(len(windows), k_scale=k_scale, v_scale=v_scale)
     for layer in range(len(windows)):  # what does not fit is said here, not by a thread of transformers
         kind.create(layer, 1, num_heads, head_size, dtype=model.dtype, device="cpu")
-    method = types.MethodType(_initialiser(kind), model)
-    before = model.__dict__.get(_METHOD)
-    model.__dict__[_METHOD] = method
+    made: Any = _initialiser(kind)
+    made.torchkv_before, made.torchkv_undone = model.__dict__.get(_METHOD), False
+    model.__dict__[_METHOD] = types.MethodType(made, model)
     undo = ExitStack()
-    undo.callback(_restore, model, before)
+    undo.callback(_restore, model, made, kind)
     return undo
 
 
-def _restore(model: Any, before: Any) -> None:
+def _restore(model: Any, made: Any, kind: CacheKind) -> None:
+    """Undoes what one call has made. What a later call has made stays, until it is undone."""
     manager = getattr(model, "_cached_continuous_batching_manager", None)
-    if getattr(manager, "torchkv_kind", None) is not None:
+    if getattr(manager, "torchkv_kind", None) is kind:
         model.destroy_cached_continuous_batching_manager()
-    del model.__dict__[_METHOD]
-    if before is not None:
-        model.__dict__[_METHOD] = before
+    made.torchkv_undone = True
+    method = model.__dict__.pop(_METHOD, None)
+    while getattr(method, "torchkv_undone", False):
+        method = method.torchkv_before
+    if method is not None:
+        model.__dict__[_METHOD] = method
 
 
 def _initialiser(kind: CacheKind) -> Callable[..., Any]:

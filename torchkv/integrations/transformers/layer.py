@@ -40,8 +40,8 @@ class PagedLayer(CacheLayerMixin):
         """Allocates, for keys and values of these shapes, `[batch, heads, tokens, size]`."""
         self.store = PagedKVCache.create(
             num_blocks=self._tables.num_blocks, block_size=self._tables.block_size, num_heads=key_states.shape[1],
-            head_size=key_states.shape[3], head_size_v=value_states.shape[3], dtype=key_states.dtype,
-            device=key_states.device, **self._options,
+            head_size=key_states.shape[3], head_size_v=value_states.shape[3],
+            dtype=torch.promote_types(key_states.dtype, value_states.dtype), device=key_states.device, **self._options,
         )  # fmt: skip
         if self.is_compileable and not torch.compiler.is_compiling():
             for tensor in (*self.store.caches, self.store.k_scale, self.store.v_scale):
@@ -98,6 +98,9 @@ class PagedLayer(CacheLayerMixin):
         if step.pairs is not None:
             store.copy_blocks(step.pairs, backend=backend)
         query, key, value = (_rows(tensor, step.order) for tensor in (query, key, value))
+        if key.dtype != value.dtype:  # under autocast, where keys are rotated in float32, and values are not
+            dtype = torch.promote_types(key.dtype, value.dtype)
+            key, value = key.to(dtype), value.to(dtype)
         store.write(key, value, step.slots, backend=backend)
         out = store.attend(
             query, step.block_tables, step.seq_lens, query_start_loc=step.query_start_loc,

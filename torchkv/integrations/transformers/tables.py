@@ -141,9 +141,10 @@ class GrowingTables(Tables):
 
     def crop(self, count: int) -> None:
         """Drops the last tokens of each sequence."""
-        for b, (row, length, unbroken) in enumerate(zip(self._rows, self._lengths, self._unbroken, strict=True)):
+        for length, unbroken in zip(self._lengths, self._unbroken, strict=True):  # all, before any is cropped
             if count > unbroken != length:
                 raise UnsupportedError(f"crop must drop at most {unbroken} tokens, which follow padding, got {count}")
+        for b, (row, length, unbroken) in enumerate(zip(self._rows, self._lengths, self._unbroken, strict=True)):
             self._lengths[b], self._unbroken[b] = max(0, length - count), max(0, unbroken - count)
             kept = -(-self._lengths[b] // self.block_size)
             if kept < len(row):
@@ -154,7 +155,8 @@ class GrowingTables(Tables):
 
     def reorder(self, indices: Sequence[int]) -> None:
         """Has sequence i go on from what sequence indices[i] is, in the same blocks."""
-        rows = [self._pool.fork(self._rows[i]) for i in indices]
+        chosen = [self._rows[i] for i in indices]  # all, before any is forked
+        rows = [self._pool.fork(row) for row in chosen]
         for row in self._rows:
             self._pool.free(row)
         self._rows, self._device_tables = rows, None
@@ -199,6 +201,7 @@ class FixedTables(Tables):
         super().__init__(num_blocks, block_size, max_tokens, backend)
         self.length: int | Tensor = 0
         self.batch = 0
+        self._begun = False  # whether there are tokens: if not, another batch may come
         self._lengths = self._block_tables = torch.empty(0)
 
     @property
@@ -207,8 +210,8 @@ class FixedTables(Tables):
         return self.batch * self.width
 
     def prepare(self, batch: int, device: torch.device) -> None:
-        """Gives each sequence its blocks."""
-        if self.batch:
+        """Gives each sequence its blocks, which it keeps where the batch before had as many."""
+        if self._begun or self.batch == batch:
             return
         if batch * self.width > self.num_blocks:
             raise self._out_of_blocks(batch * self.width, self.num_blocks, batch)
@@ -238,6 +241,7 @@ class FixedTables(Tables):
             require(left, "attention_mask must have padding on the left only, with compileable=True")
             require((seq_lens - new == self._lengths).all(), CHANGED)
         require((seq_lens <= self.max_tokens).all(), self._too_long(), ValueError)
+        self._begun = True
         self._lengths.copy_(seq_lens)
         self.length.add_(tokens)
         step = make_step(self._block_tables, seq_lens.contiguous(), mask, tokens, self.block_size, backend=self.backend)
@@ -259,9 +263,9 @@ class FixedTables(Tables):
         return torch.stack((self._block_tables[chosen].flatten(), self._block_tables.flatten()), 1)
 
     def reset(self) -> None:
-        """Empties all sequences, which keep their blocks."""
+        """Empties all sequences. Memory stays where it is, for as many sequences again."""
         if self.batch:
             assert isinstance(self.length, Tensor)
             self.length.zero_()
             self._lengths.zero_()
-        self._steps, self.pending = {}, None
+        self._begun, self._steps, self.pending = False, {}, None

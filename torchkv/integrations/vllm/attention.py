@@ -181,17 +181,26 @@ def merge_attn_states(
     check_device(output)
     check_floats(output=output, prefix_output=prefix_output, suffix_output=suffix_output)
     check_absent(output_scale=output_scale)
-    n = prefill_tokens_with_context
+    n, alone = prefill_tokens_with_context, []
     if n is not None and n < output.shape[0]:
-        output[n:] = suffix_output[n:]
+        alone = [(output[n:], suffix_output[n:])]
         if output_lse is not None:
-            output_lse[:, n:] = suffix_lse[:, n:]
+            alone.append((output_lse[:, n:], suffix_lse[:, n:]))
             output_lse = output_lse[:, :n]
         output, prefix_output, suffix_output = output[:n], prefix_output[:n], suffix_output[:n]
         prefix_lse, suffix_lse = prefix_lse[:, :n], suffix_lse[:, :n]
+    shape = tuple(output.shape)
+    for name, tensor, wanted in (
+        ("prefix_output", prefix_output, shape), ("suffix_output", suffix_output, shape),
+        ("prefix_lse", prefix_lse, shape[1::-1]), ("suffix_lse", suffix_lse, shape[1::-1]),
+    ):  # fmt: skip
+        if tensor.shape != wanted:
+            raise ValueError(f"{name} must have shape {wanted}, as output, got {tuple(tensor.shape)}")
     lse = None if output_lse is None else output_lse.T
     outs, lses = torch.stack((prefix_output, suffix_output)), torch.stack((prefix_lse.T, suffix_lse.T))
     direct = output.dtype == outs.dtype
     result, _ = merge.merge_attention(outs, lses, out=output if direct else None, lse=lse)
     if not direct:
         output.copy_(result)
+    for rows, suffix in alone:
+        rows.copy_(suffix)
