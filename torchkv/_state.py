@@ -64,6 +64,8 @@ def _check_state(tensors: Mapping[str, Tensor | None], spec: CacheSpec, state: M
         ValueError: an entry is missing or superfluous, or an extent, a layout, a format or a shape is another.
         TypeError: a dtype or type does not fit.
     """
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state must be a dict, got {type(state).__name__}")
     if state.keys() != tensors.keys() | {"spec"}:
         raise ValueError(f"state must have the entries {', '.join([*tensors, 'spec'])}, got {', '.join(state)}")
     spec.check_plain(state["spec"])

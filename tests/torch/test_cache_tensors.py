@@ -36,3 +36,9 @@ def test_a_cache_moves_to_devices_only(device):
         cache.to(device)
     assert cache.to("cpu") is cache
     assert cache.to(torch.device("meta")).caches[0].is_meta
+
+
+@pytest.mark.parametrize("state", [None, [], PagedKVCache.create(**SIZES)], ids=["None", "a list", "a cache"])
+def test_a_state_is_a_dict(state):
+    with pytest.raises(TypeError, match=f"state must be a dict, got {type(state).__name__}"):
+        PagedKVCache.create(**SIZES).load_state_dict(state)
