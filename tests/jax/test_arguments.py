@@ -175,6 +175,13 @@ def test_lists_of_different_lengths_are_refused_by_name(name, argument, lists, e
         call(name, **{argument: lists})
 
 
+@pytest.mark.parametrize("method", ["relayout", "swap_blocks"])
+def test_pairs_of_different_lengths_are_refused_by_name(method):
+    cache, other = (jaxkv.PagedKVCache.create(num_blocks=2, block_size=2, num_heads=1, head_size=4) for _ in range(2))
+    with pytest.raises(ValueError, match=r"^pairs must have shape \(n, 2\), got \(2,\)$"):
+        getattr(cache, method)(other, [[0, 1], [1]])
+
+
 @pytest.mark.parametrize(("name", "argument"), arguments_of("f"))
 def test_what_jax_would_round_is_refused(name, argument):
     """Arrays of float64 are not silently made float32."""
