@@ -124,6 +124,12 @@ def dtype_name(dtype: Any) -> str:
 def _numbers(argument: Any) -> np.ndarray | None:
     """Numbers in lists as an array of NumPy's; None where there are arrays among them.
 
-    Copied, as what is no list may show someone's memory: a memoryview.
+    Copied, as what is no list may show someone's memory: a memoryview. Lists of different lengths are an array of
+    lists, for the contract to refuse.
     """
-    return None if any(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(argument)) else np.array(argument)
+    if any(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(argument)):
+        return None
+    try:
+        return np.array(argument)
+    except ValueError:
+        return np.array(argument, object)

@@ -6,6 +6,7 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from jaxkv._arguments import ArrayLike
 from jaxkv._memory import allocate_host
@@ -112,10 +113,7 @@ class Writable:
         """
         spec = with_blocks(self.spec, num_blocks, memory)
         arrays, count, cache = allocate_host(spec, self._memory), len(self.caches), self
-        scales = arrays[count:] or [
-            None if scale is None else jnp.copy(scale) for scale in (self.k_scale, self.v_scale)
-        ]
-        # Copied, so that one of the two caches can be donated.
+        scales = arrays[count:] or self._scales_of_another
         return replace(cache, caches=tuple(arrays[:count]), spec=spec, k_scale=scales[0], v_scale=scales[1])  # type: ignore
 
     @property
@@ -132,5 +130,11 @@ class Writable:
     def _with(self, memory: Sequence[jax.Array]) -> Self:
         """The cache with new caches and scale caches."""
         count, cache = len(self.caches), self  # a dataclass has these
-        scales = dict(zip(("k_scale", "v_scale"), memory[count:], strict=False))
-        return replace(cache, caches=tuple(memory[:count]), **scales)  # type: ignore
+        scales = memory[count:] or self._scales_of_another
+        return replace(cache, caches=tuple(memory[:count]), k_scale=scales[0], v_scale=scales[1])  # type: ignore
+
+    @property
+    def _scales_of_another(self) -> list[Any]:
+        """Static scales for another cache: outside jit they are copied, so that one of the two can be donated."""
+        scales = self.k_scale, self.v_scale
+        return [jnp.copy(s) if isinstance(s, jax.Array) and not isinstance(s, Tracer) else s for s in scales]

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, Unpack, overload
 
 import jax
@@ -139,7 +139,8 @@ class PagedKVCache(Sharded, Readable, Writable):
         spec.check_rows(keys.shape, values.shape)
         if layout.latent:
             rest = (slot_mapping, spec.kv_cache_dtype, self.k_scale, layout, layer, backend)
-            return replace(self, caches=(write_latent(keys, values, self.caches[0], *rest),))
+            new: Any = write_latent(keys, values, self.caches[0], *rest)
+            return self._with([new])
         scale_caches, options = self._writing
         options |= {"layer": layer, "backend": backend, "scale_caches": scale_caches}
         return self._with(write_caches(keys, values, self.caches, slot_mapping, **options))

@@ -118,9 +118,10 @@ def relayout[C: Cache](
     operands = RelayoutOperands(
         _operands_of(destination, not bits),
         _operands_of(source, not bits),
-        None if indices is None else jnp.asarray(indices),
+        indices,
     )
     described = options.describe(operands)
+    operands = operands._replace(pairs=None if indices is None else jnp.asarray(indices))
     if not bits:
         operands = operands._replace(
             cache=_with_used_scales(operands.cache, described.destination),

@@ -85,11 +85,13 @@ def ragged_batch(
 
     tables, lens = np.full((rows, width), -1, np.int32), np.zeros(rows, np.int32)
     starts, positions = np.full(rows + 1, sum(counts), np.int32), np.full(tokens, -1, np.int32)
+    for s, sequence in enumerate(members):
+        tables[s, : len(sequence.table)] = sequence._packed_table()
+    lens[: len(members)] = [sequence.length for sequence in members]
     starts[: len(members) + 1] = [0, *accumulate(counts)]
-    for s, (sequence, count) in enumerate(zip(members, counts, strict=True)):
-        tables[s, : len(sequence.table)] = sequence.table
-        lens[s] = sequence.length
-        positions[starts[s] : starts[s + 1]] = range(sequence.length - count, sequence.length)
+    # A sequence's last row is for its last position, and those before it are for those before that.
+    ends = lens[: len(members)] - starts[1 : len(members) + 1]
+    positions[: sum(counts)] = np.arange(sum(counts)) + np.repeat(ends, counts)
     return RaggedBatch(tables, starts, lens, positions)
 
 

@@ -1,5 +1,6 @@
 """Sequence: the blocks of one sequence, and which slots its next tokens have."""
 
+from array import array
 from collections.abc import Hashable, Iterable
 
 from kvcore.integers import integer, integers
@@ -59,6 +60,8 @@ class Sequence:
         self.table = pool.match(known[:-1], salt)
         self.num_shared = self.length = len(self.table) * self._size
         self.tokens = known[: self.length]
+        self._packed: array[int] = array("i")
+        self._packed_from: list[int] = []
 
     def append(self, n: int = 1) -> tuple[list[int], list[tuple[int, int]]]:
         """Takes slots for the next n tokens, which may be unknown yet.
@@ -162,6 +165,19 @@ class Sequence:
         self._check()
         self._pool.free(self.table)
         self.table, self.length, self.num_shared, self._freed = [], 0, 0, True
+
+    def _packed_table(self) -> array[int]:
+        """The table as integers of 32 bits, for `ragged_batch`; to be read only, and before the next call.
+
+        Kept, as a step of decoding changes few blocks of many: only those that are new since the last call are packed.
+        """
+        table, packed, known = self.table, self._packed, self._packed_from
+        if table != known:
+            same = len(known) if table[: len(known)] == known else 0
+            del packed[same:]
+            packed.extend(table[same:])
+            self._packed_from = list(table)
+        return packed
 
     def _slots(self, start: int, stop: int) -> list[int]:
         size, table, found = self._size, self.table, []

@@ -129,6 +129,19 @@ def test_ragged(options, also, backend):
     assert not got[8:].any()
 
 
+@pytest.mark.parametrize("function", [pallas.paged_attention, pallas.ragged_paged_attention])
+def test_lists_are_taken_for_every_array(function):
+    arrays = decode_case()[:-1] if function is pallas.paged_attention else ragged_case()[0]
+    want = function(*arrays)
+    for i, array in enumerate(arrays):
+        given = [x.tolist() if i == n else x for n, x in enumerate(arrays)]
+        np.testing.assert_array_equal(function(*given), want)
+        if array.dtype.kind == "i":
+            given[i] = array.astype(np.float64).tolist()
+            with pytest.raises(TypeError, match=r"^\w+ must have an integer dtype, got float64$"):
+                function(*given)
+
+
 @pytest.mark.parametrize("tail", [5, 10, 99, -7])
 def test_what_comes_after_the_starts_of_sequences_is_not_used(tail):
     arrays, rows = ragged_case(tail=tail)

@@ -165,6 +165,23 @@ def test_floats_are_no_indices(name, argument):
             call(name, **{argument: given})
 
 
+@pytest.mark.parametrize(("name", "argument", "lists", "error"), [
+    ("gather", "block_tables", [[0, 3], [2]], r"block_tables must have shape \(num_seqs, max_blocks\), got \(2,\)"),
+    ("flash", "key", [[[1.0] * DIM] * HEADS, [[1.0] * DIM, [1.0]]], r"key must have shape \(.*\), got \(2, 2\)"),
+    ("flash", "k_scale", [0.5, [2.0]], "k_scale must have dtype float32, got object"),
+])  # fmt: skip
+def test_lists_of_different_lengths_are_refused_by_name(name, argument, lists, error):
+    with pytest.raises((ValueError, TypeError), match=rf"^{error}$"):
+        call(name, **{argument: lists})
+
+
+@pytest.mark.parametrize("method", ["relayout", "swap_blocks"])
+def test_pairs_of_different_lengths_are_refused_by_name(method):
+    cache, other = (jaxkv.PagedKVCache.create(num_blocks=2, block_size=2, num_heads=1, head_size=4) for _ in range(2))
+    with pytest.raises(ValueError, match=r"^pairs must have shape \(n, 2\), got \(2,\)$"):
+        getattr(cache, method)(other, [[0, 1], [1]])
+
+
 @pytest.mark.parametrize(("name", "argument"), arguments_of("f"))
 def test_what_jax_would_round_is_refused(name, argument):
     """Arrays of float64 are not silently made float32."""

@@ -224,6 +224,28 @@ def test_a_donated_cache_leaves_scales_to_whoever_gave_them(convert):
     np.testing.assert_array_equal(scale, K_SCALES)
 
 
+LATENT = dict(layout="MLA", num_heads=1, head_size=16, head_size_v=12, k_scale=0.5, v_scale=None)
+
+
+@pytest.mark.parametrize(("options", "make"), [
+    ({}, lambda cache: cache.write(KEY, VALUE, SLOTS, layer=1)),
+    ({}, lambda cache: cache.copy_blocks([[0, 1]])),
+    ({}, lambda cache: create(per_token_head=False, k_scale=2.0).relayout(cache)),
+    ({}, lambda cache: create(per_token_head=False, k_scale=2.0).swap_blocks(cache, [[0, 1]])),
+    (LATENT, lambda cache: cache.write(KEY[:, 0, :12], KEY[:, 0, :4], SLOTS, layer=1)),
+], ids=["write", "copy_blocks", "relayout", "swap_blocks", "latent"])  # fmt: skip
+def test_what_is_made_of_a_cache_can_be_donated_and_leaves_it_as_it_was(options, make):
+    """Outside jit, where each cache is one of its own."""
+    cache = create(**(dict(per_token_head=False, k_scale=K_SCALES, v_scale=0.5) | options))
+    want = [np.array(array) for array in jax.tree.leaves(cache)]
+    new = make(cache)
+    assert new.spec == cache.spec
+    jax.jit(lambda cache: cache, donate_argnums=0)(new)
+    assert all(array.is_deleted() for array in jax.tree.leaves(new))
+    for array, before in zip(jax.tree.leaves(cache), want, strict=True):
+        np.testing.assert_array_equal(array, before)
+
+
 def test_scales_are_computed_by_one_program():
     """One op after the other would hold copies of the sample, and a NaN on the way would stop `jax.debug_nans`."""
     with jax.debug_nans(True):

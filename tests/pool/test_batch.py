@@ -76,6 +76,34 @@ def test_a_batch_stays_as_it_was_made():
         np.testing.assert_array_equal(got, want)
 
 
+def test_tables_are_those_of_now():
+    """What is kept of a table from step to step is kept for no longer than the table is so."""
+    first, second = sequences(9, 17)
+
+    def check(*members):
+        batch = ragged_batch(members, [0] * len(members), max_blocks=40)
+        for row, sequence in zip(batch.block_tables.tolist(), members, strict=True):
+            assert row == sequence.table + [-1] * (40 - len(sequence.table))
+
+    check(first, second)
+    first.append(20)  # longer
+    check(first, second)
+    first.commit(range(first.length))
+    fork = first.fork()
+    check(fork, first, second)
+    fork.append(1)  # a block of it is a copy
+    check(fork, first, second)
+    first.truncate(5)  # shorter
+    check(second, first, fork)
+    second.append(9)
+    first.append(12)  # as long as before, in other blocks
+    check(second, first, fork)
+    second.table[1] = 63  # by somebody else, who has moved it
+    check(first, second, fork)
+    fork.free()
+    check(fork, first, second)
+
+
 def test_the_batch_is_a_pytree_of_jax():
     import jax
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxkv import read
-from jaxkv._arguments import ArrayLike, as_array
+from jaxkv._arguments import ArrayLike, as_array, as_indices
 from jaxkv.integrations.pallas.arguments import (
     DEFAULT_MASK_VALUE,
     PAGES,
@@ -87,10 +87,9 @@ def paged_attention(
 
     Logits are 0: the result is the mean of the values at positions 0 and 1, which are in page 1.
     """
-    rows, k, v, tables = map(as_array, (q, k_pages, v_pages, block_tables))
-    lens, k_scales, v_scales = (
-        None if array is None else as_array(array) for array in (lengths, k_scales_pages, v_scales_pages)
-    )
+    rows, k, v = map(as_array, (q, k_pages, v_pages))
+    tables, lens = as_indices(block_tables), None if lengths is None else as_indices(lengths, lengths=True)
+    k_scales, v_scales = (None if array is None else as_array(array) for array in (k_scales_pages, v_scales_pages))
     _check(rows, k, v, tables, lens, k_scales, v_scales)
     check_mask_value(mask_value)
     check_soft_cap("attn_logits_soft_cap", attn_logits_soft_cap)

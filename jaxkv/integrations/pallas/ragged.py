@@ -85,7 +85,8 @@ def ragged_paged_attention(
     1, and row 2 is of no sequence.
     """
     rows, pages = as_array(q), as_array(kv_pages)
-    lens, tables, starts, count = map(as_array, (kv_lens, page_indices, cu_q_lens, num_seqs))
+    tables = as_indices(page_indices)
+    lens, starts, count = (as_indices(array, lengths=True) for array in (kv_lens, cu_q_lens, num_seqs))
     _check(rows, pages, lens, tables, starts, count)
     check_mask_value(mask_value)
     check_soft_cap("soft_cap", soft_cap)
@@ -102,7 +103,6 @@ def ragged_paged_attention(
         options["kv_cache_dtype"] = "int8" if pages.dtype.name == INT8.name else "auto"
     elif k_scale is not None:
         sm_scale = sm_scale * k_scale  # of a float cache, which has no scale of its own
-    starts = as_indices(starts, lengths=True)
     # Starts that descend leave sequences without rows.
     starts = jnp.where(jnp.arange(starts.shape[0]) <= jnp.asarray(count), starts, 0)
     out = read.paged_attention(
