@@ -85,7 +85,7 @@ def test_results_have_their_type_whatever_colons_are_in_the_text():
                     assert str(item.annotation) == str(function.returns)
                     found[function.name] = item.description
     assert found["gather_kv"].startswith("Key `[num_seqs, max_len, num_heads, head_size]` and value `")
-    assert found["ragged_batch"] == "The arrays."
+    assert found["ragged_batch"] == "The arrays, padded to the sizes that are given."
 
 
 @pytest.mark.parametrize("page", ["both", "integrations"])
