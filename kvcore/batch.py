@@ -16,8 +16,8 @@ class RaggedBatch(NamedTuple):
 
     Attributes:
         block_tables: `[num_seqs, max_blocks]`: the blocks of each sequence, in order; -1 where there is none.
-        query_start_loc: `[num_seqs + 1]`: sequence s has the rows (of query, key and value) from `query_start_loc[s]` to below
-            `query_start_loc[s + 1]`.
+        query_start_loc: `[num_seqs + 1]`: sequence s has the rows (of query, key and value) from `query_start_loc[s]`
+            to below `query_start_loc[s + 1]`.
         seq_lens: `[num_seqs]`: tokens of each sequence, the new ones among them; 0 where there is no sequence.
         positions: `[num_tokens]`: the position of each row in its sequence; -1 where there is no token.
     """
