@@ -18,10 +18,10 @@ class RaggedBatch(NamedTuple):
 
     Attributes:
         block_tables: `[num_seqs, max_blocks]`: the blocks of each sequence, in order; -1 where there is none.
-        query_start_loc: `[num_seqs + 1]`: sequence s has the rows from `query_start_loc[s]` to below
-            `query_start_loc[s + 1]`.
+        query_start_loc: `[num_seqs + 1]`: sequence s has the rows (of query, key and value) from `query_start_loc[s]`
+            to below `query_start_loc[s + 1]`.
         seq_lens: `[num_seqs]`: tokens of each sequence, the new ones among them; 0 where there is no sequence.
-        positions: `[num_tokens]`: of each row in its sequence; -1 where there is no token.
+        positions: `[num_tokens]`: the position of each row in its sequence; -1 where there is no token.
     """
 
     block_tables: NDArray[np.int32]
@@ -51,7 +51,7 @@ def ragged_batch(
         num_tokens: Rows of the call; None: as many as there are new tokens.
 
     Returns:
-        The arrays.
+        The arrays, padded to the sizes that are given.
 
     Raises:
         ValueError: a sequence has fewer tokens than are new, or a size is too small.

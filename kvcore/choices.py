@@ -19,7 +19,7 @@ KVCacheDtype = Literal[
     "nvfp4",
     "fp8_ds_mla",
 ]
-"""What a cache may hold: `kvcore.formats.KV_CACHE_DTYPES`."""
+"""Names of what a cache may hold; "auto" is the dtype of its array."""
 
 ScaledDtype = Literal[
     "fp8", "fp8_e4m3", "fp8_e5m2", "fp8_e4m3fnuz", "fp8_e5m2fnuz", "int8", "int4", "nvfp4"

@@ -36,7 +36,7 @@ from kvcore.strips import describe, small
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """Order of the axes of a paged KV cache, as a pattern (see the module's docstring).
+    """Order of the axes of a paged KV cache, as a pattern from slowest to fastest, such as `block slot head dim`.
 
     Frozen, hashable and comparable; patterns that differ in white space only are equal.
 

@@ -71,6 +71,23 @@ def test_every_method_of_a_cache_is_on_its_page(package):
     assert sorted(members) == sorted(names - fields)
 
 
+def test_results_have_their_type_whatever_colons_are_in_the_text():
+    griffe = pytest.importorskip("griffe")
+    options = SETTINGS["plugins"][1]["mkdocstrings"]["handlers"]["python"]["options"]["docstring_options"]
+    extensions = griffe.load_extensions(str(ROOT / "docs" / "_docstrings.py") + ":Docstrings")
+    found = {}
+    for name in ("jaxkv.read", "kvcore.batch"):
+        module = griffe.load(name, search_paths=[ROOT], allow_inspection=False, extensions=extensions)
+        for function in module.functions.values():
+            for section in function.docstring.parse("google", **options) if function.docstring else ():
+                if section.kind is griffe.DocstringSectionKind.returns:
+                    (item,) = section.value
+                    assert str(item.annotation) == str(function.returns)
+                    found[function.name] = item.description
+    assert found["gather_kv"].startswith("Key `[num_seqs, max_len, num_heads, head_size]` and value `")
+    assert found["ragged_batch"] == "The arrays, padded to the sizes that are given."
+
+
 @pytest.mark.parametrize("page", ["both", "integrations"])
 def test_what_a_page_shows_is_there(page):
     names = shown(page)[0]
