@@ -22,6 +22,7 @@ from kvcore import installed
 with installed.needed("jax", installed.JAX):
     import jax as _  # noqa: F401, the parts below import it without a word
 
+from jaxkv import _exported as _exported
 from jaxkv.ahead import precompile
 from jaxkv.blocks import copy_blocks, swap_blocks, zero_blocks
 from jaxkv.cache import PagedKVCache

@@ -203,3 +203,43 @@ def test_kernels_need_every_size(function, arrays, shapes, name, got, platforms)
     with pytest.raises(ValueError, match=r"must have a static shape") as error:
         export(function, shapes, *arrays, platforms=platforms)
     assert str(error.value) == f"{name} must have a static shape on cuda, where kernels depend on it, got {got}"
+
+
+# ---- pytrees of jaxkv's own
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"layout": "HEAD_MAJOR"},
+        {"num_layers": 2, "kv_cache_dtype": "int8", "per_token_head": True},
+        {"kv_cache_dtype": "fp8", "k_scale": 0.5},
+        {"layout": "MLA", "num_heads": 1, "head_size_v": 12},
+    ],
+    ids=str,
+)
+def test_a_program_with_caches_and_batches_survives_a_trip_through_bytes(options, x64):
+    cache = jaxkv.PagedKVCache.create(
+        **{"num_blocks": 6, "block_size": 4, "num_heads": 2, "head_size": 16, "dtype": "float32", **options}
+    )
+    sequences = [jaxkv.Sequence(jaxkv.BlockPool(6, 4))]
+    sequences[0].append(9)
+    batch = jaxkv.ragged_batch(sequences, [9], num_tokens=12)
+    latent = options.get("layout") == "MLA"
+    key, value = (
+        random_normal(np.random.default_rng(n), (12, n) if latent else (12, 2, 16), "float32") for n in (12, 4)
+    )
+
+    def step(cache, batch, key, value):
+        slots = jaxkv.slot_mapping(*batch[:3], 4, len(key))
+        return cache.write(key, value, slots, layer=None if cache.spec.num_layers is None else 1), batch
+
+    exported = jax.export.export(jax.jit(step), platforms=["cpu"])(cache, batch, key, value)
+    new, got_batch = jax.export.deserialize(exported.serialize()).call(cache, batch, key, value)
+    want, _ = jax.jit(step)(cache, batch, key, value)
+    assert new.spec == cache.spec
+    assert jax.tree.structure(new) == jax.tree.structure(want)
+    assert_same(jax.tree.leaves(new), jax.tree.leaves(want))
+    assert any(np.asarray(leaf).any() for leaf in new.caches)
+    assert isinstance(got_batch, jaxkv.RaggedBatch)
+    assert_same(got_batch, batch)

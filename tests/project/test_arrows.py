@@ -52,7 +52,7 @@ LEVELS = {
         "move",
         "_readable _writable devices",
         "cache",
-        "dlpack",
+        "_exported dlpack",
         "integrations",
         "jaxkv",
     ],
