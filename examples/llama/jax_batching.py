@@ -9,15 +9,7 @@ import numpy as np
 from jax import Array, lax
 from jax.stages import Compiled
 
-from jaxkv import (
-    BlockPool,
-    CacheLayout,
-    PagedKVCache,
-    blocks_that_fit,
-    check_tables,
-    ragged_batch,
-    slot_mapping,
-)
+from jaxkv import BlockPool, CacheLayout, PagedKVCache, blocks_that_fit, check_tables, ragged_batch, slot_mapping
 from kvcore.nbytes import bytes_of
 
 from . import jax_model
@@ -168,12 +160,9 @@ class JaxBatcher:
             [piece.sequence for piece in pieces], [len(piece.tokens) for piece in pieces],
             num_seqs=rows, max_blocks=self.max_blocks, num_tokens=room or rows,
         )  # fmt: skip
-        tokens, temperatures, seeds = (
-            np.zeros(room or rows, np.int32),
-            np.zeros(rows, np.float32),
-            np.zeros(rows, np.uint32),
-        )
+        tokens = np.zeros(room or rows, np.int32)
         tokens[: len(new)] = new
+        temperatures, seeds = np.zeros(rows, np.float32), np.zeros(rows, np.uint32)
         for row, piece in enumerate(pieces):
             temperatures[row], seeds[row] = piece.job.request.temperature, piece.job.request.seed
         return Step(tokens, tables, seq_lens, None if room is None else starts, positions, temperatures, seeds)

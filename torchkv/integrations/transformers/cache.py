@@ -83,10 +83,11 @@ class PagedCache(Cache):
         check_backend(backend, BACKENDS)
         # What does not fit is said here, not by the first forward. A head of 128 stands for those of the model.
         spec = CacheSpec.create(
-            None, 1, block_size, 1, 128, None, "float32", layout, kv_cache_dtype, per_token_head
+            num_layers=None, num_blocks=1, block_size=block_size, num_heads=1, head_size=128, head_size_v=None,
+            dtype="float32", layout=layout, kv_cache_dtype=kv_cache_dtype, per_token_head=per_token_head,
         )  # fmt: skip
         spec.check_scales(k_scale, v_scale)
-        check_rows(len(windows), k_scale=k_scale, v_scale=v_scale)
+        check_scales_of_layers(len(windows), k_scale=k_scale, v_scale=v_scale)
         options = {"kv_cache_dtype": kv_cache_dtype, "per_token_head": per_token_head, "layout": layout}
         self._layers = [
             PagedLayer(
@@ -194,7 +195,7 @@ def of_layer(scale: Any, layer: int) -> Any:
     return scale[layer] if len(_shape(scale)) == 2 else scale
 
 
-def check_rows(layers: int, **scales: Any) -> None:
+def check_scales_of_layers(layers: int, **scales: Any) -> None:
     """Raises a ValueError unless scales, by their names, that have two axes have a row for each layer."""
     for name, scale in scales.items():
         shape = _shape(scale)

@@ -18,7 +18,7 @@ from torch import Tensor
 from kvcore.choices import KVCacheDtype, TorchBackend
 from torchkv._arguments import refuse_gradients
 from torchkv.integrations.transformers.attention import check_call
-from torchkv.integrations.transformers.cache import check_rows
+from torchkv.integrations.transformers.cache import check_scales_of_layers
 from torchkv.integrations.transformers.config import layer_windows
 from torchkv.integrations.transformers.handle import UnsupportedError
 from torchkv.integrations.transformers.kind import CacheKind
@@ -79,7 +79,7 @@ def continuous_batching(
     kind = CacheKind(kv_cache_dtype, per_token_head, k_scale, v_scale, backend)
     num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    check_rows(len(windows), k_scale=k_scale, v_scale=v_scale)
+    check_scales_of_layers(len(windows), k_scale=k_scale, v_scale=v_scale)
     for layer in range(len(windows)):  # what does not fit is said here, not by a thread of transformers
         kind.create(layer, 1, num_heads, head_size, dtype=model.dtype, device="cpu")
     made: Any = _initialiser(kind)
